@@ -1,0 +1,136 @@
+"""Outputs that appear whole or not at all.
+
+Everything the toolkit writes goes to a temporary sibling first and is renamed when it is complete,
+so that an error, a full disk or Ctrl-C never leaves a directory that looks finished and is not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tpa_convert.errors import UserError
+
+PROVENANCE_FILE = "tpa_convert.json"
+"""Marks a directory as an output of this package, and says how it was made."""
+
+
+def check_output(out: str | Path, overwrite: bool = False) -> Path:
+    """Refuse an output directory that must not be written, before any work is done for it.
+
+    Raises:
+        UserError: `out` exists and `overwrite` is off, or it exists and is not an output of this
+            package (so that a mistyped `--out ~ --overwrite` deletes nothing).
+    """
+    out = Path(out)
+    if not out.exists() and not out.is_symlink():
+        return out
+    if not out.is_dir():
+        raise UserError(f"{out} exists and is not a directory: choose another output directory")
+    if not overwrite:
+        raise UserError(f"{out} exists: choose another output directory, or pass --overwrite")
+    if any(out.iterdir()) and not (out / PROVENANCE_FILE).is_file():
+        raise UserError(
+            f"{out} was not written by tpa-convert (no {PROVENANCE_FILE} in it), so --overwrite "
+            "does not replace it: choose another output directory"
+        )
+    return out
+
+
+@contextmanager
+def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary directory that becomes `out` when the block ends without an error.
+
+    With `overwrite`, the old directory stays in place until the new one is complete. On any error,
+    Ctrl-C included, the temporary directory is removed and `out` is as it was.
+
+    Raises:
+        UserError: as `check_output`, or the disk is full or `out` is not writable.
+    """
+    out = check_output(out, overwrite)
+    target = Path(os.path.abspath(out))
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp makes private directories
+        _replace(partial, target, overwrite)
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(disk_full_message(out)) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"no permission to write {out}: choose another directory") from error
+        raise
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces `path` when the block ends without an error.
+
+    Raises:
+        UserError: the disk is full, or the file's directory cannot be written.
+    """
+    target = Path(os.path.abspath(path))
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, target)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise UserError(disk_full_message(path)) from error
+        if isinstance(error, PermissionError | IsADirectoryError):
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or an error it was raised from, says that the disk is full.
+
+    safetensors and torch report it as their own exceptions, with the system's message in the text.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(error)
+        if "No space left on device" in text or "StorageFull" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full_message(path: str | Path) -> str:
+    return f"the disk is full: {path} was not written; free some space or write elsewhere"
+
+
+def _replace(partial: Path, target: Path, overwrite: bool) -> None:
+    """Rename `partial` to `target`; an existing `target` is moved aside first and then removed."""
+    check_output(target, overwrite)  # somebody may have made it while we worked
+    if not target.exists():
+        os.rename(partial, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    old = aside / target.name
+    os.rename(target, old)
+    try:
+        os.rename(partial, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

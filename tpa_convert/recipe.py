@@ -1,0 +1,269 @@
+"""A run as one validated object: where the model comes from, and how to convert, heal and evaluate it.
+
+The sections are what `tpa_convert.pipeline` takes, what the command line fills from its options and
+what a YAML recipe spells out, so that all three share names, defaults and checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from tpa_convert.errors import UserError
+
+FloatType = Literal["float32", "bfloat16", "float16"]
+HeadFactorForm = Literal["static", "affine", "linear"]
+Method = Literal["gauge", "svd", "tucker", "cp"]
+
+BUDGETS = ("kv_floats", "kv_bytes", "kv_ratio")
+RANKS = ("rank_k", "rank_v", "width_k", "width_v")
+
+
+def _as_tuple(value: Any) -> Any:
+    if value is None:
+        return ()
+    if isinstance(value, str | Path):
+        return (str(value),)
+    return tuple(str(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""One text file, directory, glob or dataset, or several."""
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys are errors; a validated section never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceOptions(Section):
+    model: str
+    """Hub id, local directory, or .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
+
+
+class ConvertOptions(Section):
+    """How to convert: exactly one budget, the form of the head factors, the method, the text."""
+
+    kv_floats: PositiveInt | None = None
+    """Numbers cached per token and layer, mean over the layers."""
+    kv_bytes: PositiveInt | None = None
+    """Bytes cached per token by the whole model."""
+    kv_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the source's cache that is kept: 0.25 keeps a quarter."""
+    rank_k: PositiveInt | None = None
+    """Components of the keys that share one head factor each."""
+    rank_v: PositiveInt | None = None
+    """Components of the values that share one head factor each."""
+    width_k: PositiveInt | None = None
+    """Numbers cached for the keys, summed over the components."""
+    width_v: PositiveInt | None = None
+    """Numbers cached for the values, summed over the components."""
+    rank_q: PositiveInt | None = None
+    """Factor the queries too (form `linear` only; it saves parameters, no cache)."""
+    cache_dtype: FloatType | None = None
+    """Type in which bytes are counted; by default the output's."""
+
+    form: HeadFactorForm = "static"
+    """Head factors: constant, affine in the token, or linear in the token (the paper's own)."""
+    method: Method = "gauge"
+    """How the factors are found."""
+    whiten: bool = True
+    """Weigh errors by the calibration moments; without it, by the weights alone."""
+
+    calibration: Texts = ()
+    """Calibration text; by default a short text that ships with the package."""
+    calibration_blocks: PositiveInt = 128
+    """Number of calibration sequences."""
+    block_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens per calibration sequence."""
+    moments: Path | None = None
+    """Moments saved by an earlier conversion of the same source; replaces the calibration."""
+    save_moments: Path | None = None
+    """Where to save the moments, so that another budget costs seconds."""
+    seed: int = 0
+    """Chooses the calibration documents."""
+
+    dtype: FloatType | None = None
+    """Type of the output's weights; by default the source's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ConvertOptions:
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if any(getattr(self, name) is not None for name in RANKS):
+            budgets.append("ranks and widths")
+        if len(budgets) != 1:
+            found = f"got {' and '.join(budgets)}" if budgets else "got none"
+            raise ValueError(
+                "give exactly one budget: kv_floats, kv_bytes, kv_ratio, or ranks and widths "
+                f"(rank_k, rank_v, width_k, width_v); {found}"
+            )
+        if self.rank_q is not None and self.form != "linear":
+            raise ValueError(f"rank_q needs form linear, not {self.form}")
+        if self.moments is not None and (self.calibration or self.save_moments is not None):
+            raise ValueError("moments replaces the calibration: leave out calibration, save_moments")
+        return self
+
+    @property
+    def budget(self) -> dict[str, int | float]:
+        """The one budget given, as keyword arguments: {"kv_floats": 128}, {"width_k": 64, ...}."""
+        values = {name: getattr(self, name) for name in (*BUDGETS, *RANKS, "rank_q")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class HealOptions(Section):
+    """How to heal: distil the source into the converted model on plain text."""
+
+    text: Annotated[Texts, Field(min_length=1)]
+    """Text to heal on: files, directories, globs or Hub datasets."""
+    valid_text: Texts = ()
+    """Held-out text for the loss shown during healing."""
+    tokens: PositiveInt = 10_000_000
+    """Tokens to train on."""
+    block_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens per training sequence."""
+    tokens_per_step: PositiveInt = 32 * 1024
+    """Tokens per optimiser step."""
+    batch_size: PositiveInt | None = None
+    """Sequences per forward pass; by default chosen for the device."""
+    attention_learning_rate: PositiveFloat = 6e-4
+    """Peak learning rate of the attention layers, which were converted."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate of everything else."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    """Optimiser steps over which the learning rates rise to their peaks."""
+    temperature: PositiveFloat = 1.0
+    """Softens both distributions of the distillation loss."""
+    seed: int = 0
+    """Order of the text."""
+
+
+class EvaluateOptions(Section):
+    """What to measure, of the source and of the converted model."""
+
+    text: Texts = ()
+    """Texts for perplexity: files, directories, globs or Hub datasets."""
+    choices: Texts = ()
+    """Multiple-choice files, one JSON object {query, choices, gold} a line."""
+    tasks: Texts = ()
+    """Tasks of lm-evaluation-harness, by name (needs the extra `eval`)."""
+    block_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens per sequence of the perplexity text."""
+    max_blocks: PositiveInt = 64
+    """Sequences per text source."""
+    limit: PositiveInt | None = None
+    """Questions per task; by default all."""
+    batch_size: PositiveInt = 8
+    """Sequences per forward pass."""
+    speed: bool = True
+    """Measure prefill and decode speed."""
+    prompt: str | None = None
+    """Continue this prompt with each model, as a sample."""
+
+
+class Recipe(Section):
+    """Everything `tpa-convert run` does, in order. Paths are relative to the current directory."""
+
+    source: Annotated[
+        SourceOptions, BeforeValidator(lambda v: {"model": v} if isinstance(v, str) else v)
+    ]
+    """The model to convert; a plain string is short for `{model: string}`."""
+    convert: ConvertOptions
+    heal: HealOptions | None = None
+    """Leave out to stop after the conversion."""
+    evaluate: EvaluateOptions | None = None
+    """Leave out to skip the table."""
+    out: Path | None = None
+    """Directory for the results; `tpa-convert run --out` takes precedence."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto."""
+    next_steps: str | None = None
+    """Shown when the run is finished."""
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validated(section: type[S], values: Mapping[str, Any], origin: str | None = None) -> S:
+    """Build a section from plain values.
+
+    Args:
+        origin: where the values come from (a file name), put in front of the message.
+
+    Raises:
+        UserError: one line that names the first thing wrong; for an unknown key also the nearest
+            valid one.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        prefix = f"{origin}: " if origin else ""
+        raise UserError(prefix + _one_line(section, error)) from None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a YAML recipe.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, a missing or wrong value.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such recipe: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys source, convert, heal, ...")
+    return validated(Recipe, values, origin=str(path))
+
+
+def _one_line(section: type[Section], error: ValidationError) -> str:
+    # An unknown key often explains the other complaints (a misspelt budget is a missing budget).
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    problem = problems[0]
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        valid = list(_section_at(section, path[:-1]).model_fields)
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key {name}; {hint}"
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{name}: {message}" if name else message
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{name}: {message}, not {problem['input']!r}"
+
+
+def _section_at(section: type[Section], path: list[str]) -> type[Section]:
+    for key in path:
+        annotation = section.model_fields[key].annotation
+        kinds = (annotation, *get_args(annotation))  # `HealOptions | None` has two
+        section = next(k for k in kinds if isinstance(k, type) and issubclass(k, Section))
+    return section
