@@ -1,0 +1,353 @@
+"""Tensor Product Attention (TPA, arXiv 2501.06425) for LLaMA-style decoders.
+
+This file imports torch and transformers only: it is exported beside the weights of a converted model.
+
+Shape suffixes and einsum letters:
+    b  batch                          h  query heads (num_attention_heads)
+    s  query positions                j  key/value heads (num_key_value_heads)
+    t  cached positions               n  query heads per key/value head, h = j * n
+    r  rank (component)               d  head_dim of the source, d = 2 f
+    p  rotary pairs per component     c  real or imaginary part of a rotary pair (2)
+    P  rotary pairs of all components, width_k = 2 P          w  value features, width_v = r * e
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+from .configuration_tpa import TPAConfig
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of half-split features `x` [..., 2 P]; `cos` and `sin` broadcast against it."""
+    return x * cos + rotate_half(x) * sin
+
+
+def complex_product(x: torch.Tensor, gauge: torch.Tensor, conjugate: bool = False) -> torch.Tensor:
+    """Product of half-split complex vectors `x` [..., 2, P] and `gauge` [..., 2, P] (or its conjugate)."""
+    real, imaginary = x.unbind(-2)
+    gauge_real, gauge_imaginary = gauge.unbind(-2)
+    if conjugate:
+        gauge_imaginary = -gauge_imaginary
+    return torch.stack(
+        (
+            real * gauge_real - imaginary * gauge_imaginary,
+            real * gauge_imaginary + imaginary * gauge_real,
+        ),
+        dim=-2,
+    )
+
+
+class FactorizedQuery(nn.Module):
+    """Factored queries Q(x) = 1/R_Q A_Q(x)ᵀ B_Q(x) (paper, eq. 3.1); output [..., h * d]."""
+
+    def __init__(self, config: TPAConfig):
+        super().__init__()
+        self.rank, self.num_heads = config.rank_q, config.num_attention_heads
+        self.head_factor = nn.Linear(config.hidden_size, self.rank * self.num_heads, bias=False)
+        self.feature_factor = nn.Linear(
+            config.hidden_size, self.rank * config.head_dim, bias=config.attention_bias
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        head = self.head_factor(hidden_states).unflatten(-1, (self.rank, self.num_heads))
+        feature = self.feature_factor(hidden_states).unflatten(-1, (self.rank, -1))
+        return torch.einsum("bsrh,bsrd->bshd", head, feature).flatten(-2) / self.rank
+
+
+class TPAAttention(nn.Module):
+    """Tensor Product Attention with a gauge.
+
+        k_j(x) = s_K Σ_r a^K_{r,j}(x) T_{r,j} b^K_r(x),    v_j(x) = s_V Σ_r a^V_{r,j}(x) U_{r,j} b^V_r(x)
+
+    as eq. 3.1 of arXiv 2501.06425, to which the constant maps T (one complex number per rotary pair, so that it
+    commutes with RoPE) and U are added; s = 1 / R for `linear` head factors and 1 otherwise. With T = U = 1 this is
+    the layer of the paper. The cache holds the head factors a (unless they are constant) and the rotated feature
+    factors b of each token, packed as one head: [b, 1, t, R * j + width].
+    """
+
+    rotary_pair: torch.Tensor
+
+    def __init__(self, config: TPAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.shape = config.layer_shape(layer_idx)
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scaling = config.attention_scale
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        shape, hidden_size, bias = self.shape, config.hidden_size, config.attention_bias
+        self.absorbed = shape.gauge == "absorbed"
+        expanded_heads = 1 if self.absorbed and not shape.contextual else self.num_key_value_heads
+        self.num_key_value_groups = (
+            self.num_heads // expanded_heads
+        )  # read by the attention functions
+
+        query_width = shape.width_k if self.absorbed else self.head_dim
+        output_width = shape.width_v if self.absorbed else self.head_dim
+        if config.rank_q is None:
+            self.q_proj: nn.Module = nn.Linear(hidden_size, self.num_heads * query_width, bias=bias)
+        else:
+            self.q_proj = FactorizedQuery(config)
+        self.k_feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
+        self.v_feature_factor = nn.Linear(hidden_size, shape.width_v, bias=bias)
+        if shape.contextual:
+            heads, head_bias = self.num_key_value_heads, shape.form == "affine"
+            self.k_head_factor = nn.Linear(hidden_size, shape.rank_k * heads, bias=head_bias)
+            self.v_head_factor = nn.Linear(hidden_size, shape.rank_v * heads, bias=head_bias)
+        if shape.gauge == "applied":
+            self.key_gauge = nn.Parameter(
+                torch.zeros(self.num_key_value_heads, 2, shape.width_k // 2)
+            )
+            self.value_gauge = nn.Parameter(
+                torch.zeros(self.num_key_value_heads, self.head_dim, shape.width_v)
+            )
+        self.o_proj = nn.Linear(
+            self.num_heads * output_width, hidden_size, bias=config.attention_output_bias
+        )
+        # the rotary pair of the source on which each key component lives
+        pairs = torch.arange(shape.width_k // 2) % (self.head_dim // 2)
+        self.register_buffer("rotary_pair", pairs)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # [b, 1, s, d]
+        key_cos, key_sin = self.key_table(cos), self.key_table(sin)
+
+        query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query = (
+            rotate_pairs(query, key_cos, key_sin)
+            if self.absorbed
+            else rotate_pairs(query, cos, sin)
+        )
+        key = rotate_pairs(self.k_feature_factor(hidden_states).unsqueeze(1), key_cos, key_sin)
+        value = self.v_feature_factor(hidden_states).unsqueeze(1)
+        if self.shape.contextual:
+            key = torch.cat((self.k_head_factor(hidden_states).unsqueeze(1), key), dim=-1)
+            value = torch.cat((self.v_head_factor(hidden_states).unsqueeze(1), value), dim=-1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        weights = None
+        if query.shape[2] == 1 and implementation == "sdpa":
+            output = self.decode(query, key, value, attention_mask).transpose(1, 2)
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, eager_attention_forward
+            )
+            output, weights = attention_interface(
+                self,
+                query,
+                self.expand_keys(key),
+                self.expand_values(value),
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+    def key_table(self, table: torch.Tensor) -> torch.Tensor:
+        """Cosines or sines [b, 1, s, d] of the source, picked for the key components: [b, 1, s, 2 P]."""
+        return table[..., self.rotary_pair].repeat(1, 1, 1, 2)
+
+    def unpack(
+        self, packed: torch.Tensor, rank: int, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Head factors [b, t, r, j], scaled, and feature factors [b, t, width] from the packed cache."""
+        head, feature = packed[:, 0].split((packed.shape[-1] - width, width), dim=-1)
+        head = head.unflatten(-1, (rank, self.num_key_value_heads))
+        return head / rank if self.shape.form == "linear" else head, feature
+
+    def expand_keys(self, packed: torch.Tensor) -> torch.Tensor:
+        """Rotated keys for the attention functions, from the packed cache.
+
+        With an absorbed gauge they have width_k numbers and, if head factors are constant, one head shared by all
+        queries; otherwise they are the keys k_j of the source's size: [b, j, t, d].
+        """
+        shape = self.shape
+        if shape.contextual:
+            head_btrj, feature = self.unpack(packed, shape.rank_k, shape.width_k)
+            feature = feature.unflatten(-1, (2, shape.rank_k, -1))
+            if shape.gauge == "none":
+                return torch.einsum("btrj,btcrp->bjtcp", head_btrj, feature).flatten(-2)
+            pairs = torch.einsum("btrj,btcrp->bjtcrp", head_btrj, feature).flatten(-2)
+        else:
+            pairs = packed.unflatten(-1, (2, -1))
+        if self.absorbed:
+            return pairs.flatten(-2)
+        pairs = complex_product(pairs, self.key_gauge[:, None])  # [b, j, t, 2, P]
+        keys = pairs.new_zeros(*pairs.shape[:-1], self.head_dim // 2)
+        return keys.index_add(-1, self.rotary_pair, pairs).flatten(-2)
+
+    def expand_values(self, packed: torch.Tensor) -> torch.Tensor:
+        """Values for the attention functions, laid out as `expand_keys` says: [b, 1 or j, t, width_v or d]."""
+        shape, values = self.shape, packed
+        if shape.contextual:
+            head_btrj, feature = self.unpack(packed, shape.rank_v, shape.width_v)
+            feature = feature.unflatten(-1, (shape.rank_v, -1))
+            if shape.gauge == "none":
+                return torch.einsum("btrj,btrd->bjtd", head_btrj, feature)
+            values = torch.einsum("btrj,btre->bjtre", head_btrj, feature).flatten(-2)
+        return values if self.absorbed else values @ self.value_gauge.mT
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        packed_key: torch.Tensor,
+        packed_value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one query position on the packed cache; neither keys nor values are expanded.
+
+        score = c Σ_r a_{r,j} ⟨q_r, b_r⟩ and out_r = Σ_t p_t a_{r,j} b_r, then U.
+
+        Args:
+            query: rotated queries [b, h, 1, width_k] (absorbed gauge) or [b, h, 1, d].
+            packed_key, packed_value: the cache of this layer, [b, 1, t, R * j + width].
+            attention_mask: boolean or additive, [b, 1, 1, t], or None to attend to everything.
+
+        Returns: [b, h, 1, width_v] (absorbed gauge) or [b, h, 1, d].
+        """
+        shape, heads = self.shape, self.num_key_value_heads
+        if not self.absorbed:
+            query = query.unflatten(-1, (2, -1))[..., self.rotary_pair]
+            if shape.gauge == "applied":
+                query = query.unflatten(1, (heads, -1))  # [b, j, n, 1, 2, P]
+                query = complex_product(
+                    query, self.key_gauge[:, None, None], conjugate=True
+                ).flatten(1, 2)
+            query = query.flatten(-2)
+        if shape.contextual:
+            output = self.decode_contextual(query, packed_key, packed_value, attention_mask)
+        else:  # one shared head: the query heads take the place of query positions
+            output = nn.functional.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                packed_key,
+                packed_value,
+                attn_mask=attention_mask,
+                scale=self.scaling,
+            ).transpose(1, 2)
+        if shape.gauge == "applied":
+            output = output.unflatten(1, (heads, -1))
+            output = torch.einsum("bjnsw,jdw->bjnsd", output, self.value_gauge).flatten(1, 2)
+        elif shape.gauge == "none":
+            output = output.unflatten(-1, (-1, self.head_dim)).sum(-2)
+        return output
+
+    def decode_contextual(
+        self,
+        query: torch.Tensor,
+        packed_key: torch.Tensor,
+        packed_value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`decode` in the component space, [b, h, 1, width_k] to [b, h, 1, width_v], for cached head factors."""
+        shape = self.shape
+        head_k, feature_k = self.unpack(packed_key, shape.rank_k, shape.width_k)
+        head_v, feature_v = self.unpack(packed_value, shape.rank_v, shape.width_v)
+        query = query[:, :, 0].unflatten(1, (self.num_key_value_heads, -1))
+        query = query.unflatten(-1, (2, shape.rank_k, -1))
+        feature_k = feature_k.unflatten(-1, (2, shape.rank_k, -1))
+        scores = torch.einsum("bjncrp,btcrp->bjnrt", query, feature_k)
+        scores = torch.einsum("bjnrt,btrj->bjnt", scores, head_k) * self.scaling
+        if attention_mask is not None:
+            mask = attention_mask[:, :, 0, None, :]
+            if mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        weights_r = torch.einsum("bjnt,btrj->bjnrt", weights, head_v)
+        feature_v = feature_v.unflatten(-1, (shape.rank_v, -1))
+        output = torch.einsum("bjnrt,btre->bjnre", weights_r, feature_v)
+        return output.flatten(-2).flatten(1, 2).unsqueeze(2)
+
+
+class TPADecoderLayer(LlamaDecoderLayer):
+    """A Llama decoder layer with Tensor Product Attention."""
+
+    def __init__(self, config: TPAConfig, layer_idx: int):
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = TPAAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class TPAPreTrainedModel(LlamaPreTrainedModel):
+    config: TPAConfig
+    config_class = TPAConfig
+    _no_split_modules = ["TPADecoderLayer"]
+    _can_record_outputs = {"hidden_states": TPADecoderLayer, "attentions": TPAAttention}
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, TPAAttention):
+            pairs = module.rotary_pair
+            pairs.copy_(torch.arange(len(pairs), device=pairs.device) % (module.head_dim // 2))
+            if module.shape.gauge == "applied":
+                module.key_gauge.data.normal_(std=1.0)
+                module.value_gauge.data.normal_(std=module.shape.width_v**-0.5)
+
+    def _get_static_cache_init_shape(self):
+        # The cache is packed: its shapes follow from the first update, not from the config's heads.
+        return None
+
+
+class TPAModel(TPAPreTrainedModel, LlamaModel):
+    """The decoder without its language-model head."""
+
+    def __init__(self, config: TPAConfig):
+        TPAPreTrainedModel.__init__(self, config)  # not LlamaModel's, which builds Llama's layers
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [TPADecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class TPAForCausalLM(TPAPreTrainedModel, LlamaForCausalLM):
+    """A LLaMA-style causal language model with Tensor Product Attention."""
+
+    def __init__(self, config: TPAConfig):
+        TPAPreTrainedModel.__init__(self, config)
+        self.model = TPAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = ["TPAAttention", "TPAConfig", "TPAForCausalLM", "TPAModel", "TPAPreTrainedModel"]
