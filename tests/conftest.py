@@ -8,11 +8,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 # name -> (query heads, key-value heads)
 HEAD_SHAPES = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
@@ -83,5 +90,40 @@ def random_tokens() -> Callable[..., torch.Tensor]:
     def make(batch: int, length: int, vocab_size: int = 128, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, vocab_size, (batch, length), generator=generator)
+
+    return make
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character of printable ASCII: 99 ids, with `<pad>` 0, `<s>` 1, `</s>` 2."""
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters = ["\n", *(chr(code) for code in range(32, 127))]
+    vocabulary = {token: index for index, token in enumerate([*specials, *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A character tokenizer whose ids fit the tiny models' vocabulary."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_checkpoint(model=None, name="source")` -> directory with model and tokenizer saved."""
+
+    def make(model: PreTrainedModel | None = None, name: str = "source") -> Path:
+        directory = tmp_path / name
+        (model or make_tiny_llama()).save_pretrained(directory)
+        make_tiny_tokenizer().save_pretrained(directory)
+        return directory
 
     return make

@@ -1,0 +1,251 @@
+"""The files of a checkpoint: find them on disk or on the Hub, check and hash them. No model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers.utils import is_gguf_available
+
+from tpa_convert.errors import UserError
+
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this disk: a directory, or a `.gguf` file in it.
+
+    Attributes:
+        spec: what the user wrote, for messages.
+        id: Hub id, or absolute path of the directory or file.
+        revision: commit of the Hub repository, None for local files.
+    """
+
+    spec: str
+    id: str
+    directory: Path
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    def error(self, message: str) -> UserError:
+        """An error about this checkpoint, on one line."""
+        return UserError(f"{self.spec}: {_one_line(message)}")
+
+    def read_config(self) -> dict[str, Any]:
+        """`config.json` as it is.
+
+        Raises:
+            UserError: it is missing or not JSON.
+        """
+        path = self.directory / "config.json"
+        if not path.is_file():
+            if (self.directory / "adapter_config.json").is_file():
+                raise self.error("this is an adapter; merge it into its base model and save that")
+            ggufs = sorted(self.directory.glob("*.gguf"))
+            if ggufs:
+                raise self.error(f"no config.json here; to use the GGUF file, name it: {ggufs[0]}")
+            raise self.error(
+                "no config.json here; give the directory of a transformers checkpoint, "
+                "a Hub id or a .gguf file"
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise self.error(f"config.json cannot be read ({error}); download it again") from error
+        if not isinstance(config, dict):
+            raise self.error("config.json does not hold a JSON object; download it again")
+        return config
+
+    def weight_files(self) -> list[Path]:
+        """The files with weights, sorted by name.
+
+        Raises:
+            UserError: there are none, a shard is missing, or there are only pickled ones.
+        """
+        if self.gguf_file is not None:
+            return [self.directory / self.gguf_file]
+        single = self.directory / "model.safetensors"
+        if single.is_file():
+            return [single]
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            return self._shards(index)
+        if any(next(self.directory.glob(pattern), None) for pattern in _PICKLE_PATTERNS):
+            raise self.error(
+                "only pickled weights here, and reading those can run code; if you trust them, "
+                "load and re-save them with transformers (save_pretrained writes safetensors)"
+            )
+        raise self.error(
+            "no model.safetensors (or model.safetensors.index.json) here; download the safetensors "
+            "weights, or re-save the model with save_pretrained"
+        )
+
+    def _shards(self, index: Path) -> list[Path]:
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise self.error(f"{index.name} cannot be read; download it again") from error
+        for name in names:
+            if not (self.directory / name).is_file():
+                raise self.error(
+                    f"{name} is missing, though {index.name} lists it; download it again"
+                )
+        return [self.directory / name for name in names]
+
+    def check_weight_files(self) -> None:
+        """Reads the header of every weight file, which also tells whether a file is complete.
+
+        Raises:
+            UserError: a file is truncated or damaged, or holds 8-bit floats.
+        """
+        if self.gguf_file is not None:
+            self._check_gguf(self.directory / self.gguf_file)
+            return
+        for path in self.weight_files():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                with path.open("rb") as file:
+                    pointer = file.read(24).startswith(b"version https://git-lfs")
+                if pointer:
+                    raise self.error(
+                        f"{path.name} is a Git LFS pointer, not weights; run `git lfs pull` in it"
+                    ) from error
+                raise self.error(
+                    f"{path.name} is truncated or damaged ({error}); download it again"
+                ) from error
+            if any(dtype.startswith("F8") for dtype in dtypes):
+                raise self.error(_quantized_message("fp8"))
+
+    def _check_gguf(self, path: Path) -> None:
+        if not is_gguf_available():
+            raise self.error("reading GGUF needs the gguf package: pip install 'tpa-convert[gguf]'")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise self.error("this is not a GGUF file; give a .gguf file or a directory")
+
+    def refuse_quantized(self, config: dict[str, Any]) -> None:
+        """Raises UserError if the config says that the weights are quantised."""
+        for key in ("quantization_config", "compression_config"):
+            if config.get(key):
+                raise self.error(_quantized_message(config[key].get("quant_method", "unknown")))
+
+    def sha256(self) -> str:
+        """Of the bytes of all weight files in the order of their names; names do not count."""
+        digest = hashlib.sha256()
+        for path in self.weight_files():
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def find_checkpoint(
+    spec: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Resolves what a user wrote to files on this disk, downloading from the Hub if need be.
+
+    Args:
+        spec: a directory, a `.gguf` file, or a Hub id.
+        revision: branch, tag or commit; for Hub ids only.
+        weights: whether the weights are wanted, or the config alone.
+        trust_remote_code: whether Python files are downloaded too.
+
+    Raises:
+        UserError: there is no such path, model or revision, or no connection to the Hub.
+    """
+    spec = str(spec)
+    path = Path(spec).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"{spec}: a revision goes with a Hub id, not with a path; leave it out")
+        return _local_checkpoint(spec, path.resolve())
+    if _looks_like_path(spec, path):
+        raise UserError(f"{spec}: no such file or directory; give an existing path or a Hub id")
+    patterns = _HUB_FILES if weights else ("config.json",)
+    code = ("*.py",) if trust_remote_code else ()
+    return Checkpoint(spec, spec, *_download(spec, revision, [*patterns, *code]))
+
+
+def _local_checkpoint(spec: str, path: Path) -> Checkpoint:
+    if path.is_dir():
+        return Checkpoint(spec, str(path), path)
+    if path.suffix.lower() == ".gguf":
+        return Checkpoint(spec, str(path), path.parent, gguf_file=path.name)
+    raise UserError(
+        f"{spec}: this is a file; give the directory of a checkpoint, a .gguf file or a Hub id"
+    )
+
+
+def _looks_like_path(spec: str, path: Path) -> bool:
+    return (
+        _HUB_ID.fullmatch(spec) is None
+        or spec.startswith((".", "~"))
+        or path.suffix.lower() in {".gguf", ".safetensors"}
+        # "models/llama" beside an existing directory "models" is a slip in a path
+        or ("/" in spec and path.parent.is_dir())
+    )
+
+
+def _download(spec: str, revision: str | None, patterns: list[str]) -> tuple[Path, str]:
+    """Directory of the snapshot and its commit."""
+    named = f"{spec} at revision {revision}" if revision else spec
+    try:
+        directory = snapshot_download(
+            spec, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{named}: the Hub grants access on request only; ask for it on the model's page, "
+            "then run `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{named}: the Hub has the model but no such revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{spec}: no such path here and no such model on the Hub; check the name, and for a "
+            "private model run `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{named}: no such path here, not in the Hub's cache on this disk, and the Hub cannot "
+            "be reached; check the name and the connection (HF_HUB_OFFLINE must not be set), or "
+            "give a local directory"
+        ) from error
+    return Path(directory), Path(directory).name
+
+
+def _quantized_message(method: Any) -> str:
+    name = getattr(method, "value", method)
+    return (
+        f"the weights are quantised ({name}); convert the original 16-bit checkpoint, or "
+        "de-quantise this one first (model.dequantize() in transformers, then save_pretrained)"
+    )
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
