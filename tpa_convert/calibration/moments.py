@@ -1,0 +1,202 @@
+"""Second moments of every layer on calibration text: one streamed pass, saved and loaded as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tpa_convert.architectures import Source
+from tpa_convert.architectures.attention import attention_weights
+from tpa_convert.decomposition import AttentionWeights, LayerMoments
+from tpa_convert.decomposition.factors import to_complex_pairs
+from tpa_convert.decomposition.moments import constant_functional
+from tpa_convert.errors import UserError
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def no_tracking(items: Iterable[Any], description: str) -> Iterable[Any]:
+    """Iterates without showing progress."""
+    return items
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of all layers of one source.
+
+    Args:
+        layers: one `LayerMoments` per layer, float64.
+        source_sha256: hash of the source's weights.
+        num_tokens: calibration tokens seen.
+    """
+
+    layers: list[LayerMoments]
+    source_sha256: str
+    num_tokens: int
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file, float32, complex numbers as pairs."""
+        tensors = {}
+        for i, layer in enumerate(self.layers):
+            for field in fields(layer):
+                value = getattr(layer, field.name)
+                value = torch.view_as_real(value) if value.is_complex() else value
+                tensors[f"layers.{i}.{field.name}"] = value.float().cpu().contiguous()
+        metadata = {"source_sha256": self.source_sha256, "num_tokens": str(self.num_tokens)}
+        partial = path.with_name(path.name + ".partial")
+        save_file(tensors, partial, metadata=metadata)
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Moments:
+        """Reads what `save` wrote. Raises `UserError` if the file is missing or something else."""
+        if not path.is_file():
+            raise UserError(f"no moments file at {path}: make one with --save-moments {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a readable moments file: {error}") from error
+        if "source_sha256" not in metadata:
+            raise UserError(f"{path} holds no moments: make a file with --save-moments")
+        layers = []
+        for i in range(1 + max(int(key.split(".")[1]) for key in tensors)):
+            values = {f.name: tensors[f"layers.{i}.{f.name}"] for f in fields(LayerMoments)}
+            values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"])
+            layers.append(LayerMoments(**values))
+        return cls(layers, metadata["source_sha256"], int(metadata["num_tokens"]))
+
+
+class MomentAccumulator:
+    """Sums the moments of one layer over batches, float64.
+
+    Only every `query_stride`-th position is taken as a query: neighbouring queries attend alike, and
+    the cost of the attention-weighted sums falls by that factor.
+    """
+
+    def __init__(self, weights: AttentionWeights, query_stride: int):
+        self.weights, self.query_stride = weights, query_stride
+        self.sums: dict[str, Tensor] = {}
+        self.queries = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds to a named sum."""
+        self.sums[name] = self.sums.get(name, 0) + value.to(
+            torch.complex128 if value.is_complex() else torch.float64
+        )
+
+    def update(self, inputs: Tensor, rotation: Tensor, offset: int) -> None:
+        """Adds one batch.
+
+        Args:
+            inputs: attention inputs x, [b, t, D].
+            rotation: e^{iθ_f t} (times the source's RoPE scaling), complex [t, f].
+            offset: first query position.
+        """
+        weights = self.weights
+        inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), dim=-1)
+        positions = torch.arange(offset, inputs.shape[1], self.query_stride, device=inputs.device)
+        query = torch.einsum("bsx,hdx->bhsd", inputs[:, positions], weights.query)
+        key = torch.einsum("btx,gdx->btgd", inputs, weights.key)
+        value = torch.einsum("btx,gdx->btgd", inputs, weights.value).flatten(2)
+
+        query_pairs = to_complex_pairs(query, -1) * rotation[positions]
+        key_pairs = to_complex_pairs(key, -1) * rotation[:, None]
+        attention = self.attention(query_pairs, key_pairs, positions)  # [b, h, s, t]
+        mean_attention = attention.mean(1)
+        token_weight = mean_attention.sum(1)[..., None, None]  # [b, t, 1, 1]
+
+        mean_pairs = torch.einsum("bst,btgf->bsgf", mean_attention.to(key_pairs.dtype), key_pairs)
+        self.add("pair_covariance", covariance_of_pairs(key_pairs, token_weight * key_pairs))
+        self.add("pair_covariance", -covariance_of_pairs(mean_pairs, mean_pairs))
+        key = key.flatten(2)
+        mean_key = (mean_attention @ key).flatten(0, 1)
+        weighted_key = (token_weight[..., 0] * key).flatten(0, 1)
+        self.add("key_covariance", weighted_key.mT @ key.flatten(0, 1) - mean_key.mT @ mean_key)
+        energy = query_pairs.abs().square().sum((0, 2)).unflatten(0, (-1, weights.heads_per_group))
+        self.add("query_energy", energy.sum(1))
+        mixed = (attention @ value[:, None]).flatten(0, 2)
+        heads = attention.shape[1]
+        self.add("value_covariance", mixed.mT @ mixed / heads)
+        self.add("value_mean", mixed.sum(0) / heads)
+        weighted_inputs = (token_weight[..., 0] * inputs).flatten(0, 1)
+        self.add("input_moment", weighted_inputs.mT @ inputs.flatten(0, 1))
+        self.queries += mean_attention.shape[0] * mean_attention.shape[1]
+
+    def attention(self, query_pairs: Tensor, key_pairs: Tensor, positions: Tensor) -> Tensor:
+        """Causal attention weights p, [b, h, s, t], float32."""
+        query = torch.view_as_real(query_pairs).flatten(-2)
+        key = torch.view_as_real(key_pairs).flatten(-2).transpose(1, 2)
+        key = key.repeat_interleave(self.weights.heads_per_group, dim=1)
+        scores = query @ key.mT * self.weights.scale
+        future = torch.arange(scores.shape[-1], device=scores.device) > positions[:, None]
+        return scores.masked_fill_(future, -torch.inf).softmax(-1)
+
+    def finish(self) -> LayerMoments:
+        """The moments: sums over the number of queries."""
+        means = {name: total / self.queries for name, total in self.sums.items()}
+        second_moment = means.pop("input_moment")  # homogeneous: the last column is the mean
+        functional, residual = constant_functional(second_moment[:-1, :-1], second_moment[:-1, -1])
+        return LayerMoments(**means, constant_functional=functional, constant_residual=residual)
+
+
+def covariance_of_pairs(left: Tensor, right: Tensor) -> Tensor:
+    """Σ left_g conj(right_h) over batch and tokens per rotary pair: [b, t, g, f] twice to [f, g, g]."""
+    left = left.flatten(0, 1).permute(2, 1, 0)
+    right = right.flatten(0, 1).permute(2, 1, 0)
+    return left @ right.mH
+
+
+@torch.no_grad()
+def collect_moments(
+    source: Source,
+    blocks: Tensor,
+    *,
+    batch_size: int = 4,
+    query_stride: int = 4,
+    track: Track = no_tracking,
+) -> Moments:
+    """Moments of every layer of `source` on `blocks`, one layer in flight at a time.
+
+    Args:
+        source: the model to convert.
+        blocks: token ids, int64 [N, length].
+        batch_size: blocks per step.
+        query_stride: distance of the positions taken as queries.
+        track: shows progress over the layers, called as `track(layers, description)`.
+    """
+    decoder = source.model.model
+    device = decoder.embed_tokens.weight.device
+    state = source.architecture.llama_state_dict(source.model)
+    batches = [decoder.embed_tokens(batch.to(device)) for batch in blocks.split(batch_size)]
+    positions = torch.arange(blocks.shape[1], device=device)[None]
+    position_embeddings = decoder.rotary_emb(batches[0], positions)
+    cos, sin = (table[0, :, : table.shape[-1] // 2].float() for table in position_embeddings)
+    rotation = torch.complex(cos, sin)
+
+    layers = []
+    for i, layer in enumerate(track(decoder.layers, "calibrating")):
+        weights = attention_weights(source, state, i, dtype=torch.float32)
+        accumulator = MomentAccumulator(weights, query_stride)
+        captured: list[Tensor] = []
+        hook = layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs, captured=captured: captured.append(
+                kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            ),
+            with_kwargs=True,
+        )
+        for b, hidden in enumerate(batches):
+            output = layer(hidden, position_ids=positions, position_embeddings=position_embeddings)
+            batches[b] = output[0] if isinstance(output, tuple) else output
+            accumulator.update(captured.pop().float(), rotation, offset=b % query_stride)
+        hook.remove()
+        layers.append(accumulator.finish())
+    return Moments(layers, source.reference.sha256, blocks.numel())

@@ -1,0 +1,98 @@
+"""What a decomposition takes and gives: the weights of one attention layer, and its TPA factors.
+
+Everything here is affine in the homogeneous input [x, 1]: weights have one more column than the
+hidden size, which holds the bias (zero where the source has none).
+
+Letters: h query heads, g key/value heads, d head dim, f rotary pairs (d = 2 f), D hidden size,
+p key components (pairs), w value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """The projections of one attention layer.
+
+    Args:
+        query: [h, d, D + 1].
+        key: [g, d, D + 1].
+        value: [g, d, D + 1].
+        output: [D, h, d].
+        output_bias: [D], or None.
+        scale: factor on the scores before softmax.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    output_bias: Tensor | None
+    scale: float
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.query.shape[0] // self.key.shape[0]
+
+
+@dataclass(frozen=True)
+class KeyFactors:
+    """k_j ≈ Σ_p T_{j,p} b_p on rotary pair `rotary_pair[p]`, with b = feature · [x, 1].
+
+    Args:
+        feature: complex [p, D + 1].
+        gauge: complex T, [g, p].
+        rotary_pair: int64 [p], the source's rotary pair of each component.
+        head_factor: [R, g] if T_{j,p} is the real number a_{r,j} for all pairs of component r, with
+            R components of all f pairs in order (the layer of the paper); else None.
+    """
+
+    feature: Tensor
+    gauge: Tensor
+    rotary_pair: Tensor
+    head_factor: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ValueFactors:
+    """v_j ≈ U_j b, with b = feature · [x, 1].
+
+    Args:
+        feature: [w, D + 1].
+        gauge: U, [g, d, w].
+        head_factor: [R, g] if U_{j} = [a_{1,j}·1, …, a_{R,j}·1] (the layer of the paper), else None.
+    """
+
+    feature: Tensor
+    gauge: Tensor
+    head_factor: Tensor | None = None
+
+
+def to_complex_pairs(x: Tensor, dim: int) -> Tensor:
+    """Complex view of half-split features: size d along `dim` becomes f = d / 2."""
+    real, imaginary = x.chunk(2, dim)
+    return torch.complex(real, imaginary)
+
+
+def to_half_split(x: Tensor, dim: int) -> Tensor:
+    """Inverse of `to_complex_pairs`."""
+    return torch.cat((x.real, x.imag), dim)
+
+
+def symmetric_power(matrix: Tensor, exponent: float, tolerance: float = 1e-12) -> Tensor:
+    """Power of a symmetric positive semi-definite matrix [..., n, n] through its eigenvalues.
+
+    Directions whose eigenvalue is below `tolerance` times the largest are treated as absent: zero in
+    the result also for negative exponents (pseudo-inverse).
+    """
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    floor = tolerance * eigenvalues[..., -1:].clamp_min(0)
+    present = eigenvalues > floor
+    powers = torch.where(present, eigenvalues.clamp_min(1e-300), 1.0) ** exponent
+    return (vectors * (powers * present).unsqueeze(-2)) @ vectors.mH

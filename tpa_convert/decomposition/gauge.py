@@ -1,0 +1,100 @@
+"""Gauge decomposition: principal components across key/value heads, exact under RoPE.
+
+Keys: inside each rotary pair the g key heads are complex numbers; their principal components commute
+with RoPE, so they can be cached rotated and the per-head maps T folded into the queries.
+Values: principal components of all heads together in the metric of the output projection; the maps U
+fold into it. See docs/mathematics.md for the derivation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpa_convert.decomposition.factors import (
+    AttentionWeights,
+    KeyFactors,
+    ValueFactors,
+    symmetric_power,
+    to_complex_pairs,
+)
+from tpa_convert.decomposition.moments import LayerMoments
+
+
+def score_weights(query_energy: Tensor, floor: float = 1e-6) -> Tensor:
+    """w_{j,f} = √(query energy), [g, f], kept away from zero so that dividing by it is safe."""
+    return query_energy.clamp_min(floor * query_energy.mean()).sqrt()
+
+
+def key_components(moments: LayerMoments) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [f, g] (ascending) and eigenvectors [f, g, g] of the weighted pair covariances."""
+    weight_fg = score_weights(moments.query_energy).mT
+    weighted = moments.pair_covariance * weight_fg[:, :, None] * weight_fg[:, None, :]
+    eigenvalues, vectors = torch.linalg.eigh(weighted)
+    return eigenvalues.clamp_min(0), vectors
+
+
+def allocate_components(energy: Tensor, count: int, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Picks the `count` strongest components over all rotary pairs.
+
+    Args:
+        energy: [f, g], one entry per candidate component.
+        count: components to pick.
+        rank: most components on any one pair, or None for no limit.
+
+    Returns: rotary pair and component index of each, int64 [count], ordered by pair.
+    """
+    if rank is not None:
+        kth = energy.topk(rank, dim=1).values[:, -1:]
+        energy = torch.where(energy >= kth, energy, -1.0)
+    chosen = energy.flatten().topk(count).indices.sort().values
+    return chosen // energy.shape[1], chosen % energy.shape[1]
+
+
+def decompose_keys(
+    weights: AttentionWeights, moments: LayerMoments, width: int, rank: int | None = None
+) -> KeyFactors:
+    """Complex principal components of the keys per rotary pair; the budget goes where the energy is.
+
+    With S the weighted covariance of a pair and u an eigenvector of it, b = uᴴ (w ⊙ k) and
+    T_j = u_j / w_j.
+
+    Args:
+        width: numbers cached per token, even, at most g d.
+        rank: most components on any one rotary pair, or None for no limit.
+
+    Returns: factors with width / 2 components, ordered by rotary pair.
+    """
+    eigenvalues, vectors = key_components(moments)
+    rotary_pair, component = allocate_components(eigenvalues, width // 2, rank)
+    vector_pg = vectors[rotary_pair, :, component]
+    weight_pg = score_weights(moments.query_energy).mT[rotary_pair]
+    key_pairs = to_complex_pairs(weights.key, 1)[:, rotary_pair]  # [g, p, D + 1]
+    feature = torch.einsum("pg,gpx->px", vector_pg.conj() * weight_pg, key_pairs)
+    return KeyFactors(feature, (vector_pg / weight_pg).mT.contiguous(), rotary_pair)
+
+
+def value_metric(weights: AttentionWeights) -> Tensor:
+    """M_j = Σ_{i∈j} O_iᵀ O_i, [g, d, d]: how an error of v_j weighs in the output."""
+    output = weights.output.unflatten(1, (-1, weights.heads_per_group))
+    return torch.einsum("xgnd,xgne->gde", output, output)
+
+
+def decompose_values(
+    weights: AttentionWeights, moments: LayerMoments, width: int, metric: Tensor
+) -> ValueFactors:
+    """Principal components of the stacked value heads in a metric.
+
+    Minimises Σ_j tr(M_j E[δ_j δ_jᵀ]) for the error δ of the attention-mixed values.
+
+    Args:
+        width: numbers cached per token, at most g d.
+        metric: M, [g, d, d], symmetric positive semi-definite.
+    """
+    groups, head_dim, _ = weights.value.shape
+    root = torch.block_diag(*symmetric_power(metric, 0.5))
+    inverse_root = torch.block_diag(*symmetric_power(metric, -0.5))
+    _, vectors = torch.linalg.eigh(root @ moments.value_covariance @ root)
+    vectors = vectors[:, -width:].flip(-1)
+    feature = vectors.mT @ root @ weights.value.flatten(0, 1)
+    return ValueFactors(feature, (inverse_root @ vectors).unflatten(0, (groups, head_dim)))

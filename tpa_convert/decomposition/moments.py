@@ -1,0 +1,73 @@
+"""Second moments of one attention layer on calibration text, and their data-free stand-in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpa_convert.decomposition.factors import AttentionWeights, to_complex_pairs
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What the decompositions need to know of one layer's activations. Letters as in `factors`.
+
+    Args:
+        pair_covariance: complex Hermitian [f, g, g]. Covariance across key/value heads of the rotated
+            keys on each rotary pair, tokens weighted by attention and centred under it: the
+            second-order term of KL(p ‖ p̂) is half the variance of the score error under p.
+        query_energy: [g, f], Σ over the query heads i of a group of E|q_{i,f}|².
+        key_covariance: [g d, g d], the same covariance of the keys before rotation, all features.
+        value_covariance: [g d, g d], E[z zᵀ] of the attention-mixed values z = Σ_t p_t v_t.
+        value_mean: [g d], E[z].
+        constant_functional: [D], the linear functional of the attention input closest to the
+            constant 1 (C⁻¹ μ with C = E[x xᵀ], μ = E[x]).
+        constant_residual: mean squared error of that functional, 1 − μᵀ C⁻¹ μ.
+    """
+
+    pair_covariance: Tensor
+    query_energy: Tensor
+    key_covariance: Tensor
+    value_covariance: Tensor
+    value_mean: Tensor
+    constant_functional: Tensor
+    constant_residual: Tensor
+
+
+def constant_functional(second_moment: Tensor, mean: Tensor, damping: float = 1e-6):
+    """The linear functional w·x closest to the constant 1 in mean square, and its squared error.
+
+    Args:
+        second_moment: C = E[x xᵀ], [D, D].
+        mean: μ = E[x], [D].
+        damping: added to the diagonal, relative to its mean.
+
+    Returns: w = C⁻¹ μ, [D], and E(1 − w·x)² = 1 − 2 wᵀμ + wᵀCw, a scalar.
+    """
+    identity = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    damped = second_moment + damping * second_moment.diagonal().mean() * identity
+    functional = torch.linalg.solve(damped, mean)
+    residual = 1 - 2 * functional @ mean + functional @ second_moment @ functional
+    return functional, residual
+
+
+def data_free_moments(weights: AttentionWeights) -> LayerMoments:
+    """Moments as if inputs were white, queries equally strong and the mean input zero.
+
+    With these the decompositions approximate the weights themselves, not what attention does.
+    """
+    groups, _, columns = weights.key.shape
+    pairs = to_complex_pairs(weights.key, 1)
+    key = weights.key.flatten(0, 1)
+    value = weights.value.flatten(0, 1)
+    return LayerMoments(
+        pair_covariance=torch.einsum("gfx,hfx->fgh", pairs, pairs.conj()),
+        query_energy=torch.ones(groups, pairs.shape[1], dtype=key.dtype, device=key.device),
+        key_covariance=key @ key.mT,
+        value_covariance=value @ value.mT,
+        value_mean=value.new_zeros(len(value)),
+        constant_functional=key.new_zeros(columns - 1),
+        constant_residual=key.new_ones(()),
+    )

@@ -1,0 +1,224 @@
+"""From a cache budget to the ranks and widths of every layer."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tpa_convert.errors import UserError
+from tpa_convert.modeling import LayerShape
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the cache may hold: one of three ways to say it, or ranks and widths outright.
+
+    Args:
+        kv_floats: numbers cached per token and layer, mean over layers.
+        kv_bytes: bytes cached per token by the whole model.
+        kv_ratio: share of the source's cache that is kept, in (0, 1].
+        rank_k, rank_v: number of head factors; the width is then rank * head_dim unless given.
+        width_k, width_v: feature numbers cached per token and layer.
+    """
+
+    kv_floats: float | None = None
+    kv_bytes: float | None = None
+    kv_ratio: float | None = None
+    rank_k: int | None = None
+    rank_v: int | None = None
+    width_k: int | None = None
+    width_v: int | None = None
+
+    @property
+    def outright(self) -> bool:
+        """Whether ranks or widths are given."""
+        return any(
+            value is not None for value in (self.rank_k, self.rank_v, self.width_k, self.width_v)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per-layer shapes of a conversion.
+
+    Args:
+        layers: one shape per layer.
+        num_key_value_heads, head_dim: of the source.
+        rank_limit_k: most components on one rotary pair of a static layer, None for no limit.
+        rank_q: rank of factored queries, None for dense ones.
+    """
+
+    layers: list[LayerShape]
+    num_key_value_heads: int
+    head_dim: int
+    rank_limit_k: int | None = None
+    rank_q: int | None = None
+
+    @property
+    def kv_floats(self) -> float:
+        """Numbers cached per token and layer, mean over layers."""
+        total = sum(layer.cached_floats(self.num_key_value_heads) for layer in self.layers)
+        return total / len(self.layers)
+
+    @property
+    def source_kv_floats(self) -> int:
+        """The same of the source."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    def kv_bytes(self, dtype: torch.dtype) -> float:
+        """Bytes cached per token by the whole model, in `dtype`."""
+        return self.kv_floats * len(self.layers) * dtype.itemsize
+
+    def config_fields(self) -> dict[str, Any]:
+        """Keyword arguments for `TPAConfig`: a list over layers for each field of `LayerShape`."""
+        shapes = [asdict(layer) for layer in self.layers]
+        fields: dict[str, Any] = {name: [shape[name] for shape in shapes] for name in shapes[0]}
+        return {**fields, "rank_q": self.rank_q}
+
+
+def floats_of_budget(
+    budget: Budget, num_layers: int, source_floats: int, cache_dtype: torch.dtype
+) -> float:
+    """Numbers per token and layer that a budget given as floats, bytes or ratio allows."""
+    given = [v for v in (budget.kv_floats, budget.kv_bytes, budget.kv_ratio) if v is not None]
+    if len(given) != 1 or budget.outright:
+        raise UserError(
+            "give the budget once: --kv-floats, --kv-bytes or --kv-ratio, or ranks and widths"
+        )
+    if budget.kv_floats is not None:
+        return budget.kv_floats
+    if budget.kv_bytes is not None:
+        return budget.kv_bytes / (num_layers * cache_dtype.itemsize)
+    assert budget.kv_ratio is not None
+    return budget.kv_ratio * source_floats
+
+
+def plan_uniform(
+    llama_config: dict[str, Any],
+    budget: Budget,
+    *,
+    form: str = "static",
+    whole_heads: bool = False,
+    gauge: str = "auto",
+    cache_dtype: torch.dtype = torch.float32,
+    rank_q: int | None = None,
+) -> Plan:
+    """The same shape for every layer, as much as possible of the budget, K and V alike.
+
+    Args:
+        llama_config: `Architecture.llama_config` of the source.
+        budget: what the cache may hold.
+        form: `static`, `affine` or `linear`.
+        whole_heads: widths are multiples of the head dim and contextual layers have no gauge (the
+            `svd` method: the layer of the paper).
+        gauge: `absorbed`, `applied`, or `auto`: absorbed while neither width exceeds the head dim,
+            because beyond that the query and output projections would grow.
+        cache_dtype: what `kv_bytes` counts in.
+        rank_q: rank of factored queries.
+
+    Raises:
+        UserError: a budget below the minimum or above the source, or shapes that cannot be built.
+    """
+    groups, head_dim = llama_config["num_key_value_heads"], llama_config["head_dim"]
+    num_layers = llama_config["num_hidden_layers"]
+    source_floats = 2 * groups * head_dim
+    if budget.outright:
+        given = (budget.kv_floats, budget.kv_bytes, budget.kv_ratio)
+        if any(value is not None for value in given):
+            raise UserError("give either a --kv-* budget or ranks and widths, not both")
+        rank_k, width_k = outright(budget.rank_k, budget.width_k, form, groups, head_dim)
+        rank_v, width_v = outright(budget.rank_v, budget.width_v, form, groups, head_dim)
+    else:
+        floats = floats_of_budget(budget, num_layers, source_floats, cache_dtype)
+        if floats > source_floats:
+            raise UserError(
+                f"a budget of {floats:g} numbers per token and layer is above the source's "
+                f"{source_floats}: nothing to convert"
+            )
+        divide = divide_heads if whole_heads else divide_features
+        rank_k, width_k, rank_v, width_v = divide(int(floats), form, groups, head_dim)
+
+    if whole_heads and (width_k % head_dim or width_v % head_dim):
+        raise UserError(
+            f"the svd method keeps whole heads: widths must be multiples of {head_dim}, "
+            f"not {width_k} and {width_v}"
+        )
+    if width_k > groups * head_dim or width_v > groups * head_dim:
+        raise UserError(
+            f"widths {width_k} and {width_v} exceed the source's {groups * head_dim} numbers "
+            "per token and layer: there is nothing more to keep"
+        )
+    if whole_heads and form != "static":
+        gauge = "none"
+    elif gauge == "auto":
+        gauge = "absorbed" if max(width_k, width_v) <= head_dim else "applied"
+    shape = LayerShape(form, gauge, rank_k, rank_v, width_k, width_v)  # type: ignore[arg-type]
+    problem = shape.problem(head_dim)
+    if problem:
+        raise UserError(problem)
+    plan = Plan(
+        [shape] * num_layers,
+        groups,
+        head_dim,
+        rank_limit_k=budget.rank_k if form == "static" else None,
+        rank_q=rank_q,
+    )
+    if plan.kv_floats >= source_floats:
+        warnings.warn(
+            f"these ranks and widths cache {plan.kv_floats:g} numbers per token and layer, "
+            f"the source caches {source_floats}: nothing is saved",
+            stacklevel=2,
+        )
+    return plan
+
+
+def outright(
+    rank: int | None, width: int | None, form: str, groups: int, head_dim: int
+) -> tuple[int, int]:
+    """Rank and width of keys or values from what the user gave; the whole head space by default."""
+    if rank is None:
+        width = groups * head_dim if width is None else width
+        rank = max(1, -(-width // head_dim)) if form == "static" else 1
+    return rank, rank * head_dim if width is None else width
+
+
+def divide_features(
+    floats: int, form: str, groups: int, head_dim: int
+) -> tuple[int, int, int, int]:
+    """(rank_k, width_k, rank_v, width_v) that fill a budget, half for keys and half for values."""
+    if form == "static":
+        rank, head_factors = 1, 0
+    else:
+        rank = min(2, groups)
+        head_factors = 2 * rank * groups
+    minimum = head_factors + 3 * rank
+    if floats < minimum:
+        raise UserError(
+            f"a budget of {floats} numbers per token and layer is too small: "
+            f"the {form} form needs at least {minimum}"
+        )
+    features = floats - head_factors
+    width_k = min(max(features // 2, 2 * rank), groups * head_dim)
+    width_k -= width_k % (2 * rank)
+    width_v = min(features - width_k, groups * head_dim)
+    width_v -= width_v % rank
+    if form == "static":
+        return -(-width_k // head_dim), width_k, -(-width_v // head_dim), width_v
+    return rank, width_k, rank, width_v
+
+
+def divide_heads(floats: int, form: str, groups: int, head_dim: int) -> tuple[int, int, int, int]:
+    """As `divide_features`, in whole heads; an odd one goes to the keys, which are the harder."""
+    cost = head_dim + (0 if form == "static" else groups)
+    total = floats // cost
+    if total < 2:
+        raise UserError(
+            f"a budget of {floats} numbers per token and layer is too small: "
+            f"the svd method needs at least {2 * cost}"
+        )
+    rank_v = min(total // 2, groups)
+    rank_k = min(total - rank_v, groups)
+    return rank_k, rank_k * head_dim, rank_v, rank_v * head_dim
