@@ -113,6 +113,8 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+ALREADY_TPA = "this model is a TPA model already; convert the model it was made from"
+
 _REGISTRY: dict[str, Architecture] = {}
 
 
@@ -153,7 +155,7 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
     kind = config.model_type
     rope = getattr(config, "rope_parameters", None)
     if kind == "tpa":
-        return "this model is a TPA model already; convert the model it was made from"
+        return ALREADY_TPA
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder model; only decoder-only models can be converted"
     if getattr(config, "kv_lora_rank", None):

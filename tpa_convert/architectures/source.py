@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from tpa_convert.architectures.architecture import Architecture, architecture_of
+from tpa_convert.architectures.architecture import ALREADY_TPA, Architecture, architecture_of
 from tpa_convert.architectures.checkpoint import Checkpoint, find_checkpoint
 from tpa_convert.errors import UserError
 
@@ -135,10 +135,7 @@ def _refuse_unreadable_type(
             'config.json names no "model_type"; re-save the model with save_pretrained'
         )
     if model_type == "tpa":
-        # Said here too, for whoever has not registered our own model class.
-        raise checkpoint.error(
-            "this model is a TPA model already; convert the model it was made from"
-        )
+        raise checkpoint.error(ALREADY_TPA)  # before its config class, which may not be registered
     if model_type in transformers.CONFIG_MAPPING:
         return
     if "auto_map" not in raw:
