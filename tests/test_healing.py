@@ -1,0 +1,434 @@
+"""Healing: the fused loss against plain autograd, and short runs on tiny random Llamas."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tests.conftest import make_tiny_llama
+from tpa_convert.errors import UserError
+from tpa_convert.healing import (
+    HealingInterrupted,
+    HealingReport,
+    HealingSettings,
+    chunked_divergence,
+    forward_kl,
+    heal,
+    parameter_groups,
+)
+from tpa_convert.healing import run as healing_run
+from tpa_convert.healing.callbacks import GracefulStop
+from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
+from tpa_convert.healing.objective import default_chunk_tokens
+from tpa_convert.healing.trainer import CAUSAL_SDPA, block_forward, final_hidden_states
+
+SETTINGS = HealingSettings(
+    tokens=12 * 64,
+    tokens_per_step=64,
+    batch_size=4,
+    attention_learning_rate=1e-2,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    save_steps=5,
+)
+
+
+def plain_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    teacher = torch.softmax(teacher_logits / temperature, -1)
+    ratio = torch.log(teacher) - torch.log_softmax(student_logits / temperature, -1)
+    return temperature**2 * (teacher * ratio).sum(-1).mean()
+
+
+@given(
+    tokens=st.integers(1, 9),
+    chunk_tokens=st.integers(1, 10),
+    vocab=st.integers(2, 17),
+    widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_chunked_divergence_is_the_mean_kl_with_its_gradients(
+    tokens: int,
+    chunk_tokens: int,
+    vocab: int,
+    widths: tuple[int, int],
+    temperature: float,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    student_hidden, student_weight = random(tokens, widths[0]), random(vocab, widths[0])
+    teacher_hidden, teacher_weight = random(tokens, widths[1]), random(vocab, widths[1])
+    inputs = [student_hidden.requires_grad_(), student_weight.requires_grad_()]
+    expected = plain_kl(
+        student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, temperature
+    )
+    expected_gradients = torch.autograd.grad(3.0 * expected, inputs)
+
+    fused = [x.detach().float().requires_grad_() for x in inputs]
+    loss = chunked_divergence(
+        *fused,
+        teacher_hidden.float(),
+        teacher_weight.float(),
+        divergence=partial(forward_kl, temperature=temperature),
+        chunk_tokens=chunk_tokens,
+    )
+    gradients = torch.autograd.grad(3.0 * loss, fused)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_head_and_validation_get_no_weight_gradient() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True)
+    weight = torch.randn(7, 4)
+    loss = chunked_divergence(hidden, weight, torch.randn(3, 4), torch.randn(7, 4))
+    loss.backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+    with torch.no_grad():
+        loss = chunked_divergence(
+            hidden, weight.requires_grad_(), torch.randn(3, 4), torch.randn(7, 4)
+        )
+    assert not loss.requires_grad
+
+
+def test_chunks_shrink_with_the_vocabulary() -> None:
+    assert default_chunk_tokens(49152, torch.bfloat16, compiled=True) == 2048
+    assert default_chunk_tokens(49152, torch.bfloat16, compiled=False) == 512
+    assert default_chunk_tokens(10**10, torch.float32, compiled=False) == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_of_the_trainer_equals_plain_distillation(
+    tied: bool, random_tokens: Any, tmp_path: Path
+) -> None:
+    """One step of heal() moves every parameter as AdamW does on plainly computed gradients."""
+    teacher = make_tiny_llama("gqa", seed=1, tie_word_embeddings=tied)
+    student = make_tiny_llama("mqa", seed=2, tie_word_embeddings=tied)
+    blocks = random_tokens(8, 16)
+    reference = copy.deepcopy(student).requires_grad_(True)
+
+    loss = plain_kl(reference(blocks).logits, teacher(blocks).logits, 2.0)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    groups = parameter_groups(
+        reference, attention_learning_rate=1e-2, learning_rate=3e-3, weight_decay=0.1
+    )
+    torch.optim.AdamW(groups, betas=healing_run.ADAM_BETAS).step()
+
+    one_step = HealingSettings(
+        tokens=128,
+        tokens_per_step=128,
+        batch_size=2,  # so that gradients are accumulated over four batches
+        attention_learning_rate=1e-2,
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        temperature=2.0,
+    )
+    report = heal(
+        student, teacher, None, blocks, settings=one_step, output_dir=tmp_path, progress=False
+    )
+    assert report.losses == ((1, pytest.approx(loss.item(), rel=1e-4)),)
+    assert report.batch_size == 2
+    healed = dict(student.named_parameters())
+    for name, parameter in reference.named_parameters():
+        # Adam's first step is a sign: where a gradient is nearly 0, rounding decides.
+        torch.testing.assert_close(healed[name], parameter, rtol=1e-3, atol=1e-4)
+
+
+def perturbed(model: Any, seed: int) -> Any:
+    """A copy with noise on the attention weights, as a lossy conversion leaves them."""
+    student = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "self_attn" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += 0.5 * parameter.std() * noise
+    return student
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_perturbed_copy_heals(
+    gradient_checkpointing: bool, random_tokens: Any, tmp_path: Path
+) -> None:
+    teacher = make_tiny_llama()
+    student = perturbed(teacher, seed=0)
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    options = asdict(SETTINGS) | {
+        "tokens": 60 * 64,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    report = heal(
+        student,
+        teacher,
+        None,
+        random_tokens(64, 16),
+        settings=HealingSettings(**options),
+        output_dir=tmp_path,
+        valid_blocks=random_tokens(7, 16, seed=9),
+        progress=True,
+    )
+    assert report.steps == 60
+    assert report.tokens == 60 * 64
+    assert report.resumed_from == 0
+    assert report.valid_loss_after < 0.5 * report.valid_loss_before
+    assert report.losses[-1][1] < 0.5 * report.losses[0][1]
+    assert json.loads(json.dumps(asdict(report)))["steps"] == 60
+
+    # The models are left as they were found, but for the student's weights.
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert not student.training
+    assert student.config.use_cache
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    assert "forward" not in vars(student)
+    assert "forward" not in vars(student.get_decoder())
+    assert student(random_tokens(1, 4)).logits.shape == (1, 4, 128)
+
+
+class StopAt(TrainerCallback):
+    """Sends this process a signal during a given step."""
+
+    def __init__(self, step: int, number: int):
+        self.step = step
+        self.number = number
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def run(output_dir: Path, blocks: Tensor, **changes: Any) -> tuple[HealingReport, Any]:
+    teacher = make_tiny_llama()
+    student = perturbed(teacher, seed=0)
+    options = HealingSettings(**(asdict(SETTINGS) | changes))
+    report = heal(
+        student, teacher, None, blocks, settings=options, output_dir=output_dir, progress=False
+    )
+    return report, student
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_on_the_same_curve(
+    number: int, random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = random_tokens(20, 16)  # fewer than the run needs, so that a second pass is resumed
+    whole, expected = run(tmp_path / "whole", blocks)
+    assert whole.resumed_from == 0
+    assert len(whole.losses) == 12
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        trainer = healing_run.DistillationTrainer
+
+        def interrupted_trainer(**kwargs: Any) -> Any:
+            kwargs["callbacks"].append(StopAt(7, number))
+            return trainer(**kwargs)
+
+        patch.setattr(healing_run, "DistillationTrainer", interrupted_trainer)
+        with pytest.raises(HealingInterrupted, match="step 8 of 12"):
+            run(tmp_path / "parts", blocks)
+    assert signal.getsignal(number) is handler
+
+    # Another batch size may finish the run, and a half-written checkpoint is not used.
+    (tmp_path / "parts" / "checkpoints" / "checkpoint-11").mkdir()
+    report, student = run(tmp_path / "parts", blocks, batch_size=2)
+    assert report.resumed_from == 8
+    assert report.steps == 12
+    assert [step for step, _ in report.losses] == list(range(1, 13))
+    torch.testing.assert_close(
+        [loss for _, loss in report.losses],
+        [loss for _, loss in whole.losses],
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    for healed, reference in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(healed, reference, rtol=1e-3, atol=1e-4)
+
+    # A finished run is loaded, not repeated.
+    report, student = run(tmp_path / "parts", blocks)
+    assert report.resumed_from == 12
+    for healed, reference in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(healed, reference, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoints_of_another_run_are_refused(random_tokens: Any, tmp_path: Path) -> None:
+    run(tmp_path, random_tokens(8, 16), tokens=5 * 64)
+    with pytest.raises(UserError, match="different learning_rate, text"):
+        run(tmp_path, random_tokens(8, 16, seed=1), tokens=5 * 64, learning_rate=1e-4)
+    report = heal(
+        make_tiny_llama(seed=3),
+        make_tiny_llama(),
+        None,
+        random_tokens(8, 16, seed=1),
+        settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 64})),
+        output_dir=tmp_path,
+        resume=False,
+        progress=False,
+    )
+    assert report.resumed_from == 0
+    assert report.steps == 1
+
+
+def test_parameter_groups() -> None:
+    model = make_tiny_llama(attention_bias=True, tie_word_embeddings=True).requires_grad_(True)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    groups = parameter_groups(
+        model, attention_learning_rate=6e-4, learning_rate=2e-4, weight_decay=0.1
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == (6e-4, 0.1)
+    assert found["model.layers.1.self_attn.k_proj.bias"] == (6e-4, 0.0)
+    assert found["model.layers.1.mlp.up_proj.weight"] == (2e-4, 0.1)
+    assert found["model.layers.0.input_layernorm.weight"] == (2e-4, 0.0)
+    assert found["model.embed_tokens.weight"] == (2e-4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0}, "tokens must be at least 1, not 0"),
+        ({"tokens_per_step": 0}, "tokens_per_step must be at least 1"),
+        ({"block_length": 1}, "block_length must be at least 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
+        ({"attention_learning_rate": float("nan")}, "attention_learning_rate must be a positive"),
+        ({"temperature": 0.0}, "temperature must be a positive number"),
+        ({"warmup_steps": -1}, "warmup_steps must be zero or more"),
+        ({"weight_decay": -0.1}, "weight_decay must be zero or more"),
+        ({"save_steps": 0}, "save_steps must be at least 1"),
+    ],
+)
+def test_settings_are_validated(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        HealingSettings(**change)
+
+
+def test_bad_input_is_a_user_error(random_tokens: Any, tmp_path: Path) -> None:
+    model, blocks = make_tiny_llama(), random_tokens(8, 16)
+    attempt = partial(heal, output_dir=tmp_path, settings=SETTINGS, progress=False)
+    with pytest.raises(UserError, match="vocabularies differ"):
+        attempt(make_tiny_llama(vocab_size=64), model, None, blocks)
+    with pytest.raises(UserError, match=r"blocks must be a tensor \[N, L\]"):
+        attempt(model, model, None, blocks[:0])
+    with pytest.raises(UserError, match="multiple of the block length 15"):
+        attempt(model, model, None, blocks[:, :15])
+    with pytest.raises(UserError, match="documents need a tokenizer"):
+        attempt(model, model, None, ["text"])
+    softcapped = make_tiny_llama()
+    plain_forward = softcapped.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain_forward(*args, **kwargs)
+        output.logits = output.logits.tanh()
+        return output
+
+    softcapped.forward = forward
+    with pytest.raises(UserError, match="source changes its logits"):
+        attempt(model, softcapped, None, blocks)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(random_tokens: Any, tmp_path: Path) -> None:
+    student = make_tiny_llama(seed=1)
+    with torch.no_grad():
+        student.model.norm.weight[0] = 3e38
+    with pytest.raises(UserError, match="healing loss is nan at step 1: use lower learning rates"):
+        heal(
+            student,
+            make_tiny_llama(),
+            None,
+            random_tokens(8, 16),
+            settings=SETTINGS,
+            output_dir=tmp_path,
+            progress=False,
+        )
+
+
+def test_block_forward_needs_no_mask_and_changes_nothing(random_tokens: Any) -> None:
+    model, tokens = make_tiny_llama(), random_tokens(3, 16)
+    expected = model(tokens).logits
+    with block_forward(model):
+        assert model.config._attn_implementation == CAUSAL_SDPA
+        hidden = final_hidden_states(model, model, tokens)
+        masks: list[Any] = []
+        hook = model.model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        hook.remove()
+    assert masks == [None]
+    torch.testing.assert_close(model.lm_head(hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(blocks=st.integers(1, 12), samples=st.integers(1, 40), seed=st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_blocks_are_all_seen_equally_often(blocks: int, samples: int, seed: int) -> None:
+    dataset = BlockDataset(torch.arange(blocks)[:, None], samples, seed)
+    batch = collate(dataset.__getitems__(range(len(dataset))))["input_ids"]
+    assert batch.shape == (samples, 1)
+    assert [int(dataset[i]) for i in range(samples)] == batch[:, 0].tolist()
+    counts = batch[:, 0].bincount(minlength=blocks)
+    assert counts.max() - counts.min() <= 1
+    again = BlockDataset(torch.arange(blocks)[:, None], samples, seed)
+    assert torch.equal(dataset.order, again.order)
+
+
+def test_batch_sizes() -> None:
+    assert largest_divisor(32, 32) == 32
+    assert largest_divisor(32, 28) == 16
+    assert largest_divisor(30, 7) == 6
+    assert largest_divisor(7, 0) == 1
+    model = make_tiny_llama()
+    assert blocks_that_fit(model, 1024, torch.device("cpu"), False) == 4
+    assert blocks_that_fit(model, 100_000, torch.device("cpu"), False) == 1
+
+
+def test_second_signal_is_not_swallowed() -> None:
+    with GracefulStop(announce=False) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.gpu
+def test_heals_on_a_gpu_in_bfloat16(random_tokens: Any, tmp_path: Path) -> None:
+    teacher = make_tiny_llama()
+    student = perturbed(teacher, seed=0)
+    report = heal(
+        student,
+        teacher,
+        None,
+        random_tokens(64, 16),
+        settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 60 * 64, "batch_size": None})),
+        output_dir=tmp_path,
+        valid_blocks=random_tokens(8, 16, seed=9),
+        progress=False,
+    )
+    assert report.valid_loss_after < 0.6 * report.valid_loss_before
+    assert report.peak_memory_bytes > 0
+    assert next(student.parameters()).dtype == torch.float32

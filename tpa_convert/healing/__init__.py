@@ -1,0 +1,17 @@
+"""Distillation of a converted model from its source."""
+
+from tpa_convert.healing.objective import chunked_divergence, forward_kl
+from tpa_convert.healing.run import HealingInterrupted, HealingReport, heal
+from tpa_convert.healing.settings import HealingSettings
+from tpa_convert.healing.trainer import DistillationTrainer, parameter_groups
+
+__all__ = [
+    "DistillationTrainer",
+    "HealingInterrupted",
+    "HealingReport",
+    "HealingSettings",
+    "chunked_divergence",
+    "forward_kl",
+    "heal",
+    "parameter_groups",
+]

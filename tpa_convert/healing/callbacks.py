@@ -1,0 +1,207 @@
+"""What happens during training beside the training: progress, graceful stops, held-out loss."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tpa_convert.errors import UserError
+
+if TYPE_CHECKING:
+    from tpa_convert.healing.trainer import DistillationTrainer
+
+VALID_LOSS = "valid_loss"
+
+
+class Speedometer(TrainerCallback):
+    """Measures tokens per second between logged losses; stops a run whose loss is not finite."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.marks: list[tuple[int, float]] = []  # (step, time); reading the loss synchronises
+        self.loss = math.nan
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean since the first logged loss, so without start-up and compilation."""
+        if len(self.marks) < 2:
+            return None
+        (first_step, start), (last_step, end) = self.marks[0], self.marks[-1]
+        return (last_step - first_step) * self.tokens_per_step / (end - start)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        self.loss = logs["loss"]
+        self.marks.append((state.global_step, time.perf_counter()))
+        if not math.isfinite(self.loss):
+            raise UserError(
+                f"the healing loss is {self.loss} at step {state.global_step}: "
+                "use lower learning rates"
+            )
+
+
+class ProgressBar(TrainerCallback):
+    """A rich progress bar: steps, loss, held-out loss, tokens per second, time elapsed and left."""
+
+    def __init__(self, speedometer: Speedometer, description: str = "Healing"):
+        self.speedometer = speedometer
+        self.description = description
+        self.valid = ""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task(
+            self.description,
+            total=state.max_steps,
+            completed=state.global_step,
+            status="starting",
+        )
+        self.bar.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if VALID_LOSS in logs:
+            self.valid = f"held-out {logs[VALID_LOSS]:.4f}  "
+        if "loss" in logs:
+            speed = self.speedometer.tokens_per_second
+            status = f"loss {logs['loss']:.4f}  {self.valid}"
+            status += f"{speed:,.0f} tokens/s" if speed else ""
+            self.bar.update(self.task, completed=state.global_step, status=status)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal as it was, also after an error."""
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
+class Validation(TrainerCallback):
+    """Logs the divergence on held-out blocks before the first and after the last step."""
+
+    def __init__(self, trainer: DistillationTrainer, blocks: Tensor):
+        self.trainer = trainer
+        self.blocks = blocks
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step == 0:
+            self.measure()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step == state.max_steps:
+            self.measure()
+
+    def measure(self) -> None:
+        self.trainer.log({VALID_LOSS: self.trainer.mean_divergence(self.blocks)})
+
+
+class GracefulStop(TrainerCallback):
+    """On the first Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and ends the training.
+
+    A context manager; a second signal acts as it would have without it. Inactive outside the main
+    thread, where Python allows no signal handlers.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, announce: bool = True) -> None:
+        self.announce = announce
+        self.requested = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.restore()
+        if self.announce:
+            os.write(2, b"\nstopping after this step, with a checkpoint; again to abort\n")
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,134 @@
+"""Divergences between two language models, without their full-vocabulary logits in memory.
+
+Shape suffixes: N tokens, C tokens of one chunk, V vocabulary, D student's hidden size, E teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(student logits [C, V], teacher logits [C, V]) -> sum over tokens (fp32 scalar), gradient of that
+sum with respect to the student's logits [C, V]."""
+
+CHUNK_BYTES = 640 * 2**20
+
+
+def forward_kl(
+    student_logits_CV: Tensor, teacher_logits_CV: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """τ² KL(softmax(t/τ) ‖ softmax(s/τ)) in nats, summed over tokens, and its gradient.
+
+    The factor τ² keeps the size of gradients independent of τ (Hinton et al., arXiv 1503.02531,
+    section 2.1). With it, the gradient with respect to s is τ (softmax(s/τ) − softmax(t/τ)).
+    The arithmetic is fp32; the gradient has the dtype of `student_logits_CV`.
+    """
+    dtype = student_logits_CV.dtype
+    if temperature != 1.0:
+        student_logits_CV = student_logits_CV / temperature
+        teacher_logits_CV = teacher_logits_CV / temperature
+    log_student = torch.log_softmax(student_logits_CV, dim=-1, dtype=torch.float32)
+    log_teacher = torch.log_softmax(teacher_logits_CV, dim=-1, dtype=torch.float32)
+    teacher = log_teacher.exp()
+    # In place, because each of these has chunk times vocabulary numbers.
+    divergence = log_teacher.sub_(log_student).mul_(teacher).sum()
+    gradient = log_student.exp_().sub_(teacher).mul_(temperature)
+    return divergence * temperature**2, gradient.to(dtype)
+
+
+def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, compiled: bool) -> int:
+    """The largest power of two of tokens whose logits and temporaries fit in CHUNK_BYTES."""
+    # Two logits and a gradient; without compilation also three fp32 temporaries.
+    bytes_per_logit = 3 * dtype.itemsize + (0 if compiled else 12)
+    tokens = max(1, CHUNK_BYTES // (vocab_size * bytes_per_logit))
+    return 1 << (tokens.bit_length() - 1)
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx,
+        student_hidden_ND: Tensor,
+        student_weight_VD: Tensor,
+        teacher_hidden_NE: Tensor,
+        teacher_weight_VE: Tensor,
+        divergence: Divergence,
+        chunk_tokens: int,
+    ) -> Tensor:
+        # The gradients are known as soon as a chunk's logits are, so they are made here and the
+        # backward pass only scales them; the logits of no chunk outlive it.
+        hidden_needs_grad, weight_needs_grad, *_ = ctx.needs_input_grad
+        weight_VD = student_weight_VD.to(student_hidden_ND.dtype)
+        teacher_weight_VE = teacher_weight_VE.to(teacher_hidden_NE.dtype)
+        grad_hidden = torch.empty_like(student_hidden_ND) if hidden_needs_grad else None
+        grad_weight = (
+            torch.zeros_like(student_weight_VD, dtype=torch.float32) if weight_needs_grad else None
+        )
+        total = torch.zeros((), dtype=torch.float32, device=student_hidden_ND.device)
+        for start in range(0, len(student_hidden_ND), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            hidden_CD = student_hidden_ND[chunk]
+            value, grad_CV = divergence(
+                hidden_CD @ weight_VD.mT, teacher_hidden_NE[chunk] @ teacher_weight_VE.mT
+            )
+            total += value
+            if grad_hidden is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight += grad_CV.mT @ hidden_CD
+        tokens = len(student_hidden_ND)
+        ctx.tokens, ctx.weight_dtype = tokens, student_weight_VD.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total / tokens
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output / ctx.tokens
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def chunked_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: Divergence = forward_kl,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Mean divergence per token between the logits `hidden @ weight.T` of two models.
+
+    Logits exist for one chunk of tokens at a time, in the dtype of the hidden states; sums and the
+    gradient of `student_weight` are fp32. Differentiable (once) with respect to the student.
+
+    Args:
+        student_hidden: final hidden states [..., D].
+        student_weight: output head [V, D], of any floating dtype.
+        teacher_hidden: [..., E], the same tokens.
+        teacher_weight: [V, E].
+        divergence: what to compute from a chunk's logits.
+        chunk_tokens: tokens of a chunk; by default, what keeps the memory in use beyond the
+            arguments and the gradients below 640 MiB.
+
+    Returns: fp32 scalar.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(len(student_weight), student_hidden.dtype, False)
+    if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad
+        student_hidden, student_weight = student_hidden.detach(), student_weight.detach()
+    return _ChunkedDivergence.apply(
+        student_hidden.flatten(0, -2),
+        student_weight,
+        teacher_hidden.flatten(0, -2).detach(),
+        teacher_weight.detach(),
+        divergence,
+        chunk_tokens,
+    )

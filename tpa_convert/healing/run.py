@@ -1,0 +1,375 @@
+"""Healing: bring a converted model back to its source by distillation on plain text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import LongTensor, Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+)
+
+from tpa_convert.errors import UserError
+from tpa_convert.healing.callbacks import (
+    VALID_LOSS,
+    GracefulStop,
+    ProgressBar,
+    Speedometer,
+    Validation,
+)
+from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
+from tpa_convert.healing.objective import default_chunk_tokens, forward_kl
+from tpa_convert.healing.settings import HealingSettings
+from tpa_convert.healing.trainer import (
+    DistillationTrainer,
+    block_forward,
+    final_hidden_states,
+    parameter_groups,
+)
+
+# A run may be continued with other values of these: they change its speed, not its loss curve.
+FREE_SETTINGS = {"batch_size", "bf16", "torch_compile", "save_steps", "gradient_checkpointing"}
+ADAM_BETAS = (0.9, 0.95)
+MAX_GRADIENT_NORM = 1.0
+
+
+class HealingInterrupted(KeyboardInterrupt):
+    """A signal stopped the run after `step` of `steps`; a checkpoint is there to continue from."""
+
+    def __init__(self, step: int, steps: int):
+        super().__init__(
+            f"healing stopped after step {step} of {steps}; the same command continues from there"
+        )
+        self.step = step
+        self.steps = steps
+
+
+@dataclass(frozen=True)
+class HealingReport:
+    """What a run did.
+
+    Attributes:
+        steps: optimiser steps of the whole run, with those before it was resumed.
+        tokens: tokens of the whole run.
+        resumed_from: the step at which this call took over, 0 for a fresh run.
+        seconds: wall time of this call.
+        tokens_per_second: of this call, without start-up and compilation; None if too short.
+        batch_size: sequences per forward pass and device.
+        peak_memory_bytes: allocated on the GPU; None on a CPU.
+        losses: (step, mean divergence in nats per token since the previous entry).
+        valid_loss_before, valid_loss_after: divergence on the held-out blocks, if there were any.
+    """
+
+    steps: int
+    tokens: int
+    resumed_from: int
+    seconds: float
+    tokens_per_second: float | None
+    batch_size: int
+    peak_memory_bytes: int | None
+    losses: tuple[tuple[int, float], ...]
+    valid_loss_before: float | None
+    valid_loss_after: float | None
+
+
+def heal(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    documents_or_blocks: Tensor | Iterable[Any],
+    *,
+    output_dir: str | Path,
+    settings: HealingSettings | None = None,
+    resume: bool = True,
+    valid_blocks: LongTensor | None = None,
+    progress: bool = True,
+) -> HealingReport:
+    """Train `student`, in place, towards the next-token distributions of `teacher`.
+
+    The student is trained in fp32 (under bf16 autocast on a GPU) with all its parameters, and ends
+    in eval mode, in fp32, on the training device. The teacher keeps its dtype and moves there too;
+    on a GPU, load it in bfloat16.
+
+    Args:
+        student: any Hugging Face causal language model whose logits are `lm_head(hidden states)`.
+        teacher: another one with the same vocabulary.
+        tokenizer: of both; not needed for ready-made blocks.
+        documents_or_blocks: documents as `calibration.text.token_blocks` takes them, or LongTensor
+            blocks [N, L].
+        output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later.
+        settings: by default `HealingSettings()`.
+        resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
+        valid_blocks: held-out blocks [M, L]; their divergence is measured before and after.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: models that do not fit together, checkpoints of another run, too little memory or
+            disk space, no text, a loss that is not finite.
+        HealingInterrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    settings = settings or HealingSettings()
+    _check_models(student, teacher)
+    blocks = _blocks(documents_or_blocks, tokenizer, settings)
+    output_dir = Path(output_dir)
+    checkpoints = output_dir / "checkpoints"
+    if not resume and checkpoints.exists():
+        shutil.rmtree(checkpoints)
+    checkpoint = newest_checkpoint(checkpoints)
+    _check_disk(student, output_dir)
+    _check_run(output_dir / "healing.json", _fingerprint(settings, blocks), checkpoint)
+
+    student.float().requires_grad_(True)
+    args = _training_arguments(student, settings, blocks.shape[1], checkpoints)
+    compiled = settings.torch_compile
+    if compiled is None:
+        compiled = args.device.type == "cuda"
+    divergence = partial(forward_kl, temperature=settings.temperature)
+    groups = parameter_groups(
+        student,
+        attention_learning_rate=settings.attention_learning_rate,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    speedometer = Speedometer(settings.tokens_per_step)
+    stop = GracefulStop(announce=progress)
+    bar = ProgressBar(speedometer) if progress else None
+    use_cache = student.config.use_cache  # the Trainer turns it off
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    trainer = DistillationTrainer(
+        model=student,
+        teacher=teacher,
+        args=args,
+        train_dataset=BlockDataset(
+            blocks, args.max_steps * settings.tokens_per_step // blocks.shape[1], settings.seed
+        ),
+        data_collator=collate,
+        divergence=torch.compile(divergence, dynamic=False) if compiled else divergence,
+        chunk_tokens=default_chunk_tokens(student.config.vocab_size, dtype, compiled),
+        optimizer_cls_and_kwargs=(
+            torch.optim.AdamW,
+            {"params": groups, "lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True},
+        ),
+        callbacks=[speedometer, *([bar] if bar else []), stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if valid_blocks is not None:
+        trainer.add_callback(Validation(trainer, valid_blocks))
+
+    start = time.perf_counter()
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with (
+            _memory_errors(args.per_device_train_batch_size),
+            block_forward(student, compiled),
+            block_forward(teacher, compiled),
+            stop,
+        ):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        if bar:
+            bar.stop()
+        _release(student, use_cache)
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        raise HealingInterrupted(state.global_step, state.max_steps)
+
+    valid = [entry[VALID_LOSS] for entry in state.log_history if VALID_LOSS in entry]
+    return HealingReport(
+        steps=state.global_step,
+        tokens=state.global_step * settings.tokens_per_step,
+        resumed_from=int(checkpoint.name.split("-")[1]) if checkpoint else 0,
+        seconds=time.perf_counter() - start,
+        tokens_per_second=speedometer.tokens_per_second,
+        batch_size=args.per_device_train_batch_size,
+        peak_memory_bytes=(
+            torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
+        ),
+        losses=tuple((e["step"], e["loss"]) for e in state.log_history if "loss" in e),
+        valid_loss_before=valid[0] if valid else None,
+        valid_loss_after=valid[-1] if valid else None,
+    )
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete `checkpoint-N`; a killed run may leave one without its state file."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _blocks(
+    documents_or_blocks: Tensor | Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: HealingSettings,
+) -> Tensor:
+    if isinstance(documents_or_blocks, Tensor):
+        blocks = documents_or_blocks
+        if blocks.ndim != 2 or not len(blocks):
+            raise UserError(f"blocks must be a tensor [N, L], N > 0, not {list(blocks.shape)}")
+    else:
+        # Imported here, so that ready-made blocks work where `datasets` is not installed.
+        from tpa_convert.calibration.text import token_blocks
+
+        if tokenizer is None:
+            raise UserError("documents need a tokenizer: pass one, or pass token blocks")
+        wanted = settings.steps * max(1, settings.tokens_per_step // settings.block_length)
+        blocks = token_blocks(
+            documents_or_blocks, tokenizer, settings.block_length, wanted, seed=settings.seed
+        )
+    if settings.tokens_per_step % blocks.shape[1]:
+        raise UserError(
+            f"tokens_per_step must be a multiple of the block length {blocks.shape[1]}, "
+            f"not {settings.tokens_per_step}"
+        )
+    return blocks
+
+
+def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    sizes = {}
+    for role, model in {"converted model": student, "source": teacher}.items():
+        head = model.get_output_embeddings()
+        if head is None or getattr(head, "bias", None) is not None:
+            raise UserError(f"cannot heal: the {role} has no output head, or one with a bias")
+        sizes[role] = len(head.weight)
+        # Soft-capped or scaled logits would be distilled wrongly without anyone noticing.
+        probe = torch.arange(4, device=model.device)[None]
+        with torch.no_grad():
+            logits = model(input_ids=probe, use_cache=False).logits
+            expected = head(final_hidden_states(model, model, probe))
+        if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"cannot heal: the {role} changes its logits after the output head "
+                "(soft-capping or scaling), which is not supported"
+            )
+    if sizes["converted model"] != sizes["source"]:
+        raise UserError(
+            f"cannot heal: the vocabularies differ ({sizes['converted model']} and "
+            f"{sizes['source']} tokens); use the source this model was converted from"
+        )
+
+
+def _check_disk(student: PreTrainedModel, output_dir: Path) -> None:
+    # fp32 weights and Adam's moments, twice: the old checkpoint goes when the new one is complete.
+    needed = 24 * student.num_parameters()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise UserError(
+            f"checkpoints need {needed / 1e9:.1f} GB, but {output_dir} has {free / 1e9:.1f} GB "
+            "free: make room or choose another directory"
+        )
+
+
+def _fingerprint(settings: HealingSettings, blocks: Tensor) -> dict[str, Any]:
+    fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
+    data = memoryview(blocks.cpu().contiguous().numpy())
+    return {**fixed, "text": hashlib.sha256(data).hexdigest()}
+
+
+def _check_run(path: Path, fingerprint: dict[str, Any], checkpoint: Path | None) -> None:
+    """Refuse to continue another run's checkpoint; note down what this run is."""
+    if checkpoint is not None and path.exists():
+        previous = json.loads(path.read_text())
+        differing = sorted(k for k in fingerprint if previous.get(k) != fingerprint[k])
+        if differing:
+            raise UserError(
+                f"{checkpoint} belongs to a run with different {', '.join(differing)}: "
+                "repeat that run's settings, or start anew without resuming"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(fingerprint, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _training_arguments(
+    student: PreTrainedModel, settings: HealingSettings, block_length: int, directory: Path
+) -> TrainingArguments:
+    state = PartialState()
+    device, processes = state.device, state.num_processes
+    cuda = device.type == "cuda"
+    blocks_per_step = settings.tokens_per_step // block_length
+    if blocks_per_step % processes:
+        raise UserError(
+            f"a step has {blocks_per_step} blocks, which {processes} processes cannot share "
+            "equally: change tokens_per_step"
+        )
+    blocks_per_device = blocks_per_step // processes
+    limit = settings.batch_size or blocks_that_fit(
+        student, block_length, device, settings.gradient_checkpointing
+    )
+    batch_size = largest_divisor(blocks_per_device, limit)
+    steps = settings.steps
+    bf16 = cuda and torch.cuda.is_bf16_supported() if settings.bf16 is None else settings.bf16
+    args = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=blocks_per_device // batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(settings.warmup_steps, steps // 4),
+        max_grad_norm=MAX_GRADIENT_NORM,
+        seed=settings.seed,
+        bf16=bf16,
+        tf32=True if cuda and torch.cuda.get_device_capability(device) >= (8, 0) else None,
+        # Reading a loss waits for the GPU; in between, steps are queued without waiting.
+        logging_steps=10 if cuda else 1,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        accelerator_config={"non_blocking": True},
+        dataloader_pin_memory=cuda,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # several GPUs want a launcher, not the Trainer's DataParallel
+    return args
+
+
+@contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory with {batch_size} sequences per forward pass: "
+            "lower batch_size or turn gradient_checkpointing on"
+        ) from error
+
+
+def _release(student: PreTrainedModel, use_cache: bool) -> None:
+    """Undo what training leaves on the model."""
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        vars(student).pop(name, None)
+    student.zero_grad()
+    if student.is_gradient_checkpointing:
+        student.gradient_checkpointing_disable()
+    student.config.use_cache = use_cache
+    student.eval()

@@ -1,0 +1,71 @@
+"""What a healing run is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tpa_convert.errors import UserError
+
+
+@dataclass(frozen=True)
+class HealingSettings:
+    """Settings of one healing run.
+
+    Attributes:
+        tokens: tokens to train on, rounded up to whole steps. Text shorter than that is read again,
+            in a new order.
+        block_length: tokens per training sequence (for text; ready-made blocks have their own).
+        tokens_per_step: tokens per optimiser step, over all devices.
+        batch_size: sequences per forward pass and device, at most; gradients are accumulated over
+            the rest of a step. None chooses by the device's memory.
+        attention_learning_rate: peak rate of the `self_attn` parameters.
+        learning_rate: peak rate of all others.
+        warmup_steps: steps over which the rates rise to their peaks, at most a quarter of the run.
+            After them, they fall to zero along half a cosine.
+        temperature: softens both distributions of the loss.
+        weight_decay: AdamW's, for matrices only.
+        seed: order of the text.
+        bf16: autocast to bfloat16 over fp32 weights; None where the GPU supports it.
+        torch_compile: compile both models and the loss; None on CUDA only.
+        save_steps: steps between checkpoints. An interrupted run also leaves one.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+    """
+
+    tokens: int = 10_000_000
+    block_length: int = 1024
+    tokens_per_step: int = 32 * 1024
+    batch_size: int | None = None
+    attention_learning_rate: float = 6e-4
+    learning_rate: float = 2e-4
+    warmup_steps: int = 40
+    temperature: float = 1.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    bf16: bool | None = None
+    torch_compile: bool | None = None
+    save_steps: int = 500
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "tokens_per_step", "save_steps"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.block_length >= 2, "block_length", "at least 2", self.block_length)
+        if self.batch_size is not None:
+            _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        for name in ("attention_learning_rate", "learning_rate", "temperature"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, "a positive number", value)
+        for name in ("warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, "zero or more", value)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise UserError(f"{name} must be {expected}, not {value}")
