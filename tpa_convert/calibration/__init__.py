@@ -1,0 +1,1 @@
+"""Calibration: text in, moments of what attention does out."""

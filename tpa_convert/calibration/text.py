@@ -1,0 +1,373 @@
+"""Text in, token blocks out: documents from files or the Hub, cut into blocks of token ids.
+
+Local files are read through the builders of `datasets` into memory, without its disk cache, so
+nothing is written anywhere. Hub datasets are streamed: calibration needs a few hundred documents,
+not a download of the whole corpus.
+"""
+
+from __future__ import annotations
+
+import glob
+import random
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TypeAlias
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.config import ZSTANDARD_AVAILABLE
+from huggingface_hub import HfApi
+from torch import LongTensor
+from transformers import PreTrainedTokenizerBase
+
+from tpa_convert.errors import UserError
+
+Documents: TypeAlias = Dataset | IterableDataset
+
+BUILDERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
+FORMATS = "txt, md, jsonl, json, csv or parquet, also .gz, .xz, .zst or .bz2"
+
+# Long documents are handled in pieces, so that tokenising needs little memory and a seeded sample
+# of a corpus is not one book. 64 Ki characters are about 16 blocks of 1024 tokens.
+PIECE_CHARACTERS = 1 << 16
+BATCH_CHARACTERS = 1 << 20
+SHUFFLE_BUFFER = 10_000
+
+
+def load_documents(
+    spec: str | Path | Sequence[str | Path], *, text_column: str = "text", split: str = "train"
+) -> Documents:
+    """Load documents as rows with a string column `text` and, where known, a string `source`.
+
+    Args:
+        spec: a local file (txt, md, jsonl, json, csv, parquet, also compressed with .gz, .xz, .zst
+            or .bz2), a directory of such files (read recursively), a glob, or a dataset on the Hub
+            as "name" or "name:config". A text file is one document, or several separated by form
+            feeds. Several specs are concatenated; those without a `source` column are then told
+            apart by name.
+        text_column: the column that holds the text.
+        split: the split of a Hub dataset; local files have only one.
+
+    Returns:
+        An in-memory `Dataset` for local files; a streamed `IterableDataset` for one Hub dataset.
+        When files and Hub datasets are mixed, all of them are streamed.
+
+    Raises:
+        UserError: missing or unreadable file, unknown dataset, no such column, or no text at all.
+    """
+    specs = [spec] if isinstance(spec, str | Path) else list(spec)
+    if not specs:
+        raise UserError("no text given: name a file, a directory or a dataset")
+    parts = []
+    for one in map(str, specs):
+        part = _load_one(one, text_column, split)
+        if len(specs) > 1 and "source" not in (part.column_names or []):
+            part = _with_source(part, _short_name(one))
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    if any(isinstance(part, IterableDataset) for part in parts):
+        parts = [p.to_iterable_dataset() if isinstance(p, Dataset) else p for p in parts]
+    return datasets.concatenate_datasets(parts)
+
+
+def token_blocks(
+    documents: Documents | Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    max_blocks: int | None = None,
+    seed: int | None = None,
+) -> LongTensor:
+    """Tokenise documents and cut them into blocks; every block is full, the rest is dropped.
+
+    Documents are joined by the EOS token (if the tokenizer has one); no other special tokens are
+    added. Reading and tokenising stop once `max_blocks` are full. With a seed the order of the
+    documents is shuffled, and long ones are first cut into pieces of 64 Ki characters, so that a
+    small sample covers the corpus; a `Dataset` is then read completely (a few seconds for 200 MB),
+    an `IterableDataset` is shuffled in a buffer of 10 000 documents.
+
+    Args:
+        documents: rows with a `text` column (see `load_documents`), or plain strings.
+        block_length: tokens in a block.
+        max_blocks: upper limit on the number of blocks; None takes the whole corpus.
+        seed: None keeps the order.
+
+    Returns:
+        int64 token ids, shape [N, block_length], N >= 1.
+
+    Raises:
+        UserError: no text, or too little to fill one block.
+    """
+    wanted = None if max_blocks is None else max_blocks * block_length
+    batches: list[np.ndarray] = []
+    count = 0
+    for pieces in _piece_batches(_pieces(documents, seed), wanted):
+        ids = _tokenize(pieces, tokenizer)
+        batches.append(ids)
+        count += len(ids)
+        if wanted is not None and count >= wanted:
+            break
+    if count < block_length:
+        if count == 0:
+            raise UserError("no text in the documents: give a file or dataset with text in it")
+        raise UserError(
+            f"the text has only {count} tokens, fewer than one block of {block_length}: "
+            "give more text or a shorter block length"
+        )
+    blocks = count // block_length if max_blocks is None else min(max_blocks, count // block_length)
+    flat = np.concatenate(batches)[: blocks * block_length]
+    return torch.from_numpy(flat).view(blocks, block_length).long()  # type: ignore[return-value]
+
+
+def default_calibration_documents() -> Dataset:
+    """The short text that ships with the package, used when no calibration text is given.
+
+    Raises:
+        UserError: the installation lacks the file.
+    """
+    packaged = resources.files("tpa_convert.calibration") / "default.txt.xz"
+    with resources.as_file(packaged) as path:
+        if not path.is_file():
+            raise UserError(
+                "the packaged calibration text is missing: reinstall tpa-convert, "
+                "or name a text with --calibration"
+            )
+        documents = load_documents(path)
+    assert isinstance(documents, Dataset)
+    return documents
+
+
+# ------------------------------------------------------------------------------- loading
+
+
+def _load_one(spec: str, text_column: str, split: str) -> Documents:
+    files = _local_files(spec)
+    if files is None:
+        return _load_hub(spec, text_column, split)
+    tables: list[pa.Table] = []
+    by_builder: dict[str, list[str]] = {}
+    for file in files:
+        by_builder.setdefault(_builder(file) or "", []).append(str(file))
+    for builder, names in by_builder.items():
+        tables.append(_read_table(builder, names, spec, text_column))
+    with_source = all("source" in table.column_names for table in tables)
+    columns = ["text", "source"] if with_source else ["text"]
+    documents = Dataset(pa.concat_tables([table.select(columns) for table in tables]))
+    if documents.num_rows == 0:
+        raise UserError(f"no text in {spec}: give a file with text in it")
+    return documents
+
+
+def _local_files(spec: str) -> list[Path] | None:
+    """The files a spec names, or None if it can only be a dataset on the Hub."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if _builder(path) is None:
+            raise UserError(f"cannot tell the format of {spec}: rename it to one of {FORMATS}")
+        return [path]
+    if path.is_dir():
+        files = [f for f in sorted(path.rglob("*")) if f.is_file() and _builder(f)]
+        if not files:
+            raise UserError(f"no text in {spec}: the directory has no file of type {FORMATS}")
+        return files
+    if any(character in spec for character in "*?["):
+        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+        files = [f for f in matches if f.is_file() and _builder(f)]
+        if not files:
+            raise UserError(f"no file matches {spec}: check the pattern (files of type {FORMATS})")
+        return files
+    looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    if looks_like_path or _builder(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:.+)?", spec):
+        raise UserError(f"no such file: {spec} (check the path)")
+    return None
+
+
+def _builder(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _read_table(builder: str, files: list[str], spec: str, text_column: str) -> pa.Table:
+    """Read files of one kind into an arrow table with `text` and perhaps `source`."""
+    options = {"sample_by": "document"} if builder == "text" else {}
+    if builder == "text":
+        text_column = "text"
+    if not ZSTANDARD_AVAILABLE and any(file.endswith(".zst") for file in files):
+        raise UserError(f"{spec} is compressed with zstd: pip install zstandard")
+    # data_files are patterns to `datasets`: a "[" in a file name must not act as one.
+    escaped = [glob.escape(file) for file in files]
+    try:
+        # Streaming keeps the data out of the disk cache; only lock files go to the directory.
+        with _no_progress_bars(), tempfile.TemporaryDirectory() as scratch:
+            stream = load_dataset(
+                builder,
+                data_files=escaped,
+                split="train",
+                streaming=True,
+                cache_dir=scratch,
+                **options,
+            )
+            tables = list(stream.with_format("arrow").iter(batch_size=1000))
+    except Exception as error:  # the builders raise many kinds; all mean: this file cannot be read
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise UserError(f"cannot read {spec} as {builder}: {reason}") from error
+    if not tables:
+        raise UserError(f"no text in {spec}: the file is empty")
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if text_column not in table.column_names:
+        raise UserError(
+            f"no column {text_column!r} in {spec}: it has {', '.join(table.column_names)}; "
+            "name one with text_column"
+        )
+    if builder == "text":
+        parts = [part for text in table["text"].to_pylist() for part in text.split("\f")]
+        return _nonempty(pa.table({"text": pa.array(parts, pa.large_string())}))
+    columns = {"text": table[text_column]}
+    if "source" in table.column_names:
+        columns["source"] = table["source"]
+    try:
+        return _nonempty(pa.table({k: c.cast(pa.large_string()) for k, c in columns.items()}))
+    except pa.ArrowException as error:
+        raise UserError(f"column {text_column!r} of {spec} does not hold text") from error
+
+
+def _nonempty(table: pa.Table) -> pa.Table:
+    return table.filter(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table["text"])), 0))
+
+
+def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
+    name, _, config = spec.partition(":")
+    try:
+        # One quick request first: without a network `datasets` retries for half a minute.
+        HfApi().dataset_info(name, timeout=20)
+        with _no_progress_bars():
+            stream = load_dataset(name, config or None, split=split, streaming=True)
+            columns = stream.column_names or list(next(iter(stream)))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{spec} is neither a file here nor a dataset that can be read from the Hub: {reason}"
+        ) from error
+    if text_column not in columns:
+        raise UserError(
+            f"no column {text_column!r} in {spec}: it has {', '.join(columns)}; "
+            "name one with text_column"
+        )
+    if text_column != "text":
+        stream = stream.remove_columns([c for c in ("text",) if c in columns])
+        stream = stream.rename_column(text_column, "text")
+    return stream.select_columns(["text", "source"] if "source" in columns else ["text"])
+
+
+def _with_source(documents: Documents, name: str) -> Documents:
+    if isinstance(documents, Dataset):
+        column = pa.array([name] * len(documents), pa.large_string())
+        return Dataset(documents.data.table.append_column("source", column))
+    return documents.map(lambda row: {"source": name})
+
+
+def _short_name(spec: str) -> str:
+    return re.split(r"[.:]", Path(spec).name)[0] or spec
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    enabled = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bars()
+
+
+# ------------------------------------------------------------------------------- tokenising
+
+
+def _pieces(documents: Documents | Iterable[str], seed: int | None) -> Iterator[tuple[str, bool]]:
+    """Yield (text, whether a document ends here)."""
+    if isinstance(documents, IterableDataset) and seed is not None:
+        documents = documents.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for text in _texts(documents):
+            yield from ((piece, True) for piece in _cut(text))
+    elif seed is not None:
+        pieces = [piece for text in _texts(documents) for piece in _cut(text)]
+        random.Random(seed).shuffle(pieces)
+        yield from ((piece, True) for piece in pieces)
+    else:
+        for text in _texts(documents):
+            *head, last = _cut(text)
+            yield from ((piece, False) for piece in head)
+            yield last, True
+
+
+def _texts(documents: Documents | Iterable[str]) -> Iterator[str]:
+    if isinstance(documents, Dataset | IterableDataset):
+        rows = documents.select_columns(["text"]).iter(batch_size=100)
+        yield from (text for batch in rows for text in batch["text"] if text)
+    else:
+        yield from (text for text in documents if text)
+
+
+def _cut(text: str) -> list[str]:
+    """Cut a text into pieces of at most PIECE_CHARACTERS, after a line end where there is one."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE_CHARACTERS:
+        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+        stop = stop if stop > start else start + PIECE_CHARACTERS
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
+
+
+def _piece_batches(
+    pieces: Iterable[tuple[str, bool]], wanted_tokens: int | None
+) -> Iterator[list[tuple[str, bool]]]:
+    """Batches large enough to keep the tokenizer's threads busy, small if few tokens are wanted."""
+    limit = BATCH_CHARACTERS if wanted_tokens is None else min(BATCH_CHARACTERS, 4 * wanted_tokens)
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenize(pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Token ids of a batch, int32 [tokens], with EOS where a document ends."""
+    encoded = tokenizer(
+        [text for text, _ in pieces],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return np.concatenate(
+        [
+            np.asarray(ids + eos if end else ids, np.int32)
+            for ids, (_, end) in zip(encoded, pieces, strict=True)
+        ]
+    )
