@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from tpa_convert.errors import UserError
 
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# A GGUF file begins with its names. Llama 3's RoPE scaling is a tensor, linear's and YaRN's a key.
+_GGUF_HEADER_BYTES = 32 << 20
+_GGUF_ROPE_SCALING = (b"rope_freqs.weight", b".rope.scaling.factor")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -143,6 +147,13 @@ class Checkpoint:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise self.error("this is not a GGUF file; give a .gguf file or a directory")
+            header = file.read(_GGUF_HEADER_BYTES)
+        if any(mark in header for mark in _GGUF_ROPE_SCALING):
+            warnings.warn(
+                f"{self.spec}: transformers does not read the RoPE scaling of a GGUF file, so long "
+                "contexts suffer; prefer the safetensors checkpoint",
+                stacklevel=4,
+            )
 
     def refuse_quantized(self, config: dict[str, Any]) -> None:
         """Raises UserError if the config says that the weights are quantised."""
