@@ -23,6 +23,7 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
+from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
 from tpa_convert.healing.callbacks import (
@@ -39,6 +40,7 @@ from tpa_convert.healing.trainer import (
     DistillationTrainer,
     block_forward,
     final_hidden_states,
+    modules_to_compile,
     parameter_groups,
 )
 
@@ -46,6 +48,12 @@ from tpa_convert.healing.trainer import (
 FREE_SETTINGS = {"batch_size", "bf16", "torch_compile", "save_steps", "gradient_checkpointing"}
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
+# transformers renamed it after 5.17.
+GRADIENT_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 
 
 class HealingInterrupted(KeyboardInterrupt):
@@ -176,8 +184,9 @@ def heal(
     try:
         with (
             _memory_errors(args.per_device_train_batch_size),
-            block_forward(student, compiled),
-            block_forward(teacher, compiled),
+            _no_progress_bars(),
+            block_forward(student, modules_to_compile(student) if compiled else ()),
+            block_forward(teacher, modules_to_compile(teacher) if compiled else ()),
             stop,
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -283,7 +292,7 @@ def _check_disk(student: PreTrainedModel, output_dir: Path) -> None:
 
 def _fingerprint(settings: HealingSettings, blocks: Tensor) -> dict[str, Any]:
     fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
-    data = memoryview(blocks.cpu().contiguous().numpy())
+    data = blocks.cpu().contiguous().numpy().data
     return {**fixed, "text": hashlib.sha256(data).hexdigest()}
 
 
@@ -326,19 +335,19 @@ def _training_arguments(
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=blocks_per_device // batch_size,
-        gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(settings.warmup_steps, steps // 4),
         max_grad_norm=MAX_GRADIENT_NORM,
         seed=settings.seed,
+        use_cpu=device.type == "cpu",
         bf16=bf16,
         tf32=True if cuda and torch.cuda.get_device_capability(device) >= (8, 0) else None,
         # Reading a loss waits for the GPU; in between, steps are queued without waiting.
         logging_steps=10 if cuda else 1,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": cuda},
         dataloader_pin_memory=cuda,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -347,6 +356,7 @@ def _training_arguments(
         save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
+        **({GRADIENT_CHECKPOINTING: True} if settings.gradient_checkpointing else {}),
     )
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs want a launcher, not the Trainer's DataParallel
@@ -364,12 +374,24 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keeps transformers' bars for writing checkpoints out of ours."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
 def _release(student: PreTrainedModel, use_cache: bool) -> None:
     """Undo what training leaves on the model."""
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         vars(student).pop(name, None)
     student.zero_grad()
-    if student.is_gradient_checkpointing:
-        student.gradient_checkpointing_disable()
+    if getattr(student, f"is_{GRADIENT_CHECKPOINTING}"):
+        getattr(student, f"{GRADIENT_CHECKPOINTING}_disable")()
     student.config.use_cache = use_cache
     student.eval()

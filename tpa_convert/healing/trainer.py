@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,19 +51,34 @@ def parameter_groups(
     ]
 
 
-@contextmanager
-def block_forward(model: PreTrainedModel, torch_compile: bool = False) -> Iterator[None]:
-    """Make forward passes over full, unpadded blocks fast; undone on leaving."""
+def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
+    """What to compile of a model: its layers, or the whole decoder if they differ in shape.
+
+    Equal layers share one compiled graph, so that compilation takes seconds and not minutes. Layers
+    that differ would each need a graph of their own, and every call would search through them.
+    """
     decoder = model.get_decoder()
+    layers = list(decoder.layers)
+    shapes = {tuple(parameter.shape for parameter in layer.parameters()) for layer in layers}
+    return layers if len(shapes) == 1 else [decoder]
+
+
+@contextmanager
+def block_forward(
+    model: PreTrainedModel, compiled_modules: Iterable[nn.Module] = ()
+) -> Iterator[None]:
+    """Make forward passes over full, unpadded blocks fast; undone on leaving."""
+    compiled_modules = list(compiled_modules)
     swap_attention = model.config._attn_implementation == "sdpa"
     if swap_attention:
         model.set_attn_implementation(CAUSAL_SDPA)
-    if torch_compile:
-        decoder.forward = torch.compile(decoder.forward, dynamic=False)
+    for module in compiled_modules:
+        module.forward = torch.compile(module.forward, dynamic=False)
     try:
         yield
     finally:
-        vars(decoder).pop("forward", None)
+        for module in compiled_modules:
+            del module.forward
         if swap_attention:
             model.set_attn_implementation("sdpa")
 
