@@ -387,6 +387,7 @@ class TestGGUF:
         assert source.reference.id == str(gguf_file.resolve())
         digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
         assert source.reference.sha256 == digest
+        assert (source.tokenizer.bos_token, source.tokenizer.eos_token) == ("<s>", "</s>")
         # What was read from GGUF can be saved like any other model.
         source.model.save_pretrained(tmp_path / "saved")
         source.tokenizer.save_pretrained(tmp_path / "saved")
@@ -438,13 +439,14 @@ def write_gguf(model: LlamaForCausalLM, path: Path, rope_factors: bool = False) 
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    characters = [chr(0x100 + code) for code in range(config.vocab_size - 4)]
-    tokens = ["<unk>", "<s>", "</s>", *characters, characters[0] + characters[1]]
+    characters = [chr(0x100 + code) for code in range(config.vocab_size - 5)]
+    merges = [characters[0:2], characters[2:4]]
+    tokens = ["<unk>", "<s>", "</s>", *characters, *("".join(pair) for pair in merges)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
-    writer.add_token_merges([f"{characters[0]} {characters[1]}"])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

@@ -85,7 +85,7 @@ def load_source(
     )
     return Source(
         model=model.to(device).eval().requires_grad_(False),
-        tokenizer=_load_tokenizer(checkpoint, trust_remote_code),
+        tokenizer=_load_tokenizer(checkpoint, config, trust_remote_code),
         architecture=architecture_of(model.config),
         reference=reference,
     )
@@ -190,11 +190,13 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             delattr(model, name)
 
 
-def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(
+    checkpoint: Checkpoint, config: PreTrainedConfig, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
     location = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.directory, trust_remote_code=trust_remote_code, **location
             )
     except Exception as error:
@@ -202,6 +204,13 @@ def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrain
             "the tokenizer cannot be loaded; put the tokenizer's files (tokenizer.json, "
             f"tokenizer_config.json) beside the weights ({type(error).__name__})"
         ) from error
+    if location:
+        # Some releases of transformers (5.17) take the first special token of a GGUF for the last.
+        for name in ("bos", "eos", "pad"):
+            index = getattr(config, f"{name}_token_id", None)
+            if isinstance(index, int):
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
+    return tokenizer
 
 
 @torch.no_grad()
