@@ -1,0 +1,63 @@
+"""Helpers shared by the tests that convert tiny models."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tpa_convert.architectures import Source, SourceReference, architecture_of
+from tpa_convert.calibration.moments import Moments, collect_moments
+from tpa_convert.conversion import convert_model
+from tpa_convert.modeling import TPAForCausalLM
+from tpa_convert.planning import Budget, plan_uniform
+
+
+def source_of(model: PreTrainedModel) -> Source:
+    """A `Source` around a model in memory."""
+    reference = SourceReference(id="tiny", revision=None, sha256="0" * 64, gguf_file=None)
+    return Source(model, None, architecture_of(model.config), reference)  # type: ignore[arg-type]
+
+
+def random_blocks(vocab_size: int = 128, count: int = 8, length: int = 48, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (count, length), generator=generator)
+
+
+def tiny_moments(model: PreTrainedModel) -> Moments:
+    return collect_moments(source_of(model), random_blocks())
+
+
+def convert_tiny(
+    model: PreTrainedModel,
+    *,
+    method: str = "gauge",
+    whiten: bool = True,
+    form: str = "static",
+    gauge: str = "auto",
+    rank_q: int | None = None,
+    moments: Moments | None = None,
+    **budget: Any,
+) -> TPAForCausalLM:
+    """Converts a tiny model; `budget` is what `Budget` takes, the full width by default."""
+    source = source_of(model)
+    llama_config = source.architecture.llama_config(model.config)
+    if not budget:
+        heads, head_dim = llama_config["num_key_value_heads"], llama_config["head_dim"]
+        budget = {"width_k": heads * head_dim, "width_v": heads * head_dim}
+        if method == "svd" and form != "static":
+            budget = {"rank_k": heads, "rank_v": heads}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        plan = plan_uniform(
+            llama_config,
+            Budget(**budget),
+            form=form,
+            gauge=gauge,
+            whole_heads=method == "svd",
+            rank_q=rank_q,
+        )
+    moments = moments or tiny_moments(model)
+    return convert_model(source, plan, moments, method=method, whiten=whiten)

@@ -1,0 +1,225 @@
+"""Generation with transformers' own caches: every way to generate equals recomputing everything."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from tests.conversions import convert_tiny, random_blocks
+from tpa_convert.modeling import TPAForCausalLM
+
+LAYOUTS = {
+    "static absorbed": {"kv_floats": 14, "gauge": "absorbed"},
+    "static applied": {"kv_floats": 14, "gauge": "applied"},
+    "affine absorbed": {"kv_floats": 20, "form": "affine", "gauge": "absorbed"},
+    "affine applied": {"kv_floats": 20, "form": "affine", "gauge": "applied"},
+    "paper": {"rank_k": 2, "rank_v": 1, "form": "linear", "method": "svd"},
+    "paper with factored queries": {
+        "rank_k": 2,
+        "rank_v": 1,
+        "rank_q": 3,
+        "form": "linear",
+        "method": "svd",
+    },
+}
+NEW = 12
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def converted(request: pytest.FixtureRequest, tiny_llama) -> TPAForCausalLM:
+    model = convert_tiny(tiny_llama("gqa"), **LAYOUTS[request.param])
+    if model.config.form[0] == "affine":  # head factors that do depend on the token
+        for layer in model.model.layers:
+            for head in (layer.self_attn.k_head_factor, layer.self_attn.v_head_factor):
+                torch.manual_seed(0)
+                torch.nn.init.normal_(head.weight, std=0.3)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def prompt(batch: int = 2, length: int = 9) -> torch.Tensor:
+    return random_blocks(count=batch, length=length, seed=5)
+
+
+def test_every_step_has_the_logits_of_a_full_forward(converted) -> None:
+    tokens = prompt(length=20)
+    full = converted(tokens, use_cache=False).logits
+    output = converted(tokens[:, :7], use_cache=True)
+    steps, cache = [output.logits], output.past_key_values
+    for t in range(7, 20):
+        steps.append(converted(tokens[:, t : t + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(converted, implementation) -> None:
+    tokens = prompt()
+    reference = converted(tokens).logits
+    converted.set_attn_implementation(implementation)
+    torch.testing.assert_close(converted(tokens).logits, reference, atol=1e-5, rtol=1e-5)
+    out = converted.generate(tokens, max_new_tokens=NEW, do_sample=False)
+    expected = converted.generate(tokens, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    assert torch.equal(out, expected)
+
+
+def test_the_live_cache_is_as_small_as_the_config_says(converted) -> None:
+    tokens = prompt(length=16)
+    cache = converted(tokens, use_cache=True).past_key_values
+    assert isinstance(cache, DynamicCache)
+    for layer, floats in zip(cache.layers, converted.config.cached_floats, strict=True):
+        nbytes = layer.keys.nbytes + layer.values.nbytes
+        assert nbytes == floats * tokens.numel() * 4
+        assert floats < 2 * 2 * 8 or "linear" in converted.config.form
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "beam": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "chunked prefill": {"prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
+def test_generation_equals_the_uncached_result(converted, mode, padded) -> None:
+    settings = {"max_new_tokens": NEW, "do_sample": False, **MODES[mode]}
+    tokens = prompt()
+    mask = torch.ones_like(tokens)
+    if padded:
+        tokens[0, :4], mask[0, :4] = 0, 0
+    plain = {
+        k: v
+        for k, v in settings.items()
+        if k not in ("cache_implementation", "disable_compile", "prefill_chunk_size")
+    }
+
+    def generate(**kwargs):
+        torch.manual_seed(0)
+        return converted.generate(tokens, attention_mask=mask, **kwargs)
+
+    assert torch.equal(generate(**settings), generate(**plain, use_cache=False))
+
+
+def test_static_cache_with_chunked_prefill(converted) -> None:
+    tokens = prompt()
+    expected = converted.generate(tokens, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    out = converted.generate(
+        tokens,
+        max_new_tokens=NEW,
+        do_sample=False,
+        cache_implementation="static",
+        prefill_chunk_size=4,
+        disable_compile=True,
+    )
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("layout", ["static applied", "paper"])
+def test_static_cache_compiles_as_one_graph(tiny_llama, layout) -> None:
+    model = convert_tiny(tiny_llama("gqa"), **LAYOUTS[layout])
+    tokens = prompt(length=6)
+    expected = model(tokens, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(tokens[:, :4], past_key_values=cache)
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    for t in (4, 5):
+        positions = torch.tensor([[t]])
+        logits = step(
+            tokens[:, t : t + 1], past_key_values=cache, position_ids=positions
+        ).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, t], atol=1e-5, rtol=1e-5)
+
+
+def test_assisted_and_prompt_lookup(converted, tiny_llama) -> None:
+    tokens = prompt(batch=1)
+    expected = converted.generate(tokens, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    assistant = tiny_llama("gqa")
+    assistant.generation_config.eos_token_id = None
+    for assistance in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+        out = converted.generate(tokens, max_new_tokens=NEW, do_sample=False, **assistance)
+        assert torch.equal(out, expected)
+
+
+def test_a_converted_model_assists_its_source(converted, tiny_llama) -> None:
+    source = tiny_llama("gqa")
+    source.generation_config.eos_token_id = None
+    tokens = prompt(batch=1)
+    expected = source.generate(tokens, max_new_tokens=NEW, do_sample=False)
+    out = source.generate(tokens, max_new_tokens=NEW, do_sample=False, assistant_model=converted)
+    assert torch.equal(out, expected)
+
+
+def test_eager_attention_returns_its_weights(converted) -> None:
+    converted.set_attn_implementation("eager")
+    output = converted(prompt(), output_attentions=True, output_hidden_states=True)
+    assert len(output.attentions) == 2
+    assert output.attentions[0].shape == (2, 4, 9, 9)
+    assert len(output.hidden_states) == 3
+
+
+def test_quantised_cache_is_smaller_and_close(tiny_llama) -> None:
+    pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
+    from transformers import QuantizedCache
+
+    model = convert_tiny(tiny_llama("gqa", head_dim=64), width_k=64, width_v=64)
+    tokens = prompt(length=65)
+    reference = model(tokens, use_cache=False).logits
+    full = model(tokens[:, :-1], use_cache=True).past_key_values
+    cache = QuantizedCache("quanto", model.config, nbits=8, q_group_size=64, residual_length=1)
+    model(tokens[:, :-1], past_key_values=cache)
+    logits = model(tokens[:, -1:], past_key_values=cache).logits
+    error = (logits[:, 0] - reference[:, -1]).abs().max() / reference.std()
+    assert 0 < error < 0.2
+    plain = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+    assert quantised_bytes(cache) < 0.5 * plain
+
+
+def quantised_bytes(cache) -> int:
+    total = 0
+    for layer in cache.layers:
+        total += layer.keys.nbytes + layer.values.nbytes  # the unquantised tail
+        for packed in (layer._quantized_keys, layer._quantized_values):
+            inner, _ = packed.__tensor_flatten__()
+            total += sum(getattr(packed, name).nbytes for name in inner)
+    return total
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_cache_offload(converted, implementation) -> None:
+    model = converted.cuda()
+    tokens = prompt().cuda()
+    expected = model.generate(tokens, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    out = model.generate(
+        tokens, max_new_tokens=NEW, do_sample=False, cache_implementation=implementation
+    )
+    assert torch.equal(out, expected)
+
+
+def test_per_layer_shapes_survive_saving(tiny_llama, tmp_path) -> None:
+    from dataclasses import replace
+
+    from tests.conversions import source_of, tiny_moments
+    from tpa_convert.conversion import convert_model
+    from tpa_convert.modeling import LayerShape
+    from tpa_convert.planning import Plan
+
+    source = source_of(tiny_llama("gqa"))
+    first = LayerShape("static", "absorbed", 1, 1, 8, 4)
+    plan = Plan([first, replace(first, form="affine", gauge="applied", width_k=12)], 2, 8)
+    model = convert_model(source, plan, tiny_moments(source.model))
+    tokens = prompt()
+    expected = model.generate(tokens, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.cached_floats == [12, 12 + 4 + 4]
+    assert torch.equal(loaded.generate(tokens, max_new_tokens=NEW, do_sample=False), expected)
+    assert copy.deepcopy(loaded.config).width_k == [8, 12]
