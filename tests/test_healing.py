@@ -198,6 +198,7 @@ def test_a_perturbed_copy_heals(
     assert report.tokens == 60 * 64
     assert report.resumed_from == 0
     assert report.valid_loss_after < 0.5 * report.valid_loss_before
+    assert [step for step, _ in report.losses] == list(range(1, 61))
     assert report.losses[-1][1] < 0.5 * report.losses[0][1]
     assert json.loads(json.dumps(asdict(report)))["steps"] == 60
 

@@ -66,12 +66,11 @@ class Speedometer(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A rich progress bar: steps, loss, held-out loss, tokens per second, time elapsed and left."""
+    """A rich progress bar: steps, loss, tokens per second, time elapsed and left."""
 
     def __init__(self, speedometer: Speedometer, description: str = "Healing"):
         self.speedometer = speedometer
         self.description = description
-        self.valid = ""
 
     def on_train_begin(
         self,
@@ -82,19 +81,20 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            expand=True,
         )
         self.task = self.bar.add_task(
             self.description,
             total=state.max_steps,
             completed=state.global_step,
-            status="starting",
+            status="starting" if state.global_step < state.max_steps else "finished before",
         )
         self.bar.start()
 
@@ -106,13 +106,10 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        logs = logs or {}
-        if VALID_LOSS in logs:
-            self.valid = f"held-out {logs[VALID_LOSS]:.4f}  "
-        if "loss" in logs:
+        if logs is not None and "loss" in logs:
             speed = self.speedometer.tokens_per_second
-            status = f"loss {logs['loss']:.4f}  {self.valid}"
-            status += f"{speed:,.0f} tokens/s" if speed else ""
+            status = f"loss {logs['loss']:.4f}"
+            status += f"  {speed:,.0f} tokens/s" if speed else ""
             self.bar.update(self.task, completed=state.global_step, status=status)
 
     def on_train_end(
@@ -156,7 +153,9 @@ class Validation(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.global_step == state.max_steps:
-            self.measure()
+            should_log = control.should_log
+            self.measure()  # logging resets should_log, and with it the last training loss
+            control.should_log = should_log
 
     def measure(self) -> None:
         self.trainer.log({VALID_LOSS: self.trainer.mean_divergence(self.blocks)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -184,7 +185,7 @@ def heal(
     try:
         with (
             _memory_errors(args.per_device_train_batch_size),
-            _no_progress_bars(),
+            _quiet_transformers(),
             block_forward(student, modules_to_compile(student) if compiled else ()),
             block_forward(teacher, modules_to_compile(teacher) if compiled else ()),
             stop,
@@ -375,15 +376,21 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keeps transformers' bars for writing checkpoints out of ours."""
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps the Trainer's bars for checkpoints and warnings about tied weights out of ours."""
     enabled = transformers_logging.is_progress_bar_enabled()
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    levels = [logger.level for logger in loggers]
     transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _release(student: PreTrainedModel, use_cache: bool) -> None:
