@@ -1,4 +1,4 @@
-"""A run as one validated object: where the model comes from, and how to convert, heal and evaluate it.
+"""A run as one validated object: the source, and how to convert, heal and evaluate it.
 
 The sections are what `tpa_convert.pipeline` takes, what the command line fills from its options and
 what a YAML recipe spells out, so that all three share names, defaults and checks.
@@ -91,6 +91,8 @@ class ConvertOptions(Section):
 
     calibration: Texts = ()
     """Calibration text; by default a short text that ships with the package."""
+    text_column: str = "text"
+    """Column that holds the text in jsonl, parquet and datasets."""
     calibration_blocks: PositiveInt = 128
     """Number of calibration sequences."""
     block_length: Annotated[int, Field(ge=2)] = 512
@@ -119,14 +121,10 @@ class ConvertOptions(Section):
         if self.rank_q is not None and self.form != "linear":
             raise ValueError(f"rank_q needs form linear, not {self.form}")
         if self.moments is not None and (self.calibration or self.save_moments is not None):
-            raise ValueError("moments replaces the calibration: leave out calibration, save_moments")
+            raise ValueError(
+                "moments replaces the calibration: leave out calibration, save_moments"
+            )
         return self
-
-    @property
-    def budget(self) -> dict[str, int | float]:
-        """The one budget given, as keyword arguments: {"kv_floats": 128}, {"width_k": 64, ...}."""
-        values = {name: getattr(self, name) for name in (*BUDGETS, *RANKS, "rank_q")}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 class HealOptions(Section):
@@ -136,6 +134,8 @@ class HealOptions(Section):
     """Text to heal on: files, directories, globs or Hub datasets."""
     valid_text: Texts = ()
     """Held-out text for the loss shown during healing."""
+    text_column: str = "text"
+    """Column that holds the text in jsonl, parquet and datasets."""
     tokens: PositiveInt = 10_000_000
     """Tokens to train on."""
     block_length: Annotated[int, Field(ge=2)] = 1024
@@ -152,8 +152,18 @@ class HealOptions(Section):
     """Optimiser steps over which the learning rates rise to their peaks."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions of the distillation loss."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's, on matrices."""
     seed: int = 0
     """Order of the text."""
+    bf16: bool | None = None
+    """Compute in bfloat16 over float32 weights; by default where the GPU can."""
+    torch_compile: bool | None = None
+    """Compile both models; by default on a GPU only."""
+    gradient_checkpointing: bool = False
+    """Save memory, for a quarter more time."""
+    save_steps: PositiveInt = 500
+    """Optimiser steps between checkpoints."""
 
 
 class EvaluateOptions(Section):
@@ -161,6 +171,8 @@ class EvaluateOptions(Section):
 
     text: Texts = ()
     """Texts for perplexity: files, directories, globs or Hub datasets."""
+    text_column: str = "text"
+    """Column that holds the text in jsonl, parquet and datasets."""
     choices: Texts = ()
     """Multiple-choice files, one JSON object {query, choices, gold} a line."""
     tasks: Texts = ()
@@ -194,7 +206,7 @@ class Recipe(Section):
     out: Path | None = None
     """Directory for the results; `tpa-convert run --out` takes precedence."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto."""
+    """cpu, cuda, cuda:1, ..., or auto. Healing takes a GPU wherever there is one."""
     next_steps: str | None = None
     """Shown when the run is finished."""
 

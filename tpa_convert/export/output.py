@@ -59,7 +59,7 @@ def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes private directories
+        _open_up(partial)
         _replace(partial, target, overwrite)
     except BaseException as error:
         if partial is not None:
@@ -73,7 +73,7 @@ def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces `path` when the block ends without an error.
+    """Yield a temporary path beside `path` that replaces `path` if the block ends without error.
 
     Raises:
         UserError: the disk is full, or the file's directory cannot be written.
@@ -130,7 +130,9 @@ def _replace(partial: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _umask() -> int:
+def _open_up(directory: Path) -> None:
+    """Give the usual permissions; mkdtemp and safetensors make private directories and files."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (directory, *directory.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

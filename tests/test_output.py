@@ -1,0 +1,139 @@
+"""Outputs appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from tpa_convert.errors import UserError
+from tpa_convert.export.output import (
+    PROVENANCE_FILE,
+    atomic_directory,
+    atomic_file,
+    check_output,
+    is_disk_full,
+)
+
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def write_output(
+    out: Path, text: str = "new", *, overwrite: bool = False, error: BaseException | None = None
+) -> None:
+    """Write an output; with `error`, fail in the middle of it."""
+    with atomic_directory(out, overwrite) as directory:
+        (directory / "weights").write_text(text)
+        if error is not None:
+            raise error
+        (directory / PROVENANCE_FILE).write_text(text)
+
+
+def write_file(path: Path, error: BaseException | None = None) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+        if error is not None:
+            raise error
+
+
+def write_twice(out: Path) -> None:
+    """Another process makes the same output meanwhile."""
+    with atomic_directory(out):
+        write_output(out, "of another process")
+
+
+def test_directory_appears_only_when_complete(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with atomic_directory(out) as directory:
+        (directory / "weights").write_text("x")
+        assert not out.exists()
+    assert (out / "weights").read_text() == "x"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_output_has_the_permissions_of_ordinary_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    with atomic_directory(tmp_path / "out") as directory:
+        (directory / "file").touch(mode=0o600)
+    for name in (".", "file"):
+        made, plain = tmp_path / "out" / name, tmp_path / "plain" / name
+        assert made.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(143)])
+def test_error_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        write_output(tmp_path / "out", error=error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [DISK_FULL, KeyboardInterrupt()])
+def test_error_leaves_the_old_output(tmp_path: Path, error: BaseException) -> None:
+    out = tmp_path / "out"
+    write_output(out, "old")
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        write_output(out, overwrite=True, error=error)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.read_text() for path in out.iterdir()} == {"old"}
+
+
+def test_full_disk_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"disk is full: .*out was not written"):
+        write_output(tmp_path / "out", error=DISK_FULL)
+
+
+def test_full_disk_is_recognised_inside_other_errors() -> None:
+    error = RuntimeError("writing failed")
+    assert not is_disk_full(error)
+    error.__cause__ = DISK_FULL
+    assert is_disk_full(error)
+    text = 'I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+    assert is_disk_full(ValueError(text))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
+
+
+def test_existing_directory_needs_overwrite(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_output(out, "old")
+    with pytest.raises(UserError, match="--overwrite"):
+        write_output(out)
+    assert (out / PROVENANCE_FILE).read_text() == "old"
+    write_output(out, overwrite=True)
+    assert (out / PROVENANCE_FILE).read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_spares_what_is_not_ours(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="not written by tpa-convert"):
+        write_output(home, overwrite=True)
+    assert (home / "thesis.tex").read_text() == "precious"
+
+
+def test_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="exists"):
+        write_twice(out)
+    assert (out / PROVENANCE_FILE).read_text() == "of another process"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_file_as_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="not a directory"):
+        check_output(tmp_path / "out", overwrite=True)
+
+
+def test_atomic_file_replaces_or_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_file(path, KeyboardInterrupt())
+    assert path.read_text() == "old"
+    write_file(path)
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -1,0 +1,117 @@
+"""Recipes: what is accepted, and one line for what is not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tpa_convert.errors import UserError
+from tpa_convert.healing import HealingSettings
+from tpa_convert.recipe import ConvertOptions, HealOptions, Recipe, load_recipe, validated
+
+MINIMAL = "source: some/model\nconvert: {kv_ratio: 0.5}\n"
+
+
+def recipe_error(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(path))
+    return message.removeprefix(f"{path}")
+
+
+def test_minimal_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    recipe = load_recipe(path)
+    assert recipe.source.model == "some/model"
+    assert recipe.convert == ConvertOptions(kv_ratio=0.5)
+    assert recipe.heal is None
+    assert recipe.evaluate is None
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=str)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.heal is not None
+    assert recipe.evaluate is not None
+
+
+def test_one_text_or_several() -> None:
+    assert validated(HealOptions, {"text": "a.txt"}).text == ("a.txt",)
+    assert validated(HealOptions, {"text": ["a.txt", "b.txt"]}).text == ("a.txt", "b.txt")
+    with pytest.raises(UserError, match="text"):
+        validated(HealOptions, {"text": []})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MINIMAL + "haal: {}\n", ": unknown key haal; did you mean heal?"),
+        (
+            "source: m\nconvert: {kv_flotas: 128}\n",
+            ": unknown key convert.kv_flotas; did you mean kv_floats?",
+        ),
+        (
+            MINIMAL + "heal: {text: a.txt, tokns: 5}\n",
+            ": unknown key heal.tokns; did you mean tokens?",
+        ),
+        (
+            "source: {modell: m}\nconvert: {kv_ratio: 0.5}\n",
+            ": unknown key source.modell; did you mean model?",
+        ),
+        ("source: m\n", ": convert is missing"),
+        ("- a\n- b\n", ": a recipe is a mapping with the keys source, convert, heal, ..."),
+    ],
+)
+def test_wrong_keys(tmp_path: Path, text: str, expected: str) -> None:
+    assert recipe_error(tmp_path, text) == expected
+
+
+def test_unknown_key_unlike_any_lists_the_valid_ones(tmp_path: Path) -> None:
+    message = recipe_error(tmp_path, MINIMAL + "xyzzy: 1\n")
+    assert "unknown key xyzzy; valid keys: source, convert, heal" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("source: m\nconvert: {kv_ratio: 1.5}\n", "convert.kv_ratio"),
+        ("source: m\nconvert: {kv_ratio: half}\n", "not 'half'"),
+        (
+            "source: m\nconvert: {form: quadratic, kv_ratio: 0.5}\n",
+            "'static', 'affine' or 'linear'",
+        ),
+        ("source: m\nconvert: {}\n", "exactly one budget"),
+        ("source: m\nconvert: {kv_ratio: 0.5, rank_k: 1}\n", "got kv_ratio and ranks and widths"),
+        ("source: m\nconvert: {kv_ratio: 0.5, rank_q: 2}\n", "rank_q needs form linear"),
+        ("source: [m\n", "line 2: not valid YAML"),
+    ],
+)
+def test_wrong_values(tmp_path: Path, text: str, words: str) -> None:
+    assert words in recipe_error(tmp_path, text)
+
+
+def test_missing_recipe() -> None:
+    with pytest.raises(UserError, match=r"no such recipe: nowhere\.yaml"):
+        load_recipe("nowhere.yaml")
+
+
+def test_rank_q_goes_with_any_budget() -> None:
+    assert ConvertOptions(kv_ratio=0.5, rank_q=2, form="linear").rank_q == 2
+
+
+def test_healing_defaults_are_those_of_the_settings() -> None:
+    options = HealOptions(text=("a.txt",)).model_dump(exclude={"text", "valid_text", "text_column"})
+    assert options == asdict(HealingSettings())
+
+
+def test_recipe_survives_yaml_round_trip() -> None:
+    values = {"source": {"model": "m"}, "convert": {"kv_ratio": 0.5}, "heal": {"text": ["a"]}}
+    recipe = validated(Recipe, values)
+    assert validated(Recipe, recipe.model_dump(mode="json")) == recipe

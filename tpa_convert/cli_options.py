@@ -1,0 +1,395 @@
+"""Every command-line option, declared once and reused by the commands of `tpa_convert.cli`.
+
+An option that belongs to a recipe section has the name and the default of the section's field.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tpa_convert.recipe import FloatType, HeadFactorForm, Method
+
+BUDGET = "Budget (give exactly one: floats, bytes, ratio, or ranks and widths)"
+METHOD = "Method"
+CALIBRATION = "Calibration"
+TEXT = "Text"
+TRAINING = "Training"
+MEASURE = "What to measure"
+SAMPLING = "Sampling"
+SOURCE = "Model and device"
+OUTPUT = "Output"
+
+
+def option(flags: str, text: str, panel: str, **settings: Any) -> Any:
+    """A Typer option in a help panel; `flags` separated by blanks."""
+    return typer.Option(*flags.split(), help=text, rich_help_panel=panel, **settings)
+
+
+def flag(flags: str, text: str, panel: str) -> Any:
+    """A switch, shown without a type."""
+    return option(flags, text, panel, metavar="")
+
+
+# ------------------------------------------------------------------------------- model and device
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="Hub id, local directory or .gguf file.", show_default=False
+    ),
+]
+DirectoryArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A converted model (output of convert or heal).", show_default=False
+    ),
+]
+Revision = Annotated[
+    str | None,
+    option("--revision", "Branch, tag or commit of the source on the Hub.", SOURCE, metavar="REV"),
+]
+TrustRemoteCode = Annotated[
+    bool, flag("--trust-remote-code", "Run the Python code that comes with the source.", SOURCE)
+]
+Device = Annotated[
+    str,
+    option(
+        "--device",
+        "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
+        SOURCE,
+        metavar="NAME",
+    ),
+]
+Seed = Annotated[int, option("--seed", "The same seed gives the same result.", SOURCE, metavar="N")]
+DType = Annotated[
+    FloatType | None,
+    option("--dtype", "Type of the output's weights. [dim]\\[default: the source's][/]", OUTPUT),
+]
+
+# ------------------------------------------------------------------------------- output
+
+Out = Annotated[
+    Path,
+    option(
+        "--out -o",
+        "Directory to write. It appears only when it is complete.",
+        OUTPUT,
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+ConvertOut = Annotated[
+    Path | None,
+    option(
+        "--out -o",
+        "Directory to write; needed unless --dry-run. It appears only when it is complete.",
+        OUTPUT,
+        metavar="DIR",
+    ),
+]
+RecipeOut = Annotated[
+    Path | None,
+    option(
+        "--out -o", "Directory for the results, instead of the recipe's.", OUTPUT, metavar="DIR"
+    ),
+]
+StartOver = Annotated[bool, flag("--overwrite", "Start over and replace earlier results.", OUTPUT)]
+Overwrite = Annotated[
+    bool, flag("--overwrite", "Replace an earlier output of tpa-convert.", OUTPUT)
+]
+JsonFile = Annotated[
+    Path | None, option("--json", "Also write the results to this file.", OUTPUT, metavar="FILE")
+]
+DryRun = Annotated[
+    bool,
+    flag(
+        "--dry-run",
+        "Print the plan and the predicted cache, then stop; reads no weights, writes nothing.",
+        OUTPUT,
+    ),
+]
+
+# ------------------------------------------------------------------------------- budget
+
+KvFloats = Annotated[
+    int | None,
+    option(
+        "--kv-floats", "Numbers cached per token and layer, mean over layers.", BUDGET, metavar="N"
+    ),
+]
+KvBytes = Annotated[
+    int | None,
+    option("--kv-bytes", "Bytes cached per token by the whole model.", BUDGET, metavar="N"),
+]
+KvRatio = Annotated[
+    float | None,
+    option(
+        "--kv-ratio",
+        "Share of the source's cache to keep: 0.25 keeps a quarter.",
+        BUDGET,
+        metavar="X",
+    ),
+]
+RankK = Annotated[int | None, option("--rank-k", "Head factors of the keys.", BUDGET, metavar="R")]
+RankV = Annotated[
+    int | None, option("--rank-v", "Head factors of the values.", BUDGET, metavar="R")
+]
+WidthK = Annotated[
+    int | None,
+    option("--width-k", "Numbers cached for the keys per token and layer.", BUDGET, metavar="D"),
+]
+WidthV = Annotated[
+    int | None,
+    option("--width-v", "Numbers cached for the values per token and layer.", BUDGET, metavar="D"),
+]
+CacheDType = Annotated[
+    FloatType | None,
+    option(
+        "--cache-dtype",
+        "Type in which cache bytes are counted. [dim]\\[default: --dtype][/]",
+        BUDGET,
+    ),
+]
+
+# ------------------------------------------------------------------------------- method
+
+Form = Annotated[
+    HeadFactorForm,
+    option(
+        "--form",
+        "Head factors: static (constant, cost nothing at run time), affine (constant + linear in "
+        "the token), linear (the layer of the TPA paper).",
+        METHOD,
+    ),
+]
+MethodChoice = Annotated[
+    Method,
+    option(
+        "--method",
+        "gauge is the calibrated decomposition of this package; svd, tucker and cp are baselines.",
+        METHOD,
+    ),
+]
+Whiten = Annotated[
+    bool,
+    flag(
+        "--whiten/--no-whiten",
+        "Weigh errors by what the calibration text activates, or by the weights alone.",
+        METHOD,
+    ),
+]
+RankQ = Annotated[
+    int | None,
+    option(
+        "--rank-q",
+        "Factor the queries as well (only --form linear; saves parameters, no cache).",
+        METHOD,
+        metavar="R",
+    ),
+]
+
+# ------------------------------------------------------------------------------- calibration
+
+Calibration = Annotated[
+    list[str] | None,
+    option(
+        "--calibration",
+        "Text file (txt, jsonl, parquet, also .gz .xz .zst), directory, glob or Hub dataset; may "
+        "be repeated. [dim]\\[default: a short text in this package][/]",
+        CALIBRATION,
+        metavar="PATH|DATASET",
+    ),
+]
+CalibrationBlocks = Annotated[
+    int, option("--calibration-blocks", "Number of sequences.", CALIBRATION, metavar="N")
+]
+CalibrationLength = Annotated[
+    int, option("--block-length", "Tokens per sequence.", CALIBRATION, metavar="N")
+]
+SaveMoments = Annotated[
+    Path | None,
+    option(
+        "--save-moments",
+        "Keep what the calibration measured, for another budget or method.",
+        CALIBRATION,
+        metavar="FILE",
+    ),
+]
+MomentsFile = Annotated[
+    Path | None,
+    option(
+        "--moments",
+        "Use moments saved before from the same source instead of calibrating.",
+        CALIBRATION,
+        metavar="FILE",
+    ),
+]
+
+
+def _text_column(panel: str) -> Any:
+    return option(
+        "--text-column", "Column of the text in jsonl, parquet and datasets.", panel, metavar="NAME"
+    )
+
+
+CalibrationColumn = Annotated[str, _text_column(CALIBRATION)]
+TextColumn = Annotated[str, _text_column(TEXT)]
+EvalColumn = Annotated[str, _text_column(MEASURE)]
+
+# ------------------------------------------------------------------------------- healing
+
+HealSource = Annotated[
+    str | None,
+    option(
+        "--source",
+        "The model to learn from. [dim]\\[default: the one DIR was converted from][/]",
+        SOURCE,
+        metavar="SOURCE",
+    ),
+]
+HealText = Annotated[
+    list[str],
+    option(
+        "--text",
+        "Text file, directory, glob or Hub dataset to heal on; may be repeated.",
+        TEXT,
+        metavar="PATH|DATASET",
+        show_default=False,
+    ),
+]
+ValidText = Annotated[
+    list[str] | None,
+    option("--valid-text", "Held-out text, for the loss shown.", TEXT, metavar="PATH|DATASET"),
+]
+Tokens = Annotated[int, option("--tokens", "Tokens to train on.", TRAINING, metavar="N")]
+TrainingLength = Annotated[
+    int, option("--block-length", "Tokens per sequence.", TRAINING, metavar="N")
+]
+TokensPerStep = Annotated[
+    int, option("--tokens-per-step", "Tokens per optimiser step.", TRAINING, metavar="N")
+]
+TrainingBatch = Annotated[
+    int | None,
+    option(
+        "--batch-size",
+        "Sequences per forward pass. [dim]\\[default: chosen for the device][/]",
+        TRAINING,
+        metavar="N",
+    ),
+]
+AttentionLearningRate = Annotated[
+    float,
+    option(
+        "--attention-learning-rate", "Peak rate of the attention layers.", TRAINING, metavar="X"
+    ),
+]
+LearningRate = Annotated[
+    float, option("--learning-rate", "Peak rate of everything else.", TRAINING, metavar="X")
+]
+WarmupSteps = Annotated[
+    int, option("--warmup-steps", "Steps in which the rates rise.", TRAINING, metavar="N")
+]
+Temperature = Annotated[
+    float, option("--temperature", "Softens both distributions of the loss.", TRAINING, metavar="X")
+]
+
+GradientCheckpointing = Annotated[
+    bool, flag("--gradient-checkpointing", "Need less memory, take longer.", TRAINING)
+]
+SaveSteps = Annotated[
+    int, option("--save-steps", "Steps between checkpoints.", TRAINING, metavar="N")
+]
+Resume = Annotated[
+    bool,
+    flag("--resume/--no-resume", "Continue an interrupted run, or start it anew.", TRAINING),
+]
+
+# ------------------------------------------------------------------------------- evaluation
+
+DirectoriesArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="DIR...",
+        help="One or more converted models; each becomes a column.",
+        show_default=False,
+    ),
+]
+Against = Annotated[
+    str | None,
+    option(
+        "--against",
+        "The source to compare with. [dim]\\[default: the one DIR was converted from][/]",
+        SOURCE,
+        metavar="SOURCE",
+    ),
+]
+EvalText = Annotated[
+    list[str] | None,
+    option(
+        "--text",
+        "Text file, directory, glob or Hub dataset for perplexity; may be repeated.",
+        MEASURE,
+        metavar="PATH|DATASET",
+    ),
+]
+Choices = Annotated[
+    list[str] | None,
+    option(
+        "--choices",
+        "Multiple choice, one JSON object {query, choices, gold} a line; may be repeated.",
+        MEASURE,
+        metavar="FILE",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    option(
+        "--task",
+        "Task of lm-evaluation-harness by name; may be repeated. Needs the extra eval.",
+        MEASURE,
+        metavar="NAME",
+    ),
+]
+EvalLength = Annotated[
+    int, option("--block-length", "Tokens per sequence of the text.", MEASURE, metavar="N")
+]
+MaxBlocks = Annotated[
+    int, option("--max-blocks", "Sequences per text source.", MEASURE, metavar="N")
+]
+Limit = Annotated[
+    int | None,
+    option("--limit", "Questions per task. [dim]\\[default: all][/]", MEASURE, metavar="N"),
+]
+EvalBatch = Annotated[
+    int, option("--batch-size", "Sequences per forward pass.", MEASURE, metavar="N")
+]
+Speed = Annotated[bool, flag("--speed/--no-speed", "Measure prefill and decode speed.", MEASURE)]
+SamplePrompt = Annotated[
+    str | None,
+    option("--prompt", "Continue this prompt with each model.", MEASURE, metavar="TEXT"),
+]
+WriteCard = Annotated[
+    bool,
+    flag("--write-card", "Put the table into the README.md (model card) of each DIR.", OUTPUT),
+]
+
+# ------------------------------------------------------------------------------- generation
+
+MaxNewTokens = Annotated[
+    int, option("--max-new-tokens", "Length of the continuation.", SAMPLING, metavar="N")
+]
+SamplingTemperature = Annotated[
+    float,
+    option(
+        "--temperature", "0 always takes the likeliest token; 1 samples.", SAMPLING, metavar="X"
+    ),
+]
+TopP = Annotated[
+    float,
+    option(
+        "--top-p", "Sample from the likeliest tokens of this total share.", SAMPLING, metavar="X"
+    ),
+]

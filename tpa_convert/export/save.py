@@ -1,0 +1,123 @@
+"""Write a converted model so that plain transformers loads it, with or without this package."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tpa_convert import __version__
+from tpa_convert.errors import UserError
+from tpa_convert.export.card import render_card
+from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
+from tpa_convert.modeling import configuration_tpa, modeling_tpa
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_tpa.TPAConfig",
+    "AutoModel": "modeling_tpa.TPAModel",
+    "AutoModelForCausalLM": "modeling_tpa.TPAForCausalLM",
+}
+PACKAGES = ("torch", "transformers", "safetensors", "tensorly", "datasets", "accelerate")
+
+Provenance = dict[str, Any]
+"""How a directory was made: source, convert, then perhaps heal and evaluate; JSON-able."""
+
+
+def stamp() -> dict[str, Any]:
+    """Date and versions of a run, to go with its settings."""
+    versions = {"python": platform.python_version(), "tpa-convert": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "versions": versions}
+
+
+def save_converted(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    name: str,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Fill a directory: weights, config, tokenizer, modeling code, provenance and card.
+
+    The modeling code and the config's `auto_map` let transformers load the model where this package
+    is not installed (`trust_remote_code=True`); with the package installed they are not used.
+
+    Args:
+        directory: where to write; it exists.
+        name: of the model, for its card.
+        provenance: how it was made: `source`, `convert`, and so on.
+    """
+    model.config.auto_map = dict(AUTO_MAP)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for module in (configuration_tpa, modeling_tpa):
+        assert module.__file__ is not None
+        shutil.copy(module.__file__, directory)
+    write_provenance(directory, name, provenance)
+
+
+def load_converted(
+    directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an output of this package, in eval mode.
+
+    Args:
+        dtype: of the weights; by default as saved.
+
+    Raises:
+        UserError: `directory` is not such an output, or damaged.
+    """
+    read_provenance(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{directory} is damaged ({reason}): convert again") from error
+    return model.to(device).eval(), tokenizer
+
+
+def write_provenance(directory: Path, name: str, provenance: Mapping[str, Any]) -> None:
+    """Write tpa_convert.json and the model card that follows from it."""
+    with atomic_file(directory / PROVENANCE_FILE) as path:
+        path.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(directory / "README.md") as path:
+        path.write_text(render_card(name, provenance), encoding="utf-8")
+
+
+def read_provenance(directory: str | Path) -> Provenance:
+    """How `directory` was made.
+
+    Raises:
+        UserError: no such directory, or it is not an output of this package.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"no such directory: {directory}")
+    try:
+        return json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory} is not an output of tpa-convert (no {PROVENANCE_FILE} in it): "
+            "make one with `tpa-convert convert`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {directory / PROVENANCE_FILE}: {error}") from None

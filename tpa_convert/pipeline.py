@@ -1,0 +1,360 @@
+"""The steps of the command line as a Python API: plan, convert, heal, evaluate, generate.
+
+    from tpa_convert import pipeline
+    from tpa_convert.recipe import ConvertOptions, HealOptions
+
+    pipeline.convert("HuggingFaceTB/SmolLM2-135M", "small", ConvertOptions(kv_ratio=0.5))
+    pipeline.heal("small", "healed", HealOptions(text=["essays.jsonl"]))
+
+All of them in a row, from a recipe: `tpa_convert.run`. Every function raises
+`UserError` for what a user can put right, and writes whole outputs or none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpa_convert.evaluation import EvaluationReport
+
+import torch
+from transformers import PreTrainedModel, TextStreamer, set_seed
+
+from tpa_convert import healing
+from tpa_convert.architectures import Source, read_source_config
+from tpa_convert.calibration.moments import Moments, Track, collect_moments, no_tracking
+from tpa_convert.calibration.text import (
+    default_calibration_documents,
+    load_documents,
+    token_blocks,
+)
+from tpa_convert.conversion import convert_model
+from tpa_convert.errors import UserError
+from tpa_convert.export.output import (
+    PROVENANCE_FILE,
+    atomic_directory,
+    atomic_file,
+    check_output,
+)
+from tpa_convert.export.save import (
+    load_converted,
+    read_provenance,
+    save_converted,
+    stamp,
+    write_provenance,
+)
+from tpa_convert.healing import HealingReport, HealingSettings
+from tpa_convert.prediction import Prediction, named_dtype, predict
+from tpa_convert.recipe import (
+    ConvertOptions,
+    EvaluateOptions,
+    HealOptions,
+    Section,
+    SourceOptions,
+)
+from tpa_convert.sources import load, source_of, source_options, usable_device
+
+VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
+HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What `convert` made.
+
+    Attributes:
+        out: directory of the converted model.
+        prediction: plan, cache bytes and parameters, as `plan` returns them.
+        seconds: wall time.
+    """
+
+    out: Path
+    prediction: Prediction
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "seconds": self.seconds, **self.prediction.to_json()}
+
+
+@dataclass(frozen=True)
+class HealingResult:
+    """What `heal` made: the directory of the healed model and the report of the training."""
+
+    out: Path
+    report: HealingReport
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), **asdict(self.report)}
+
+
+def plan(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
+    """What a conversion would make: shapes, cache bytes, parameters. Reads no weights."""
+    where = source_options(source)
+    config = read_source_config(
+        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
+    )
+    return predict(config, options)
+
+
+def convert(
+    source: str | SourceOptions,
+    out: str | Path,
+    options: ConvertOptions,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    track: Track = no_tracking,
+) -> ConversionResult:
+    """Convert a model and save it to the directory `out`.
+
+    Args:
+        source: Hub id, local directory or .gguf file, or options with a revision.
+        options: budget, form, method, calibration.
+        device: cpu, cuda, cuda:1, ... or auto.
+        track: shows progress, called as `track(items, description)`.
+    """
+    start = time.perf_counter()
+    out = check_output(out, overwrite)
+    if options.save_moments is not None and options.save_moments.exists() and not overwrite:
+        raise UserError(
+            f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
+        )
+    prediction = plan(source, options)  # a wrong budget is told before anything is loaded
+    loaded = load(source_options(source), device)
+    with atomic_directory(out, overwrite) as directory:
+        model = convert_model(
+            loaded,
+            prediction.plan,
+            _moments(loaded, options, track),
+            method=options.method,
+            whiten=options.whiten,
+            dtype=prediction.dtype,
+            track=track,
+        )
+        record = {"settings": _settings(options), "plan": prediction.to_json(), **stamp()}
+        provenance = {"source": asdict(loaded.reference), "convert": record}
+        save_converted(model, loaded.tokenizer, directory, out.name, provenance)
+    return ConversionResult(out, prediction, time.perf_counter() - start)
+
+
+def heal(
+    directory: str | Path,
+    out: str | Path,
+    options: HealOptions,
+    *,
+    source: str | SourceOptions | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    progress: bool = True,
+) -> HealingResult:
+    """Distil the source into the converted model in `directory`; save the result to `out`.
+
+    Until the run is complete, its checkpoints live beside `out`, in `out` + ".healing". A GPU is
+    used if there is one (CUDA_VISIBLE_DEVICES chooses).
+
+    Args:
+        source: what to learn from; by default the recorded source, which must be unchanged.
+        resume: continue an interrupted run; if False, its checkpoints are deleted.
+        progress: show a progress bar.
+
+    Raises:
+        HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
+    """
+    provenance = read_provenance(directory)
+    out = check_output(out, overwrite)
+    settings = HealingSettings(**options.model_dump(exclude={"text", "valid_text", "text_column"}))
+    documents = load_documents(options.text, text_column=options.text_column)
+    cuda = torch.cuda.is_available()
+    teacher = source_of(
+        directory, provenance, source, dtype=torch.bfloat16 if cuda else torch.float32
+    )
+    student, tokenizer = load_converted(directory, dtype=torch.float32)
+    valid_blocks = None
+    if options.valid_text:
+        valid_blocks = token_blocks(
+            load_documents(options.valid_text, text_column=options.text_column),
+            tokenizer,
+            options.block_length,
+            VALID_BLOCKS,
+        )
+    checkpoints = out.with_name(out.name + HEALING_SUFFIX)
+    _claim_checkpoints(checkpoints, provenance, resume)
+    try:
+        report = healing.heal(
+            student,
+            teacher.model,
+            tokenizer,
+            documents,
+            settings=settings,
+            output_dir=checkpoints,
+            resume=resume,
+            valid_blocks=valid_blocks,
+            progress=progress,
+        )
+    except BaseException:
+        if not any(checkpoints.glob("checkpoints/checkpoint-*")):
+            shutil.rmtree(checkpoints, ignore_errors=True)  # nothing to resume from
+        raise
+    student.to("cpu", named_dtype(provenance["convert"]["plan"]["dtype"]))
+    record = {
+        "settings": _settings(options),
+        "source": asdict(teacher.reference),
+        "report": {k: v for k, v in asdict(report).items() if k != "losses"},
+        **stamp(),
+    }
+    healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
+    with atomic_directory(out, overwrite) as target:
+        save_converted(student, tokenizer, target, out.name, healed)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return HealingResult(out, report)
+
+
+def evaluate(
+    directories: str | Path | Sequence[str | Path],
+    options: EvaluateOptions,
+    *,
+    against: str | SourceOptions | None = None,
+    device: str = "auto",
+    write_card: bool = False,
+    track: Track = no_tracking,
+) -> EvaluationReport:
+    """Measure converted models beside their source.
+
+    Args:
+        directories: one or more outputs of `convert` and `heal`; each becomes a column.
+        against: the source; by default the one recorded in the first directory.
+        write_card: add the results to the directories' tpa_convert.json and README.md.
+    """
+    if isinstance(directories, str | Path):
+        directories = [directories]
+    provenances = {Path(d): read_provenance(d) for d in directories}
+    first, provenance = next(iter(provenances.items()))
+    place = usable_device(device)
+    texts = load_documents(options.text, text_column=options.text_column) if options.text else None
+    source = source_of(first, provenance, against, device=place)
+    models: dict[str, PreTrainedModel] = {"source": source.model}
+    for name, directory in _column_names(provenances).items():
+        models[name], _ = load_converted(directory, dtype=torch.float32, device=place)
+    from tpa_convert.evaluation import evaluate as evaluate_models
+
+    report = evaluate_models(
+        models,
+        source.tokenizer,
+        texts=texts,
+        choices=options.choices,
+        tasks=options.tasks,
+        speed=options.speed,
+        prompt=options.prompt,
+        block_length=options.block_length,
+        max_blocks=options.max_blocks,
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+    if write_card:
+        record = {"settings": _settings(options), "report": report.to_json(), **stamp()}
+        for directory, provenance in provenances.items():
+            write_provenance(directory, directory.name, {**provenance, "evaluate": record})
+    return report
+
+
+def generate(
+    directory: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    stream: bool = False,
+) -> str:
+    """Continue `prompt` with a converted model.
+
+    Args:
+        temperature: 0 takes the likeliest token each time.
+        stream: also print the text to standard output while it comes.
+
+    Returns:
+        The continuation, without the prompt.
+    """
+    place = usable_device(device)
+    model, tokenizer = load_converted(directory, device=place)
+    inputs = tokenizer(prompt, return_tensors="pt").to(place)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UserError("the prompt is empty: give some text to continue")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        set_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    output = model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+    )
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(new_tokens, skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------- helpers
+
+
+def _settings(options: Section) -> dict[str, Any]:
+    return options.model_dump(mode="json")
+
+
+def _moments(source: Source, options: ConvertOptions, track: Track) -> Moments | None:
+    if not options.whiten and options.form != "linear":
+        return None
+    if options.moments is not None:
+        return Moments.load(options.moments)
+    if options.calibration:
+        documents = load_documents(options.calibration, text_column=options.text_column)
+    else:
+        documents = default_calibration_documents()
+    blocks = token_blocks(
+        documents,
+        source.tokenizer,
+        options.block_length,
+        options.calibration_blocks,
+        seed=options.seed,
+    )
+    moments = collect_moments(source, blocks, track=track)
+    if options.save_moments is not None:
+        with atomic_file(options.save_moments) as path:
+            moments.save(path)
+    return moments
+
+
+def _claim_checkpoints(directory: Path, provenance: Mapping[str, Any], resume: bool) -> None:
+    """Tie a directory of checkpoints to the converted model they come from."""
+    if not resume:
+        shutil.rmtree(directory, ignore_errors=True)
+    claim = directory / PROVENANCE_FILE
+    converted = {name: provenance[name] for name in ("source", "convert")}
+    if claim.is_file():
+        if json.loads(claim.read_text(encoding="utf-8")) != converted:
+            raise UserError(
+                f"{directory} holds checkpoints of another converted model: remove it, or pass "
+                "--no-resume"
+            )
+        return
+    with atomic_file(claim) as path:
+        path.write_text(json.dumps(converted, indent=2) + "\n", encoding="utf-8")
+
+
+def _column_names(directories: Mapping[Path, Mapping[str, Any]]) -> dict[str, Path]:
+    """`converted` and `healed` where that tells them apart, otherwise the directories' names."""
+    names = ["healed" if "heal" in record else "converted" for record in directories.values()]
+    if len(set(names)) < len(names):
+        names = [directory.name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [str(directory) for directory in directories]
+    return dict(zip(names, directories, strict=True))

@@ -1,0 +1,111 @@
+"""What a conversion would give, from the source's config alone, on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tpa_convert.architectures import architecture_of
+from tpa_convert.decomposition import METHODS
+from tpa_convert.errors import UserError
+from tpa_convert.modeling import TPAConfig, TPAForCausalLM
+from tpa_convert.planning import Budget, Plan, plan_uniform
+from tpa_convert.recipe import BUDGETS, RANKS, ConvertOptions
+
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan and what follows from it.
+
+    Attributes:
+        plan: ranks and widths of every layer.
+        dtype: of the weights to be written.
+        cache_dtype: in which the bytes are counted.
+        source_kv_bytes, kv_bytes: cached per token by the whole model, before and after.
+        source_parameters, parameters: before and after; tied ones count once.
+    """
+
+    plan: Plan
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    source_kv_bytes: int
+    kv_bytes: int
+    source_parameters: int
+    parameters: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `layers` has one entry per layer."""
+        return {
+            "dtype": dtype_name(self.dtype),
+            "cache_dtype": dtype_name(self.cache_dtype),
+            "source_kv_floats": self.plan.source_kv_floats,
+            "kv_floats": self.plan.kv_floats,
+            "source_kv_bytes": self.source_kv_bytes,
+            "kv_bytes": self.kv_bytes,
+            "source_parameters": self.source_parameters,
+            "parameters": self.parameters,
+            "layers": [asdict(layer) for layer in self.plan.layers],
+        }
+
+
+def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
+    """Plan the conversion of a model with this config, and measure it on the meta device.
+
+    Raises:
+        UserError: an impossible budget, or an architecture that cannot be converted.
+    """
+    architecture = architecture_of(config)
+    dtype = named_dtype(options.dtype) or config.dtype or torch.float32
+    cache_dtype = named_dtype(options.cache_dtype) or dtype
+    llama_config = architecture.llama_config(config)
+    plan = plan_uniform(
+        llama_config,
+        Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)}),
+        form=options.form,
+        whole_heads=METHODS[options.method].whole_heads,
+        cache_dtype=cache_dtype,
+        rank_q=options.rank_q,
+    )
+    try:
+        tpa_config = TPAConfig(
+            **llama_config,
+            **plan.config_fields(),
+            attention_scale=architecture.attention_scale(config),
+        )
+    except ValueError as error:  # shapes that do not go together
+        raise UserError(str(error)) from error
+    with torch.device("meta"):
+        source = AutoModelForCausalLM.from_config(config, dtype=cache_dtype)
+        converted = TPAForCausalLM(tpa_config).to(cache_dtype)
+    return Prediction(
+        plan=plan,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        source_kv_bytes=_cache_bytes(source),
+        kv_bytes=_cache_bytes(converted),
+        source_parameters=source.num_parameters(),
+        parameters=converted.num_parameters(),
+    )
+
+
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """torch.bfloat16 for "bfloat16"; None for None."""
+    return None if name is None else getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The inverse of `named_dtype`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes per token in the cache after a forward pass in which no number is computed."""
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
+    cache = model.eval()(input_ids=tokens, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // PROBE_TOKENS

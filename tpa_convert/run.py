@@ -1,0 +1,124 @@
+"""Everything a recipe says, in order; an interrupted run continues where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.errors import UserError
+from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.export.output import atomic_file
+from tpa_convert.export.save import read_provenance
+from tpa_convert.pipeline import ConversionResult, HealingResult, convert, evaluate, heal
+from tpa_convert.recipe import Recipe, Section, SourceOptions
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `run` made. Steps that an earlier run had finished, or the recipe lacks, are None."""
+
+    converted: Path
+    healed: Path | None
+    conversion: ConversionResult | None
+    healing: HealingResult | None
+    evaluation: EvaluationReport | None
+
+    def to_json(self) -> dict[str, Any]:
+        steps = {name: getattr(self, name) for name in ("conversion", "healing", "evaluation")}
+        return {
+            "converted": str(self.converted),
+            "healed": None if self.healed is None else str(self.healed),
+            **{name: step and step.to_json() for name, step in steps.items()},
+        }
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    track: Track = no_tracking,
+) -> RunResult:
+    """Do what a recipe says, in `out` (or the recipe's): converted/, healed/ and report.json.
+
+    Steps that an earlier run with the same settings has finished are kept.
+
+    Args:
+        overwrite: do every step again.
+        progress: show progress bars.
+        track: shows progress of the steps that have no bar of their own.
+
+    Raises:
+        UserError: a step failed, or an earlier run in `out` had other settings.
+    """
+    directory = out or recipe.out
+    if directory is None:
+        raise UserError("the recipe names no output directory: add `out: DIR` or pass --out DIR")
+    base = Path(directory)
+    converted, healed = base / "converted", base / "healed" if recipe.heal else None
+    sections: dict[str, Section] = {"convert": recipe.convert}
+
+    conversion = None
+    if overwrite or not _finished(converted, sections, recipe.source):
+        conversion = convert(
+            recipe.source,
+            converted,
+            recipe.convert,
+            device=recipe.device,
+            overwrite=overwrite,
+            track=track,
+        )
+
+    healing = None
+    if healed is not None and recipe.heal is not None:
+        sections["heal"] = recipe.heal
+        if overwrite or not _finished(healed, sections, recipe.source):
+            healing = heal(
+                converted,
+                healed,
+                recipe.heal,
+                source=recipe.source,
+                overwrite=overwrite,
+                resume=not overwrite,
+                progress=progress,
+            )
+
+    evaluation = None
+    if recipe.evaluate is not None:
+        evaluation = evaluate(
+            [converted, healed] if healed else converted,
+            recipe.evaluate,
+            against=recipe.source,
+            device=recipe.device,
+            write_card=True,
+            track=track,
+        )
+        with atomic_file(base / "report.json") as path:
+            path.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
+    return RunResult(converted, healed, conversion, healing, evaluation)
+
+
+def _finished(directory: Path, sections: Mapping[str, Section], source: SourceOptions) -> bool:
+    """Whether an earlier run made `directory` with the same settings."""
+    if not directory.exists():
+        return False
+    record = read_provenance(directory)
+    differing = [
+        f"{step}.{name}"
+        for step, options in sections.items()
+        for name, value in options.model_dump(mode="json").items()
+        if record.get(step, {}).get("settings", {}).get(name) != value
+    ]
+    if record["source"]["id"] not in (source.model, str(Path(source.model).expanduser().resolve())):
+        differing.insert(0, "source")
+    if differing:
+        raise UserError(
+            f"{directory} was made with another {differing[0]}: choose another --out, or pass "
+            "--overwrite to start over"
+        )
+    return True

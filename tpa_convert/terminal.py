@@ -1,0 +1,176 @@
+"""What the command line shows: errors and warnings as one line, progress bars, small tables.
+
+Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from typer.core import TyperGroup
+
+from tpa_convert.errors import UserError
+from tpa_convert.export.output import is_disk_full
+
+if TYPE_CHECKING:
+    from tpa_convert.pipeline import HealingResult
+    from tpa_convert.prediction import Prediction
+
+INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
+
+console = Console(highlight=False)
+err_console = Console(stderr=True, highlight=False)
+
+
+class Commands(TyperGroup):
+    """Runs a command and turns what can go wrong into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as stop:
+            fail(f"interrupted: {str(stop) or 'no unfinished output was left'}", INTERRUPTED)
+        except UserError as error:
+            fail(f"{_label('error:', 'red')} {error}", 1)
+        except Exception as error:
+            if hasattr(error, "exit_code"):
+                raise  # a usage error, which Typer shows
+            fail(f"{_label('error:', 'red')} {_explain(error)}", 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one line (and the traceback, if TPA_CONVERT_TRACEBACK=1) and leave with `code`."""
+    if os.environ.get("TPA_CONVERT_TRACEBACK") == "1":
+        err_console.print_exception()
+    # Not through rich, which would wrap it: a message is one line in a narrow terminal and a log.
+    typer.echo(" ".join(message.split()), err=True)
+    raise typer.Exit(code)
+
+
+def _explain(error: Exception) -> str:
+    if is_disk_full(error):
+        return "the disk is full: free some space or write elsewhere"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory: try a smaller --batch-size or another --device"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return (
+        f"unexpected {type(error).__name__}: {first} "
+        "(TPA_CONVERT_TRACEBACK=1 shows the traceback; please report it)"
+    )
+
+
+def _label(text: str, color: str) -> str:
+    return typer.style(text, fg=color, bold=True)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    # Other packages' warnings are for their developers; ours are for the user.
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        typer.echo(f"{_label('warning:', 'yellow')} {message}", err=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' logs and bars out of the output; our warnings become one line each."""
+    warnings.showwarning = _show_warning
+    if os.environ.get("TPA_CONVERT_TRACEBACK") == "1":
+        return
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("datasets", "huggingface_hub", "httpx", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def track(items: Iterable[Any], description: str) -> Iterator[Any]:
+    """Iterate with a progress bar on standard error; a plain line where it is not a terminal."""
+    if not err_console.is_terminal:
+        err_console.print(f"{description} ...")
+        yield from items
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err_console) as progress:
+        total = len(items) if isinstance(items, Sized) else None
+        yield from progress.track(items, total=total, description=description)
+
+
+def show_plan(prediction: Prediction) -> None:
+    """What is cached before and after, and the shapes of the layers."""
+    plan = prediction.plan
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in ("source", "converted", "kept"):
+        table.add_column(column, justify="right")
+    unit = str(prediction.cache_dtype).removeprefix("torch.")
+    for name, before, after in (
+        (f"cache bytes per token ({unit})", prediction.source_kv_bytes, prediction.kv_bytes),
+        ("cached numbers per token and layer", plan.source_kv_floats, plan.kv_floats),
+        ("parameters", prediction.source_parameters, prediction.parameters),
+    ):
+        table.add_row(
+            name,
+            f"{before:,}",
+            f"{after:,.6g}" if after < 1e6 else f"{after:,}",
+            f"{after / before:.1%}",
+        )
+    console.print(table)
+    start = 0
+    for shape, layers in itertools.groupby(plan.layers):
+        end = start + len(list(layers))
+        console.print(
+            f"layers {start}-{end - 1}: {shape.form} head factors, gauge {shape.gauge}; "
+            f"keys width {shape.width_k} rank {shape.rank_k}, "
+            f"values width {shape.width_v} rank {shape.rank_v}"
+        )
+        start = end
+
+
+def show_healing(result: HealingResult) -> None:
+    """Tokens, time, and how far from the source the model was and is."""
+    report = result.report
+    speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
+    console.print(
+        f"Healed on {report.tokens:,} tokens in {duration(report.seconds)}{speed}; "
+        f"loss (KL from the source, nats per token) {report.losses[0][1]:.3f} "
+        f"-> {report.losses[-1][1]:.3f}",
+        soft_wrap=True,
+    )
+    if report.valid_loss_before is not None:
+        console.print(
+            f"On held-out text {report.valid_loss_before:.3f} -> {report.valid_loss_after:.3f}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 4 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
