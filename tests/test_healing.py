@@ -16,9 +16,18 @@ import torch
 import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tests.conftest import make_tiny_llama
 from tpa_convert.errors import UserError
@@ -261,6 +270,7 @@ def test_an_interrupted_run_resumes_on_the_same_curve(
     (tmp_path / "parts" / "checkpoints" / "checkpoint-11").mkdir()
     report, student = run(tmp_path / "parts", blocks, batch_size=2)
     assert report.resumed_from == 8
+    assert not (tmp_path / "parts" / "checkpoints" / "checkpoint-11").exists()
     assert report.steps == 12
     assert [step for step, _ in report.losses] == list(range(1, 13))
     torch.testing.assert_close(
@@ -357,6 +367,25 @@ def test_bad_input_is_a_user_error(random_tokens: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="source changes its logits"):
         attempt(model, softcapped, None, blocks)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_documents_are_tokenised(tmp_path: Path) -> None:
+    words = WordLevel({f"w{i}": i for i in range(127)} | {"</s>": 127}, unk_token="w0")
+    backend = Tokenizer(words)
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    documents = [" ".join(f"w{(i * j) % 127}" for i in range(40)) for j in range(20)]
+    changes = {"tokens": 128, "block_length": 16}
+    report = heal(
+        make_tiny_llama(seed=1),
+        make_tiny_llama(),
+        tokenizer,
+        documents,
+        settings=HealingSettings(**(asdict(SETTINGS) | changes)),
+        output_dir=tmp_path,
+        progress=False,
+    )
+    assert report.steps == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(random_tokens: Any, tmp_path: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,12 @@ from tpa_convert.healing.callbacks import (
     Speedometer,
     Validation,
 )
+from tpa_convert.healing.checkpoints import (
+    check_disk,
+    check_run,
+    fingerprint,
+    newest_checkpoint,
+)
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
 from tpa_convert.healing.objective import default_chunk_tokens, forward_kl
 from tpa_convert.healing.settings import HealingSettings
@@ -45,8 +48,6 @@ from tpa_convert.healing.trainer import (
     parameter_groups,
 )
 
-# A run may be continued with other values of these: they change its speed, not its loss curve.
-FREE_SETTINGS = {"batch_size", "bf16", "torch_compile", "save_steps", "gradient_checkpointing"}
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
 # transformers renamed it after 5.17.
@@ -139,8 +140,8 @@ def heal(
     if not resume and checkpoints.exists():
         shutil.rmtree(checkpoints)
     checkpoint = newest_checkpoint(checkpoints)
-    _check_disk(student, output_dir)
-    _check_run(output_dir / "healing.json", _fingerprint(settings, blocks), checkpoint)
+    check_disk(student, output_dir)
+    check_run(output_dir / "healing.json", fingerprint(settings, blocks), checkpoint)
 
     student.float().requires_grad_(True)
     args = _training_arguments(student, settings, blocks.shape[1], checkpoints)
@@ -216,18 +217,6 @@ def heal(
     )
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete `checkpoint-N`; a killed run may leave one without its state file."""
-    found = [path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return path
-        except (OSError, ValueError):
-            continue
-    return None
-
-
 def _blocks(
     documents_or_blocks: Tensor | Iterable[Any],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -279,39 +268,6 @@ def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
-def _check_disk(student: PreTrainedModel, output_dir: Path) -> None:
-    # fp32 weights and Adam's moments, twice: the old checkpoint goes when the new one is complete.
-    needed = 24 * student.num_parameters()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output_dir).free
-    if free < needed:
-        raise UserError(
-            f"checkpoints need {needed / 1e9:.1f} GB, but {output_dir} has {free / 1e9:.1f} GB "
-            "free: make room or choose another directory"
-        )
-
-
-def _fingerprint(settings: HealingSettings, blocks: Tensor) -> dict[str, Any]:
-    fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
-    data = blocks.cpu().contiguous().numpy().data
-    return {**fixed, "text": hashlib.sha256(data).hexdigest()}
-
-
-def _check_run(path: Path, fingerprint: dict[str, Any], checkpoint: Path | None) -> None:
-    """Refuse to continue another run's checkpoint; note down what this run is."""
-    if checkpoint is not None and path.exists():
-        previous = json.loads(path.read_text())
-        differing = sorted(k for k in fingerprint if previous.get(k) != fingerprint[k])
-        if differing:
-            raise UserError(
-                f"{checkpoint} belongs to a run with different {', '.join(differing)}: "
-                "repeat that run's settings, or start anew without resuming"
-            )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(fingerprint, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def _training_arguments(
     student: PreTrainedModel, settings: HealingSettings, block_length: int, directory: Path
 ) -> TrainingArguments:
@@ -343,7 +299,6 @@ def _training_arguments(
         seed=settings.seed,
         use_cpu=device.type == "cpu",
         bf16=bf16,
-        tf32=True if cuda and torch.cuda.get_device_capability(device) >= (8, 0) else None,
         # Reading a loss waits for the GPU; in between, steps are queued without waiting.
         logging_steps=10 if cuda else 1,
         logging_first_step=True,
