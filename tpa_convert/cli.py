@@ -175,7 +175,8 @@ def heal(
 
 
 @app.command(
-    "eval", epilog="Example: tpa-convert eval small healed --text wikitext:wikitext-2-raw-v1"
+    "eval",
+    epilog="Example: tpa-convert eval small healed --text Salesforce/wikitext:wikitext-2-raw-v1",
 )
 def evaluate(
     ctx: typer.Context,
@@ -183,6 +184,7 @@ def evaluate(
     against: o.Against = None,
     text: o.EvalText = None,
     text_column: o.EvalColumn = "text",
+    split: o.Split = "train",
     choices: o.Choices = None,
     tasks: o.Tasks = None,
     block_length: o.EvalLength = 1024,

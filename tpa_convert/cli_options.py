@@ -238,6 +238,7 @@ def _text_column(panel: str) -> Any:
 CalibrationColumn = Annotated[str, _text_column(CALIBRATION)]
 TextColumn = Annotated[str, _text_column(TEXT)]
 EvalColumn = Annotated[str, _text_column(MEASURE)]
+Split = Annotated[str, option("--split", "Split of a Hub dataset.", MEASURE, metavar="NAME")]
 
 # ------------------------------------------------------------------------------- healing
 

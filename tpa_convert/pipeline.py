@@ -236,7 +236,9 @@ def evaluate(
     provenances = {Path(d): read_provenance(d) for d in directories}
     first, provenance = next(iter(provenances.items()))
     place = usable_device(device)
-    texts = load_documents(options.text, text_column=options.text_column) if options.text else None
+    texts = None
+    if options.text:
+        texts = load_documents(options.text, text_column=options.text_column, split=options.split)
     source = source_of(first, provenance, against, device=place)
     models: dict[str, PreTrainedModel] = {"source": source.model}
     for name, directory in _column_names(provenances).items():

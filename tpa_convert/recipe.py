@@ -173,6 +173,8 @@ class EvaluateOptions(Section):
     """Texts for perplexity: files, directories, globs or Hub datasets."""
     text_column: str = "text"
     """Column that holds the text in jsonl, parquet and datasets."""
+    split: str = "train"
+    """Split of a Hub dataset; local files have only one."""
     choices: Texts = ()
     """Multiple-choice files, one JSON object {query, choices, gold} a line."""
     tasks: Texts = ()

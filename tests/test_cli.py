@@ -1,0 +1,337 @@
+"""The command line as a user meets it: exit codes, one-line messages, whole outputs or none."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from tests.conftest import make_tiny_llama
+from tpa_convert import pipeline
+from tpa_convert.cli import app
+
+CONVERT = ["--kv-ratio", "0.5", "--calibration-blocks", "2", "--block-length", "32"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, without any file or network."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random GQA Llama with a tokenizer, saved."""
+    directory = tmp_path_factory.mktemp("models") / "source"
+    make_tiny_llama("gqa", vocab_size=259).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path) -> Path:
+    out = source.parent / "converted"
+    result = tpa_convert("convert", source, "--out", out, *CONVERT)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("A short text, repeated. " * 200)
+    return path
+
+
+def tpa_convert(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error_of(result: Any, code: int = 1) -> str:
+    """The one line on standard error."""
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def contents(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# ------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["", "convert", "heal", "eval", "generate", "run"])
+def test_every_command_has_help(command: str) -> None:
+    result = tpa_convert(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+# ------------------------------------------------------------------------------- convert
+
+
+def test_convert_writes_a_model_for_plain_transformers(source: Path, converted: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert model.config.model_type == "tpa"
+    assert model.dtype == torch.float32
+    cache = model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    # Half of 2 layers x 2 heads x (8 + 8) numbers of 4 bytes.
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 5 * 128
+
+    record = json.loads((converted / "tpa_convert.json").read_text())
+    assert record["source"]["id"] == str(source)
+    assert record["convert"]["settings"]["kv_ratio"] == 0.5
+    assert record["convert"]["plan"]["kv_bytes"] == 128
+    assert record["convert"]["versions"]["torch"]
+    card = (converted / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "license" not in card
+    assert "**128 bytes per token instead of 256**" in card
+
+
+def test_exported_code_loads_without_the_package(converted: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_tpa.TPAForCausalLM"
+    for name in ("modeling_tpa.py", "configuration_tpa.py"):
+        assert "tpa_convert" not in (converted / name).read_text()
+
+
+def test_dry_run_touches_no_weights(source: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(source / "config.json", bare)
+    result = tpa_convert("convert", bare, "--kv-floats", 12, "--dry-run", "--json", tmp_path / "p")
+    assert result.exit_code == 0, result.output
+    plan = json.loads((tmp_path / "p").read_text())
+    assert plan["kv_floats"] == 12
+    assert plan["kv_bytes"] == 2 * 12 * 4
+    assert contents(tmp_path) == ["bare", "p"]
+
+
+def test_dry_run_predicts_what_convert_measures(source: Path, tmp_path: Path) -> None:
+    for name, extra in (("plan", ["--dry-run"]), ("made", ["--out", tmp_path / "out"])):
+        arguments = ["convert", source, *CONVERT, "--form", "affine", *extra]
+        result = tpa_convert(*arguments, "--json", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    plan = json.loads((tmp_path / "plan").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    cache = model(torch.zeros(1, 3, dtype=torch.long), use_cache=True).past_key_values
+    measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert measured == 3 * plan["kv_bytes"]
+    assert model.num_parameters() == plan["parameters"]
+
+
+def test_moments_are_kept_and_reused(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    moments = tmp_path / "moments.safetensors"
+    first = ["convert", source, *CONVERT, "--save-moments", moments, "--out", tmp_path / "first"]
+    assert tpa_convert(*first).exit_code == 0
+    monkeypatch.setattr(pipeline, "collect_moments", None)  # must not be called again
+    second = ["convert", source, "--kv-ratio", "0.5", "--moments", moments]
+    assert tpa_convert(*second, "--out", tmp_path / "second").exit_code == 0
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("first", "second"))
+    tokens = torch.arange(3, 20)[None]
+    torch.testing.assert_close(one(tokens).logits, two(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_output_dtype(source: Path, tmp_path: Path, dtype: str) -> None:
+    result = tpa_convert("convert", source, *CONVERT, "--dtype", dtype, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "exactly one budget: --kv-floats, --kv-bytes, --kv-ratio"),
+        (["--kv-ratio", 0.5, "--kv-floats", 16], "got --kv-floats and --kv-ratio"),
+        (["--kv-ratio", 1.5], "--kv-ratio: "),
+        (["--kv-floats", 1000], "above the source's 32"),
+        (["--kv-floats", 1], "at least"),
+        (["--kv-ratio", 0.5, "--rank-q", 2], "--rank-q needs --form linear"),
+        (["--kv-ratio", 0.5, "--calibration", "nowhere.txt"], "no such file: nowhere.txt"),
+        (["--kv-ratio", 0.5, "--moments", "nowhere"], "no moments file at nowhere"),
+        (["--kv-ratio", 0.5, "--device", "abacus"], "device abacus cannot be used here"),
+    ],
+)
+def test_bad_options(source: Path, tmp_path: Path, arguments: list[Any], words: str) -> None:
+    result = tpa_convert("convert", source, "--out", tmp_path / "out", *arguments)
+    assert words in error_of(result)
+    assert contents(tmp_path) == []
+
+
+def test_out_is_needed(source: Path) -> None:
+    assert "--out DIR" in error_of(tpa_convert("convert", source, "--kv-ratio", 0.5))
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    result = tpa_convert("convert", "./nowhere", "--kv-ratio", 0.5, "--out", tmp_path / "out")
+    assert error_of(result).startswith("error: ./nowhere: no such file or directory")
+
+
+def test_converted_model_is_refused_as_source(converted: Path, tmp_path: Path) -> None:
+    result = tpa_convert("convert", converted, "--kv-ratio", 0.5, "--out", tmp_path / "out")
+    assert "TPA model already" in error_of(result)
+
+
+def test_empty_calibration_text(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    result = tpa_convert(
+        "convert", source, *CONVERT, "--calibration", tmp_path / "empty.txt", "-o", tmp_path / "out"
+    )
+    assert "no text in" in error_of(result)
+    assert contents(tmp_path) == ["empty.txt"]
+
+
+def test_ranks_given_outright_only_warn(source: Path, tmp_path: Path) -> None:
+    result = tpa_convert(
+        "convert", source, "--rank-k", 2, "--rank-v", 2, *CONVERT[2:], "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    assert "warning: these ranks and widths cache 32 numbers" in result.stderr
+
+
+def test_existing_output_is_kept(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tpa_convert("convert", source, *CONVERT, "--out", out).exit_code == 0
+    before = (out / "tpa_convert.json").read_text()
+    again = ["convert", source, "--kv-floats", 12, *CONVERT[2:], "--out", out]
+    assert "--overwrite" in error_of(tpa_convert(*again))
+    assert (out / "tpa_convert.json").read_text() == before
+    assert tpa_convert(*again, "--overwrite").exit_code == 0
+    assert json.loads((out / "tpa_convert.json").read_text())["convert"]["plan"]["kv_floats"] == 12
+    assert contents(tmp_path) == ["out"]
+
+
+# ------------------------------------------------------------------------------- interruptions
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("step", ["collect_moments", "convert_model", "save_converted"])
+def test_ctrl_c_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr(pipeline, step, failing(KeyboardInterrupt()))
+    result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
+    assert error_of(result, code=130).startswith("interrupted")
+    assert contents(tmp_path) == []
+
+
+def test_full_disk_while_weights_are_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tpa_convert.export import save
+
+    # After the weights, so that there is something to clean up.
+    monkeypatch.setattr(
+        save.shutil, "copy", failing(OSError(errno.ENOSPC, "No space left on device"))
+    )
+    result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
+    assert error_of(result) == (
+        f"error: the disk is full: {tmp_path / 'out'} was not written; "
+        "free some space or write elsewhere"
+    )
+    assert contents(tmp_path) == []
+
+
+def test_unexpected_error_is_one_line_and_a_traceback_on_demand(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "convert_model", failing(ZeroDivisionError("a bug")))
+    arguments = ["convert", source, *CONVERT, "--out", tmp_path / "out"]
+    assert "unexpected ZeroDivisionError: a bug" in error_of(tpa_convert(*arguments))
+    monkeypatch.setenv("TPA_CONVERT_TRACEBACK", "1")
+    result = tpa_convert(*arguments)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert contents(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------- heal and generate
+
+HEAL = ["--tokens", 256, "--tokens-per-step", 64, "--block-length", 32, "--warmup-steps", 1]
+
+
+def test_heal_records_both_steps(converted: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "healed"
+    result = tpa_convert("heal", converted, "--text", text, "--out", out, *HEAL)
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path) == ["healed", "text.txt"]  # no checkpoints left
+    before = json.loads((converted / "tpa_convert.json").read_text())
+    record = json.loads((out / "tpa_convert.json").read_text())
+    assert record["source"] == before["source"]
+    assert record["convert"] == before["convert"]
+    assert record["heal"]["settings"]["tokens"] == 256
+    assert record["heal"]["report"]["steps"] == 4
+    assert "healed by distillation from its source on 256 tokens" in (out / "README.md").read_text()
+    tokens = torch.arange(3, 20)[None]
+    models = (AutoModelForCausalLM.from_pretrained(d) for d in (converted, out))
+    one, two = (model(tokens).logits for model in models)
+    assert not torch.equal(one, two)
+
+
+def test_heal_refuses_a_changed_source(source: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "source"
+    shutil.copytree(source, other)
+    assert tpa_convert("convert", other, *CONVERT, "--out", tmp_path / "small").exit_code == 0
+    make_tiny_llama("gqa", vocab_size=259, seed=1).save_pretrained(other)
+    heal = ["heal", tmp_path / "small", "--text", text, "--out", tmp_path / "healed", *HEAL]
+    assert "has changed since" in error_of(tpa_convert(*heal))
+    shutil.rmtree(other)
+    assert "name it yourself" in error_of(tpa_convert(*heal))
+    assert not (tmp_path / "healed").exists()
+    assert tpa_convert(*heal, "--source", source).exit_code == 0
+
+
+def test_heal_of_something_else(source: Path, text: Path, tmp_path: Path) -> None:
+    result = tpa_convert("heal", source, "--text", text, "--out", tmp_path / "out")
+    assert "not an output of tpa-convert" in error_of(result)
+
+
+def test_interrupted_healing_says_how_to_go_on(
+    converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tpa_convert.healing import HealingInterrupted
+
+    monkeypatch.setattr(pipeline.healing, "heal", failing(HealingInterrupted(2, 4)))
+    result = tpa_convert("heal", converted, "--text", text, "--out", tmp_path / "healed", *HEAL)
+    assert "the same command continues" in error_of(result, code=130)
+    assert not (tmp_path / "healed").exists()
+
+
+def test_generate_continues_the_prompt(converted: Path, tmp_path: Path) -> None:
+    arguments = ["generate", converted, "Once", "--max-new-tokens", 5, "--json", tmp_path / "j"]
+    result = tpa_convert(*arguments)
+    assert result.exit_code == 0, result.output
+    continuation = json.loads((tmp_path / "j").read_text())["continuation"]
+    assert f"Once{continuation}" in result.stdout
+    sampled = {tpa_convert(*arguments, "--temperature", 1, "--seed", 7).stdout for _ in range(2)}
+    assert len(sampled) == 1
+
+
+def test_generate_with_an_empty_prompt(converted: Path) -> None:
+    assert "the prompt is empty" in error_of(tpa_convert("generate", converted, ""))
