@@ -153,6 +153,8 @@ def convert_model(
         dtype: of the result; the source's if None.
         track: shows progress over the layers.
 
+    Returns: the converted model on the CPU, in eval mode.
+
     Raises:
         UserError: moments missing or of another source.
     """
@@ -170,7 +172,10 @@ def convert_model(
         attention_scale=source.architecture.attention_scale(source.model.config),
     )
     dtype = dtype or source.model.dtype
-    state = source.architecture.llama_state_dict(source.model)
+    state = {
+        name: tensor.cpu()
+        for name, tensor in source.architecture.llama_state_dict(source.model).items()
+    }
     with torch.device("meta"):
         model = TPAForCausalLM(config)
     parameters = {

