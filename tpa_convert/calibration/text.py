@@ -166,7 +166,7 @@ def _load_one(spec: str, text_column: str, split: str) -> Documents:
     for file in files:
         by_builder.setdefault(_builder(file) or "", []).append(str(file))
     for builder, names in by_builder.items():
-        tables.append(_read_table(builder, names, spec, text_column))
+        tables.append(_document_table(builder, names, spec, text_column))
     with_source = all("source" in table.column_names for table in tables)
     columns = ["text", "source"] if with_source else ["text"]
     documents = Dataset(pa.concat_tables([table.select(columns) for table in tables]))
@@ -206,11 +206,17 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _read_table(builder: str, files: list[str], spec: str, text_column: str) -> pa.Table:
-    """Read files of one kind into an arrow table with `text` and perhaps `source`."""
+def read_files(builder: str, files: Sequence[str], spec: str) -> pa.Table:
+    """Read files of one format into memory, decompressing them where needed.
+
+    Args:
+        builder: a builder of `datasets`: text, json, csv or parquet. With text, a file is a row.
+        spec: what the user named, for error messages.
+
+    Raises:
+        UserError: unreadable or empty files.
+    """
     options = {"sample_by": "document"} if builder == "text" else {}
-    if builder == "text":
-        text_column = "text"
     if not ZSTANDARD_AVAILABLE and any(file.endswith(".zst") for file in files):
         raise UserError(f"{spec} is compressed with zstd: pip install zstandard")
     # data_files are patterns to `datasets`: a "[" in a file name must not act as one.
@@ -232,15 +238,20 @@ def _read_table(builder: str, files: list[str], spec: str, text_column: str) -> 
         raise UserError(f"cannot read {spec} as {builder}: {reason}") from error
     if not tables:
         raise UserError(f"no text in {spec}: the file is empty")
-    table = pa.concat_tables(tables, promote_options="permissive")
-    if text_column not in table.column_names:
-        raise UserError(
-            f"no column {text_column!r} in {spec}: it has {', '.join(table.column_names)}; "
-            "name one with text_column"
-        )
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _document_table(builder: str, files: list[str], spec: str, text_column: str) -> pa.Table:
+    """Documents of one format: an arrow table with `text` and perhaps `source`."""
+    table = read_files(builder, files, spec)
     if builder == "text":
         parts = [part for text in table["text"].to_pylist() for part in text.split("\f")]
         return _nonempty(pa.table({"text": pa.array(parts, pa.large_string())}))
+    if text_column not in table.column_names:
+        raise UserError(
+            f"no column {text_column!r} in {spec}: it has {', '.join(table.column_names)}; "
+            "choose one with --text-column"
+        )
     columns = {"text": table[text_column]}
     if "source" in table.column_names:
         columns["source"] = table["source"]
@@ -270,7 +281,7 @@ def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
     if text_column not in columns:
         raise UserError(
             f"no column {text_column!r} in {spec}: it has {', '.join(columns)}; "
-            "name one with text_column"
+            "choose one with --text-column"
         )
     if text_column != "text":
         stream = stream.remove_columns([c for c in ("text",) if c in columns])

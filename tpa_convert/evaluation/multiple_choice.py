@@ -1,0 +1,170 @@
+"""Zero-shot multiple choice by log-likelihood, from local files of {query, choices, gold} lines."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.calibration.text import read_files
+from tpa_convert.errors import UserError
+from tpa_convert.evaluation.logits import split_head
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query, the texts to choose from, and the index of the right one."""
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of questions, 0 to 1, whose right choice is the likeliest.
+
+    Attributes:
+        normalized: by log-likelihood per byte of the choice's text (UTF-8).
+        plain: by log-likelihood.
+        questions: how many.
+    """
+
+    normalized: float
+    plain: float
+    questions: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of `normalized`, for a sample of independent questions."""
+        return math.sqrt(self.normalized * (1 - self.normalized) / self.questions)
+
+
+def load_questions(path: str | Path, limit: int | None = None) -> list[Question]:
+    """Questions of a jsonl file (also .gz, .xz, .zst), one object {query, choices, gold} a line.
+
+    Args:
+        limit: take only the first so many.
+
+    Raises:
+        UserError: missing file, or a line that is not a question.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no such file: {path} (multiple-choice questions are jsonl files)")
+    table = read_files("json", [str(path)], str(path)).slice(0, limit)
+    missing = {"query", "choices", "gold"} - set(table.column_names)
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(sorted(missing))}: lines need query, choices, gold"
+        )
+    questions = []
+    for number, row in enumerate(table.select(["query", "choices", "gold"]).to_pylist(), start=1):
+        query, choices, gold = row["query"], row["choices"], row["gold"]
+        if (
+            not isinstance(query, str)
+            or not isinstance(choices, list)
+            or not choices
+            or not all(isinstance(choice, str) and choice for choice in choices)
+            or not isinstance(gold, int)
+            or not 0 <= gold < len(choices)
+        ):
+            raise UserError(
+                f"{path}, line {number}: expected a text query, a list of texts as choices, and "
+                "as gold the index of the right one"
+            )
+        questions.append(Question(query, tuple(choices), gold))
+    if not questions:
+        raise UserError(f"no questions in {path}: the file is empty")
+    return questions
+
+
+def task_name(path: str | Path) -> str:
+    """`arc_easy` for `tasks/arc_easy.jsonl.xz`."""
+    return re.split(r"\.", Path(path).name)[0] or str(path)
+
+
+def multiple_choice(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 8,
+    track: Track = no_tracking,
+    description: str = "Multiple choice",
+) -> Accuracy:
+    """Accuracy of a model on questions.
+
+    The text scored is the query, a space and a choice, tokenised as a whole; the choice's tokens
+    are those after the query's own (as lm-evaluation-harness counts them).
+
+    Args:
+        batch_size: texts of 1024 tokens per forward pass; shorter ones go in larger batches.
+        track: shows progress, called as `track(batches, description)`.
+    """
+    texts = [f"{q.query} {choice}" for q in questions for choice in q.choices]
+    ids = tokenizer(texts, verbose=False)["input_ids"]
+    queries = tokenizer([q.query for q in questions], verbose=False)["input_ids"]
+    starts = [len(query) for q, query in zip(questions, queries, strict=True) for _ in q.choices]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    pairs = [_fit(tokens, start, limit) for tokens, start in zip(ids, starts, strict=True)]
+    scores = iter(_log_likelihoods(model, pairs, batch_size * 1024, track, description))
+
+    plain = normalized = 0
+    for question in questions:
+        sums = [next(scores) for _ in question.choices]
+        means = [s / len(c.encode()) for s, c in zip(sums, question.choices, strict=True)]
+        plain += sums.index(max(sums)) == question.gold
+        normalized += means.index(max(means)) == question.gold
+    count = len(questions)
+    return Accuracy(normalized / count, plain / count, count)
+
+
+def _fit(tokens: list[int], start: int, limit: int | None) -> tuple[list[int], int]:
+    """Drop the beginning of a text longer than the model's context; predict at least one token."""
+    start = max(1, min(start, len(tokens) - 1))
+    cut = 0 if limit is None else max(0, len(tokens) - limit)
+    return tokens[cut:], max(1, start - cut)
+
+
+@torch.inference_mode()
+def _log_likelihoods(
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[list[int], int]],
+    batch_tokens: int,
+    track: Track,
+    description: str,
+) -> list[float]:
+    """Log-likelihood of the tokens from `start` on, for each (tokens, start)."""
+    body, head = split_head(model.eval())
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]), reverse=True)
+    batches: list[list[int]] = []
+    while order:
+        size = max(1, batch_tokens // len(pairs[order[0]][0]))
+        batches.append(order[:size])
+        order = order[size:]
+    scores = [0.0] * len(pairs)
+    for batch in track(batches, description):
+        # Padded on the right: under a causal mask the padding is seen by no real token.
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(pairs[i][0]) for i in batch], batch_first=True
+        ).to(model.device)
+        features = body(ids)
+        for row, i in enumerate(batch):
+            tokens, start = pairs[i]
+            scores[i] = _score(
+                head(features[row, start - 1 : len(tokens) - 1]), ids[row, start : len(tokens)]
+            )
+    return scores
+
+
+def _score(logits: Tensor, targets: Tensor) -> float:
+    """Sum of log-probabilities of targets [n] under logits [n, V]."""
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
