@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from typing import Any, cast
 
 import torch
 from smollm2 import Table, load, parser, train_blocks
@@ -16,24 +17,25 @@ from tpa_convert.architectures import load_source
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion import convert_model
 from tpa_convert.healing import HealingSettings, heal
-from tpa_convert.planning import Budget, plan_uniform
+from tpa_convert.modeling import Form
+from tpa_convert.planning import Budget, Plan, plan_uniform
 
 
-def plan_of(run: str, config: dict):
+def plan_of(run: str, config: dict[str, Any]) -> Plan:
     """`N`: static with N floats. `affine-N`: N features and four contextual components each."""
     form, _, floats = run.rpartition("-")
     if not form:
         return plan_uniform(config, Budget(kv_floats=int(floats)))
     width = int(floats) // 2
     budget = Budget(rank_k=4, rank_v=4, width_k=width, width_v=width)
-    return plan_uniform(config, budget, form=form)
+    return plan_uniform(config, budget, form=cast(Form, form))
 
 
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--tokens", type=float, default=10e6)
-    arguments.add_argument("--runs", nargs="+", default=["128", "152", "affine-128"])
-    arguments = arguments.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=float, default=10e6)
+    options.add_argument("--runs", nargs="+", default=["128", "152", "affine-128"])
+    arguments = options.parse_args()
     source = load(arguments.source)
     config = source.architecture.llama_config(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)

@@ -1,4 +1,4 @@
-"""One-shot conversion of SmolLM2-135M-Instruct: perplexity beside the source and ungauged baselines.
+"""One-shot conversion of SmolLM2-135M-Instruct: perplexity beside source and ungauged baselines.
 
     python benchmarks/one_shot_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf \\
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from typing import Any
 
 from smollm2 import Table, load, parser, train_blocks
 
@@ -16,7 +17,7 @@ from tpa_convert.conversion import convert_model
 from tpa_convert.decomposition import METHODS
 from tpa_convert.planning import Budget, plan_uniform
 
-ROWS = [
+ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(("gauge", {"kv_floats": n}, {}) for n in (256, 192, 128)),
     *(("SVD over heads, whitened", {"kv_floats": n}, {"method": "svd"}) for n in (256, 192, 128)),
     *(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Table:
     """Perplexity on each held-out source beside the source model's, printed as it grows."""
 
     source: Source
-    blocks: dict[str, Tensor]
+    blocks: Mapping[str, Tensor]
     reference: dict[str, float]
 
     @classmethod

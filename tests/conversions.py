@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tpa_convert.architectures import Source, SourceReference, architecture_of
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion import convert_model
-from tpa_convert.modeling import TPAForCausalLM
+from tpa_convert.modeling import Form, Gauge, TPAForCausalLM
 from tpa_convert.planning import Budget, plan_uniform
 
 
@@ -35,8 +35,8 @@ def convert_tiny(
     *,
     method: str = "gauge",
     whiten: bool = True,
-    form: str = "static",
-    gauge: str = "auto",
+    form: Form = "static",
+    gauge: Gauge | Literal["auto"] = "auto",
     rank_q: int | None = None,
     moments: Moments | None = None,
     **budget: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from tests.conversions import convert_tiny, random_blocks
 from tpa_convert.modeling import TPAForCausalLM
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "static absorbed": {"kv_floats": 14, "gauge": "absorbed"},
     "static applied": {"kv_floats": 14, "gauge": "applied"},
     "affine absorbed": {"kv_floats": 20, "form": "affine", "gauge": "absorbed"},
@@ -32,10 +33,10 @@ NEW = 12
 def converted(request: pytest.FixtureRequest, tiny_llama) -> TPAForCausalLM:
     model = convert_tiny(tiny_llama("gqa"), **LAYOUTS[request.param])
     if model.config.form[0] == "affine":  # head factors that do depend on the token
-        for layer in model.model.layers:
-            for head in (layer.self_attn.k_head_factor, layer.self_attn.v_head_factor):
+        for name, parameter in model.named_parameters():
+            if name.endswith("head_factor.weight"):
                 torch.manual_seed(0)
-                torch.nn.init.normal_(head.weight, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.3)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -76,7 +77,7 @@ def test_the_live_cache_is_as_small_as_the_config_says(converted) -> None:
         assert floats < 2 * 2 * 8 or "linear" in converted.config.form
 
 
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 1.5},
     "beam": {"num_beams": 3},
@@ -132,9 +133,7 @@ def test_static_cache_compiles_as_one_graph(tiny_llama, layout) -> None:
     step = torch.compile(model, fullgraph=True, backend="eager")
     for t in (4, 5):
         positions = torch.tensor([[t]])
-        logits = step(
-            tokens[:, t : t + 1], past_key_values=cache, position_ids=positions
-        ).logits
+        logits = step(tokens[:, t : t + 1], past_key_values=cache, position_ids=positions).logits
         torch.testing.assert_close(logits[:, 0], expected[:, t], atol=1e-5, rtol=1e-5)
 
 

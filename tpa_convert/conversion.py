@@ -43,8 +43,8 @@ def head_factor_parameters(
 ) -> dict[str, Tensor]:
     """Weights of a(x) that reproduce the constant head factors α, [R, g], as well as the form can.
 
-    `affine`: a = α + 0·x, exact. `linear`: a = R α (w·x), with w the functional closest to 1; R undoes
-    the form's 1 / R.
+    `affine`: a = α + 0·x, exact. `linear`: a = R α (w·x), with w the functional closest to 1; R
+    undoes the form's 1 / R.
     """
     if form == "affine":
         weight = head_factor.new_zeros(head_factor.numel(), len(functional))
@@ -117,7 +117,7 @@ def convert_layer(
     rank_limit_k: int | None = None,
     rank_q: int | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Parameters of one converted attention layer and the largest number of components on one pair."""
+    """Parameters of one converted attention layer, and the most components on one rotary pair."""
     decompose = METHODS[method]
     metric = value_metric(weights)
     functional = moments.constant_functional
@@ -183,6 +183,7 @@ def convert_model(
         for name, tensor in state.items()
         if "self_attn" not in name
     }
+    rank_k = []
     for i, shape in enumerate(track(plan.layers, "converting")):
         weights = attention_weights(source, state, i)
         layer_moments = moments.layers[i] if moments else data_free_moments(weights)
@@ -195,13 +196,13 @@ def convert_model(
             rank_limit_k=plan.rank_limit_k,
             rank_q=plan.rank_q,
         )
-        if not shape.contextual:
-            config.rank_k[i] = rank  # type: ignore[index]
+        rank_k.append(shape.rank_k if shape.contextual else rank)
         for name, tensor in layer.items():
             key = f"model.layers.{i}.self_attn.{name}"
             parameters[key] = (
                 tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor
             )
+    config.rank_k = rank_k
     expected = model.state_dict().keys()
     model.load_state_dict({k: v for k, v in parameters.items() if k in expected}, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)

@@ -1,4 +1,4 @@
-"""Second moments of every layer on calibration text: one streamed pass, saved and loaded as a file."""
+"""Second moments of every layer on calibration text: one streamed pass, kept in a file."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Moments:
 class MomentAccumulator:
     """Sums the moments of one layer over batches, float64.
 
-    Only every `query_stride`-th position is taken as a query: neighbouring queries attend alike, and
-    the cost of the attention-weighted sums falls by that factor.
+    Only every `query_stride`-th position is taken as a query: neighbouring queries attend alike,
+    and the cost of the attention-weighted sums falls by that factor.
     """
 
     def __init__(self, weights: AttentionWeights, query_stride: int):
@@ -149,7 +149,13 @@ class MomentAccumulator:
 
 
 def covariance_of_pairs(left: Tensor, right: Tensor) -> Tensor:
-    """Σ left_g conj(right_h) over batch and tokens per rotary pair: [b, t, g, f] twice to [f, g, g]."""
+    """Σ left_g conj(right_h) over batch and tokens per rotary pair.
+
+    Args:
+        left, right: complex [b, t, g, f].
+
+    Returns: complex [f, g, g].
+    """
     left = left.flatten(0, 1).permute(2, 1, 0)
     right = right.flatten(0, 1).permute(2, 1, 0)
     return left @ right.mH

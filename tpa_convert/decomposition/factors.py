@@ -66,7 +66,7 @@ class ValueFactors:
     Args:
         feature: [w, D + 1].
         gauge: U, [g, d, w].
-        head_factor: [R, g] if U_{j} = [a_{1,j}·1, …, a_{R,j}·1] (the layer of the paper), else None.
+        head_factor: [R, g] if U_j = [a_{1,j}·1, …, a_{R,j}·1] (the layer of the paper), else None.
     """
 
     feature: Tensor
@@ -88,8 +88,8 @@ def to_half_split(x: Tensor, dim: int) -> Tensor:
 def symmetric_power(matrix: Tensor, exponent: float, tolerance: float = 1e-12) -> Tensor:
     """Power of a symmetric positive semi-definite matrix [..., n, n] through its eigenvalues.
 
-    Directions whose eigenvalue is below `tolerance` times the largest are treated as absent: zero in
-    the result also for negative exponents (pseudo-inverse).
+    Directions whose eigenvalue is below `tolerance` times the largest are treated as absent: zero
+    in the result also for negative exponents (pseudo-inverse).
     """
     eigenvalues, vectors = torch.linalg.eigh(matrix)
     floor = tolerance * eigenvalues[..., -1:].clamp_min(0)

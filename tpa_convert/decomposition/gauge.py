@@ -1,9 +1,9 @@
 """Gauge decomposition: principal components across key/value heads, exact under RoPE.
 
-Keys: inside each rotary pair the g key heads are complex numbers; their principal components commute
-with RoPE, so they can be cached rotated and the per-head maps T folded into the queries.
-Values: principal components of all heads together in the metric of the output projection; the maps U
-fold into it. See docs/mathematics.md for the derivation.
+Keys: inside each rotary pair the g key heads are complex numbers; their principal components
+commute with RoPE, so they can be cached rotated and the per-head maps T folded into the queries.
+Values: principal components of all heads together in the metric of the output projection; the maps
+U fold into it. See docs/mathematics.md for the derivation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def score_weights(query_energy: Tensor, floor: float = 1e-6) -> Tensor:
 
 
 def key_components(moments: LayerMoments) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [f, g] (ascending) and eigenvectors [f, g, g] of the weighted pair covariances."""
+    """Eigenvalues [f, g], ascending, and eigenvectors [f, g, g] of weighted pair covariances."""
     weight_fg = score_weights(moments.query_energy).mT
     weighted = moments.pair_covariance * weight_fg[:, :, None] * weight_fg[:, None, :]
     eigenvalues, vectors = torch.linalg.eigh(weighted)
@@ -54,7 +54,7 @@ def allocate_components(energy: Tensor, count: int, rank: int | None) -> tuple[T
 def decompose_keys(
     weights: AttentionWeights, moments: LayerMoments, width: int, rank: int | None = None
 ) -> KeyFactors:
-    """Complex principal components of the keys per rotary pair; the budget goes where the energy is.
+    """Complex principal components of keys per rotary pair; the budget goes where the energy is.
 
     With S the weighted covariance of a pair and u an eigenvector of it, b = uᴴ (w ⊙ k) and
     T_j = u_j / w_j.

@@ -15,8 +15,8 @@ class LayerMoments:
     """What the decompositions need to know of one layer's activations. Letters as in `factors`.
 
     Args:
-        pair_covariance: complex Hermitian [f, g, g]. Covariance across key/value heads of the rotated
-            keys on each rotary pair, tokens weighted by attention and centred under it: the
+        pair_covariance: complex Hermitian [f, g, g]. Covariance across key/value heads of the
+            rotated keys on each rotary pair, tokens weighted by attention and centred under it: the
             second-order term of KL(p ‖ p̂) is half the variance of the score error under p.
         query_energy: [g, f], Σ over the query heads i of a group of E|q_{i,f}|².
         key_covariance: [g d, g d], the same covariance of the keys before rotation, all features.

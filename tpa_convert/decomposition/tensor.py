@@ -1,8 +1,8 @@
 """Decompositions of the (head × feature × input) tensor of the weights: SVD, Tucker and CP.
 
-They are the ungauged ways to factors: head factors are real numbers. Whitening the input mode by the
-covariance G = W C Wᵀ of the keys or values needs no D × D matrix: up to a rotation of the input mode,
-which no decomposition here sees, the whitened tensor is G^½, and G^-½ W takes it back.
+They are the ungauged ways to factors: head factors are real numbers. Whitening the input mode by
+the covariance G = W C Wᵀ of the keys or values needs no D × D matrix: up to a rotation of the input
+mode, which no decomposition here sees, the whitened tensor is G^½, and G^-½ W takes it back.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def decompose_values_svd(
 
 
 def pair_tensors(weights: AttentionWeights, moments: LayerMoments) -> list[tuple[Tensor, Tensor]]:
-    """Per rotary pair, the whitened tensor [g, 2, n], weighted by the queries, and its inverse map."""
+    """Per rotary pair, the whitened tensor [g, 2, n], weighted by the queries, and its inverse."""
     groups, head_dim, _ = weights.key.shape
     score_gf = score_weights(moments.query_energy)
     key = weights.key.unflatten(1, (2, -1)) * score_gf[:, None, :, None]
@@ -137,7 +137,10 @@ def decompose_keys_cp(
 
 
 def cp_factors(tensor: Tensor, rank: int, iterations: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-    """CP factors of a third-order tensor by alternating least squares (TensorLy), weights folded in."""
+    """CP factors of a third-order tensor by alternating least squares (TensorLy).
+
+    The weights of the components are folded into the first factor.
+    """
     with tensorly.backend_context("pytorch"):
         weights, factors = parafac(
             tensor, rank=rank, n_iter_max=iterations, init="svd", tol=1e-7, random_state=0

@@ -1,6 +1,6 @@
 """Configuration of a Tensor Product Attention (TPA, arXiv 2501.06425) causal language model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -16,10 +16,12 @@ class LayerShape:
     Args:
         form: how the head factors depend on the token: `static` (constant), `affine` (α + W x) or
             `linear` (W x, scaled by 1 / rank: the layer of the paper).
-        gauge: where the constant per-head maps T (keys) and U (values) live: `absorbed` into the query and
-            output projections, `applied` at run time, or `none` (T = U = 1, the layer of the paper).
-        rank_k, rank_v: number of head factors. For `static` the head factors are constants inside the gauge
-            and the rank is informative: the largest number of key components on one rotary pair.
+        gauge: where the constant per-head maps T (keys) and U (values) live: `absorbed` into the
+            query and output projections, `applied` at run time, or `none` (T = U = 1, the layer of
+            the paper).
+        rank_k, rank_v: number of head factors. For `static` the head factors are constants inside
+            the gauge and the rank is informative: the largest number of key components on one
+            rotary pair.
         width_k, width_v: feature numbers cached per token (Σ d_r over the components).
     """
 
@@ -67,18 +69,21 @@ class LayerShape:
         return None
 
 
+LAYER_FIELDS = tuple(field.name for field in fields(LayerShape))
+
+
 class TPAConfig(LlamaConfig):
     r"""
-    A LLaMA-style decoder whose attention is Tensor Product Attention. Everything but the attention layers is
-    described by the fields of [`LlamaConfig`]; the fields of [`LayerShape`] are given here as one value for all
-    layers or as a list with one value per layer.
+    A LLaMA-style decoder whose attention is Tensor Product Attention. Everything but the attention
+    layers is described by the fields of [`LlamaConfig`]; the fields of [`LayerShape`] are given
+    here as one value for all layers or as a list with one value per layer, and become lists.
 
     Args:
         form, gauge, rank_k, rank_v, width_k, width_v: see [`LayerShape`].
-        rank_q: rank of factored queries (paper, eq. 3.1), or None for dense queries. Only with `linear` layers
-            whose gauge is not absorbed.
-        attention_scale: factor on the scores before softmax; `head_dim ** -0.5` when None. It is always the
-            scale of the source model, whatever the width of the cached keys.
+        rank_q: rank of factored queries (paper, eq. 3.1), or None for dense queries. Only with
+            `linear` layers whose gauge is not absorbed.
+        attention_scale: factor on the scores before softmax; `head_dim ** -0.5` when None. It is
+            always the scale of the source model, whatever the width of the cached keys.
         attention_bias: whether queries and feature factors have a bias.
         attention_output_bias: whether the output projection has a bias.
     """
@@ -97,29 +102,21 @@ class TPAConfig(LlamaConfig):
     attention_output_bias: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        self.width_k = self.head_dim if self.width_k is None else self.width_k
-        self.width_v = self.head_dim if self.width_v is None else self.width_v
-        for name in ("form", "gauge", "rank_k", "rank_v", "width_k", "width_v"):
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.width_k = head_dim if self.width_k is None else self.width_k
+        self.width_v = head_dim if self.width_v is None else self.width_v
+        for name in LAYER_FIELDS:
             value = getattr(self, name)
             if not isinstance(value, list):
                 setattr(self, name, [value] * self.num_hidden_layers)
         super().__post_init__(**kwargs)
         if self.attention_scale is None:
-            self.attention_scale = self.head_dim**-0.5
+            self.attention_scale = head_dim**-0.5
         self.validate_factors()
 
     def layer_shape(self, layer_idx: int) -> LayerShape:
         """Shape of the attention of layer `layer_idx`."""
-        return LayerShape(
-            form=self.form[layer_idx],
-            gauge=self.gauge[layer_idx],
-            rank_k=self.rank_k[layer_idx],
-            rank_v=self.rank_v[layer_idx],
-            width_k=self.width_k[layer_idx],
-            width_v=self.width_v[layer_idx],
-        )
+        return LayerShape(**{name: getattr(self, name)[layer_idx] for name in LAYER_FIELDS})
 
     @property
     def cached_floats(self) -> list[int]:
@@ -130,21 +127,23 @@ class TPAConfig(LlamaConfig):
         ]
 
     def validate_architecture(self):
-        """LlamaConfig asks for hidden_size to be a multiple of the heads; head_dim makes that unnecessary."""
+        """Nothing: LlamaConfig wants hidden_size to be a multiple of the heads; with head_dim it
+        need not be."""
 
     def validate_factors(self):
         """Checks the per-layer shapes. Raises `ValueError` naming the first bad layer."""
-        for name in ("form", "gauge", "rank_k", "rank_v", "width_k", "width_v"):
-            if len(getattr(self, name)) != self.num_hidden_layers:
+        for name in LAYER_FIELDS:
+            entries = len(getattr(self, name))
+            if entries != self.num_hidden_layers:
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers"
+                    f"{name} has {entries} entries for {self.num_hidden_layers} layers"
                 )
         for layer_idx in range(self.num_hidden_layers):
             shape = self.layer_shape(layer_idx)
             problem = shape.problem(self.head_dim)
-            if problem is None and self.rank_q is not None:
-                if shape.form != "linear" or shape.gauge == "absorbed":
-                    problem = "rank_q needs form 'linear' and a gauge that is not absorbed"
+            factored = shape.form == "linear" and shape.gauge != "absorbed"
+            if problem is None and self.rank_q is not None and not factored:
+                problem = "rank_q needs form 'linear' and a gauge that is not absorbed"
             if problem:
                 raise ValueError(f"layer {layer_idx}: {problem}")
 

@@ -1,6 +1,7 @@
 """Tensor Product Attention (TPA, arXiv 2501.06425) for LLaMA-style decoders.
 
-This file imports torch and transformers only: it is exported beside the weights of a converted model.
+This file imports torch and transformers only: it is exported beside the weights of a converted
+model.
 
 Shape suffixes and einsum letters:
     b  batch                          h  query heads (num_attention_heads)
@@ -8,15 +9,17 @@ Shape suffixes and einsum letters:
     t  cached positions               n  query heads per key/value head, h = j * n
     r  rank (component)               d  head_dim of the source, d = 2 f
     p  rotary pairs per component     c  real or imaginary part of a rotary pair (2)
-    P  rotary pairs of all components, width_k = 2 P          w  value features, width_v = r * e
+    P  rotary pairs of all components, width_k = 2 P
+    w  value features of all components, width_v = r * e
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -33,12 +36,12 @@ from .configuration_tpa import TPAConfig
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of half-split features `x` [..., 2 P]; `cos` and `sin` broadcast against it."""
+    """Rotary embedding of half-split features `x` [..., 2 P]; `cos`, `sin` broadcast against it."""
     return x * cos + rotate_half(x) * sin
 
 
 def complex_product(x: torch.Tensor, gauge: torch.Tensor, conjugate: bool = False) -> torch.Tensor:
-    """Product of half-split complex vectors `x` [..., 2, P] and `gauge` [..., 2, P] (or its conjugate)."""
+    """Product of half-split complex vectors `x` and `gauge` (or its conjugate): [..., 2, P]."""
     real, imaginary = x.unbind(-2)
     gauge_real, gauge_imaginary = gauge.unbind(-2)
     if conjugate:
@@ -55,9 +58,9 @@ def complex_product(x: torch.Tensor, gauge: torch.Tensor, conjugate: bool = Fals
 class FactorizedQuery(nn.Module):
     """Factored queries Q(x) = 1/R_Q A_Q(x)ᵀ B_Q(x) (paper, eq. 3.1); output [..., h * d]."""
 
-    def __init__(self, config: TPAConfig):
+    def __init__(self, config: TPAConfig, rank: int):
         super().__init__()
-        self.rank, self.num_heads = config.rank_q, config.num_attention_heads
+        self.rank, self.num_heads = rank, config.num_attention_heads
         self.head_factor = nn.Linear(config.hidden_size, self.rank * self.num_heads, bias=False)
         self.feature_factor = nn.Linear(
             config.hidden_size, self.rank * config.head_dim, bias=config.attention_bias
@@ -72,12 +75,14 @@ class FactorizedQuery(nn.Module):
 class TPAAttention(nn.Module):
     """Tensor Product Attention with a gauge.
 
-        k_j(x) = s_K Σ_r a^K_{r,j}(x) T_{r,j} b^K_r(x),    v_j(x) = s_V Σ_r a^V_{r,j}(x) U_{r,j} b^V_r(x)
+        k_j(x) = s_K Σ_r a^K_{r,j}(x) T_{r,j} b^K_r(x)
+        v_j(x) = s_V Σ_r a^V_{r,j}(x) U_{r,j} b^V_r(x)
 
-    as eq. 3.1 of arXiv 2501.06425, to which the constant maps T (one complex number per rotary pair, so that it
-    commutes with RoPE) and U are added; s = 1 / R for `linear` head factors and 1 otherwise. With T = U = 1 this is
-    the layer of the paper. The cache holds the head factors a (unless they are constant) and the rotated feature
-    factors b of each token, packed as one head: [b, 1, t, R * j + width].
+    as eq. 3.1 of arXiv 2501.06425, to which the constant maps T (one complex number per rotary
+    pair, so that it commutes with RoPE) and U are added; s = 1 / R for `linear` head factors and 1
+    otherwise. With T = U = 1 this is the layer of the paper. The cache holds the head factors a
+    (unless they are constant) and the rotated feature factors b of each token, packed as one head:
+    [b, 1, t, R * j + width].
     """
 
     rotary_pair: torch.Tensor
@@ -90,6 +95,7 @@ class TPAAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
+        assert config.attention_scale is not None  # TPAConfig fills it in
         self.scaling = config.attention_scale
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
@@ -97,16 +103,15 @@ class TPAAttention(nn.Module):
         shape, hidden_size, bias = self.shape, config.hidden_size, config.attention_bias
         self.absorbed = shape.gauge == "absorbed"
         expanded_heads = 1 if self.absorbed and not shape.contextual else self.num_key_value_heads
-        self.num_key_value_groups = (
-            self.num_heads // expanded_heads
-        )  # read by the attention functions
+        # read by the attention functions
+        self.num_key_value_groups = self.num_heads // expanded_heads
 
         query_width = shape.width_k if self.absorbed else self.head_dim
         output_width = shape.width_v if self.absorbed else self.head_dim
         if config.rank_q is None:
             self.q_proj: nn.Module = nn.Linear(hidden_size, self.num_heads * query_width, bias=bias)
         else:
-            self.q_proj = FactorizedQuery(config)
+            self.q_proj = FactorizedQuery(config, config.rank_q)
         self.k_feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
         self.v_feature_factor = nn.Linear(hidden_size, shape.width_v, bias=bias)
         if shape.contextual:
@@ -174,13 +179,13 @@ class TPAAttention(nn.Module):
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def key_table(self, table: torch.Tensor) -> torch.Tensor:
-        """Cosines or sines [b, 1, s, d] of the source, picked for the key components: [b, 1, s, 2 P]."""
+        """Cosines or sines of the source, [b, 1, s, d], for the key components: [b, 1, s, 2 P]."""
         return table[..., self.rotary_pair].repeat(1, 1, 1, 2)
 
     def unpack(
         self, packed: torch.Tensor, rank: int, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Head factors [b, t, r, j], scaled, and feature factors [b, t, width] from the packed cache."""
+        """Head factors [b, t, r, j], scaled, and feature factors [b, t, width] of the cache."""
         head, feature = packed[:, 0].split((packed.shape[-1] - width, width), dim=-1)
         head = head.unflatten(-1, (rank, self.num_key_value_heads))
         return head / rank if self.shape.form == "linear" else head, feature
@@ -188,8 +193,8 @@ class TPAAttention(nn.Module):
     def expand_keys(self, packed: torch.Tensor) -> torch.Tensor:
         """Rotated keys for the attention functions, from the packed cache.
 
-        With an absorbed gauge they have width_k numbers and, if head factors are constant, one head shared by all
-        queries; otherwise they are the keys k_j of the source's size: [b, j, t, d].
+        With an absorbed gauge they have width_k numbers and, if head factors are constant, one head
+        shared by all queries; otherwise they are the keys k_j of the source's size: [b, j, t, d].
         """
         shape = self.shape
         if shape.contextual:
@@ -207,7 +212,10 @@ class TPAAttention(nn.Module):
         return keys.index_add(-1, self.rotary_pair, pairs).flatten(-2)
 
     def expand_values(self, packed: torch.Tensor) -> torch.Tensor:
-        """Values for the attention functions, laid out as `expand_keys` says: [b, 1 or j, t, width_v or d]."""
+        """Values for the attention functions, laid out as `expand_keys` says.
+
+        Returns: [b, 1 or j, t, width_v or d].
+        """
         shape, values = self.shape, packed
         if shape.contextual:
             head_btrj, feature = self.unpack(packed, shape.rank_v, shape.width_v)
@@ -224,7 +232,7 @@ class TPAAttention(nn.Module):
         packed_value: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of one query position on the packed cache; neither keys nor values are expanded.
+        """Attention of one query position on the packed cache; keys and values are not expanded.
 
         score = c Σ_r a_{r,j} ⟨q_r, b_r⟩ and out_r = Σ_t p_t a_{r,j} b_r, then U.
 
@@ -268,7 +276,10 @@ class TPAAttention(nn.Module):
         packed_value: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`decode` in the component space, [b, h, 1, width_k] to [b, h, 1, width_v], for cached head factors."""
+        """`decode` in the component space, for cached head factors.
+
+        Maps queries [b, h, 1, width_k] to outputs [b, h, 1, width_v].
+        """
         shape = self.shape
         head_k, feature_k = self.unpack(packed_key, shape.rank_k, shape.width_k)
         head_v, feature_v = self.unpack(packed_value, shape.rank_v, shape.width_v)
@@ -305,8 +316,11 @@ class TPADecoderLayer(LlamaDecoderLayer):
 class TPAPreTrainedModel(LlamaPreTrainedModel):
     config: TPAConfig
     config_class = TPAConfig
-    _no_split_modules = ["TPADecoderLayer"]
-    _can_record_outputs = {"hidden_states": TPADecoderLayer, "attentions": TPAAttention}
+    _no_split_modules: ClassVar[list[str]] = ["TPADecoderLayer"]
+    _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
+        "hidden_states": TPADecoderLayer,
+        "attentions": TPAAttention,
+    }
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -326,7 +340,7 @@ class TPAModel(TPAPreTrainedModel, LlamaModel):
     """The decoder without its language-model head."""
 
     def __init__(self, config: TPAConfig):
-        TPAPreTrainedModel.__init__(self, config)  # not LlamaModel's, which builds Llama's layers
+        PreTrainedModel.__init__(self, config)  # not LlamaModel's, which builds Llama's layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -343,7 +357,7 @@ class TPAForCausalLM(TPAPreTrainedModel, LlamaForCausalLM):
     """A LLaMA-style causal language model with Tensor Product Attention."""
 
     def __init__(self, config: TPAConfig):
-        TPAPreTrainedModel.__init__(self, config)
+        PreTrainedModel.__init__(self, config)
         self.model = TPAModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

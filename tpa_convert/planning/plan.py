@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import Form, Gauge, LayerShape
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def plan_uniform(
     llama_config: dict[str, Any],
     budget: Budget,
     *,
-    form: str = "static",
+    form: Form = "static",
     whole_heads: bool = False,
-    gauge: str = "auto",
+    gauge: Gauge | Literal["auto"] = "auto",
     cache_dtype: torch.dtype = torch.float32,
     rank_q: int | None = None,
 ) -> Plan:
@@ -152,10 +152,12 @@ def plan_uniform(
             "per token and layer: there is nothing more to keep"
         )
     if whole_heads and form != "static":
-        gauge = "none"
+        layer_gauge: Gauge = "none"
     elif gauge == "auto":
-        gauge = "absorbed" if max(width_k, width_v) <= head_dim else "applied"
-    shape = LayerShape(form, gauge, rank_k, rank_v, width_k, width_v)  # type: ignore[arg-type]
+        layer_gauge = "absorbed" if max(width_k, width_v) <= head_dim else "applied"
+    else:
+        layer_gauge = gauge
+    shape = LayerShape(form, layer_gauge, rank_k, rank_v, width_k, width_v)
     problem = shape.problem(head_dim)
     if problem:
         raise UserError(problem)
