@@ -233,6 +233,8 @@ def read_files(builder: str, files: Sequence[str], spec: str) -> pa.Table:
                 **options,
             )
             tables = list(stream.with_format("arrow").iter(batch_size=1000))
+    except StopIteration:  # from the builder of json, which looks for a first row
+        tables = []
     except Exception as error:  # the builders raise many kinds; all mean: this file cannot be read
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(f"cannot read {spec} as {builder}: {reason}") from error

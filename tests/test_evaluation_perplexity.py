@@ -1,0 +1,139 @@
+"""Perplexity and agreement against the definitions, computed from whole logits."""
+
+from __future__ import annotations
+
+import math
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from tpa_convert.errors import UserError
+from tpa_convert.evaluation import (
+    Perplexity,
+    agreement,
+    blocks_by_source,
+    compare,
+    geometric_mean,
+    logits,
+    perplexity,
+    perplexity_by_source,
+)
+
+
+def reference_log_p(model, blocks):
+    with torch.no_grad():
+        return model(input_ids=blocks).logits[:, :-1].float().log_softmax(-1)
+
+
+def reference_nll(model, blocks):
+    log_p = reference_log_p(model, blocks)
+    return -log_p.gather(-1, blocks[:, 1:, None]).mean().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_perplexity(tiny_source_model, random_tokens, monkeypatch, batch_size) -> None:
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 7 * 128)  # several uneven chunks a batch
+    blocks = random_tokens(5, 17)
+    result = perplexity(tiny_source_model, blocks, batch_size=batch_size)
+    assert result.tokens == 5 * 16
+    assert result.nll_per_token == pytest.approx(reference_nll(tiny_source_model, blocks), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.nll_per_token))
+
+
+def test_logits_changed_after_the_head_are_not_bypassed(random_tokens) -> None:
+    config = Gemma2Config(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    blocks = random_tokens(2, 9)
+    result = perplexity(model, blocks)
+    assert result.nll_per_token == pytest.approx(reference_nll(model, blocks), rel=1e-5)
+
+
+def test_bfloat16_is_scored_in_float32(tiny_llama, random_tokens) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    blocks = random_tokens(2, 33)
+    result = perplexity(model, blocks)
+    assert result.nll_per_token == pytest.approx(reference_nll(model, blocks), rel=1e-5)
+
+
+def test_agreement(tiny_llama, random_tokens) -> None:
+    source, other = tiny_llama(seed=0), tiny_llama(seed=1)
+    blocks = random_tokens(3, 20)
+    p, q = reference_log_p(source, blocks), reference_log_p(other, blocks)
+    result = agreement(source, other, blocks, batch_size=2)
+    expected = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()
+    assert expected > 0.1
+    assert result.kl == pytest.approx(expected, rel=1e-5)
+    assert result.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    assert result.tokens == 3 * 19
+
+
+def test_compare_is_what_each_model_has_alone(tiny_llama, random_tokens) -> None:
+    models = {"a": tiny_llama(seed=0), "b": tiny_llama(seed=1), "c": tiny_llama(seed=0)}
+    blocks = random_tokens(3, 20)
+    texts, agreements = compare(models, blocks, batch_size=2)
+    for name, model in models.items():
+        assert texts[name].nll_per_token == pytest.approx(perplexity(model, blocks).nll_per_token)
+    assert list(agreements) == ["b", "c"]
+    assert agreements["c"].kl == pytest.approx(0, abs=1e-7)
+    assert agreements["c"].top1 == 1
+    assert agreements["b"].kl > 0.1
+
+
+def test_impossible_comparisons(tiny_llama, random_tokens) -> None:
+    with pytest.raises(UserError, match="different vocabularies"):
+        compare({"a": tiny_llama(), "b": tiny_llama(vocab_size=64)}, random_tokens(1, 8))
+    with pytest.raises(UserError, match="at least 2 tokens"):
+        perplexity(tiny_llama(), random_tokens(2, 1))
+
+
+def documents() -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {"text": ["a" * 50, "b" * 90, "c" * 50], "source": ["x", "y", "x"]}
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_blocks_by_source(tiny_tokenizer, streamed: bool) -> None:
+    rows = documents()
+    rows = rows.to_iterable_dataset() if streamed else rows
+    blocks = blocks_by_source(tiny_tokenizer, rows, block_length=10, max_blocks=9)
+    a = tiny_tokenizer("a")["input_ids"][-1]
+    assert {name: len(part) for name, part in blocks.items()} == {"x": 9, "y": 9}
+    assert {a, a + 2} <= set(blocks["x"].unique().tolist())
+    assert set(blocks["y"].unique().tolist()) == {a + 1}
+
+
+def test_perplexity_by_source(tiny_llama, tiny_tokenizer) -> None:
+    model = tiny_llama()
+    result = perplexity_by_source(model, tiny_tokenizer, documents(), block_length=10)
+    blocks = blocks_by_source(tiny_tokenizer, documents(), block_length=10)
+    assert result == {name: perplexity(model, part) for name, part in blocks.items()}
+    unnamed = documents().remove_columns("source")
+    assert list(perplexity_by_source(model, tiny_tokenizer, unnamed, block_length=10)) == ["text"]
+
+
+def test_a_source_without_enough_text_is_named(tiny_tokenizer) -> None:
+    with pytest.raises(UserError, match="y: the text has only 91 tokens"):
+        blocks_by_source(tiny_tokenizer, documents(), block_length=100)
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2, 8]) == pytest.approx(4)
+
+
+def test_a_hopeless_model_does_not_overflow() -> None:
+    assert Perplexity(nll_per_token=1e4, tokens=1).perplexity == math.inf
