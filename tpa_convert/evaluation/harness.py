@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from tpa_convert.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lm_eval.tasks import TaskManager
 
 # Shown in the table, the first of these that a task has; all metrics are kept in the results.
 HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity")
@@ -65,14 +68,8 @@ def run_tasks(
     with _quiet("lm_eval"):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        known = TaskManager(include_path=str(include_path) if include_path else None)
-        unknown = [task for task in tasks if not known.match_tasks([task])]
-        if unknown:
-            raise UserError(
-                f"no task {', '.join(unknown)} in lm-evaluation-harness: see `lm-eval ls tasks`"
-            )
+        known = _task_manager(tasks, include_path)
         results = {}
         for name, model in models.items():
             adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -85,6 +82,28 @@ def run_tasks(
                 raise UserError(f"cannot run {', '.join(tasks)}: {reason}") from error
             results[name] = _task_results(output)
     return results
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    """The index of tasks to use. The own ones of the harness are read only if needed."""
+    if include_path is not None:
+        own = _read_tasks(str(include_path), False)
+        if all(own.match_tasks([task]) for task in tasks):
+            return own
+    known = _read_tasks(str(include_path) if include_path is not None else None, True)
+    unknown = [task for task in tasks if not known.match_tasks([task])]
+    if unknown:
+        raise UserError(
+            f"no task {', '.join(unknown)} in lm-evaluation-harness: see `lm-eval ls tasks`"
+        )
+    return known
+
+
+@cache
+def _read_tasks(include_path: str | None, defaults: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=defaults)
 
 
 def _task_results(output: Mapping[str, Any]) -> dict[str, TaskResult]:

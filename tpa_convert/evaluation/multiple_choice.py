@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.calibration.text import read_files
 from tpa_convert.errors import UserError
-from tpa_convert.evaluation.logits import split_head
+from tpa_convert.evaluation.logits import chunk_positions, split_head
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def _log_likelihoods(
 ) -> list[float]:
     """Log-likelihood of the tokens from `start` on, for each (tokens, start)."""
     body, head = split_head(model.eval())
+    step = chunk_positions(model)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]), reverse=True)
     batches: list[list[int]] = []
     while order:
@@ -157,14 +158,15 @@ def _log_likelihoods(
             [torch.tensor(pairs[i][0]) for i in batch], batch_first=True
         ).to(model.device)
         features = body(ids)
-        for row, i in enumerate(batch):
-            tokens, start = pairs[i]
-            scores[i] = _score(
-                head(features[row, start - 1 : len(tokens) - 1]), ids[row, start : len(tokens)]
-            )
+        # All scored positions of the batch go through the output head together, in chunks.
+        counts = [len(pairs[i][0]) - pairs[i][1] for i in batch]
+        rows = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts)).to(model.device)
+        columns = torch.cat([torch.arange(pairs[i][1], len(pairs[i][0])) for i in batch])
+        columns = columns.to(model.device)
+        chunks = zip(rows.split(step), columns.split(step), strict=True)
+        terms = [
+            -cross_entropy(head(features[r, c - 1]), ids[r, c], reduction="none") for r, c in chunks
+        ]
+        for i, part in zip(batch, torch.cat(terms).double().split(counts), strict=True):
+            scores[i] = part.sum().item()
     return scores
-
-
-def _score(logits: Tensor, targets: Tensor) -> float:
-    """Sum of log-probabilities of targets [n] under logits [n, V]."""
-    return -torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
