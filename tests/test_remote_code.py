@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ CONVERSIONS = {
 }
 NEW_TOKENS = 8
 
-LOAD_WITHOUT_THE_PACKAGE = '''
+SCRIPT = '''
 import sys
 
 class Blocked:
@@ -47,93 +48,115 @@ except ModuleNotFoundError:
 else:
     raise SystemExit("the package is not blocked")
 
-directory, result, new_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
-try:
-    AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise SystemExit("code of the directory was run without being trusted")
 
-config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-decoder = AutoModel.from_pretrained(directory, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(directory)
-tokens = torch.load(result, weights_only=True)
+def results(directory, tokens, new_tokens):
+    try:
+        AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise SystemExit("code of the directory was run without being trusted")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    decoder = AutoModel.from_pretrained(directory, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return {
+        "logits": model(tokens).logits,
+        "hidden": decoder(tokens).last_hidden_state,
+        "generated": model.generate(tokens, max_new_tokens=new_tokens, do_sample=False),
+        "text": tokenizer("a b")["input_ids"],
+        "modules": [type(made).__module__ for made in (config, model, decoder)],
+        "cached_floats": config.cached_floats,
+    }
+
+
+inputs, outputs, new_tokens, *directories = sys.argv[1:]
+tokens = torch.load(inputs, weights_only=True)
 with torch.no_grad():
-    torch.save(
-        {
-            "logits": model(tokens).logits,
-            "hidden": decoder(tokens).last_hidden_state,
-            "generated": model.generate(tokens, max_new_tokens=new_tokens, do_sample=False),
-            "text": tokenizer("a b")["input_ids"],
-            "modules": [type(m).__module__ for m in (config, model, decoder)],
-            "cached_floats": config.cached_floats,
-        },
-        result,
-    )
+    torch.save([results(d, tokens, int(new_tokens)) for d in directories], outputs)
 '''
 
 
-@pytest.fixture(scope="module", params=list(CONVERSIONS))
-def saved(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TPAForCausalLM, Path]:
+class Saved(NamedTuple):
     """A converted tiny model in memory and the directory it is saved in."""
+
+    model: TPAForCausalLM
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def all_saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     source = make_tiny_llama("gqa")
-    model = convert_tiny(source, **CONVERSIONS[request.param])
-    model.generation_config.eos_token_id = None
-    directory = tmp_path_factory.mktemp(f"converted-{request.param}")
-    record = {
-        "settings": {"form": request.param},
-        "plan": {"kv_bytes": 112, "source_kv_bytes": 256, "cache_dtype": "float32"},
-        "versions": {},
-    }
-    provenance = {"source": asdict(source_of(source).reference), "convert": record}
-    save_converted(model, make_tiny_tokenizer(), directory, "tiny", provenance)
-    return model, directory
+    saved = {}
+    for name, conversion in CONVERSIONS.items():
+        model = convert_tiny(source, **conversion)
+        model.generation_config.eos_token_id = None
+        directory = tmp_path_factory.mktemp(f"converted-{name}")
+        record = {
+            "settings": {},
+            "plan": {"kv_bytes": 112, "source_kv_bytes": 256, "cache_dtype": "float32"},
+            "versions": {},
+        }
+        provenance = {"source": asdict(source_of(source).reference), "convert": record}
+        save_converted(model, make_tiny_tokenizer(), directory, "tiny", provenance)
+        saved[name] = Saved(model, directory)
+    return saved
 
 
-def greedy(model: TPAForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    return model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False)
+@pytest.fixture(params=list(CONVERSIONS))
+def saved(request: pytest.FixtureRequest, all_saved: dict[str, Saved]) -> Saved:
+    return all_saved[request.param]
 
 
-@torch.no_grad()
-def test_loads_with_the_package_and_trusts_no_code(saved) -> None:
-    model, directory = saved
-    tokens = random_blocks(count=2, length=9)
-    loaded = AutoModelForCausalLM.from_pretrained(directory)
-    assert type(loaded) is TPAForCausalLM
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
-    assert torch.equal(greedy(loaded, tokens), greedy(model, tokens))
-    decoder = AutoModel.from_pretrained(directory)
-    assert type(decoder) is TPAModel
-    hidden = decoder(tokens).last_hidden_state
-    assert torch.equal(hidden, model.model(tokens).last_hidden_state)
-
-
-@torch.no_grad()
-def test_loads_without_the_package(saved, tmp_path) -> None:
-    model, directory = saved
-    tokens = random_blocks(count=2, length=9)
-    result = tmp_path / "result.pt"
-    torch.save(tokens, result)
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+@pytest.fixture(scope="module")
+def without_the_package(
+    all_saved: dict[str, Saved], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Path, dict[str, Any]]:
+    """What every saved model gives on `tokens()` in one process that cannot import the package."""
+    directory = tmp_path_factory.mktemp("without")
+    inputs, outputs = directory / "tokens.pt", directory / "results.pt"
+    torch.save(tokens(), inputs)
+    directories = [saved.directory for saved in all_saved.values()]
     process = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, directory, result, str(NEW_TOKENS)],
-        cwd=tmp_path,
-        env=environment,
+        [sys.executable, "-c", SCRIPT, inputs, outputs, str(NEW_TOKENS), *directories],
+        cwd=directory,
+        env=os.environ | {"HF_MODULES_CACHE": str(directory / "modules")},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert process.returncode == 0, process.stderr
-    loaded = torch.load(result, weights_only=True)
+    return dict(zip(directories, torch.load(outputs, weights_only=True), strict=True))
+
+
+def tokens() -> torch.Tensor:
+    return random_blocks(count=2, length=9)
+
+
+def greedy(model: TPAForCausalLM) -> torch.Tensor:
+    return model.generate(tokens(), max_new_tokens=NEW_TOKENS, do_sample=False)
+
+
+@torch.no_grad()
+def test_loads_with_the_package_and_trusts_no_code(saved) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(saved.directory)
+    assert type(loaded) is TPAForCausalLM
+    assert torch.equal(loaded(tokens()).logits, saved.model(tokens()).logits)
+    assert torch.equal(greedy(loaded), greedy(saved.model))
+    decoder = AutoModel.from_pretrained(saved.directory)
+    assert type(decoder) is TPAModel
+    hidden = saved.model.model(tokens()).last_hidden_state
+    assert torch.equal(decoder(tokens()).last_hidden_state, hidden)
+
+
+@torch.no_grad()
+def test_loads_without_the_package(saved, without_the_package) -> None:
+    loaded = without_the_package[saved.directory]
     assert all(module.startswith("transformers_modules.") for module in loaded["modules"])
-    assert loaded["cached_floats"] == model.config.cached_floats
-    assert torch.equal(loaded["logits"], model(tokens).logits)
-    assert torch.equal(loaded["hidden"], model.model(tokens).last_hidden_state)
-    assert torch.equal(loaded["generated"], greedy(model, tokens))
+    assert loaded["cached_floats"] == saved.model.config.cached_floats
+    assert torch.equal(loaded["logits"], saved.model(tokens()).logits)
+    assert torch.equal(loaded["hidden"], saved.model.model(tokens()).last_hidden_state)
+    assert torch.equal(loaded["generated"], greedy(saved.model))
     assert loaded["text"] == make_tiny_tokenizer()("a b")["input_ids"]
 
 
@@ -150,8 +173,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def test_exported_code_imports_torch_transformers_and_siblings_only(saved) -> None:
-    _, directory = saved
-    files = sorted(directory.glob("*.py"))
+    files = sorted(saved.directory.glob("*.py"))
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
     allowed |= {f".{path.stem}" for path in files}
     assert [path.name for path in files] == ["configuration_tpa.py", "modeling_tpa.py"]
@@ -170,10 +192,9 @@ def test_the_check_of_imports_sees_every_kind(tmp_path) -> None:
 
 
 def test_auto_map_names_what_the_files_define(saved) -> None:
-    _, directory = saved
-    auto_map = json.loads((directory / "config.json").read_text())["auto_map"]
+    auto_map = json.loads((saved.directory / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     for reference in auto_map.values():
         module, name = reference.split(".")
-        tree = ast.parse((directory / f"{module}.py").read_text(encoding="utf-8"))
+        tree = ast.parse((saved.directory / f"{module}.py").read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
