@@ -38,15 +38,15 @@ def allocate_components(energy: Tensor, count: int, rank: int | None) -> tuple[T
     """Picks the `count` strongest components over all rotary pairs.
 
     Args:
-        energy: [f, g], one entry per candidate component.
-        count: components to pick.
+        energy: [f, g], one non-negative entry per candidate component.
+        count: components to pick, at most f times the rank (g without one).
         rank: most components on any one pair, or None for no limit.
 
     Returns: rotary pair and component index of each, int64 [count], ordered by pair.
     """
-    if rank is not None:
-        kth = energy.topk(rank, dim=1).values[:, -1:]
-        energy = torch.where(energy >= kth, energy, -1.0)
+    if rank is not None and rank < energy.shape[1]:
+        beyond = energy.argsort(dim=1, descending=True)[:, rank:]
+        energy = energy.scatter(1, beyond, -1.0)
     chosen = energy.flatten().topk(count).indices.sort().values
     return chosen // energy.shape[1], chosen % energy.shape[1]
 
