@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from tpa_convert.errors import UserError
-from tpa_convert.evaluation import Question, harness, load_questions, multiple_choice, run_tasks
+from tpa_convert.evaluation import (
+    Question,
+    evaluate,
+    harness,
+    load_questions,
+    multiple_choice,
+    run_tasks,
+)
 
 QUESTIONS = [
     Question("The sky is", ("blue", "a kind of stone", "wet"), 0),
@@ -145,6 +152,19 @@ def test_harness_limit(tiny_llama, tiny_tokenizer, local_task: Path) -> None:
     results = run_tasks({"m": model}, tiny_tokenizer, ["colours"], limit=1, include_path=local_task)
     ours = multiple_choice(model, tiny_tokenizer, QUESTIONS[:1])
     assert results["m"]["colours"].metrics["acc"] == ours.plain
+
+
+def test_harness_in_the_report(tiny_llama, tiny_tokenizer, local_task: Path) -> None:
+    models = {"source": tiny_llama(seed=0), "converted": tiny_llama(seed=1)}
+    report = evaluate(
+        models, tiny_tokenizer, tasks=["colours"], include_path=local_task, speed=False, prompt=""
+    )
+    row = report.rows[0]
+    assert (row.section, row.name) == ("lm-evaluation-harness", "colours, acc_norm (%)")
+    ours = {
+        n: 100 * multiple_choice(m, tiny_tokenizer, QUESTIONS).normalized for n, m in models.items()
+    }
+    assert row.values == ours
 
 
 def test_tasks_that_cannot_run(tiny_llama, tiny_tokenizer) -> None:

@@ -219,3 +219,26 @@ def test_markdown(report) -> None:
     assert len({line.count("|") for line in table}) == 1
     assert table[0].startswith("|  | source | converted | ratio | recovery | healed |")
     assert any("bytes per token (float32) | 512 | 128 | 25.0 %" in line for line in table)
+
+
+def test_order_and_names_of_rows(tiny_llama, tiny_tokenizer, tmp_path: Path) -> None:
+    paths = [tmp_path / name / "quiz.jsonl" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n' * 3)
+    models = {"source": tiny_llama()}
+    report = evaluate(models, tiny_tokenizer, texts=TEXTS, choices=paths, speed=FAST)
+    assert [row.section for row in report.rows] == [
+        *["Perplexity"] * 3,
+        *["Multiple choice (% right)"] * 3,
+        *["Key-value cache, measured"] * 2,
+        *["Speed, tokens/s"] * 2,
+    ]
+    assert [row.name for row in report.rows[3:6]] == [*map(str, paths), "mean"]
+    assert report.prompt == "some words some words"  # the last word of 24 tokens is cut
+
+
+def test_a_prompt_of_its_own_where_there_is_no_text(tiny_llama, tiny_tokenizer) -> None:
+    report = evaluate({"source": tiny_llama()}, tiny_tokenizer, speed=False)
+    assert report.prompt
+    assert list(report.samples) == ["source"]

@@ -65,31 +65,35 @@ def evaluate(
     """
     contexts = [getattr(m.config, "max_position_embeddings", None) for m in models.values()]
     block_length = min([block_length, *(context for context in contexts if context)])
-    # What can be wrong with the input is found before anything slow starts.
-    questions = {task_name(path): load_questions(path, limit) for path in choices}
+    # What can be wrong with the input is found before anything slow starts: first the files, then
+    # the names of tasks and a missing network.
+    questions = {name: load_questions(path, limit) for name, path in _task_names(choices).items()}
     blocks: dict[str, LongTensor] = {}
     if texts is not None:
         blocks = blocks_by_source(tokenizer, texts, block_length, max_blocks)
+    task_rows = (
+        _task_rows(models, tokenizer, tasks, limit, batch_size, include_path) if tasks else []
+    )
 
     rows: list[Row] = []
     notes: list[str] = []
-    if tasks:  # first, because unknown names and a missing network show here
-        rows += _task_rows(models, tokenizer, tasks, limit, batch_size, include_path)
     if blocks:
-        rows = _text_rows(models, blocks, batch_size, track) + rows
+        rows += _text_rows(models, blocks, batch_size, track)
         tokens = sum(part.numel() for part in blocks.values())
         notes.append(
             f"text: {tokens:,} tokens in sequences of {block_length}, also for the agreement"
         )
     if questions:
-        accuracy, errors = _choice_rows(models, tokenizer, questions, batch_size, track)
-        at = next((i for i, row in enumerate(rows) if row.section == TASKS), len(rows))
-        rows[at:at] = accuracy
+        choice_rows, errors = _choice_rows(models, tokenizer, questions, batch_size, track)
+        rows += choice_rows
         count = sum(map(len, questions.values()))
         notes.append(
             f"multiple choice: {count:,} questions, zero-shot, log-likelihood per byte, standard "
             f"error {min(errors):.1f} to {max(errors):.1f}"
         )
+    rows += task_rows
+    if any(row.recovers for row in rows):
+        notes.append("recovery: source / model for perplexity, model / source for accuracy")
     rows += _cache_rows(models)
     timed = SpeedSettings() if speed is True else speed
     if timed:
@@ -98,13 +102,8 @@ def evaluate(
             f"speed: {_hardware(models)}, batch {timed.batch}, prompt of "
             f"{fitting_prompt(models, timed)} tokens, {timed.new_tokens} new ones"
         )
-    if any(row.recovers for row in rows):
-        notes.append("recovery: source / model for perplexity, model / source for accuracy")
     if prompt is None:
-        first = next(iter(blocks.values()), None)
-        prompt = (
-            DEFAULT_PROMPT if first is None else tokenizer.decode(first[0, :PROMPT_TOKENS].tolist())
-        )
+        prompt = _first_words(tokenizer, blocks) if blocks else DEFAULT_PROMPT
     samples = {}
     if prompt:
         samples = {n: _sample(m, tokenizer, prompt, sample_tokens) for n, m in models.items()}
@@ -118,6 +117,14 @@ def evaluate(
         "notes": notes,
     }
     return EvaluationReport(tuple(models), tuple(rows), prompt or None, samples, settings)
+
+
+def _task_names(paths: Sequence[str | Path]) -> dict[str, str | Path]:
+    """Short names of files; whole paths where the short names are the same."""
+    names = [task_name(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return dict(zip(names, paths, strict=True))
 
 
 def _text_rows(
@@ -241,7 +248,15 @@ def _hardware(models: Mapping[str, PreTrainedModel]) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     if model.device.type == "cuda":
         return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
-    return f"{model.device.type} ({platform.machine()}, {torch.get_num_threads()} threads), {dtype}"
+    threads = torch.get_num_threads()
+    plural = "" if threads == 1 else "s"
+    return f"{model.device.type} ({platform.machine()}, {threads} thread{plural}), {dtype}"
+
+
+def _first_words(tokenizer: PreTrainedTokenizerBase, blocks: Mapping[str, LongTensor]) -> str:
+    text = tokenizer.decode(next(iter(blocks.values()))[0, :PROMPT_TOKENS].tolist()).strip()
+    whole_words = text.rsplit(maxsplit=1)[:-1]  # the last one may be cut
+    return whole_words[0] if whole_words else text
 
 
 def _sample(
