@@ -137,3 +137,12 @@ def test_atomic_file_replaces_or_leaves(tmp_path: Path) -> None:
     write_file(path)
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"cannot write .*out: File exists"):
+        write_output(tmp_path / "file" / "out")
+    with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
+        write_file(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -18,10 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tpa_convert.evaluation import EvaluationReport
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TextStreamer, set_seed
@@ -36,6 +33,8 @@ from tpa_convert.calibration.text import (
 )
 from tpa_convert.conversion import convert_model
 from tpa_convert.errors import UserError
+from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.evaluation import evaluate as evaluate_models
 from tpa_convert.export.output import (
     PROVENANCE_FILE,
     atomic_directory,
@@ -239,12 +238,13 @@ def evaluate(
     texts = None
     if options.text:
         texts = load_documents(options.text, text_column=options.text_column, split=options.split)
-    source = source_of(first, provenance, against, device=place)
+    # Half precision is what a GPU serves in, and what a CPU is slow in.
+    saved = named_dtype(provenance["convert"]["plan"]["dtype"])
+    dtype = saved if place.startswith("cuda") else torch.float32
+    source = source_of(first, provenance, against, device=place, dtype=dtype)
     models: dict[str, PreTrainedModel] = {"source": source.model}
     for name, directory in _column_names(provenances).items():
-        models[name], _ = load_converted(directory, dtype=torch.float32, device=place)
-    from tpa_convert.evaluation import evaluate as evaluate_models
-
+        models[name], _ = load_converted(directory, dtype=dtype, device=place)
     report = evaluate_models(
         models,
         source.tokenizer,
@@ -257,6 +257,7 @@ def evaluate(
         max_blocks=options.max_blocks,
         limit=options.limit,
         batch_size=options.batch_size,
+        track=track,
     )
     if write_card:
         record = {"settings": _settings(options), "report": report.to_json(), **stamp()}

@@ -60,8 +60,8 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
         UserError: an impossible budget, or an architecture that cannot be converted.
     """
     architecture = architecture_of(config)
-    dtype = named_dtype(options.dtype) or config.dtype or torch.float32
-    cache_dtype = named_dtype(options.cache_dtype) or dtype
+    dtype = named_dtype(options.dtype) if options.dtype else config.dtype or torch.float32
+    cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else dtype
     llama_config = architecture.llama_config(config)
     plan = plan_uniform(
         llama_config,
@@ -93,9 +93,9 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
     )
 
 
-def named_dtype(name: str | None) -> torch.dtype | None:
-    """torch.bfloat16 for "bfloat16"; None for None."""
-    return None if name is None else getattr(torch, name)
+def named_dtype(name: str) -> torch.dtype:
+    """torch.bfloat16 for "bfloat16"."""
+    return getattr(torch, name)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

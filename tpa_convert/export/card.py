@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from tpa_convert.evaluation import EvaluationReport
+
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -39,11 +41,17 @@ def render_card(name: str, provenance: Mapping[str, Any]) -> str:
         source=Path(source["id"]).name if local else source["id"],
         plan=provenance["convert"]["plan"],
         healed=provenance.get("heal"),
-        results=provenance.get("evaluate"),
+        results=_results(provenance),
         recipe=recipe.strip(),
         versions=provenance["convert"]["versions"],
     )
     return str(card)
+
+
+def _results(provenance: Mapping[str, Any]) -> str | None:
+    if "evaluate" not in provenance:
+        return None
+    return EvaluationReport.from_json(provenance["evaluate"]["report"]).to_markdown()
 
 
 def _is_local(source_id: str) -> bool:

@@ -50,24 +50,21 @@ def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
     Ctrl-C included, the temporary directory is removed and `out` is as it was.
 
     Raises:
-        UserError: as `check_output`, or the disk is full or `out` is not writable.
+        UserError: as `check_output`, or the disk is full or `out` cannot be written.
     """
     out = check_output(out, overwrite)
     target = Path(os.path.abspath(out))
-    partial: Path | None = None
-    try:
+    with _writable(out):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
         yield partial
         _open_up(partial)
         _replace(partial, target, overwrite)
     except BaseException as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
             raise UserError(disk_full_message(out)) from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"no permission to write {out}: choose another directory") from error
         raise
 
 
@@ -80,16 +77,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(path))
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}{target.suffix}")
-    try:
+    with _writable(path):
         target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    try:
         yield partial
-        os.replace(partial, target)
+        with _writable(path):
+            os.replace(partial, target)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if is_disk_full(error):
             raise UserError(disk_full_message(path)) from error
-        if isinstance(error, PermissionError | IsADirectoryError):
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise
 
 
@@ -110,6 +108,17 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def disk_full_message(path: str | Path) -> str:
     return f"the disk is full: {path} was not written; free some space or write elsewhere"
+
+
+@contextmanager
+def _writable(path: str | Path) -> Iterator[None]:
+    """Say which output cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise UserError(disk_full_message(path)) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def _replace(partial: Path, target: Path, overwrite: bool) -> None:
