@@ -151,6 +151,12 @@ def plan_uniform(
             f"widths {width_k} and {width_v} exceed the source's {groups * head_dim} numbers "
             "per token and layer: there is nothing more to keep"
         )
+    rank_limit_k = budget.rank_k if form == "static" else None
+    if rank_limit_k is not None and width_k > rank_limit_k * head_dim:
+        raise UserError(
+            f"rank_k={rank_limit_k} leaves room for a width_k of at most "
+            f"{rank_limit_k * head_dim}, not {width_k}"
+        )
     if whole_heads and form != "static":
         layer_gauge: Gauge = "none"
     elif gauge == "auto":
@@ -165,7 +171,7 @@ def plan_uniform(
         [shape] * num_layers,
         groups,
         head_dim,
-        rank_limit_k=budget.rank_k if form == "static" else None,
+        rank_limit_k=rank_limit_k,
         rank_q=rank_q,
     )
     if plan.kv_floats >= source_floats:
