@@ -11,63 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
-from tests.conftest import make_tiny_llama
+from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tpa_convert import pipeline
-from tpa_convert.cli import app
-
-CONVERT = ["--kv-ratio", "0.5", "--calibration-blocks", "2", "--block-length", "32"]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, without any file or network."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random GQA Llama with a tokenizer, saved."""
-    directory = tmp_path_factory.mktemp("models") / "source"
-    make_tiny_llama("gqa", vocab_size=259).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def converted(source: Path) -> Path:
-    out = source.parent / "converted"
-    result = tpa_convert("convert", source, "--out", out, *CONVERT)
-    assert result.exit_code == 0, result.output
-    return out
+    return save_source(tmp_path_factory.mktemp("models") / "source")
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("A short text, repeated. " * 200)
-    return path
+    return save_text(tmp_path / "text.txt")
 
 
-def tpa_convert(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def error_of(result: Any, code: int = 1) -> str:
-    """The one line on standard error."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.endswith(" ...")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "converted"
+    result = tpa_convert("convert", source, "--out", out, *CONVERT)
+    assert result.exit_code == 0, result.output
+    return out
 
 
 def contents(directory: Path) -> list[str]:
@@ -298,7 +263,7 @@ def test_heal_refuses_a_changed_source(source: Path, text: Path, tmp_path: Path)
     other = tmp_path / "source"
     shutil.copytree(source, other)
     assert tpa_convert("convert", other, *CONVERT, "--out", tmp_path / "small").exit_code == 0
-    make_tiny_llama("gqa", vocab_size=259, seed=1).save_pretrained(other)
+    save_source(other, seed=1)
     heal = ["heal", tmp_path / "small", "--text", text, "--out", tmp_path / "healed", *HEAL]
     assert "has changed since" in error_of(tpa_convert(*heal))
     shutil.rmtree(other)

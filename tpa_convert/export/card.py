@@ -18,7 +18,8 @@ def render_card(name: str, provenance: Mapping[str, Any]) -> str:
     """Markdown of the card of the model called `name`.
 
     The licence is left to the source: a converted model is a derivative of it, and only a person
-    can say what its terms allow. A local source has no Hub id and is not named in the metadata.
+    can say what its terms allow. Of a local source only the name is given: its path is of no use to
+    others, and `base_model` in the metadata would have to be a Hub id.
     """
     source = provenance["source"]
     local = _is_local(source["id"])
@@ -33,12 +34,17 @@ def render_card(name: str, provenance: Mapping[str, Any]) -> str:
         for section in ("convert", "heal")
         if section in provenance
     }
-    recipe = yaml.safe_dump({"source": source, **sections}, sort_keys=False, allow_unicode=True)
+    name_of_source = Path(source["id"]).name if local else source["id"]
+    recipe = yaml.safe_dump(
+        {"source": {**source, "id": name_of_source}, **sections},
+        sort_keys=False,
+        allow_unicode=True,
+    )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        source=Path(source["id"]).name if local else source["id"],
+        source=name_of_source,
         plan=provenance["convert"]["plan"],
         healed=provenance.get("heal"),
         results=_results(provenance),

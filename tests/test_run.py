@@ -1,0 +1,147 @@
+"""Evaluation and whole recipes on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
+from tpa_convert import run as run_module
+from tpa_convert.healing import HealingInterrupted
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_source(tmp_path_factory.mktemp("models") / "source")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return save_text(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def recipe(source: Path, text: Path, tmp_path: Path) -> Path:
+    values = {
+        "source": str(source),
+        "convert": {"kv_ratio": 0.5, "calibration_blocks": 2, "block_length": 32},
+        "heal": {
+            "text": str(text),
+            "tokens": 128,
+            "tokens_per_step": 64,
+            "block_length": 32,
+            "warmup_steps": 0,
+        },
+        "evaluate": {"text": str(text), "block_length": 32, "max_blocks": 2, "speed": False},
+        "out": str(tmp_path / "out"),
+        "next_steps": "Try [this] next.",
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def change(recipe: Path, section: str, **values: Any) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    content[section] |= values
+    recipe.write_text(yaml.safe_dump(content))
+
+
+def test_recipe_from_source_to_table(recipe: Path, tmp_path: Path) -> None:
+    result = tpa_convert("run", recipe, "--json", tmp_path / "result.json")
+    assert result.exit_code == 0, result.output
+    for words in ("source", "converted", "healed", "bytes per token", "Try [this] next."):
+        assert words in result.stdout
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["converted", "healed", "report.json"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["models"] == ["source", "converted", "healed"]
+    rows = {row["name"]: row["values"] for row in report["rows"]}
+    cache = next(values for name, values in rows.items() if name.startswith("bytes per token"))
+    assert cache == {"source": 256, "converted": 128, "healed": 128}
+    for name in ("converted", "healed"):
+        assert "| **Perplexity** |" in (out / name / "README.md").read_text()
+        record = json.loads((out / name / "tpa_convert.json").read_text())
+        assert record["evaluate"]["report"] == report
+    assert json.loads((tmp_path / "result.json").read_text())["evaluation"] == report
+
+
+def test_finished_steps_are_kept(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise HealingInterrupted(1, 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tpa_convert.healing.heal", interrupted)
+        assert "continues from there" in error_of(tpa_convert("run", recipe), code=130)
+    converted = tmp_path / "out" / "converted" / "model.safetensors"
+    before = converted.stat().st_mtime_ns
+    assert tpa_convert("run", recipe).exit_code == 0
+    assert converted.stat().st_mtime_ns == before
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished step was done again")
+
+    monkeypatch.setattr(run_module, "convert", never)
+    monkeypatch.setattr(run_module, "heal", never)
+    assert tpa_convert("run", recipe).exit_code == 0
+
+
+def test_other_settings_are_not_mistaken_for_finished(recipe: Path, tmp_path: Path) -> None:
+    assert tpa_convert("run", recipe).exit_code == 0
+    change(recipe, "heal", seed=1)
+    assert "healed was made with another heal.seed" in error_of(tpa_convert("run", recipe))
+    change(recipe, "convert", kv_ratio=0.25)
+    assert "converted was made with another convert.kv_ratio" in error_of(
+        tpa_convert("run", recipe)
+    )
+    assert tpa_convert("run", recipe, "--overwrite").exit_code == 0
+    record = json.loads((tmp_path / "out" / "healed" / "tpa_convert.json").read_text())
+    assert record["convert"]["settings"]["kv_ratio"] == 0.25
+    assert record["heal"]["settings"]["seed"] == 1
+
+
+def test_unknown_key_and_missing_output(recipe: Path, tmp_path: Path) -> None:
+    change(recipe, "evaluate", sped=True)
+    message = error_of(tpa_convert("run", recipe))
+    assert message == f"error: {recipe}: unknown key evaluate.sped; did you mean speed?"
+    recipe.write_text("source: x\nconvert: {kv_ratio: 0.5}\n")
+    assert "pass --out DIR" in error_of(tpa_convert("run", recipe))
+
+
+def test_dry_run_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
+    result = tpa_convert("run", recipe, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "50.0" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_names_columns_after_directories(
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    for name in ("half", "other"):
+        out = tmp_path / name
+        assert tpa_convert("convert", source, *CONVERT, "--out", out).exit_code == 0
+    card = (tmp_path / "half" / "README.md").read_text()
+    arguments = ["eval", tmp_path / "half", tmp_path / "other", "--text", text, "--no-speed"]
+    limits = ["--block-length", 32, "--max-blocks", 2, "--json", tmp_path / "report.json"]
+    assert tpa_convert(*arguments, *limits).exit_code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["models"] == ["source", "half", "other"]
+    perplexity = next(r["values"] for r in report["rows"] if r["section"] == "Perplexity")
+    assert perplexity["half"] == pytest.approx(perplexity["other"])
+    assert perplexity["half"] != pytest.approx(perplexity["source"])
+    assert (tmp_path / "half" / "README.md").read_text() == card  # unless --write-card
+
+
+def test_eval_with_missing_text(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    assert tpa_convert("convert", source, *CONVERT, "--out", out).exit_code == 0
+    assert "no such file" in error_of(tpa_convert("eval", out, "--text", "./nowhere.txt"))
