@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,3 +302,21 @@ def test_generate_continues_the_prompt(converted: Path, tmp_path: Path) -> None:
 
 def test_generate_with_an_empty_prompt(converted: Path) -> None:
     assert "the prompt is empty" in error_of(tpa_convert("generate", converted, ""))
+
+
+# ------------------------------------------------------------------------------- imports
+
+
+def run_python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_package_registers_the_model() -> None:
+    run_python("import tpa_convert, transformers; transformers.AutoConfig.for_model('tpa')")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    run_python(
+        "import sys; sys.argv = ['/usr/bin/tpa-convert'];"
+        "import tpa_convert.cli; assert 'torch' not in sys.modules"
+    )
