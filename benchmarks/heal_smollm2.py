@@ -1,22 +1,17 @@
 """Healing SmolLM2-135M-Instruct after conversion, one row before and one after, on one GPU.
 
-    python benchmarks/heal_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --tokens 10e6 \\
+    python benchmarks/heal_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --heal-tokens 10e6 \\
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128 152 affine-128
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
 from typing import Any, cast
 
-import torch
-from smollm2 import Table, load, parser, train_blocks
+from smollm2 import Table, heal_row, load, parser, train_blocks
 
-from tpa_convert.architectures import load_source
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion import convert_model
-from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.modeling import Form
 from tpa_convert.planning import Budget, Plan, plan_uniform
 
@@ -33,7 +28,7 @@ def plan_of(run: str, config: dict[str, Any]) -> Plan:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--tokens", type=float, default=10e6)
+    options.add_argument("--heal-tokens", type=float, default=10e6)
     options.add_argument("--runs", nargs="+", default=["128", "152", "affine-128"])
     arguments = options.parse_args()
     source = load(arguments.source)
@@ -42,27 +37,11 @@ def main() -> None:
     calibration = train_blocks(arguments.train, source, 512, arguments.calibration_blocks)
     moments = collect_moments(source, calibration)
     training = train_blocks(arguments.train, source, 1024)
-    teacher = load_source(arguments.source, dtype=torch.bfloat16, device="cuda").model
-    settings = HealingSettings(tokens=int(arguments.tokens), save_steps=10**9)
     for run in arguments.runs:
         plan = plan_of(run, config)
         student = convert_model(source, plan, moments)
         table.row(f"{run} one-shot", student, plan.kv_floats, 0.0)
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            report = heal(
-                student,
-                teacher,
-                None,
-                training,
-                settings=settings,
-                output_dir=folder,
-                progress=False,
-            )
-        seconds = time.perf_counter() - start
-        name = f"{run} healed on {arguments.tokens / 1e6:g} M"
-        table.row(name, student, plan.kv_floats, seconds)
-        print(f"<!-- {report.tokens_per_second:,.0f} tokens/s -->", flush=True)
+        heal_row(table, run, student, training, arguments, plan.kv_floats)
 
 
 if __name__ == "__main__":

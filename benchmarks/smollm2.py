@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from tpa_convert.architectures import Source, load_source
 from tpa_convert.calibration.text import load_documents, token_blocks
 from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
+from tpa_convert.healing import HealingSettings, heal
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -86,6 +88,22 @@ class Table:
             flush=True,
         )
         return ratio
+
+
+def heal_row(table: Table, name: str, student, training: Tensor, arguments, floats: float) -> None:
+    """Heals `student` on `arguments.heal_tokens` and prints its row."""
+    teacher = load_source(
+        arguments.source, dtype=torch.bfloat16, device=table.source.model.device
+    ).model
+    settings = HealingSettings(tokens=int(arguments.heal_tokens), save_steps=10**9)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        report = heal(
+            student, teacher, None, training, settings=settings, output_dir=folder, progress=False
+        )
+    seconds = time.perf_counter() - start
+    table.row(f"{name} healed on {arguments.heal_tokens / 1e6:g} M", student, floats, seconds)
+    print(f"<!-- {report.tokens_per_second or 0:,.0f} tokens/s -->", flush=True)
 
 
 def source_heads(source: Source) -> int:

@@ -1,22 +1,25 @@
 """Layer-wise refinement of a converted model: regress the source's attention output, no logits.
 
-Each layer learns by itself, in order. Its inputs come from the already refined layers below it and its
-target is the source's residual stream after attention, so that it also makes up for what they lost.
-Only the attention parameters move; memory is one layer and the residual streams.
+Each layer learns by itself, in order. Its inputs come from the already refined layers below it and
+its target is the source's residual stream after attention, so that it also makes up for what they
+lost. Only the attention parameters move; memory is one layer and the residual streams.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.healing.trainer import block_forward
 from tpa_convert.modeling import TPAForCausalLM
+from tpa_convert.modeling.modeling_tpa import TPADecoderLayer
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,18 @@ class RefinementSettings:
     Attributes:
         steps: optimiser steps a layer.
         batch_size: blocks a step.
-        learning_rate: Adam's peak rate; it rises over a tenth of the steps and falls along a cosine.
+        learning_rate: Adam's peak rate; it rises over a tenth of the steps, then falls along a
+            cosine.
         valid_blocks: blocks held out to choose when to stop.
         checks: how often in a layer the held-out error is measured; the best state is kept.
-        drift: share of the drift of the converted residual stream that the target makes up for.
         seed: order of the blocks.
     """
 
-    steps: int = 300
+    steps: int = 600
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     valid_blocks: int = 16
     checks: int = 6
-    drift: float = 1.0
     seed: int = 0
 
 
@@ -53,12 +55,9 @@ class LayerRefinement:
 def relative_error(output: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     """Mean over tokens of |output − target|² / scale, fp32.
 
-    Dividing by each token's own energy keeps the few tokens with massive activations from deciding
-    everything: what the next norm sees is the relative error.
-
     Args:
         output, target: [b, t, D].
-        scale: [b, t, 1], squared norm of the residual stream.
+        scale: [b, t, 1], what a token's error is measured against.
     """
     return ((output.float() - target.float()).square() / scale).sum(-1).mean()
 
@@ -76,7 +75,7 @@ class StreamPair:
         self.positions = positions
         self.rotary = self.model.rotary_emb(self.stream, positions)
 
-    def advance_source(self, layer: nn.Module) -> Tensor:
+    def advance_source(self, layer: LlamaDecoderLayer) -> Tensor:
         """Runs a layer of the source; returns its residual stream after attention."""
         middle = torch.empty_like(self.source_stream)
         start = 0
@@ -96,7 +95,7 @@ class StreamPair:
         hook.remove()
         return middle
 
-    def advance(self, layer: nn.Module) -> None:
+    def advance(self, layer: TPADecoderLayer) -> None:
         """Runs a layer of the converted model."""
         for start in range(0, len(self.stream), self.size):
             batch = slice(start, start + self.size)
@@ -104,7 +103,8 @@ class StreamPair:
 
 
 def refine_layer(
-    layer: nn.Module,
+    attention: nn.Module,
+    norm: nn.Module,
     inputs: Tensor,
     target: Tensor,
     scale: Tensor,
@@ -115,13 +115,12 @@ def refine_layer(
     """Regresses one layer's attention; the state with the least held-out error stays.
 
     Args:
-        layer: a decoder layer of the converted model.
-        inputs: its residual stream, [N, t, D].
+        attention, norm: the attention of a converted layer and the norm before it.
+        inputs: the layer's residual stream, [N, t, D].
         target: wanted attention output, [N, t, D].
         scale: [N, t, 1].
         rotary: position embeddings.
     """
-    attention, norm = layer.self_attn, layer.input_layernorm
     held_out = settings.valid_blocks
     bf16 = inputs.is_cuda
 
@@ -191,17 +190,27 @@ def refine(
     generator = torch.Generator().manual_seed(settings.seed)
     streams = StreamPair(source, model, blocks, settings.batch_size)
     report = []
-    attentions = [layer.self_attn for layer in model.model.layers]
-    with block_forward(model, attentions if blocks.is_cuda else []):
-        pairs = list(zip(source.model.layers, model.model.layers, strict=True))
+    layers = cast(list[TPADecoderLayer], list(model.model.layers))
+    compiled = [layer.self_attn for layer in layers] if model.device.type == "cuda" else []
+    with block_forward(model, compiled):
+        pairs = list(zip(source.model.layers, layers, strict=True))
         for source_layer, layer in track(pairs, "refining"):
-            before = streams.source_stream.clone()
+            drift = streams.stream - streams.source_stream
             middle = streams.advance_source(source_layer)
-            scale = middle.square().sum(-1, keepdim=True)
-            target = middle - before - settings.drift * (streams.stream - before)
+            # What the next norm sees is the error relative to the token's own size. Tokens that
+            # drifted beyond repair (massive activations in one stream only) must not decide all.
+            scale = middle.square().sum(-1, keepdim=True) + drift.square().sum(-1, keepdim=True)
+            target = middle - streams.stream
             report.append(
                 refine_layer(
-                    layer, streams.stream, target, scale, streams.rotary, settings, generator
+                    layer.self_attn,
+                    layer.input_layernorm,
+                    streams.stream,
+                    target,
+                    scale,
+                    streams.rotary,
+                    settings,
+                    generator,
                 )
             )
             streams.advance(layer)
