@@ -197,7 +197,11 @@ def test_cache_offload(converted, implementation) -> None:
     tokens = prompt().cuda()
     expected = model.generate(tokens, max_new_tokens=NEW, do_sample=False, use_cache=False)
     out = model.generate(
-        tokens, max_new_tokens=NEW, do_sample=False, cache_implementation=implementation
+        tokens,
+        max_new_tokens=NEW,
+        do_sample=False,
+        cache_implementation=implementation,
+        disable_compile=True,  # compiling an offloaded static cache crashed torch 2.11
     )
     assert torch.equal(out, expected)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tpa_convert.recipe import FloatType, HeadFactorForm, Method
+from tpa_convert.recipe import FloatType, GaugePlace, HeadFactorForm, Method
 
 BUDGET = "Budget (give exactly one: floats, bytes, ratio, or ranks and widths)"
 METHOD = "Method"
@@ -180,6 +180,27 @@ Whiten = Annotated[
         "Weigh errors by what the calibration text activates, or by the weights alone.",
         METHOD,
     ),
+]
+GaugeChoice = Annotated[
+    GaugePlace,
+    option(
+        "--gauge",
+        "Fold the constant maps per head into the projections (absorbed) or apply them at run "
+        "time; auto absorbs while the projections do not grow.",
+        METHOD,
+    ),
+]
+Refine = Annotated[
+    bool,
+    flag(
+        "--refine",
+        "After the decomposition, regress each layer's attention output on the calibration text. "
+        "A minute on a GPU; wants more text (256 sequences of 1024 tokens).",
+        METHOD,
+    ),
+]
+RefineSteps = Annotated[
+    int, option("--refine-steps", "Steps of the refinement per layer.", METHOD, metavar="N")
 ]
 RankQ = Annotated[
     int | None,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
 from tpa_convert import healing
@@ -57,6 +58,7 @@ from tpa_convert.recipe import (
     Section,
     SourceOptions,
 )
+from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.sources import load, source_of, source_options, usable_device
 
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
@@ -127,15 +129,23 @@ def convert(
     prediction = plan(source, options)  # a wrong budget is told before anything is loaded
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
+        calibrated = options.whiten or options.form == "linear" or options.refine
+        blocks = _calibration_blocks(loaded, options) if calibrated else None
         model = convert_model(
             loaded,
             prediction.plan,
-            _moments(loaded, options, track),
+            _moments(loaded, blocks, options, track),
             method=options.method,
             whiten=options.whiten,
-            dtype=prediction.dtype,
+            dtype=torch.float32 if options.refine else prediction.dtype,
             track=track,
         )
+        if options.refine:
+            assert blocks is not None
+            settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
+            model = model.to(loaded.model.device)
+            refine(loaded.model, model, blocks, settings, track=track)
+            model = model.to(prediction.dtype)
         record = {"settings": _settings(options), "plan": prediction.to_json(), **stamp()}
         provenance = {"source": asdict(loaded.reference), "convert": record}
         save_converted(model, loaded.tokenizer, directory, out.name, provenance)
@@ -313,22 +323,29 @@ def _settings(options: Section) -> dict[str, Any]:
     return options.model_dump(mode="json")
 
 
-def _moments(source: Source, options: ConvertOptions, track: Track) -> Moments | None:
-    if not options.whiten and options.form != "linear":
-        return None
+def _calibration_blocks(source: Source, options: ConvertOptions) -> Tensor | None:
     if options.moments is not None:
-        return Moments.load(options.moments)
+        return None
     if options.calibration:
         documents = load_documents(options.calibration, text_column=options.text_column)
     else:
         documents = default_calibration_documents()
-    blocks = token_blocks(
+    return token_blocks(
         documents,
         source.tokenizer,
         options.block_length,
         options.calibration_blocks,
         seed=options.seed,
     )
+
+
+def _moments(
+    source: Source, blocks: Tensor | None, options: ConvertOptions, track: Track
+) -> Moments | None:
+    if options.moments is not None:
+        return Moments.load(options.moments)
+    if blocks is None:
+        return None
     moments = collect_moments(source, blocks, track=track)
     if options.save_moments is not None:
         with atomic_file(options.save_moments) as path:

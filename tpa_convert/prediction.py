@@ -67,6 +67,7 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
         llama_config,
         Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)}),
         form=options.form,
+        gauge=options.gauge,
         whole_heads=METHODS[options.method].whole_heads,
         cache_dtype=cache_dtype,
         rank_q=options.rank_q,

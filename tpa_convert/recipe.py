@@ -28,6 +28,7 @@ from tpa_convert.errors import UserError
 FloatType = Literal["float32", "bfloat16", "float16"]
 HeadFactorForm = Literal["static", "affine", "linear"]
 Method = Literal["gauge", "svd", "tucker", "cp"]
+GaugePlace = Literal["auto", "absorbed", "applied"]
 
 BUDGETS = ("kv_floats", "kv_bytes", "kv_ratio")
 RANKS = ("rank_k", "rank_v", "width_k", "width_v")
@@ -89,11 +90,18 @@ class ConvertOptions(Section):
     whiten: bool = True
     """Weigh errors by the calibration moments; without it, by the weights alone."""
 
+    gauge: GaugePlace = "auto"
+    """Where the gauge goes: into the query and output projections, or applied at run time."""
+    refine: bool = False
+    """Regress each layer's attention output on the calibration text after the decomposition."""
+    refine_steps: PositiveInt = 600
+    """Optimiser steps of the refinement per layer."""
+
     calibration: Texts = ()
     """Calibration text; by default a short text that ships with the package."""
     text_column: str = "text"
     """Column that holds the text in jsonl, parquet and datasets."""
-    calibration_blocks: PositiveInt = 128
+    calibration_blocks: PositiveInt = 64
     """Number of calibration sequences."""
     block_length: Annotated[int, Field(ge=2)] = 512
     """Tokens per calibration sequence."""
@@ -124,6 +132,8 @@ class ConvertOptions(Section):
             raise ValueError(
                 "moments replaces the calibration: leave out calibration, save_moments"
             )
+        if self.moments is not None and self.refine:
+            raise ValueError("refine needs the calibration text itself: leave out moments")
         return self
 
 

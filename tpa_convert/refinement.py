@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.errors import UserError
 from tpa_convert.healing.trainer import block_forward
 from tpa_convert.modeling import TPAForCausalLM
 from tpa_convert.modeling.modeling_tpa import TPADecoderLayer
@@ -31,7 +32,7 @@ class RefinementSettings:
         batch_size: blocks a step.
         learning_rate: Adam's peak rate; it rises over a tenth of the steps, then falls along a
             cosine.
-        valid_blocks: blocks held out to choose when to stop.
+        valid_share: share of the blocks held out to choose when to stop, at least one block.
         checks: how often in a layer the held-out error is measured; the best state is kept.
         seed: order of the blocks.
     """
@@ -39,7 +40,7 @@ class RefinementSettings:
     steps: int = 600
     batch_size: int = 16
     learning_rate: float = 3e-3
-    valid_blocks: int = 16
+    valid_share: float = 1 / 16
     checks: int = 6
     seed: int = 0
 
@@ -121,7 +122,7 @@ def refine_layer(
         scale: [N, t, 1].
         rotary: position embeddings.
     """
-    held_out = settings.valid_blocks
+    held_out = max(1, round(settings.valid_share * len(inputs)))
     bf16 = inputs.is_cuda
 
     def error(index: Tensor | slice) -> Tensor:
@@ -138,8 +139,7 @@ def refine_layer(
 
     best = before = held_out_error()
     state = copy.deepcopy(attention.state_dict())
-    parameters = [p.requires_grad_() for p in attention.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=bf16)
+    optimizer = torch.optim.Adam(attention.parameters(), lr=settings.learning_rate, fused=bf16)
     warmup = max(1, settings.steps // 10)
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
@@ -150,12 +150,13 @@ def refine_layer(
         [warmup],
     )
     count = len(inputs) - held_out
+    batch_size = min(settings.batch_size, count)
     order = torch.empty(0, dtype=torch.long)
     with torch.enable_grad():
         for step in range(1, settings.steps + 1):
-            if len(order) < settings.batch_size:
+            if len(order) < batch_size:
                 order = torch.cat((order, torch.randperm(count, generator=generator)))
-            index, order = order[: settings.batch_size], order[settings.batch_size :]
+            index, order = order[:batch_size], order[batch_size:]
             error((index + held_out).to(inputs.device)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -165,7 +166,6 @@ def refine_layer(
                 if now < best:
                     best, state = now, copy.deepcopy(attention.state_dict())
     attention.load_state_dict(state)
-    attention.requires_grad_(False)
     return LayerRefinement(before, best)
 
 
@@ -183,9 +183,14 @@ def refine(
     Args:
         source: what `model` was converted from.
         model: the converted model.
-        blocks: token ids [N, length]; the first `valid_blocks` are held out.
+        blocks: token ids [N, length], N >= 2; the first `valid_share` of them are held out.
         track: shows progress over the layers.
+
+    Raises:
+        UserError: fewer than two blocks.
     """
+    if len(blocks) < 2:
+        raise UserError("refinement needs at least two calibration sequences: give more text")
     settings = settings or RefinementSettings()
     generator = torch.Generator().manual_seed(settings.seed)
     streams = StreamPair(source, model, blocks, settings.batch_size)
