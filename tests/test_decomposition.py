@@ -86,7 +86,6 @@ def random_layer(
         query_energy=normal(groups, head_dim // 2, seed=seed + 6).square() + 0.1,
         key_covariance=key.flatten(1).mT @ key.flatten(1) / len(inputs),
         value_covariance=value.mT @ value / len(inputs),
-        value_mean=value.mean(0),
         constant_functional=torch.zeros(hidden, dtype=torch.float64),
         constant_residual=torch.ones((), dtype=torch.float64),
     )

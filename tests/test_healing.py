@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -475,6 +476,15 @@ def test_batch_sizes() -> None:
     assert blocks_that_fit(model, 100_000, torch.device("cpu"), False) == 1
 
 
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background and a shell has it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_second_signal_is_not_swallowed() -> None:
     with GracefulStop(announce=False) as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -78,7 +78,7 @@ def brute_force(observed: Observed) -> LayerMoments:
     queries = blocks * length
     pair = torch.zeros(PAIRS, GROUPS, GROUPS, dtype=torch.complex128)
     key_covariance = torch.zeros(GROUPS * HEAD_DIM, GROUPS * HEAD_DIM, dtype=torch.float64)
-    value_covariance, value_mean = torch.zeros_like(key_covariance), key_covariance.new_zeros(16)
+    value_covariance = torch.zeros_like(key_covariance)
     hidden = observed.inputs.shape[-1]
     second, mean = key_covariance.new_zeros(hidden, hidden), key_covariance.new_zeros(hidden)
     energy = key_covariance.new_zeros(GROUPS, PAIRS)
@@ -98,7 +98,6 @@ def brute_force(observed: Observed) -> LayerMoments:
             for h in range(HEADS):
                 mixed = p[h] @ value
                 value_covariance += mixed.outer(mixed) / HEADS
-                value_mean += mixed / HEADS
                 q = torch.complex(*observed.query[n, h, s].chunk(2))
                 energy[h // (HEADS // GROUPS)] += q.abs().square()
             second += (average[:, None] * inputs).mT @ inputs
@@ -111,7 +110,6 @@ def brute_force(observed: Observed) -> LayerMoments:
         query_energy=energy / queries,
         key_covariance=key_covariance / queries,
         value_covariance=value_covariance / queries,
-        value_mean=value_mean / queries,
         constant_functional=functional,
         constant_residual=1 - 2 * functional @ mean + functional @ second @ functional,
     )

@@ -126,7 +126,6 @@ class MomentAccumulator:
         mixed = (attention @ value[:, None]).flatten(0, 2)
         heads = attention.shape[1]
         self.add("value_covariance", mixed.mT @ mixed / heads)
-        self.add("value_mean", mixed.sum(0) / heads)
         weighted_inputs = (token_weight[..., 0] * inputs).flatten(0, 1)
         self.add("input_moment", weighted_inputs.mT @ inputs.flatten(0, 1))
         self.queries += mean_attention.shape[0] * mean_attention.shape[1]

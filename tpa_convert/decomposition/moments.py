@@ -21,7 +21,6 @@ class LayerMoments:
         query_energy: [g, f], Σ over the query heads i of a group of E|q_{i,f}|².
         key_covariance: [g d, g d], the same covariance of the keys before rotation, all features.
         value_covariance: [g d, g d], E[z zᵀ] of the attention-mixed values z = Σ_t p_t v_t.
-        value_mean: [g d], E[z].
         constant_functional: [D], the linear functional of the attention input closest to the
             constant 1 (C⁻¹ μ with C = E[x xᵀ], μ = E[x]).
         constant_residual: mean squared error of that functional, 1 − μᵀ C⁻¹ μ.
@@ -31,7 +30,6 @@ class LayerMoments:
     query_energy: Tensor
     key_covariance: Tensor
     value_covariance: Tensor
-    value_mean: Tensor
     constant_functional: Tensor
     constant_residual: Tensor
 
@@ -67,7 +65,6 @@ def data_free_moments(weights: AttentionWeights) -> LayerMoments:
         query_energy=torch.ones(groups, pairs.shape[1], dtype=key.dtype, device=key.device),
         key_covariance=key @ key.mT,
         value_covariance=value @ value.mT,
-        value_mean=value.new_zeros(len(value)),
         constant_functional=key.new_zeros(columns - 1),
         constant_residual=key.new_ones(()),
     )
