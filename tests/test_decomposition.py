@@ -23,8 +23,8 @@ from tpa_convert.decomposition.gauge import allocate_components, value_metric
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.decomposition.tensor import cp_factors, head_svd, whiten
 
-# TensorLy says so when a CP has more components than a mode has entries, which is meant here.
-pytestmark = pytest.mark.filterwarnings("ignore:Trying to compute SVD:UserWarning")
+# TensorLy warns of a CP with more components than a mode has entries, which is meant here.
+pytestmark = pytest.mark.filterwarnings("error:Trying to compute SVD:UserWarning")
 
 EXACT = 1e-9  # relative, float64
 

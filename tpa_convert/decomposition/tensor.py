@@ -7,6 +7,8 @@ mode, which no decomposition here sees, the whitened tensor is G^½, and G^-½ W
 
 from __future__ import annotations
 
+import warnings
+
 import tensorly
 import torch
 from tensorly.decomposition import parafac, partial_tucker
@@ -141,7 +143,9 @@ def cp_factors(tensor: Tensor, rank: int, iterations: int = 60) -> tuple[Tensor,
 
     The weights of the components are folded into the first factor.
     """
-    with tensorly.backend_context("pytorch"):
+    with tensorly.backend_context("pytorch"), warnings.catch_warnings():
+        # More components than a mode has entries are meant here; the rest start at random.
+        warnings.filterwarnings("ignore", "Trying to compute SVD", UserWarning)
         weights, factors = parafac(
             tensor, rank=rank, n_iter_max=iterations, init="svd", tol=1e-7, random_state=0
         )
