@@ -218,6 +218,7 @@ def test_markdown(report) -> None:
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert table[0].startswith("|  | source | converted | ratio | recovery | healed |")
+    assert any(line.startswith("- recovery: ") for line in lines)
     assert any("bytes per token (float32) | 512 | 128 | 25.0 %" in line for line in table)
 
 

@@ -64,7 +64,9 @@ def test_recipe_from_source_to_table(recipe: Path, tmp_path: Path) -> None:
     cache = next(values for name, values in rows.items() if name.startswith("bytes per token"))
     assert cache == {"source": 256, "converted": 128, "healed": 128}
     for name in ("converted", "healed"):
-        assert "| **Perplexity** |" in (out / name / "README.md").read_text()
+        card = (out / name / "README.md").read_text()
+        assert "| **Perplexity** |" in card
+        assert str(tmp_path) not in card
         record = json.loads((out / name / "tpa_convert.json").read_text())
         assert record["evaluate"]["report"] == report
     assert json.loads((tmp_path / "result.json").read_text())["evaluation"] == report

@@ -109,7 +109,7 @@ class EvaluationReport:
                 section = row.section
                 lines.append(f"| **{section}** {'| ' * (len(header) - 1)}|")
             lines.append(f"| {' | '.join([row.name, *(str(cell) for cell in self._cells(row))])} |")
-        return "\n".join([*lines, "", *self._notes()])
+        return "\n".join([*lines, "", *(f"- {note}" for note in self._notes())])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._table()

@@ -12,14 +12,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from tpa_convert.evaluation import EvaluationReport
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+FILES = ("calibration", "moments", "save_moments", "text", "valid_text")
+"""Settings that may hold paths of the machine the model was made on."""
 
 
 def render_card(name: str, provenance: Mapping[str, Any]) -> str:
     """Markdown of the card of the model called `name`.
 
     The licence is left to the source: a converted model is a derivative of it, and only a person
-    can say what its terms allow. Of a local source only the name is given: its path is of no use to
-    others, and `base_model` in the metadata would have to be a Hub id.
+    can say what its terms allow. Of local files only the names are given: their paths are of no use
+    to others, and `base_model` in the metadata would have to be a Hub id.
     """
     source = provenance["source"]
     local = _is_local(source["id"])
@@ -30,11 +32,15 @@ def render_card(name: str, provenance: Mapping[str, Any]) -> str:
         tags=["tpa", "tensor-product-attention", "kv-cache"],
     )
     sections = {
-        section: {k: v for k, v in provenance[section]["settings"].items() if v not in (None, [])}
+        section: {
+            key: _without_folders(value) if key in FILES else value
+            for key, value in provenance[section]["settings"].items()
+            if value not in (None, [])
+        }
         for section in ("convert", "heal")
         if section in provenance
     }
-    name_of_source = Path(source["id"]).name if local else source["id"]
+    name_of_source = _without_folders(source["id"])
     recipe = yaml.safe_dump(
         {"source": {**source, "id": name_of_source}, **sections},
         sort_keys=False,
@@ -60,11 +66,19 @@ def _results(provenance: Mapping[str, Any]) -> str | None:
     return EvaluationReport.from_json(provenance["evaluate"]["report"]).to_markdown()
 
 
-def _is_local(source_id: str) -> bool:
+def _without_folders(spec: Any) -> Any:
+    """Of paths only the names; Hub ids as they are. A list is treated entry by entry."""
+    if isinstance(spec, list):
+        return [_without_folders(entry) for entry in spec]
+    return Path(spec).name if _is_local(spec) else spec
+
+
+def _is_local(spec: str) -> bool:
     """Hub ids are `name` or `owner/name`; anything else, or anything on this disk, is a path."""
     return (
-        source_id.startswith((".", "/", "~"))
-        or source_id.count("/") > 1
-        or source_id.endswith(".gguf")
-        or Path(source_id).exists()
+        spec.startswith((".", "/", "~"))
+        or spec.count("/") > 1
+        or spec.endswith(".gguf")
+        or "*" in spec
+        or Path(spec).exists()
     )
