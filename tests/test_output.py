@@ -139,6 +139,14 @@ def test_atomic_file_replaces_or_leaves(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_atomic_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "made") as temporary:
+        temporary.touch()
+        temporary.chmod(0o600)  # as safetensors leaves it
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "made").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot write .*out: File exists"):

@@ -59,7 +59,7 @@ def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
-        _open_up(partial)
+        _usual_permissions(partial, *partial.rglob("*"))
         _replace(partial, target, overwrite)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -83,6 +83,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         with _writable(path):
+            _usual_permissions(partial)
             os.replace(partial, target)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -139,9 +140,9 @@ def _replace(partial: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _open_up(directory: Path) -> None:
+def _usual_permissions(*paths: Path) -> None:
     """Give the usual permissions; mkdtemp and safetensors make private directories and files."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in (directory, *directory.rglob("*")):
+    for path in paths:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
