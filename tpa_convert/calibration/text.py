@@ -278,7 +278,8 @@ def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{spec} is neither a file here nor a dataset that can be read from the Hub: {reason}"
+            f"{spec} is neither a file here nor a dataset that can be read from the Hub "
+            f"({reason}): check the spelling and the connection"
         ) from error
     if text_column not in columns:
         raise UserError(

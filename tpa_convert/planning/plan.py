@@ -148,8 +148,8 @@ def plan_uniform(
         )
     if width_k > groups * head_dim or width_v > groups * head_dim:
         raise UserError(
-            f"widths {width_k} and {width_v} exceed the source's {groups * head_dim} numbers "
-            "per token and layer: there is nothing more to keep"
+            f"width_k={width_k} and width_v={width_v} exceed the source's {groups * head_dim} keys "
+            f"and {groups * head_dim} values per token and layer: there is nothing more to keep"
         )
     rank_limit_k = budget.rank_k if form == "static" else None
     if rank_limit_k is not None and width_k > rank_limit_k * head_dim:
