@@ -77,3 +77,10 @@ def test_relative_error_is_measured_per_token() -> None:
     output, target = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
     scale = torch.tensor([[[3.0], [6.0]]])
     assert relative_error(output, target, scale).item() == pytest.approx((1 + 0.5) / 2)
+
+
+def test_a_single_step_is_enough_to_run(tiny_llama) -> None:
+    source = tiny_llama("gqa")
+    model = convert_tiny(source, kv_floats=14)
+    report = refine(source, model, random_blocks(count=4), RefinementSettings(steps=1))
+    assert len(report) == 2

@@ -94,22 +94,19 @@ def attention_parameters(
         output["key_gauge"] = torch.stack((keys.gauge.real, keys.gauge.imag), dim=1)
         output["value_gauge"] = values.gauge
     if shape.contextual:
-        groups = len(weights.key)
-        ones_k = functional.new_ones(shape.rank_k, groups)
-        ones_v = functional.new_ones(shape.rank_v, groups)
-        head_k, head_v = ones_k, ones_v
-        if shape.gauge == "none":
-            assert keys.head_factor is not None
-            assert values.head_factor is not None
-            head_k, head_v = keys.head_factor, values.head_factor
-        for name, head in (("k_head_factor", head_k), ("v_head_factor", head_v)):
-            output |= head_factor_parameters(name, head, functional, shape.form)
+        for name, rank, factors in (("k", shape.rank_k, keys), ("v", shape.rank_v, values)):
+            # with a gauge, the constant head factors are inside it
+            head = functional.new_ones(rank, len(weights.key))
+            if shape.gauge == "none":
+                assert factors.head_factor is not None
+                head = factors.head_factor
+            output |= head_factor_parameters(f"{name}_head_factor", head, functional, shape.form)
     return output
 
 
 def convert_layer(
     weights: AttentionWeights,
-    moments: LayerMoments,
+    moments: LayerMoments | None,
     shape: LayerShape,
     *,
     method: str,
@@ -120,12 +117,13 @@ def convert_layer(
     """Parameters of one converted attention layer, and the most components on one rotary pair."""
     decompose = METHODS[method]
     metric = value_metric(weights)
-    functional = moments.constant_functional
-    if not whiten:
-        moments = data_free_moments(weights)
+    basis = moments
+    if basis is None or not whiten:
+        basis = data_free_moments(weights)
         metric = torch.eye(metric.shape[-1], dtype=metric.dtype).expand_as(metric)
-    keys = decompose.decompose_keys(weights, moments, shape.width_k, rank_limit_k)
-    values = decompose.decompose_values(weights, moments, shape.width_v, metric)
+    functional = (moments or basis).constant_functional
+    keys = decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k)
+    values = decompose.decompose_values(weights, basis, shape.width_v, metric)
     rank = int(keys.rotary_pair.bincount().max())
     return attention_parameters(weights, keys, values, shape, functional, rank_q), rank
 
@@ -186,10 +184,9 @@ def convert_model(
     rank_k = []
     for i, shape in enumerate(track(plan.layers, "converting")):
         weights = attention_weights(source, state, i)
-        layer_moments = moments.layers[i] if moments else data_free_moments(weights)
         layer, rank = convert_layer(
             weights,
-            layer_moments,
+            moments.layers[i] if moments else None,
             shape,
             method=method,
             whiten=whiten,

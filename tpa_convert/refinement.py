@@ -145,7 +145,7 @@ def refine_layer(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps - warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, settings.steps - warmup)),
         ],
         [warmup],
     )
