@@ -148,10 +148,15 @@ def show_plan(prediction: Prediction) -> None:
         end = start + len(list(layers))
         console.print(
             f"layers {start}-{end - 1}: {shape.form} head factors, gauge {shape.gauge}; "
-            f"keys width {shape.width_k} rank {shape.rank_k}, "
-            f"values width {shape.width_v} rank {shape.rank_v}"
+            f"keys {_width(shape.width_k, shape.rank_k, shape.contextual)}, "
+            f"values {_width(shape.width_v, shape.rank_v, shape.contextual)}"
         )
         start = end
+
+
+def _width(width: int, rank: int, contextual: bool) -> str:
+    # the rank of a static layer follows from its decomposition, so a plan cannot know it
+    return f"width {width} rank {rank}" if contextual else f"width {width}"
 
 
 def show_healing(result: HealingResult) -> None:
