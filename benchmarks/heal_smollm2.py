@@ -1,7 +1,7 @@
 """Healing SmolLM2-135M-Instruct after conversion, one row before and one after, on one GPU.
 
     python benchmarks/heal_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --heal-tokens 10e6 \\
-        --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128 152 affine-128
+        --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128 72+80 affine-128
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from tpa_convert.planning import Budget, Plan, plan_uniform
 
 
 def plan_of(run: str, config: dict[str, Any]) -> Plan:
-    """`N`: static with N floats. `affine-N`: N features and four contextual components each."""
+    """`N`: static with N floats. `K+V`: static with these widths. `affine-N`: N features and four
+    contextual components each."""
+    if "+" in run:
+        width_k, width_v = map(int, run.split("+"))
+        return plan_uniform(config, Budget(width_k=width_k, width_v=width_v))
     form, _, floats = run.rpartition("-")
     if not form:
         return plan_uniform(config, Budget(kv_floats=int(floats)))
@@ -29,7 +33,7 @@ def plan_of(run: str, config: dict[str, Any]) -> Plan:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--heal-tokens", type=float, default=10e6)
-    options.add_argument("--runs", nargs="+", default=["128", "152", "affine-128"])
+    options.add_argument("--runs", nargs="+", default=["128", "72+80", "affine-128"])
     arguments = options.parse_args()
     source = load(arguments.source)
     config = source.architecture.llama_config(source.model.config)

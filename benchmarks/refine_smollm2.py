@@ -39,7 +39,7 @@ def main() -> None:
     arguments = arguments.parse_args()
     source = load(arguments.source)
     config = source.architecture.llama_config(source.model.config)
-    table = Table.start(source, arguments.valid, arguments.valid_share)
+    table = Table.start(source, arguments.valid, arguments.valid_blocks)
     blocks = train_blocks(arguments.train, source, 1024, arguments.refine_blocks)
     start = time.perf_counter()
     moments = collect_moments(source, blocks)
