@@ -18,11 +18,12 @@ import typer
 from tpa_convert import __version__
 from tpa_convert import cli_options as o
 from tpa_convert.errors import UserError
-from tpa_convert.export.output import atomic_file
+from tpa_convert.export.output import atomic_file, check_file
 from tpa_convert.recipe import (
     ConvertOptions,
     EvaluateOptions,
     HealOptions,
+    PlanOptions,
     S,
     SourceOptions,
     load_recipe,
@@ -35,6 +36,7 @@ from tpa_convert.terminal import (
     quiet_libraries,
     show_healing,
     show_plan,
+    show_planning,
     track,
 )
 
@@ -57,14 +59,71 @@ def top(
 ) -> None:
     """Convert a language model to Tensor Product Attention: the same model, a smaller KV cache.
 
-    [bold]convert[/] a pretrained model, [bold]heal[/] what that lost by distillation from the
-    original, [bold]eval[/] both side by side, [bold]generate[/] text; or [bold]run[/] all of it
-    from a recipe. Every command explains itself: tpa-convert COMMAND --help.
+    [bold]plan[/] a cache budget, [bold]convert[/] a pretrained model, [bold]heal[/] what that lost
+    by distillation from the original, [bold]eval[/] both side by side, [bold]generate[/] text; or
+    [bold]run[/] all of it from a recipe. Every command explains itself: tpa-convert COMMAND --help.
     """
     if version:
         console.print(f"tpa-convert {__version__}")
         raise typer.Exit
     quiet_libraries()
+
+
+@app.command(
+    epilog="Example: tpa-convert plan HuggingFaceTB/SmolLM2-135M --memory 24 -o plan.yaml"
+)
+def plan(
+    ctx: typer.Context,
+    source: o.SourceArgument,
+    out: o.PlanOutput = None,
+    kv_floats: o.KvFloats = None,
+    kv_bytes: o.KvBytes = None,
+    kv_ratio: o.KvRatio = None,
+    cache_dtype: o.CacheDType = None,
+    max_increase: o.MaxIncrease = 0.1,
+    memory: o.Memory = None,
+    batch_size: o.CachedBatch = 1,
+    context: o.Context = 4096,
+    multiple_of: o.MultipleOf = 8,
+    calibration: o.Calibration = None,
+    text_column: o.CalibrationColumn = "text",
+    calibration_blocks: o.CalibrationBlocks = 64,
+    block_length: o.CalibrationLength = 512,
+    save_moments: o.SaveMoments = None,
+    moments: o.MomentsFile = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    chart: o.Chart = None,
+    overwrite: o.Overwrite = False,
+    json_file: o.JsonFile = None,
+) -> None:
+    """Choose the widths of every layer by what the model minds.
+
+    Measures, layer by layer, how much narrower keys and narrower values cost, shares the budget out
+    accordingly, and measures the result beside uniform widths at several budgets. The best plan
+    goes to a file for convert --plan. Give a budget, or what may be lost.
+    """
+    options = _section(PlanOptions, ctx)
+    model = _section(SourceOptions, ctx, model=source)
+    from tpa_convert import pipeline
+    from tpa_convert.charts import check_chart, planning_chart
+
+    if chart is not None:
+        check_chart(chart)
+    for path in (out, chart, save_moments):
+        check_file(path, overwrite)
+    result = pipeline.plan(model, options, device=device, track=track)
+    show_planning(result)
+    if chart is not None:
+        planning_chart(result, chart)
+    if out is not None:
+        with atomic_file(out) as temporary:
+            temporary.write_text(result.to_yaml(), encoding="utf-8")
+        console.print(f"\nWrote {out} in {duration(result.seconds)}. Next:", soft_wrap=True)
+        console.print(f"  tpa-convert convert {source} --plan {out} --out small", soft_wrap=True)
+    _write_json(json_file, result)
 
 
 @app.command(
@@ -81,6 +140,7 @@ def convert(
     rank_v: o.RankV = None,
     width_k: o.WidthK = None,
     width_v: o.WidthV = None,
+    plan: o.PlanInput = None,
     cache_dtype: o.CacheDType = None,
     form: o.Form = "static",
     method: o.MethodChoice = "gauge",
@@ -117,7 +177,7 @@ def convert(
     from tpa_convert import pipeline
 
     if dry_run:
-        prediction = pipeline.plan(model, options)
+        prediction = pipeline.preview(model, options)
         show_plan(prediction)
         _write_json(json_file, prediction)
         return
@@ -266,7 +326,7 @@ def run(
     from tpa_convert.run import run as run_recipe
 
     if dry_run:
-        prediction = pipeline.plan(steps.source, steps.convert)
+        prediction = pipeline.preview(steps.source, steps.convert)
         show_plan(prediction)
         _write_json(json_file, prediction)
         return

@@ -12,7 +12,8 @@ import typer
 
 from tpa_convert.recipe import FloatType, GaugePlace, HeadFactorForm, Method
 
-BUDGET = "Budget (give exactly one: floats, bytes, ratio, or ranks and widths)"
+BUDGET = "Budget (one of: floats, bytes, ratio, a plan, ranks and widths)"
+PLANNING = "Planning"
 METHOD = "Method"
 CALIBRATION = "Calibration"
 TEXT = "Text"
@@ -152,6 +153,48 @@ CacheDType = Annotated[
         "Type in which cache bytes are counted. [dim]\\[default: --dtype][/]",
         BUDGET,
     ),
+]
+
+PlanInput = Annotated[
+    Path | None,
+    option("--plan", "Widths of every layer, from tpa-convert plan.", BUDGET, metavar="FILE"),
+]
+MaxIncrease = Annotated[
+    float,
+    option(
+        "--max-increase",
+        "Without a budget: take the smallest cache whose perplexity, before refinement and "
+        "healing, rises by at most this share.",
+        PLANNING,
+        metavar="X",
+    ),
+]
+MultipleOf = Annotated[
+    int,
+    option("--multiple-of", "Uneven widths are multiples of this.", PLANNING, metavar="N"),
+]
+Memory = Annotated[
+    float | None,
+    option(
+        "--memory",
+        "GB that weights and cache have to share: shows the largest context of every plan.",
+        PLANNING,
+        metavar="GB",
+    ),
+]
+CachedBatch = Annotated[
+    int, option("--batch-size", "Sequences cached at once, for --memory.", PLANNING, metavar="N")
+]
+Context = Annotated[
+    int, option("--context", "Tokens at which arithmetic is counted.", PLANNING, metavar="N")
+]
+PlanOutput = Annotated[
+    Path | None,
+    option("--out -o", "Plan to write, for convert --plan.", OUTPUT, metavar="FILE"),
+]
+Chart = Annotated[
+    Path | None,
+    option("--chart", "Picture to draw (.png, .svg, .pdf).", OUTPUT, metavar="FILE"),
 ]
 
 # ------------------------------------------------------------------------------- method

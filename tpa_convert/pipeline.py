@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
 from tpa_convert import healing
-from tpa_convert.architectures import Source, read_source_config
+from tpa_convert.architectures import Source, architecture_of, read_source_config
 from tpa_convert.calibration.moments import Moments, Track, collect_moments, no_tracking
 from tpa_convert.calibration.text import (
     default_calibration_documents,
@@ -50,19 +50,95 @@ from tpa_convert.export.save import (
     write_provenance,
 )
 from tpa_convert.healing import HealingReport, HealingSettings
+from tpa_convert.planner import PlanReport, search
+from tpa_convert.planning import Budget, Plan, plan_to_yaml, plan_uniform
+from tpa_convert.planning.cost import largest_context
+from tpa_convert.planning.plan import floats_of_budget
 from tpa_convert.prediction import Prediction, named_dtype, predict
 from tpa_convert.recipe import (
+    BUDGETS,
+    CalibrationOptions,
     ConvertOptions,
     EvaluateOptions,
     HealOptions,
+    PlanOptions,
     Section,
     SourceOptions,
 )
 from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.sources import load, source_of, source_options, usable_device
 
+CURVE = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # shares of the source's cache that `plan` also measures
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
+
+
+@dataclass(frozen=True)
+class PlanningResult:
+    """What `plan` found.
+
+    Attributes:
+        report: all candidates, and which one was chosen.
+        cache_dtype: in which bytes are counted.
+        weight_bytes: of the source, in its own type.
+        memory: bytes that weights and cache may take, None if not given.
+        batch_size: sequences cached at once.
+        source: what the plan is for, as in the plan file.
+        seconds: wall time.
+    """
+
+    report: PlanReport
+    cache_dtype: torch.dtype
+    weight_bytes: int
+    memory: float | None
+    batch_size: int
+    source: dict[str, Any]
+    seconds: float
+
+    def context(self, plan: Plan) -> int | None:
+        """Largest context that fits into the memory."""
+        if self.memory is None:
+            return None
+        kv_bytes = plan.kv_bytes(self.cache_dtype)
+        return largest_context(self.memory, self.weight_bytes, kv_bytes, self.batch_size)
+
+    def to_yaml(self) -> str:
+        """The chosen plan as a file for `convert`."""
+        return plan_to_yaml(self.report.plan, self.source)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; one entry for each candidate and for each layer's sensitivity."""
+        report = self.report
+        return {
+            "source": self.source,
+            "source_perplexity": report.source_perplexity,
+            "source_cost": asdict(report.source_cost),
+            "chosen": report.chosen,
+            "candidates": [
+                {
+                    "budget": candidate.budget,
+                    "kv_floats": candidate.plan.kv_floats,
+                    "kv_bytes": candidate.plan.kv_bytes(self.cache_dtype),
+                    "form": candidate.form,
+                    "split": candidate.split,
+                    "predicted_kl": candidate.predicted_kl,
+                    "kl": candidate.kl,
+                    "perplexity_ratio": candidate.perplexity_ratio,
+                    "cost": asdict(candidate.cost),
+                    "context": self.context(candidate.plan),
+                    "layers": [asdict(layer) for layer in candidate.plan.layers],
+                }
+                for candidate in report.candidates
+            ],
+            "sensitivity": [
+                {
+                    name: {"widths": part.widths, "losses": part.losses}
+                    for name, part in (("keys", layer.keys), ("values", layer.values))
+                }
+                for layer in report.sensitivity
+            ],
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -71,7 +147,7 @@ class ConversionResult:
 
     Attributes:
         out: directory of the converted model.
-        prediction: plan, cache bytes and parameters, as `plan` returns them.
+        prediction: plan, cache bytes and parameters, as `preview` returns them.
         seconds: wall time.
     """
 
@@ -94,13 +170,75 @@ class HealingResult:
         return {"out": str(self.out), **asdict(self.report)}
 
 
-def plan(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
+def preview(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
     """What a conversion would make: shapes, cache bytes, parameters. Reads no weights."""
     where = source_options(source)
     config = read_source_config(
         where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
     )
     return predict(config, options)
+
+
+def plan(
+    source: str | SourceOptions,
+    options: PlanOptions,
+    *,
+    device: str = "auto",
+    track: Track = no_tracking,
+) -> PlanningResult:
+    """Measure how much each layer minds narrower keys and values, and choose their widths.
+
+    An eighth of the calibration text is held out of the moments, and everything is measured on it.
+
+    Args:
+        source: Hub id, local directory or .gguf file, or options with a revision.
+        options: budget or accepted loss, calibration, memory.
+        device: cpu, cuda, cuda:1, ... or auto.
+        track: shows progress, called as `track(items, description)`.
+    """
+    start = time.perf_counter()
+    where = source_options(source)
+    config = read_source_config(
+        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
+    )
+    llama_config = architecture_of(config).llama_config(config)
+    stored = config.dtype or torch.float32
+    cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else stored
+    source_floats = 2 * llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    kv_floats = None
+    if any(getattr(options, name) is not None for name in BUDGETS):
+        budget = Budget(**{name: getattr(options, name) for name in BUDGETS})
+        plan_uniform(llama_config, budget, cache_dtype=cache_dtype)  # refuses what cannot be
+        kv_floats = floats_of_budget(
+            budget, llama_config["num_hidden_layers"], source_floats, cache_dtype
+        )
+    loaded = load(where, device)
+    blocks = _calibration_blocks(loaded, options)
+    held_out = max(1, len(blocks) // 8)
+    if len(blocks) <= held_out:
+        raise UserError("a plan needs at least two calibration sequences: give more text")
+    moments = _moments(loaded, blocks[held_out:], options, track)
+    assert moments is not None
+    report = search(
+        loaded,
+        moments,
+        blocks[:held_out],
+        kv_floats=kv_floats,
+        max_increase=options.max_increase,
+        curve=[share * source_floats for share in CURVE],
+        multiple_of=options.multiple_of,
+        context=options.context,
+        track=track,
+    )
+    return PlanningResult(
+        report,
+        cache_dtype,
+        loaded.model.num_parameters() * stored.itemsize,
+        None if options.memory is None else options.memory * 1e9,
+        options.batch_size,
+        {"id": loaded.reference.id, "sha256": loaded.reference.sha256},
+        time.perf_counter() - start,
+    )
 
 
 def convert(
@@ -126,10 +264,12 @@ def convert(
         raise UserError(
             f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
         )
-    prediction = plan(source, options)  # a wrong budget is told before anything is loaded
+    prediction = preview(source, options)  # a wrong budget is told before anything is loaded
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
-        calibrated = options.whiten or options.form == "linear" or options.refine
+        calibrated = options.moments is None and (
+            options.whiten or options.form == "linear" or options.refine
+        )
         blocks = _calibration_blocks(loaded, options) if calibrated else None
         model = convert_model(
             loaded,
@@ -323,9 +463,7 @@ def _settings(options: Section) -> dict[str, Any]:
     return options.model_dump(mode="json")
 
 
-def _calibration_blocks(source: Source, options: ConvertOptions) -> Tensor | None:
-    if options.moments is not None:
-        return None
+def _calibration_blocks(source: Source, options: CalibrationOptions) -> Tensor:
     if options.calibration:
         documents = load_documents(options.calibration, text_column=options.text_column)
     else:
@@ -340,7 +478,7 @@ def _calibration_blocks(source: Source, options: ConvertOptions) -> Tensor | Non
 
 
 def _moments(
-    source: Source, blocks: Tensor | None, options: ConvertOptions, track: Track
+    source: Source, blocks: Tensor | None, options: CalibrationOptions, track: Track
 ) -> Moments | None:
     if options.moments is not None:
         return Moments.load(options.moments)

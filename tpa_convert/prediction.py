@@ -12,7 +12,7 @@ from tpa_convert.architectures import architecture_of
 from tpa_convert.decomposition import METHODS
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import TPAConfig, TPAForCausalLM
-from tpa_convert.planning import Budget, Plan, plan_uniform
+from tpa_convert.planning import Budget, Plan, load_plan, plan_uniform
 from tpa_convert.recipe import BUDGETS, RANKS, ConvertOptions
 
 PROBE_TOKENS = 16
@@ -63,15 +63,21 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
     dtype = named_dtype(options.dtype) if options.dtype else config.dtype or torch.float32
     cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else dtype
     llama_config = architecture.llama_config(config)
-    plan = plan_uniform(
-        llama_config,
-        Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)}),
-        form=options.form,
-        gauge=options.gauge,
-        whole_heads=METHODS[options.method].whole_heads,
-        cache_dtype=cache_dtype,
-        rank_q=options.rank_q,
-    )
+    whole_heads = METHODS[options.method].whole_heads
+    if options.plan is not None:
+        plan = load_plan(options.plan, llama_config).with_gauge(options.gauge)
+        if whole_heads:
+            raise UserError(f"the {options.method} method keeps whole heads: leave out --plan")
+    else:
+        plan = plan_uniform(
+            llama_config,
+            Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)}),
+            form=options.form,
+            gauge=options.gauge,
+            whole_heads=whole_heads,
+            cache_dtype=cache_dtype,
+            rank_q=options.rank_q,
+        )
     try:
         tpa_config = TPAConfig(
             **llama_config,

@@ -61,8 +61,8 @@ class SourceOptions(Section):
     """Run the Python code that comes with the model."""
 
 
-class ConvertOptions(Section):
-    """How to convert: exactly one budget, the form of the head factors, the method, the text."""
+class CacheBudget(Section):
+    """How much to cache."""
 
     kv_floats: PositiveInt | None = None
     """Numbers cached per token and layer, mean over the layers."""
@@ -70,6 +70,60 @@ class ConvertOptions(Section):
     """Bytes cached per token by the whole model."""
     kv_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the source's cache that is kept: 0.25 keeps a quarter."""
+    cache_dtype: FloatType | None = None
+    """Type in which bytes are counted; by default the output's."""
+
+
+class CalibrationOptions(Section):
+    """Which text the source's activations are measured on."""
+
+    calibration: Texts = ()
+    """Calibration text; by default a short text that ships with the package."""
+    text_column: str = "text"
+    """Column that holds the text in jsonl, parquet and datasets."""
+    calibration_blocks: PositiveInt = 64
+    """Number of calibration sequences."""
+    block_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens per calibration sequence."""
+    moments: Path | None = None
+    """Moments saved by an earlier calibration on the same source."""
+    save_moments: Path | None = None
+    """Where to save the moments, so that another budget costs seconds."""
+    seed: int = 0
+    """Chooses the calibration documents."""
+
+
+class PlanOptions(CacheBudget, CalibrationOptions):
+    """How to choose widths: a budget, or what may be lost."""
+
+    max_increase: Annotated[float, Field(gt=0)] = 0.1
+    """Without a budget: the smallest cache whose perplexity rises by at most this share."""
+    multiple_of: Annotated[int, Field(ge=2)] = 8
+    """Uneven widths are multiples of this."""
+    memory: PositiveFloat | None = None
+    """Memory in GB that weights and cache have to share, to know the largest context."""
+    batch_size: PositiveInt = 1
+    """Sequences cached at once."""
+    context: PositiveInt = 4096
+    """Tokens at which arithmetic is counted."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PlanOptions:
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(
+                f"give at most one of kv_floats, kv_bytes, kv_ratio; got {' and '.join(budgets)}"
+            )
+        if self.calibration_blocks < 2:
+            raise ValueError("a plan needs calibration_blocks of at least 2: one is held out")
+        return self
+
+
+class ConvertOptions(CacheBudget, CalibrationOptions):
+    """How to convert: exactly one budget, the form of the head factors, the method, the text."""
+
+    plan: Path | None = None
+    """Ranks and widths of every layer from a file that `tpa-convert plan` wrote."""
     rank_k: PositiveInt | None = None
     """Components of the keys that share one head factor each."""
     rank_v: PositiveInt | None = None
@@ -80,8 +134,6 @@ class ConvertOptions(Section):
     """Numbers cached for the values, summed over the components."""
     rank_q: PositiveInt | None = None
     """Factor the queries too (form `linear` only; it saves parameters, no cache)."""
-    cache_dtype: FloatType | None = None
-    """Type in which bytes are counted; by default the output's."""
 
     form: HeadFactorForm = "static"
     """Head factors: constant, affine in the token, or linear in the token (the paper's own)."""
@@ -97,21 +149,6 @@ class ConvertOptions(Section):
     refine_steps: PositiveInt = 600
     """Optimiser steps of the refinement per layer."""
 
-    calibration: Texts = ()
-    """Calibration text; by default a short text that ships with the package."""
-    text_column: str = "text"
-    """Column that holds the text in jsonl, parquet and datasets."""
-    calibration_blocks: PositiveInt = 64
-    """Number of calibration sequences."""
-    block_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens per calibration sequence."""
-    moments: Path | None = None
-    """Moments saved by an earlier conversion of the same source; replaces the calibration."""
-    save_moments: Path | None = None
-    """Where to save the moments, so that another budget costs seconds."""
-    seed: int = 0
-    """Chooses the calibration documents."""
-
     dtype: FloatType | None = None
     """Type of the output's weights; by default the source's."""
 
@@ -120,12 +157,16 @@ class ConvertOptions(Section):
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if any(getattr(self, name) is not None for name in RANKS):
             budgets.append("ranks and widths")
+        if self.plan is not None:
+            budgets.append("plan")
         if len(budgets) != 1:
             found = f"got {' and '.join(budgets)}" if budgets else "got none"
             raise ValueError(
-                "give exactly one budget: kv_floats, kv_bytes, kv_ratio, or ranks and widths "
-                f"(rank_k, rank_v, width_k, width_v); {found}"
+                "give exactly one budget: kv_floats, kv_bytes, kv_ratio, plan, or ranks and "
+                f"widths (rank_k, rank_v, width_k, width_v); {found}"
             )
+        if self.plan is not None and self.form != "static":
+            raise ValueError("the plan says the form of every layer: leave out form")
         if self.rank_q is not None and self.form != "linear":
             raise ValueError(f"rank_q needs form linear, not {self.form}")
         if self.moments is not None and (self.calibration or self.save_moments is not None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sized
@@ -31,7 +32,7 @@ from tpa_convert.errors import UserError
 from tpa_convert.export.output import is_disk_full
 
 if TYPE_CHECKING:
-    from tpa_convert.pipeline import HealingResult
+    from tpa_convert.pipeline import HealingResult, PlanningResult
     from tpa_convert.prediction import Prediction
 
 INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
@@ -152,6 +153,66 @@ def show_plan(prediction: Prediction) -> None:
             f"values {_width(shape.width_v, shape.rank_v, shape.contextual)}"
         )
         start = end
+
+
+def show_planning(result: PlanningResult) -> None:
+    """All candidates, the chosen one marked, and what they cost."""
+    report = result.report
+    unit = str(result.cache_dtype).removeprefix("torch.")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    columns = ["bytes/token", "kept", "predicted", "perplexity", "KL"]
+    columns += ["context"] if result.memory is not None else []
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    previous = report.candidates[0].budget
+    for i, candidate in enumerate(report.candidates):
+        if candidate.budget != previous:
+            table.add_section()
+            previous = candidate.budget
+        plan, chosen = candidate.plan, i == report.chosen
+        name = candidate.form if candidate.form != "static" else candidate.split
+        predicted = candidate.predicted_kl
+        cells = [
+            f"{'→' if chosen else ' '} {name}",
+            f"{plan.kv_bytes(result.cache_dtype):,.0f}",
+            f"{plan.kv_floats / plan.source_kv_floats:.1%}",
+            "" if predicted is None else _times(math.exp(min(predicted, 700.0))),
+            _times(candidate.perplexity_ratio),
+            f"{candidate.kl:.3f}",
+        ]
+        context = result.context(plan)
+        table.add_row(
+            *cells,
+            *([f"{context:,}"] if context is not None else []),
+            style="bold green" if chosen else None,
+        )
+    console.print(table)
+    for line in (
+        f"Perplexity before refinement and healing, relative to the source's "
+        f"{report.source_perplexity:.2f} on held-out calibration text; bytes in {unit}.",
+        "uniform: the same widths everywhere; measured: widths by sensitivity.",
+        *(
+            [
+                f"Context: tokens in {result.memory / 1e9:g} GB beside the weights, "
+                f"batch {result.batch_size}."
+            ]
+            if result.memory is not None
+            else []
+        ),
+    ):
+        console.print(line, style="dim")
+    cost, source = report.candidates[report.chosen].cost, report.source_cost
+    console.print(
+        f"\nAttention layers of the chosen plan (→) against the source's, at {report.context:,} "
+        f"tokens: weights {_times(cost.parameters / source.parameters)}, arithmetic of decoding "
+        f"{_times(cost.decode_flops / source.decode_flops)}, of prefill "
+        f"{_times(cost.prefill_flops / source.prefill_flops)}."
+    )
+
+
+def _times(ratio: float) -> str:
+    return f"×{ratio:.3f}" if ratio < 100 else f"×{ratio:.0f}"
 
 
 def _width(width: int, rank: int, contextual: bool) -> str:

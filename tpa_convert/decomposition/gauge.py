@@ -80,6 +80,28 @@ def value_metric(weights: AttentionWeights) -> Tensor:
     return torch.einsum("xgnd,xgne->gde", output, output)
 
 
+def value_components(
+    moments: LayerMoments, metric: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eigenvalues [g d], ascending, and eigenvectors of M^½ C_v M^½, with M^½ and M^{−½}."""
+    root = torch.block_diag(*symmetric_power(metric, 0.5))
+    inverse_root = torch.block_diag(*symmetric_power(metric, -0.5))
+    eigenvalues, vectors = torch.linalg.eigh(root @ moments.value_covariance @ root)
+    return eigenvalues.clamp_min(0), vectors, root, inverse_root
+
+
+def truncation_errors(eigenvalues: Tensor) -> Tensor:
+    """Squared error left by the strongest n of all components, n = 0 ... their number.
+
+    Args:
+        eigenvalues: non-negative, of any shape.
+
+    Returns: descending, [number of eigenvalues + 1]; the last is zero.
+    """
+    ascending = eigenvalues.flatten().sort().values
+    return torch.cat((ascending.new_zeros(1), ascending.cumsum(0))).flip(0)
+
+
 def decompose_values(
     weights: AttentionWeights, moments: LayerMoments, width: int, metric: Tensor
 ) -> ValueFactors:
@@ -92,9 +114,7 @@ def decompose_values(
         metric: M, [g, d, d], symmetric positive semi-definite.
     """
     groups, head_dim, _ = weights.value.shape
-    root = torch.block_diag(*symmetric_power(metric, 0.5))
-    inverse_root = torch.block_diag(*symmetric_power(metric, -0.5))
-    _, vectors = torch.linalg.eigh(root @ moments.value_covariance @ root)
+    _, vectors, root, inverse_root = value_components(moments, metric)
     vectors = vectors[:, -width:].flip(-1)
     feature = vectors.mT @ root @ weights.value.flatten(0, 1)
     return ValueFactors(feature, (inverse_root @ vectors).unflatten(0, (groups, head_dim)))

@@ -42,6 +42,20 @@ def check_output(out: str | Path, overwrite: bool = False) -> Path:
     return out
 
 
+def check_file(path: Path | None, overwrite: bool = False) -> None:
+    """As `check_output`, for a file.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is off, or it is a directory.
+    """
+    if path is None or not path.exists():
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a file")
+    if not overwrite:
+        raise UserError(f"{path} exists: choose another file, or pass --overwrite")
+
+
 @contextmanager
 def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary directory that becomes `out` when the block ends without an error.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -71,6 +71,12 @@ class Plan:
     def kv_bytes(self, dtype: torch.dtype) -> float:
         """Bytes cached per token by the whole model, in `dtype`."""
         return self.kv_floats * len(self.layers) * dtype.itemsize
+
+    def with_gauge(self, gauge: Gauge | Literal["auto"]) -> Plan:
+        """The same widths with the gauge of every layer in one place; `auto` changes nothing."""
+        if gauge == "auto":
+            return self
+        return replace(self, layers=[replace(layer, gauge=gauge) for layer in self.layers])
 
     def config_fields(self) -> dict[str, Any]:
         """Keyword arguments for `TPAConfig`: a list over layers for each field of `LayerShape`."""
@@ -159,10 +165,8 @@ def plan_uniform(
         )
     if whole_heads and form != "static":
         layer_gauge: Gauge = "none"
-    elif gauge == "auto":
-        layer_gauge = "absorbed" if max(width_k, width_v) <= head_dim else "applied"
     else:
-        layer_gauge = gauge
+        layer_gauge = place_of_gauge(gauge, width_k, width_v, head_dim)
     shape = LayerShape(form, layer_gauge, rank_k, rank_v, width_k, width_v)
     problem = shape.problem(head_dim)
     if problem:
@@ -181,6 +185,37 @@ def plan_uniform(
             stacklevel=2,
         )
     return plan
+
+
+def plan_widths(
+    widths: list[tuple[int, int]],
+    llama_config: dict[str, Any],
+    *,
+    gauge: Gauge | Literal["auto"] = "auto",
+) -> Plan:
+    """Static layers of the given (width_k, width_v), one pair for each layer."""
+    groups, head_dim = llama_config["num_key_value_heads"], llama_config["head_dim"]
+    layers = [
+        LayerShape(
+            "static",
+            place_of_gauge(gauge, width_k, width_v, head_dim),
+            -(-width_k // head_dim),
+            -(-width_v // head_dim),
+            width_k,
+            width_v,
+        )
+        for width_k, width_v in widths
+    ]
+    return Plan(layers, groups, head_dim)
+
+
+def place_of_gauge(
+    gauge: Gauge | Literal["auto"], width_k: int, width_v: int, head_dim: int
+) -> Gauge:
+    """`auto` is absorbed while that makes neither the queries nor the output projection grow."""
+    if gauge != "auto":
+        return gauge
+    return "absorbed" if max(width_k, width_v) <= head_dim else "applied"
 
 
 def outright(

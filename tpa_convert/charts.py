@@ -1,0 +1,103 @@
+"""Pictures of results, for files; needs the extra `plot`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpa_convert.errors import UserError
+from tpa_convert.export.output import atomic_file
+
+if TYPE_CHECKING:
+    from tpa_convert.pipeline import PlanningResult
+
+FORMATS = (".png", ".svg", ".pdf")
+COLORS = {"uniform": "#7f7f7f", "measured": "#1f77b4", "keys": "#1f77b4", "values": "#ff7f0e"}
+
+
+def check_chart(path: Path) -> None:
+    """Refuses a file that could not be drawn, before any work is done.
+
+    Raises:
+        UserError: an unknown ending, or matplotlib is missing.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"a chart ends in {', '.join(FORMATS)}, not {path.name}")
+    _pyplot()
+
+
+def planning_chart(result: PlanningResult, path: Path) -> None:
+    """Perplexity against cache bytes, and the chosen widths by layer."""
+    plt = _pyplot()
+    report = result.report
+    figure, (curve, widths) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+
+    for split in ("uniform", "measured"):
+        points = [c for c in report.candidates if c.form == "static" and c.split == split]
+        kilobytes = [c.plan.kv_bytes(result.cache_dtype) / 1e3 for c in points]
+        label = "uniform widths" if split == "uniform" else "widths by sensitivity"
+        curve.plot(
+            kilobytes, [c.perplexity_ratio for c in points], "o-", color=COLORS[split], label=label
+        )
+        predicted = [_ratio(c.predicted_kl) for c in points]
+        curve.plot(kilobytes, predicted, ":", color=COLORS[split], label=f"{label}, predicted")
+    for c in report.candidates:
+        if c.form != "static":
+            x = c.plan.kv_bytes(result.cache_dtype) / 1e3
+            curve.plot(x, c.perplexity_ratio, "s", color="#d62728", fillstyle="none")
+            curve.annotate(c.form, (x, c.perplexity_ratio), (5, 3), textcoords="offset points")
+    best = report.candidates[report.chosen]
+    curve.plot(
+        best.plan.kv_bytes(result.cache_dtype) / 1e3,
+        best.perplexity_ratio,
+        "*",
+        color="#2ca02c",
+        markersize=16,
+        label="chosen",
+    )
+    curve.set_yscale("log")
+    curve.set_xlabel("cache, kB per token")
+    curve.set_ylabel("perplexity relative to the source")
+    curve.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
+    curve.yaxis.set_minor_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
+    curve.tick_params(axis="y", which="minor", labelsize=7)
+    curve.set_title("Before refinement and healing")
+    curve.grid(alpha=0.3)
+    curve.legend(fontsize=8)
+
+    layers = range(len(best.plan.layers))
+    for sign, name in ((1, "keys"), (-1, "values")):
+        heights = [
+            sign * (shape.width_k if name == "keys" else shape.width_v)
+            for shape in best.plan.layers
+        ]
+        widths.bar(layers, heights, color=COLORS[name], label=name)
+    widths.axhline(0, color="black", linewidth=0.8)
+    widths.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{abs(y):g}"))
+    widths.set_xlabel("layer")
+    widths.set_ylabel("numbers cached per token")
+    widths.set_title("Chosen widths: keys above, values below")
+    widths.legend(fontsize=8)
+    _save(figure, path)
+    plt.close(figure)
+
+
+def _ratio(kl: float | None) -> float:
+    return math.nan if kl is None else math.exp(kl)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("charts need matplotlib: pip install 'tpa-convert[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

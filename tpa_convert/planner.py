@@ -1,0 +1,211 @@
+"""Chooses widths by measurement: plans at several budgets, predicted and measured, and the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tpa_convert.architectures import Source
+from tpa_convert.calibration.moments import Moments, Track, no_tracking
+from tpa_convert.conversion import convert_model
+from tpa_convert.errors import UserError
+from tpa_convert.evaluation.perplexity import compare
+from tpa_convert.modeling import Form
+from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
+from tpa_convert.planning.allocation import allocate
+from tpa_convert.planning.cost import Cost, plan_cost, source_cost
+from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
+
+Split = Literal["uniform", "measured"]
+CONTEXTUAL: tuple[Form, ...] = ("affine", "linear")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and what it does to the model on held-out calibration text.
+
+    Attributes:
+        budget: numbers per token and layer that the plan had to keep to.
+        plan: shapes of the layers.
+        form: of all layers.
+        split: `uniform` over layers and between keys and values, or by `measured` sensitivity.
+        predicted_kl: sum of the losses of all parts, nats per token; None for contextual forms.
+        kl: measured, KL(source ‖ model) in nats per token.
+        perplexity_ratio: measured, to the source's.
+        cost: of the attention layers, at the report's context.
+    """
+
+    budget: float
+    plan: Plan
+    form: Form
+    split: Split
+    predicted_kl: float | None
+    kl: float
+    perplexity_ratio: float
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Everything that was measured, and which candidate was chosen.
+
+    Attributes:
+        candidates: by falling budget; at each, the uniform plan first.
+        chosen: index of the best candidate at the wanted budget.
+        sensitivity: of every layer.
+        source_cost: of the source's attention layers.
+        source_perplexity: on the same text.
+        context: tokens that `decode_flops` and `prefill_flops` are counted at.
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    sensitivity: tuple[LayerSensitivity, ...]
+    source_cost: Cost
+    source_perplexity: float
+    context: int
+
+    @property
+    def plan(self) -> Plan:
+        """The chosen one."""
+        return self.candidates[self.chosen].plan
+
+
+def plan_measured(
+    sensitivity: Sequence[LayerSensitivity],
+    llama_config: dict[str, Any],
+    kv_floats: float,
+    multiple_of: int = 8,
+) -> Plan:
+    """Static widths that minimise the sum of the parts' losses within a budget.
+
+    Args:
+        sensitivity: of every layer.
+        kv_floats: numbers cached per token and layer, mean over layers.
+        multiple_of: of which every width is a multiple; even.
+
+    Raises:
+        UserError: a budget too small for one multiple a part, or multiples that do not fit.
+    """
+    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    if multiple_of < 2 or multiple_of % 2 or width % multiple_of:
+        raise UserError(
+            f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
+        )
+    grid = torch.arange(multiple_of, width + 1, multiple_of)
+    curves = [part.loss(grid) for layer in sensitivity for part in (layer.keys, layer.values)]
+    units = min(int(kv_floats * len(sensitivity)) // multiple_of, len(curves) * len(grid))
+    if units < len(curves):
+        raise UserError(
+            f"a budget of {kv_floats:g} numbers per token and layer is too small for widths in "
+            f"multiples of {multiple_of}"
+        )
+    widths = [multiple_of * count for count in allocate(curves, units)]
+    return plan_widths(list(zip(widths[::2], widths[1::2], strict=True)), llama_config)
+
+
+def predicted_loss(plan: Plan, sensitivity: Sequence[LayerSensitivity]) -> float:
+    """Sum of the losses of all parts of a static plan, nats per token."""
+    return math.fsum(
+        part.loss(torch.tensor(width)).item()
+        for shape, layer in zip(plan.layers, sensitivity, strict=True)
+        for part, width in ((layer.keys, shape.width_k), (layer.values, shape.width_v))
+    )
+
+
+def search(
+    source: Source,
+    moments: Moments,
+    blocks: Tensor,
+    *,
+    kv_floats: float | None,
+    max_increase: float,
+    curve: Sequence[float],
+    multiple_of: int = 8,
+    context: int = 4096,
+    track: Track = no_tracking,
+) -> PlanReport:
+    """Measures sensitivities and candidate plans, and chooses.
+
+    Args:
+        source: a model in fp32.
+        moments: of the source on calibration text.
+        blocks: token ids [N, length] that the moments have not seen.
+        kv_floats: the wanted budget; the best candidate there is chosen, contextual forms included.
+            None chooses the smallest cache that keeps `max_increase`.
+        max_increase: accepted rise of perplexity, as a share (0.1 is ten percent).
+        curve: further budgets to measure.
+        multiple_of: of which uneven widths are multiples.
+        context: tokens to count arithmetic at.
+
+    Raises:
+        UserError: an impossible budget, or no budget on the curve that keeps `max_increase`.
+    """
+    llama_config = source.architecture.llama_config(source.model.config)
+    wanted = [] if kv_floats is None else [kv_floats]
+    budgets = sorted({*curve, *wanted}, reverse=True)
+    # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
+    few = blocks[: max(1, len(blocks) // 4)]
+    sensitivity = measure_sensitivity(source, moments, few, track=track)
+
+    plans: list[tuple[float, Plan, Form, Split]] = []
+    for floats in budgets:
+        uniform = plan_uniform(llama_config, Budget(kv_floats=floats))
+        uneven = plan_measured(sensitivity, llama_config, floats, multiple_of)
+        plans.append((floats, uniform, "static", "uniform"))
+        plans.append((floats, uneven, "static", "measured"))
+        if floats == kv_floats:
+            for form in CONTEXTUAL:
+                plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
+                plans.append((floats, plan, form, "uniform"))
+
+    candidates = []
+    source_perplexity = math.nan
+    for budget, plan, form, split in track(plans, "measuring plans"):
+        model = convert_model(source, plan, moments).to(source.model.device)
+        scores, agreements = compare({"source": source.model, "model": model}, blocks)
+        source_perplexity = scores["source"].perplexity
+        candidates.append(
+            Candidate(
+                budget,
+                plan,
+                form,
+                split,
+                predicted_loss(plan, sensitivity) if form == "static" else None,
+                agreements["model"].kl,
+                scores["model"].perplexity / source_perplexity,
+                plan_cost(plan, llama_config, context),
+            )
+        )
+    return PlanReport(
+        tuple(candidates),
+        choose(candidates, kv_floats, max_increase),
+        tuple(sensitivity),
+        source_cost(llama_config, context),
+        source_perplexity,
+        context,
+    )
+
+
+def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increase: float) -> int:
+    """Index of the best candidate; see `search`.
+
+    Uniform plans win ties, being easier on kernels and compilers.
+    """
+    indices = range(len(candidates))
+    if kv_floats is not None:
+        fitting = [i for i in indices if candidates[i].budget == kv_floats]
+        return min(fitting, key=lambda i: candidates[i].kl)
+    kept = [i for i in indices if candidates[i].perplexity_ratio <= 1 + max_increase]
+    if not kept:
+        best = min(candidate.perplexity_ratio for candidate in candidates)
+        raise UserError(
+            f"no budget on the curve keeps the perplexity within {max_increase:.1%} (the best "
+            f"rises by {best - 1:.1%}): allow more with --max-increase, or refine and heal"
+        )
+    return min(kept, key=lambda i: (candidates[i].plan.kv_floats, candidates[i].kl))
