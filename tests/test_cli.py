@@ -16,7 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
-from tpa_convert import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,9 @@ def test_moments_are_kept_and_reused(source: Path, tmp_path: Path, monkeypatch: 
     moments = tmp_path / "moments.safetensors"
     first = ["convert", source, *CONVERT, "--save-moments", moments, "--out", tmp_path / "first"]
     assert tpa_convert(*first).exit_code == 0
-    monkeypatch.setattr(pipeline, "collect_moments", None)  # must not be called again
+    monkeypatch.setattr(
+        "tpa_convert.pipeline.calibration.collect_moments", None
+    )  # must not be called again
     second = ["convert", source, "--kv-ratio", "0.5", "--moments", moments]
     assert tpa_convert(*second, "--out", tmp_path / "second").exit_code == 0
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("first", "second"))
@@ -198,11 +199,14 @@ def failing(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("step", ["collect_moments", "convert_model", "save_converted"])
+@pytest.mark.parametrize(
+    "step",
+    ["calibration.collect_moments", "conversion.convert_model", "conversion.save_converted"],
+)
 def test_ctrl_c_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    monkeypatch.setattr(pipeline, step, failing(KeyboardInterrupt()))
+    monkeypatch.setattr(f"tpa_convert.pipeline.{step}", failing(KeyboardInterrupt()))
     result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
     assert error_of(result, code=130).startswith("interrupted")
     assert contents(tmp_path) == []
@@ -228,7 +232,9 @@ def test_full_disk_while_weights_are_written(
 def test_unexpected_error_is_one_line_and_a_traceback_on_demand(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "convert_model", failing(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(
+        "tpa_convert.pipeline.conversion.convert_model", failing(ZeroDivisionError("a bug"))
+    )
     arguments = ["convert", source, *CONVERT, "--out", tmp_path / "out"]
     assert "unexpected ZeroDivisionError: a bug" in error_of(tpa_convert(*arguments))
     monkeypatch.setenv("TPA_CONVERT_TRACEBACK", "1")
@@ -284,7 +290,9 @@ def test_interrupted_healing_says_how_to_go_on(
 ) -> None:
     from tpa_convert.healing import HealingInterrupted
 
-    monkeypatch.setattr(pipeline.healing, "heal", failing(HealingInterrupted(2, 4)))
+    monkeypatch.setattr(
+        "tpa_convert.pipeline.healing.heal_model", failing(HealingInterrupted(2, 4))
+    )
     result = tpa_convert("heal", converted, "--text", text, "--out", tmp_path / "healed", *HEAL)
     assert "the same command continues" in error_of(result, code=130)
     assert not (tmp_path / "healed").exists()

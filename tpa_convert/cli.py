@@ -69,9 +69,7 @@ def top(
     quiet_libraries()
 
 
-@app.command(
-    epilog="Example: tpa-convert plan HuggingFaceTB/SmolLM2-135M --memory 24 -o plan.yaml"
-)
+@app.command(epilog="Example: tpa-convert plan HuggingFaceTB/SmolLM2-135M --memory 24 -o plan.yaml")
 def plan(
     ctx: typer.Context,
     source: o.SourceArgument,

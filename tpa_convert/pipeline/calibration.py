@@ -1,0 +1,47 @@
+"""Calibration text and moments, as the options of a command say."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tpa_convert.architectures import Source
+from tpa_convert.calibration.moments import Moments, Track, collect_moments
+from tpa_convert.calibration.text import (
+    default_calibration_documents,
+    load_documents,
+    token_blocks,
+)
+from tpa_convert.export.output import (
+    atomic_file,
+)
+from tpa_convert.recipe import (
+    CalibrationOptions,
+)
+
+
+def calibration_blocks(source: Source, options: CalibrationOptions) -> Tensor:
+    if options.calibration:
+        documents = load_documents(options.calibration, text_column=options.text_column)
+    else:
+        documents = default_calibration_documents()
+    return token_blocks(
+        documents,
+        source.tokenizer,
+        options.block_length,
+        options.calibration_blocks,
+        seed=options.seed,
+    )
+
+
+def moments_of(
+    source: Source, blocks: Tensor | None, options: CalibrationOptions, track: Track
+) -> Moments | None:
+    if options.moments is not None:
+        return Moments.load(options.moments)
+    if blocks is None:
+        return None
+    moments = collect_moments(source, blocks, track=track)
+    if options.save_moments is not None:
+        with atomic_file(options.save_moments) as path:
+            moments.save(path)
+    return moments

@@ -1,0 +1,113 @@
+"""Convert a model and save it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpa_convert.architectures import read_source_config
+from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.conversion import convert_model
+from tpa_convert.errors import UserError
+from tpa_convert.export.output import (
+    atomic_directory,
+    check_output,
+)
+from tpa_convert.export.save import (
+    save_converted,
+    stamp,
+)
+from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
+from tpa_convert.prediction import Prediction, predict
+from tpa_convert.recipe import (
+    ConvertOptions,
+    SourceOptions,
+)
+from tpa_convert.refinement import RefinementSettings, refine
+from tpa_convert.sources import load, source_options
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What `convert` made.
+
+    Attributes:
+        out: directory of the converted model.
+        prediction: plan, cache bytes and parameters, as `preview` returns them.
+        seconds: wall time.
+    """
+
+    out: Path
+    prediction: Prediction
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "seconds": self.seconds, **self.prediction.to_json()}
+
+
+def preview(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
+    """What a conversion would make: shapes, cache bytes, parameters. Reads no weights."""
+    where = source_options(source)
+    config = read_source_config(
+        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
+    )
+    return predict(config, options)
+
+
+def convert(
+    source: str | SourceOptions,
+    out: str | Path,
+    options: ConvertOptions,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    track: Track = no_tracking,
+) -> ConversionResult:
+    """Convert a model and save it to the directory `out`.
+
+    Args:
+        source: Hub id, local directory or .gguf file, or options with a revision.
+        options: budget, form, method, calibration.
+        device: cpu, cuda, cuda:1, ... or auto.
+        track: shows progress, called as `track(items, description)`.
+    """
+    start = time.perf_counter()
+    out = check_output(out, overwrite)
+    if options.save_moments is not None and options.save_moments.exists() and not overwrite:
+        raise UserError(
+            f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
+        )
+    prediction = preview(source, options)  # a wrong budget is told before anything is loaded
+    loaded = load(source_options(source), device)
+    with atomic_directory(out, overwrite) as directory:
+        calibrated = options.moments is None and (
+            options.whiten or options.form == "linear" or options.refine
+        )
+        blocks = calibration_blocks(loaded, options) if calibrated else None
+        model = convert_model(
+            loaded,
+            prediction.plan,
+            moments_of(loaded, blocks, options, track),
+            method=options.method,
+            whiten=options.whiten,
+            dtype=torch.float32 if options.refine else prediction.dtype,
+            track=track,
+        )
+        if options.refine:
+            assert blocks is not None
+            settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
+            model = model.to(loaded.model.device)
+            refine(loaded.model, model, blocks, settings, track=track)
+            model = model.to(prediction.dtype)
+        record = {
+            "settings": options.model_dump(mode="json"),
+            "plan": prediction.to_json(),
+            **stamp(),
+        }
+        provenance = {"source": asdict(loaded.reference), "convert": record}
+        save_converted(model, loaded.tokenizer, directory, out.name, provenance)
+    return ConversionResult(out, prediction, time.perf_counter() - start)

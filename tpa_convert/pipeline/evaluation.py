@@ -1,0 +1,136 @@
+"""Measure converted models beside their source, and try them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TextStreamer, set_seed
+
+from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.calibration.text import (
+    load_documents,
+)
+from tpa_convert.errors import UserError
+from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.evaluation import evaluate as evaluate_models
+from tpa_convert.export.save import (
+    load_converted,
+    read_provenance,
+    stamp,
+    write_provenance,
+)
+from tpa_convert.prediction import named_dtype
+from tpa_convert.recipe import (
+    EvaluateOptions,
+    SourceOptions,
+)
+from tpa_convert.sources import source_of, usable_device
+
+
+def evaluate(
+    directories: str | Path | Sequence[str | Path],
+    options: EvaluateOptions,
+    *,
+    against: str | SourceOptions | None = None,
+    device: str = "auto",
+    write_card: bool = False,
+    track: Track = no_tracking,
+) -> EvaluationReport:
+    """Measure converted models beside their source.
+
+    Args:
+        directories: one or more outputs of `convert` and `heal`; each becomes a column.
+        against: the source; by default the one recorded in the first directory.
+        write_card: add the results to the directories' tpa_convert.json and README.md.
+    """
+    if isinstance(directories, str | Path):
+        directories = [directories]
+    provenances = {Path(d): read_provenance(d) for d in directories}
+    first, provenance = next(iter(provenances.items()))
+    place = usable_device(device)
+    texts = None
+    if options.text:
+        texts = load_documents(options.text, text_column=options.text_column, split=options.split)
+    # Half precision is what a GPU serves in, and what a CPU is slow in.
+    saved = named_dtype(provenance["convert"]["plan"]["dtype"])
+    dtype = saved if place.startswith("cuda") else torch.float32
+    source = source_of(first, provenance, against, device=place, dtype=dtype)
+    models: dict[str, PreTrainedModel] = {"source": source.model}
+    for name, directory in _column_names(provenances).items():
+        models[name], _ = load_converted(directory, dtype=dtype, device=place)
+    report = evaluate_models(
+        models,
+        source.tokenizer,
+        texts=texts,
+        choices=options.choices,
+        tasks=options.tasks,
+        speed=options.speed,
+        prompt=options.prompt,
+        block_length=options.block_length,
+        max_blocks=options.max_blocks,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        track=track,
+    )
+    if write_card:
+        record = {
+            "settings": options.model_dump(mode="json"),
+            "report": report.to_json(),
+            **stamp(),
+        }
+        for directory, provenance in provenances.items():
+            write_provenance(directory, directory.name, {**provenance, "evaluate": record})
+    return report
+
+
+def generate(
+    directory: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    stream: bool = False,
+) -> str:
+    """Continue `prompt` with a converted model.
+
+    Args:
+        temperature: 0 takes the likeliest token each time.
+        stream: also print the text to standard output while it comes.
+
+    Returns:
+        The continuation, without the prompt.
+    """
+    place = usable_device(device)
+    model, tokenizer = load_converted(directory, device=place)
+    inputs = tokenizer(prompt, return_tensors="pt").to(place)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UserError("the prompt is empty: give some text to continue")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        set_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    output = model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+    )
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(new_tokens, skip_special_tokens=True)
+
+
+def _column_names(directories: Mapping[Path, Mapping[str, Any]]) -> dict[str, Path]:
+    """`converted` and `healed` where that tells them apart, otherwise the directories' names."""
+    names = ["healed" if "heal" in record else "converted" for record in directories.values()]
+    if len(set(names)) < len(names):
+        names = [directory.name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [str(directory) for directory in directories]
+    return dict(zip(names, directories, strict=True))

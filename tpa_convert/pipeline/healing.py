@@ -1,0 +1,141 @@
+"""Distil the source into a converted model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpa_convert.calibration.text import (
+    load_documents,
+    token_blocks,
+)
+from tpa_convert.errors import UserError
+from tpa_convert.export.output import (
+    PROVENANCE_FILE,
+    atomic_directory,
+    atomic_file,
+    check_output,
+)
+from tpa_convert.export.save import (
+    load_converted,
+    read_provenance,
+    save_converted,
+    stamp,
+)
+from tpa_convert.healing import HealingReport, HealingSettings
+from tpa_convert.healing import heal as heal_model
+from tpa_convert.prediction import named_dtype
+from tpa_convert.recipe import (
+    HealOptions,
+    SourceOptions,
+)
+from tpa_convert.sources import source_of
+
+VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
+HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
+
+
+@dataclass(frozen=True)
+class HealingResult:
+    """What `heal` made: the directory of the healed model and the report of the training."""
+
+    out: Path
+    report: HealingReport
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), **asdict(self.report)}
+
+
+def heal(
+    directory: str | Path,
+    out: str | Path,
+    options: HealOptions,
+    *,
+    source: str | SourceOptions | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    progress: bool = True,
+) -> HealingResult:
+    """Distil the source into the converted model in `directory`; save the result to `out`.
+
+    Until the run is complete, its checkpoints live beside `out`, in `out` + ".healing". A GPU is
+    used if there is one (CUDA_VISIBLE_DEVICES chooses).
+
+    Args:
+        source: what to learn from; by default the recorded source, which must be unchanged.
+        resume: continue an interrupted run; if False, its checkpoints are deleted.
+        progress: show a progress bar.
+
+    Raises:
+        HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
+    """
+    provenance = read_provenance(directory)
+    out = check_output(out, overwrite)
+    settings = HealingSettings(**options.model_dump(exclude={"text", "valid_text", "text_column"}))
+    documents = load_documents(options.text, text_column=options.text_column)
+    cuda = torch.cuda.is_available()
+    teacher = source_of(
+        directory, provenance, source, dtype=torch.bfloat16 if cuda else torch.float32
+    )
+    student, tokenizer = load_converted(directory, dtype=torch.float32)
+    valid_blocks = None
+    if options.valid_text:
+        valid_blocks = token_blocks(
+            load_documents(options.valid_text, text_column=options.text_column),
+            tokenizer,
+            options.block_length,
+            VALID_BLOCKS,
+        )
+    checkpoints = out.with_name(out.name + HEALING_SUFFIX)
+    _claim_checkpoints(checkpoints, provenance, resume)
+    try:
+        report = heal_model(
+            student,
+            teacher.model,
+            tokenizer,
+            documents,
+            settings=settings,
+            output_dir=checkpoints,
+            resume=resume,
+            valid_blocks=valid_blocks,
+            progress=progress,
+        )
+    except BaseException:
+        if not any(checkpoints.glob("checkpoints/checkpoint-*")):
+            shutil.rmtree(checkpoints, ignore_errors=True)  # nothing to resume from
+        raise
+    student.to("cpu", named_dtype(provenance["convert"]["plan"]["dtype"]))
+    record = {
+        "settings": options.model_dump(mode="json"),
+        "source": asdict(teacher.reference),
+        "report": {k: v for k, v in asdict(report).items() if k != "losses"},
+        **stamp(),
+    }
+    healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
+    with atomic_directory(out, overwrite) as target:
+        save_converted(student, tokenizer, target, out.name, healed)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return HealingResult(out, report)
+
+
+def _claim_checkpoints(directory: Path, provenance: Mapping[str, Any], resume: bool) -> None:
+    """Tie a directory of checkpoints to the converted model they come from."""
+    if not resume:
+        shutil.rmtree(directory, ignore_errors=True)
+    claim = directory / PROVENANCE_FILE
+    converted = {name: provenance[name] for name in ("source", "convert")}
+    if claim.is_file():
+        if json.loads(claim.read_text(encoding="utf-8")) != converted:
+            raise UserError(
+                f"{directory} holds checkpoints of another converted model: remove it, or pass "
+                "--no-resume"
+            )
+        return
+    with atomic_file(claim) as path:
+        path.write_text(json.dumps(converted, indent=2) + "\n", encoding="utf-8")

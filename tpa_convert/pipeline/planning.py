@@ -1,0 +1,157 @@
+"""Choose widths by measurement."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tpa_convert.architectures import architecture_of, read_source_config
+from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.errors import UserError
+from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
+from tpa_convert.planner import PlanReport, search
+from tpa_convert.planning import Budget, Plan, plan_to_yaml, plan_uniform
+from tpa_convert.planning.cost import largest_context
+from tpa_convert.planning.plan import floats_of_budget
+from tpa_convert.prediction import named_dtype
+from tpa_convert.recipe import (
+    BUDGETS,
+    PlanOptions,
+    SourceOptions,
+)
+from tpa_convert.sources import load, source_options
+
+CURVE = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # shares of the source's cache that are measured too
+
+
+@dataclass(frozen=True)
+class PlanningResult:
+    """What `plan` found.
+
+    Attributes:
+        report: all candidates, and which one was chosen.
+        cache_dtype: in which bytes are counted.
+        weight_bytes: of the source, in its own type.
+        memory: bytes that weights and cache may take, None if not given.
+        batch_size: sequences cached at once.
+        source: what the plan is for, as in the plan file.
+        seconds: wall time.
+    """
+
+    report: PlanReport
+    cache_dtype: torch.dtype
+    weight_bytes: int
+    memory: float | None
+    batch_size: int
+    source: dict[str, Any]
+    seconds: float
+
+    def context(self, plan: Plan) -> int | None:
+        """Largest context that fits into the memory."""
+        if self.memory is None:
+            return None
+        kv_bytes = plan.kv_bytes(self.cache_dtype)
+        return largest_context(self.memory, self.weight_bytes, kv_bytes, self.batch_size)
+
+    def to_yaml(self) -> str:
+        """The chosen plan as a file for `convert`."""
+        return plan_to_yaml(self.report.plan, self.source)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; one entry for each candidate and for each layer's sensitivity."""
+        report = self.report
+        return {
+            "source": self.source,
+            "source_perplexity": report.source_perplexity,
+            "source_cost": asdict(report.source_cost),
+            "chosen": report.chosen,
+            "candidates": [
+                {
+                    "budget": candidate.budget,
+                    "kv_floats": candidate.plan.kv_floats,
+                    "kv_bytes": candidate.plan.kv_bytes(self.cache_dtype),
+                    "form": candidate.form,
+                    "split": candidate.split,
+                    "predicted_kl": candidate.predicted_kl,
+                    "kl": candidate.kl,
+                    "perplexity_ratio": candidate.perplexity_ratio,
+                    "cost": asdict(candidate.cost),
+                    "context": self.context(candidate.plan),
+                    "layers": [asdict(layer) for layer in candidate.plan.layers],
+                }
+                for candidate in report.candidates
+            ],
+            "sensitivity": [
+                {
+                    name: {"widths": part.widths, "losses": part.losses}
+                    for name, part in (("keys", layer.keys), ("values", layer.values))
+                }
+                for layer in report.sensitivity
+            ],
+            "seconds": self.seconds,
+        }
+
+
+def plan(
+    source: str | SourceOptions,
+    options: PlanOptions,
+    *,
+    device: str = "auto",
+    track: Track = no_tracking,
+) -> PlanningResult:
+    """Measure how much each layer minds narrower keys and values, and choose their widths.
+
+    An eighth of the calibration text is held out of the moments, and everything is measured on it.
+
+    Args:
+        source: Hub id, local directory or .gguf file, or options with a revision.
+        options: budget or accepted loss, calibration, memory.
+        device: cpu, cuda, cuda:1, ... or auto.
+        track: shows progress, called as `track(items, description)`.
+    """
+    start = time.perf_counter()
+    where = source_options(source)
+    config = read_source_config(
+        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
+    )
+    llama_config = architecture_of(config).llama_config(config)
+    stored = config.dtype or torch.float32
+    cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else stored
+    source_floats = 2 * llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    kv_floats = None
+    if any(getattr(options, name) is not None for name in BUDGETS):
+        budget = Budget(**{name: getattr(options, name) for name in BUDGETS})
+        plan_uniform(llama_config, budget, cache_dtype=cache_dtype)  # refuses what cannot be
+        kv_floats = floats_of_budget(
+            budget, llama_config["num_hidden_layers"], source_floats, cache_dtype
+        )
+    loaded = load(where, device)
+    blocks = calibration_blocks(loaded, options)
+    held_out = max(1, len(blocks) // 8)
+    if len(blocks) <= held_out:
+        raise UserError("a plan needs at least two calibration sequences: give more text")
+    moments = moments_of(loaded, blocks[held_out:], options, track)
+    assert moments is not None
+    report = search(
+        loaded,
+        moments,
+        blocks[:held_out],
+        kv_floats=kv_floats,
+        max_increase=options.max_increase,
+        curve=[share * source_floats for share in CURVE],
+        multiple_of=options.multiple_of,
+        context=options.context,
+        track=track,
+    )
+    return PlanningResult(
+        report,
+        cache_dtype,
+        loaded.model.num_parameters() * stored.itemsize,
+        None if options.memory is None else options.memory * 1e9,
+        options.batch_size,
+        {"id": loaded.reference.id, "sha256": loaded.reference.sha256},
+        time.perf_counter() - start,
+    )
