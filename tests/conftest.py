@@ -71,7 +71,7 @@ def make_tiny_llama(shape: str = "gqa", *, seed: int = 0, **overrides: Any) -> L
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     """The factory itself: `tiny_llama("mha", num_hidden_layers=3)`."""
     return make_tiny_llama

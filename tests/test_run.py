@@ -79,7 +79,7 @@ def test_finished_steps_are_kept(
         raise HealingInterrupted(1, 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tpa_convert.healing.heal", interrupted)
+        patch.setattr("tpa_convert.pipeline.healing.heal_model", interrupted)
         assert "continues from there" in error_of(tpa_convert("run", recipe), code=130)
     converted = tmp_path / "out" / "converted" / "model.safetensors"
     before = converted.stat().st_mtime_ns

@@ -138,7 +138,8 @@ def search(
         blocks: token ids [N, length] that the moments have not seen.
         kv_floats: the wanted budget; the best candidate there is chosen, contextual forms included.
             None chooses the smallest cache that keeps `max_increase`.
-        max_increase: accepted rise of perplexity, as a share (0.1 is ten percent).
+        max_increase: accepted rise of perplexity as a share (0.1 is ten percent), told from the
+            divergence: exp(KL) − 1.
         curve: further budgets to measure.
         multiple_of: of which uneven widths are multiples.
         context: tokens to count arithmetic at.
@@ -201,11 +202,12 @@ def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increas
     if kv_floats is not None:
         fitting = [i for i in indices if candidates[i].budget == kv_floats]
         return min(fitting, key=lambda i: candidates[i].kl)
-    kept = [i for i in indices if candidates[i].perplexity_ratio <= 1 + max_increase]
+    # By the divergence: on a short text the perplexity itself may happen to fall.
+    kept = [i for i in indices if math.expm1(candidates[i].kl) <= max_increase]
     if not kept:
-        best = min(candidate.perplexity_ratio for candidate in candidates)
+        best = min(math.expm1(candidate.kl) for candidate in candidates)
         raise UserError(
-            f"no budget on the curve keeps the perplexity within {max_increase:.1%} (the best "
-            f"rises by {best - 1:.1%}): allow more with --max-increase, or refine and heal"
+            f"no budget on the curve keeps the loss within {max_increase:.1%} (the best loses "
+            f"{best:.1%}): allow more with --max-increase, or refine and heal"
         )
     return min(kept, key=lambda i: (candidates[i].plan.kv_floats, candidates[i].kl))

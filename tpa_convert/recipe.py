@@ -116,6 +116,8 @@ class PlanOptions(CacheBudget, CalibrationOptions):
             )
         if self.calibration_blocks < 2:
             raise ValueError("a plan needs calibration_blocks of at least 2: one is held out")
+        if self.moments is not None and self.save_moments is not None:
+            raise ValueError("moments are there already: leave out save_moments")
         return self
 
 

@@ -1,0 +1,289 @@
+"""Planning by measurement: sensitivities, plans, their file and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.command_line import error_of, save_source, tpa_convert
+from tests.conversions import random_blocks, source_of, tiny_moments
+from tpa_convert.conversion import convert_model
+from tpa_convert.errors import UserError
+from tpa_convert.evaluation.perplexity import agreement
+from tpa_convert.planner import plan_measured, predicted_loss
+from tpa_convert.planning import Budget, load_plan, plan_to_yaml, plan_uniform, plan_widths
+from tpa_convert.planning.cost import largest_context, plan_cost, source_cost
+from tpa_convert.sensitivity import POSITION_STRIDE, measure_sensitivity
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_llama):
+    """A tiny source, its moments, token blocks and the sensitivity on them."""
+    source = source_of(tiny_llama("gqa"))
+    moments = tiny_moments(source.model)
+    blocks = random_blocks(count=4, length=32, seed=3)
+    return source, moments, blocks, measure_sensitivity(source, moments, blocks)
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_a_loss_is_that_of_a_model_with_only_this_part_narrowed(measured, part) -> None:
+    source, moments, blocks, sensitivity = measured
+    layer, full = 1, 16
+    sensitivity = getattr(sensitivity[layer], part)
+    for width, loss in zip(sensitivity.widths, sensitivity.losses, strict=True):
+        widths = [(full, full)] * len(moments.layers)
+        widths[layer] = (width, full) if part == "keys" else (full, width)
+        config = source.architecture.llama_config(source.model.config)
+        model = convert_model(source, plan_widths(widths, config), moments)
+        source_logits = source.model(blocks).logits[:, ::POSITION_STRIDE].log_softmax(-1)
+        logits = model(blocks).logits[:, ::POSITION_STRIDE].log_softmax(-1)
+        expected = (source_logits.exp() * (source_logits - logits)).sum(-1).mean().item()
+        assert loss == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert sensitivity.loss(torch.tensor(width)).item() == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_source_is_left_as_it_was(measured) -> None:
+    source, moments, blocks, _ = measured
+    before = source.model(blocks).logits
+    measure_sensitivity(source, moments, blocks[:1])
+    assert torch.equal(source.model(blocks).logits, before)
+
+
+def test_a_full_width_loses_nothing_and_narrower_ones_more(measured) -> None:
+    for layer in measured[3]:
+        for part in (layer.keys, layer.values):
+            losses = part.loss(torch.arange(2, 17, 2))
+            assert losses[-1] == 0
+            assert (losses.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("floats", [8, 13, 20, 32])
+def test_a_measured_plan_keeps_to_its_budget(measured, floats) -> None:
+    source, _, _, sensitivity = measured
+    config = source.architecture.llama_config(source.model.config)
+    plan = plan_measured(sensitivity, config, floats, multiple_of=2)
+    assert floats - 1 <= plan.kv_floats <= floats
+    uniform = plan_uniform(config, Budget(kv_floats=floats))
+    if all(w % 2 == 0 for s in uniform.layers for w in (s.width_k, s.width_v)):
+        assert predicted_loss(plan, sensitivity) <= predicted_loss(uniform, sensitivity) + 1e-9
+
+
+def test_the_most_sensitive_layer_gets_the_most(measured) -> None:
+    source, _, blocks, _ = measured
+    with torch.no_grad():  # a layer whose output is scaled down hardly matters
+        quiet = source.model.model.layers[0].self_attn.o_proj.weight
+        original = quiet.clone()
+        quiet *= 1e-3
+    try:
+        sensitivity = measure_sensitivity(source, tiny_moments(source.model), blocks)
+    finally:
+        quiet.data.copy_(original)
+    config = source.architecture.llama_config(source.model.config)
+    first, *others = plan_measured(sensitivity, config, 16, multiple_of=2).layers
+    assert first.width_k + first.width_v < min(o.width_k + o.width_v for o in others)
+
+
+@pytest.mark.parametrize(("multiple", "floats"), [(3, 16), (6, 16), (8, 8)])
+def test_multiples_that_do_not_fit(measured, multiple, floats) -> None:
+    source, _, _, sensitivity = measured
+    config = source.architecture.llama_config(source.model.config)
+    with pytest.raises(UserError, match="multiples of"):
+        plan_measured(sensitivity, config, floats, multiple_of=multiple)
+
+
+# ------------------------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize("form", ["static", "affine", "linear"])
+@pytest.mark.parametrize("gauge", ["absorbed", "applied"])
+def test_parameters_and_cache_are_those_of_the_model(measured, form, gauge) -> None:
+    source, moments, blocks, _ = measured
+    config = source.architecture.llama_config(source.model.config)
+    plan = plan_uniform(config, Budget(kv_floats=24), form=form, gauge=gauge)
+    model = convert_model(source, plan, moments)
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "self_attn" in name and not name.endswith("bias")
+    )
+    cost = plan_cost(plan, config, context=100)
+    assert cost.parameters == matrices
+    cache = model(blocks[:1], use_cache=True).past_key_values
+    cached = sum(layer.keys.shape[-1] + layer.values.shape[-1] for layer in cache.layers)
+    assert cost.cached_floats == cached
+
+
+def test_source_parameters(measured) -> None:
+    source = measured[0]
+    config = source.architecture.llama_config(source.model.config)
+    matrices = sum(p.numel() for n, p in source.model.named_parameters() if "self_attn" in n)
+    assert source_cost(config, context=10).parameters == matrices
+
+
+def test_arithmetic_of_decoding_grows_by_the_widths_that_a_token_reads(measured) -> None:
+    source = measured[0]
+    config = source.architecture.llama_config(source.model.config)
+    plan = plan_widths([(6, 4)] * config["num_hidden_layers"], config)
+    per_token = [plan_cost(plan, config, context=n).decode_flops for n in (100, 101)]
+    expected = config["num_hidden_layers"] * 2 * config["num_attention_heads"] * (6 + 4)
+    assert per_token[1] - per_token[0] == expected
+
+
+def test_largest_context() -> None:
+    assert largest_context(memory=1000, weight_bytes=400, kv_bytes=3, batch=2) == 100
+    assert largest_context(memory=100, weight_bytes=400, kv_bytes=3, batch=2) == 0
+
+
+# ------------------------------------------------------------------------------- file
+
+
+def llama_config(layers: int = 3) -> dict[str, int]:
+    return {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": layers}
+
+
+def test_a_plan_survives_its_file(tmp_path) -> None:
+    plan = plan_widths([(4, 16), (16, 3), (8, 8)], llama_config())
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_to_yaml(plan, {"id": "tiny"}))
+    assert load_plan(path, llama_config()) == plan
+    assert yaml.safe_load(path.read_text())["form"] == "static"  # one value for all layers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 4}, "is for a model with head_dim 4, not 8"),
+        ({"width_k": [4, 4]}, "width_k has 2 entries for 3 layers"),
+        ({"width_v": "wide"}, "width_v holds something that is no int"),
+        ({"width_k": 5}, "layer 0: width_k must be even"),
+        ({"width_v": [8, 8, 17]}, "layer 2: widths above the source's 16"),
+        ({"form": "round"}, "layer 0: form must be one of"),
+    ],
+)
+def test_bad_plans_are_told_apart(tmp_path, change, message) -> None:
+    values = yaml.safe_load(plan_to_yaml(plan_widths([(8, 8)] * 3, llama_config()), {}))
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(values | change))
+    with pytest.raises(UserError, match=message):
+        load_plan(path, llama_config())
+
+
+@pytest.mark.parametrize("text", ["", "just text", "form: static", "a: [", "\x00"])
+def test_files_that_are_no_plan(tmp_path, text) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="plan"):
+        load_plan(path, llama_config())
+
+
+# ------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("a plan needs some text to measure on\n" * 200)
+    return path
+
+
+def planned(source: Path, text: Path, *options: object):
+    short = ("--calibration", text, "--calibration-blocks", 8, "--block-length", 32)
+    return tpa_convert("plan", source, *short, "--multiple-of", 2, *options)
+
+
+def test_the_command_writes_a_plan_that_convert_takes(tmp_path, text) -> None:
+    source = save_source(tmp_path / "source")
+    plan, chart, report = (tmp_path / name for name in ("p.yaml", "p.svg", "p.json"))
+    options = ("--out", plan, "--chart", chart, "--json", report, "--memory", 0.001)
+    result = planned(source, text, "--kv-ratio", 0.5, *options)
+    assert result.exit_code == 0, result.output
+    assert "context" in result.stdout
+    assert chart.read_text().lstrip().startswith("<?xml")
+    values = json.loads(report.read_text())
+    best = values["candidates"][values["chosen"]]
+    rivals = [c for c in values["candidates"] if c["budget"] == best["budget"]]
+    assert {(c["form"], c["split"]) for c in rivals} == {
+        ("static", "uniform"),
+        ("static", "measured"),
+        ("affine", "uniform"),
+        ("linear", "uniform"),
+    }
+    assert best["kl"] == min(c["kl"] for c in rivals)
+
+    out = tmp_path / "out"
+    short = ("--calibration", text, "--block-length", 32)
+    converted = tpa_convert("convert", source, "--plan", plan, *short, "--out", out)
+    assert converted.exit_code == 0, converted.output
+    config = json.loads((out / "config.json").read_text())
+    assert config["width_k"] == [layer["width_k"] for layer in best["layers"]]
+    assert config["width_v"] == [layer["width_v"] for layer in best["layers"]]
+
+
+def test_the_same_command_makes_the_same_plan(tmp_path, text) -> None:
+    source = save_source(tmp_path / "source")
+    paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for path in paths:
+        assert planned(source, text, "--kv-ratio", 0.5, "--out", path).exit_code == 0
+    assert paths[0].read_text() == paths[1].read_text()
+
+
+def test_without_a_budget_the_smallest_cache_within_the_accepted_loss(tmp_path, text) -> None:
+    source = save_source(tmp_path / "source")
+    report = tmp_path / "p.json"
+    result = planned(source, text, "--max-increase", 10, "--json", report)
+    assert result.exit_code == 0, result.output
+    values = json.loads(report.read_text())
+    chosen = values["candidates"][values["chosen"]]
+    assert chosen["kv_floats"] == min(c["kv_floats"] for c in values["candidates"])
+    refused = planned(source, text, "--max-increase", 1e-9)
+    assert "allow more with --max-increase" in last_line(refused)
+
+
+def last_line(result) -> str:
+    assert result.exit_code == 1, result.output
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kv-floats", 8, "--kv-ratio", 0.5), "at most one of --kv-floats"),
+        (("--kv-floats", 1), "too small"),
+        (("--chart", "plan.gif"), "a chart ends in .png, .svg, .pdf"),
+        (("--calibration-blocks", 1), "--calibration-blocks of at least 2"),
+        (("--moments", "missing.st", "--save-moments", "other.st"), "leave out --save-moments"),
+    ],
+)
+def test_bad_options(tmp_path, options, message) -> None:
+    source = save_source(tmp_path / "source")
+    assert message in error_of(tpa_convert("plan", source, *options))
+
+
+def test_a_plan_is_not_overwritten(tmp_path, text) -> None:
+    source = save_source(tmp_path / "source")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("mine")
+    assert "exists" in error_of(planned(source, text, "--out", plan))
+    assert plan.read_text() == "mine"
+
+
+def test_a_plan_and_another_budget_exclude_each_other(tmp_path) -> None:
+    source = save_source(tmp_path / "source")
+    command = ("convert", source, "--plan", "plan.yaml", "--dry-run")
+    assert "exactly one budget" in error_of(tpa_convert(*command, "--kv-floats", 8))
+    assert "leave out --form" in error_of(tpa_convert(*command, "--form", "affine"))
+    assert "make one with tpa-convert plan" in error_of(tpa_convert(*command))
+
+
+def test_agreement_of_the_exact_plan(measured) -> None:
+    """Full widths: nothing lost, in the prediction as in the model."""
+    source, moments, blocks, sensitivity = measured
+    config = source.architecture.llama_config(source.model.config)
+    plan = plan_measured(sensitivity, config, 32, multiple_of=2)
+    assert predicted_loss(plan, sensitivity) == 0
+    model = convert_model(source, plan, moments)
+    assert agreement(source.model, model, blocks).kl < 1e-9
