@@ -1,24 +1,37 @@
-"""Layer-wise refinement of converted SmolLM2-135M-Instruct on one GPU: settings beside each other.
+"""Layer-wise refinement of converted SmolLM2-135M-Instruct on one GPU.
 
     python benchmarks/refine_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --runs 256 192 192:absorbed 128 --settings steps=200 steps=600 --heal 128 \\
-        --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz
+        --runs 256:absorbed 192:absorbed:measured 128 --settings steps=600 --heal 128 \\
+        --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz \\
+        --tasks tasks/*.jsonl.xz --positions
 
-A run is a number of floats, with a gauge other than the automatic one after a colon. Of
-the runs in --heal, the model of the last settings is healed on --heal-tokens as well.
+A run is a number of floats, or widths K+V; after colons a gauge other than the automatic one, and
+`measured` for widths by sensitivity. Models of the runs in --heal, refined with the last settings,
+are healed on --heal-tokens as well. --tasks and --positions compare all refined models with the
+source. `--train shipped` calibrates on the text of the package; --layers cuts the source off.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
+from quality import position_table, task_table
 from smollm2 import Table, heal_row, load, parser, train_blocks
+from torch import nn
 
+from tpa_convert.architectures import Source
 from tpa_convert.calibration.moments import collect_moments
+from tpa_convert.calibration.text import load_documents
 from tpa_convert.conversion import convert_model
-from tpa_convert.planning import Budget, plan_uniform
+from tpa_convert.evaluation.perplexity import blocks_by_source
+from tpa_convert.planner import plan_measured
+from tpa_convert.planning import Budget, Plan, plan_uniform
 from tpa_convert.refinement import RefinementSettings, refine
+from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
+
+MULTIPLE_OF = 16  # few distinct shapes, for the compiler's sake
 
 
 def settings_of(text: str) -> RefinementSettings:
@@ -29,38 +42,80 @@ def settings_of(text: str) -> RefinementSettings:
     )
 
 
+def plan_of(run: str, config: dict[str, Any], sensitivity: list[LayerSensitivity]) -> Plan:
+    """The plan of a run."""
+    size, *options = run.split(":")
+    gauge: Any = next((option for option in options if option != "measured"), "auto")
+    if "measured" in options:
+        plan = plan_measured(sensitivity, config, float(size), MULTIPLE_OF)
+        return plan.with_gauge(gauge)
+    if "+" in size:
+        width_k, width_v = map(int, size.split("+"))
+        return plan_uniform(config, Budget(width_k=width_k, width_v=width_v), gauge=gauge)
+    return plan_uniform(config, Budget(kv_floats=int(size)), gauge=gauge)
+
+
+def shorten(source: Source, layers: int) -> None:
+    """Cuts the source off after so many layers."""
+    source.model.model.layers = nn.ModuleList(source.model.model.layers[:layers])
+    source.model.config.num_hidden_layers = layers
+
+
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--runs", nargs="+", default=["256", "192", "128"])
-    arguments.add_argument("--heal", nargs="*", default=[], metavar="RUN")
-    arguments.add_argument("--heal-tokens", type=float, default=10e6)
-    arguments.add_argument("--settings", nargs="+", default=[""])
-    arguments.add_argument("--refine-blocks", type=int, default=256, help="1024 tokens each")
-    arguments = arguments.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--runs", nargs="+", default=["256", "192", "128"])
+    options.add_argument("--heal", nargs="*", default=[], metavar="RUN")
+    options.add_argument("--heal-tokens", type=float, default=10e6)
+    options.add_argument("--settings", nargs="+", default=[""])
+    options.add_argument("--refine-blocks", type=int, default=256, help="1024 tokens each")
+    options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
+    options.add_argument("--positions", action="store_true", help="to 8192 tokens")
+    options.add_argument("--layers", type=int)
+    arguments = options.parse_args()
     source = load(arguments.source)
+    if arguments.layers:
+        shorten(source, arguments.layers)
     config = source.architecture.llama_config(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)
     blocks = train_blocks(arguments.train, source, 1024, arguments.refine_blocks)
     start = time.perf_counter()
     moments = collect_moments(source, blocks)
-    print(f"<!-- calibration {time.perf_counter() - start:.1f} s -->", flush=True)
+    print(f"<!-- calibration on {blocks.numel():,} tokens {time.perf_counter() - start:.1f} s -->")
+    sensitivity: list[LayerSensitivity] = []
+    if any("measured" in run for run in arguments.runs):
+        start = time.perf_counter()
+        # of the blocks that refinement does not train on
+        sensitivity = measure_sensitivity(source, moments, blocks[:8])
+        print(f"<!-- sensitivity {time.perf_counter() - start:.1f} s -->", flush=True)
+    models = {"source": source.model}
     for run in arguments.runs:
-        floats, _, gauge = run.partition(":")
-        plan = plan_uniform(config, Budget(kv_floats=int(floats)), gauge=gauge or "auto")
-        table.row("closed form", convert_model(source, plan, moments), plan.kv_floats, 0.0)
+        plan = plan_of(run, config, sensitivity)
+        start = time.perf_counter()
+        model = convert_model(source, plan, moments)
+        table.row(f"{run} closed form", model, plan.kv_floats, time.perf_counter() - start)
         for text in arguments.settings:
             model = convert_model(source, plan, moments).to(source.model.device)
+            torch._dynamo.reset()  # its cache has room for a few shapes only
             start = time.perf_counter()
             report = refine(source.model, model, blocks, settings_of(text))
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            name = f"refined {gauge} {text}"
+            name = f"{run} refined {text}".strip()
             table.row(name, model, plan.kv_floats, time.perf_counter() - start)
             errors = ", ".join(f"{r.before:.3f}→{r.after:.3f}" for r in report)
             print(f"<!-- {errors} -->", flush=True)
-        if run in arguments.heal:
-            training = train_blocks(arguments.train, source, 1024)
-            heal_row(table, f"{floats} refined, then", model, training, arguments, plan.kv_floats)
+        models[f"{run} refined"] = model
+    if arguments.positions:
+        texts = blocks_by_source(source.tokenizer, load_documents(arguments.valid), 8192, 8)
+        position_table(models, texts)
+    if arguments.tasks:
+        task_table(models, source.tokenizer, arguments.tasks)
+    print()
+    for run in arguments.heal:
+        model = models.pop(f"{run} refined")
+        plan = plan_of(run, config, sensitivity)
+        training = train_blocks(arguments.train, source, 1024)
+        heal_row(table, f"{run} refined, then", model, training, arguments, plan.kv_floats)
 
 
 if __name__ == "__main__":

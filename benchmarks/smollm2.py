@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from tpa_convert.architectures import Source, load_source
-from tpa_convert.calibration.text import load_documents, token_blocks
+from tpa_convert.calibration.text import default_calibration_documents, load_documents, token_blocks
 from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
 from tpa_convert.healing import HealingSettings, heal
 
@@ -37,7 +37,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def train_blocks(path: str, source: Source, length: int, count: int | None = None) -> Tensor:
-    """Token blocks [count, length] of the training text, shuffled."""
+    """Token blocks [count, length] of the training text, shuffled; `shipped`: the package's."""
+    if path == "shipped":
+        documents = default_calibration_documents()
+        return token_blocks(documents, source.tokenizer, length, count, seed=0)
     if not path.endswith(".npy"):
         return token_blocks(load_documents(path), source.tokenizer, length, count, seed=0)
     blocks = torch.from_numpy(np.load(path)).view(-1, length)

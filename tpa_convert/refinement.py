@@ -196,7 +196,11 @@ def refine(
     streams = StreamPair(source, model, blocks, settings.batch_size)
     report = []
     layers = cast(list[TPADecoderLayer], list(model.model.layers))
-    compiled = [layer.self_attn for layer in layers] if model.device.type == "cuda" else []
+    # Compiling takes as long as a hundred steps, so only what all layers share is worth it.
+    alike = len({layer.self_attn.shape for layer in layers}) == 1
+    compiled = (
+        [layer.self_attn for layer in layers] if alike and model.device.type == "cuda" else []
+    )
     with block_forward(model, compiled):
         pairs = list(zip(source.model.layers, layers, strict=True))
         for source_layer, layer in track(pairs, "refining"):

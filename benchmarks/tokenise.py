@@ -1,0 +1,42 @@
+"""Training text as token blocks in a file, so that several benchmarks tokenise it once.
+
+    python benchmarks/tokenise.py SmolLM2-135M-Instruct.Q4_1.gguf healing-train.jsonl.xz tokens.npy
+    python benchmarks/tokenise.py … without.npy --blocks 320 --without '[Pp]ython'
+
+`--without` leaves out every document in which the pattern occurs, and so all of a source that it
+marks: for held-out text unlike all training text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import numpy as np
+
+from tpa_convert.architectures import load_source
+from tpa_convert.calibration.text import load_documents, token_blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source")
+    parser.add_argument("text")
+    parser.add_argument("out")
+    parser.add_argument("--blocks", type=int, help="default: all")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--without", metavar="REGEX")
+    arguments = parser.parse_args()
+    documents = load_documents(arguments.text)
+    total = len(documents)
+    if arguments.without:
+        pattern = re.compile(arguments.without)
+        documents = documents.filter(lambda row: not pattern.search(row["text"]))
+    tokenizer = load_source(arguments.source).tokenizer
+    blocks = token_blocks(documents, tokenizer, arguments.length, arguments.blocks, seed=0)
+    np.save(arguments.out, blocks.numpy().astype(np.uint16))
+    print(f"{len(documents)} of {total} documents, {blocks.numel():,} tokens in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Changes to the closed form that the ablation tries, each a function.
+
+Letters as in `tpa_convert.decomposition.factors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from layer_statistics import Statistics, of_inputs
+from torch import Tensor
+
+from tpa_convert.architectures import Source
+from tpa_convert.architectures.attention import attention_weights
+from tpa_convert.calibration.moments import MomentAccumulator, Moments
+from tpa_convert.conversion import convert_layer, convert_model
+from tpa_convert.decomposition import AttentionWeights, KeyFactors, ValueFactors
+from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
+from tpa_convert.decomposition.gauge import (
+    allocate_components,
+    decompose_keys,
+    decompose_values,
+    key_components,
+    score_weights,
+    value_components,
+    value_metric,
+)
+from tpa_convert.modeling import TPAForCausalLM
+from tpa_convert.planning import Plan
+from tpa_convert.refinement import StreamPair
+
+Change = Callable[[AttentionWeights, Statistics, int, int], AttentionWeights]
+
+
+def reconstructed(
+    weights: AttentionWeights, keys: KeyFactors, values: ValueFactors
+) -> AttentionWeights:
+    """The source's own weights for narrowed keys and values: T commutes with rotations."""
+    pairs = torch.zeros_like(to_complex_pairs(weights.key, 1))
+    parts = keys.gauge[..., None] * keys.feature
+    pairs.index_add_(1, keys.rotary_pair, parts)
+    return replace(weights, key=to_half_split(pairs, 1), value=values.gauge @ values.feature)
+
+
+def closed_form(
+    weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
+) -> AttentionWeights:
+    """The package's gauge decomposition."""
+    keys = decompose_keys(weights, statistics, width_k)
+    values = decompose_values(weights, statistics, width_v, value_metric(weights))
+    return reconstructed(weights, keys, values)
+
+
+def tokens_alike(
+    weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
+) -> AttentionWeights:
+    """Without attention weighting (and so without centring)."""
+    plain = of_inputs(weights, statistics, statistics.input_equal)
+    return closed_form(weights, plain, width_k, width_v)
+
+
+def uncentred_keys(
+    weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
+) -> AttentionWeights:
+    """Keys weighted by attention, but not centred under it."""
+    uncentred = of_inputs(weights, statistics, statistics.input_weighted)
+    uncentred = replace(uncentred, value_covariance=statistics.value_covariance)
+    return closed_form(weights, uncentred, width_k, width_v)
+
+
+def value_constant(
+    weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
+) -> AttentionWeights:
+    """The mean of the attention-mixed values costs no cache: what is cut of it goes to a bias."""
+    mean = statistics.value_mean
+    centred = replace(statistics, value_covariance=statistics.value_covariance - mean.outer(mean))
+    result = closed_form(weights, centred, width_k, width_v)
+    _, vectors, root, inverse = value_components(centred, value_metric(weights))
+    kept = vectors[:, -width_v:]
+    lost = mean - inverse @ kept @ kept.mT @ root @ mean
+    heads = lost.view(weights.value.shape[:2]).repeat_interleave(weights.heads_per_group, 0)
+    return replace(result, output_bias=torch.einsum("xhd,hd->x", weights.output, heads))
+
+
+def attention_per_head(
+    weights: AttentionWeights,
+    statistics: Statistics,
+    width_k: int,
+    width_v: int,
+    rounds: int = 30,
+) -> AttentionWeights:
+    """Keys weighted by each query head's own attention, by alternating least squares.
+
+    Minimises Σ_j tr(e_j A_j e_jᴴ) for the rows e_j = δ_j − T_j B of every pair, with
+    A_j = Σ_{i∈j} E|q_i|² S_i; it starts from the closed form for the mean attention.
+    """
+    groups = len(weights.key)
+    energy_hf = statistics.head_query_energy
+    per_head = energy_hf[..., None, None] * statistics.head_pair_covariance
+    a_fj = per_head.unflatten(0, (groups, -1)).sum(1).transpose(0, 1)  # [f, j, g, g]
+    pairs = to_complex_pairs(weights.key, 1)
+    weight = score_weights(statistics.query_energy)
+    eigenvalues, vectors = key_components(statistics)
+    rotary_pair, component = allocate_components(eigenvalues, width_k // 2, None)
+    result = torch.zeros_like(pairs)
+    index = torch.arange(groups)
+    for f in rotary_pair.unique().tolist():
+        a_j = a_fj[f]
+        own_j = a_j[index, index]  # δ_j A_j, [j, g]
+        basis = vectors[f][:, component[rotary_pair == f]].mH * weight[:, f]  # B, [n, g]
+        ridge = 1e-9 * a_j.diagonal(dim1=-2, dim2=-1).real.mean()
+        ridge = ridge * torch.eye(len(basis), dtype=pairs.dtype)
+        for _ in range(rounds):
+            gram_j = basis @ a_j @ basis.mH + ridge
+            t_jn = torch.linalg.solve(gram_j.mT, (own_j @ basis.mH)[..., None])[..., 0]
+            # normal equations of B: Σ_j T_jᴴ T_j B A_j = Σ_j T_jᴴ δ_j A_j
+            left = torch.einsum("jn,jm,jgh->nhmg", t_jn.conj(), t_jn, a_j)
+            right = torch.einsum("jn,jh->nh", t_jn.conj(), own_j)
+            left = left.flatten(2).flatten(0, 1)
+            basis = (torch.linalg.pinv(left, rtol=1e-9) @ right.flatten()).view(basis.shape)
+        result[:, f] = t_jn @ (basis @ pairs[:, f])
+    values = decompose_values(weights, statistics, width_v, value_metric(weights))
+    keys = decompose_keys(weights, statistics, width_k)
+    rebuilt = reconstructed(weights, keys, values)
+    return replace(rebuilt, key=to_half_split(result, 1))
+
+
+def shared_features(
+    weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
+) -> AttentionWeights:
+    """One feature factor for both: keys of the whole budget, and values read from their features
+    (before rotation, so a decoder would have to rotate them back)."""
+    keys = decompose_keys(weights, statistics, min(width_k + width_v, weights.key[:, :, 0].numel()))
+    feature = to_half_split(keys.feature, 0)
+    moment = statistics.input_weighted
+    value = weights.value.flatten(0, 1)
+    gram = feature @ moment @ feature.mT
+    gram = gram + 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gauge = torch.linalg.solve(gram, feature @ moment @ value.mT).mT
+    values = ValueFactors(feature, gauge.view(*weights.value.shape[:2], -1))
+    return reconstructed(weights, keys, values)
+
+
+# ------------------------------------------------------------------------------- folding
+
+
+def folded_groups(inverse_frequencies: Tensor, tolerance: float) -> list[list[int]]:
+    """Neighbouring rotary pairs whose frequencies differ by at most `tolerance` radians a token."""
+    groups: list[list[int]] = []
+    for f, frequency in reversed(list(enumerate(inverse_frequencies.tolist()))):
+        if groups and frequency - inverse_frequencies[groups[-1][0]] <= tolerance:
+            groups[-1].append(f)
+        else:
+            groups.append([f])
+    return groups
+
+
+def folded_model(
+    source: Source, plan: Plan, moments: Moments, context: int, phase: float = 0.5
+) -> TPAForCausalLM:
+    """Slow neighbouring pairs rotate as one, so that components may span them.
+
+    Approximate: at a distance of `context` tokens their phases are wrong by up to `phase` radians.
+    The gauge is absorbed; a component keeps the frequency of the pair where it is strongest.
+    """
+    model = convert_model(source, plan, moments)
+    frequencies = source.model.model.rotary_emb.inv_freq.double().cpu()
+    groups = folded_groups(frequencies, phase / context)
+    state = {k: v.cpu() for k, v in source.architecture.llama_state_dict(source.model).items()}
+    for i, (layer, shape) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
+        weights = attention_weights(source, state, i)
+        feature, gauge, rotary_pair = folded_keys(weights, moments.layers[i], groups, shape.width_k)
+        by_head = gauge.repeat_interleave(weights.heads_per_group, dim=1)
+        query = torch.einsum("phf,hfx->hpx", by_head.conj(), to_complex_pairs(weights.query, 1))
+        attention = layer.self_attn
+        attention.q_proj.weight.data = to_half_split(query, 1).flatten(0, 1)[:, :-1].float()
+        attention.k_feature_factor.weight.data = to_half_split(feature, 0)[:, :-1].float()
+        attention.rotary_pair.copy_(rotary_pair)
+    return model
+
+
+def folded_keys(
+    weights: AttentionWeights, moments, groups: list[list[int]], width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Feature [p, D + 1], gauge T [p, g, f] and rotary pair [p] of the strongest components."""
+    heads, head_dim, _ = weights.key.shape
+    pairs = head_dim // 2
+    blocks = moments.key_covariance.view(heads, 2, pairs, heads, 2, pairs)
+    covariance = torch.complex(
+        blocks[:, 0, :, :, 0] + blocks[:, 1, :, :, 1],
+        blocks[:, 1, :, :, 0] - blocks[:, 0, :, :, 1],
+    )  # [g, f, g, f], before rotation: the same where a group rotates slowly
+    weight = score_weights(moments.query_energy)
+    single, vectors = key_components(moments)
+    key = to_complex_pairs(weights.key, 1)
+    found = []
+    for group in groups:
+        size = len(group)
+        if size == 1:
+            values, basis = single[group[0]], vectors[group[0]]
+        else:
+            part = covariance[:, group][:, :, :, group]
+            w = weight[:, group]
+            part = part * w[:, :, None, None] * w[None, None]
+            values, basis = torch.linalg.eigh(part.reshape(heads * size, heads * size))
+        for value, u in zip(values.tolist(), basis.mT, strict=True):
+            u = u.view(heads, size)
+            gauge = torch.zeros(heads, pairs, dtype=key.dtype)
+            gauge[:, group] = u / weight[:, group]
+            feature = torch.einsum("gm,gmx->x", u.conj() * weight[:, group], key[:, group])
+            strongest = group[int(u.abs().square().sum(0).argmax())]
+            found.append((value, feature, gauge, strongest))
+    found = sorted(found, key=lambda c: -c[0])[: width // 2]
+    return (
+        torch.stack([c[1] for c in found]),
+        torch.stack([c[2] for c in found]),
+        torch.tensor([c[3] for c in found]),
+    )
+
+
+# ------------------------------------------------------------------------------- sequential
+
+
+@torch.no_grad()
+def sequential_model(
+    source: Source,
+    plan: Plan,
+    moments: Moments,
+    blocks: Tensor,
+    *,
+    collect: bool = True,
+    refit_output: bool = False,
+    ridge: float = 1e-3,
+    batch_size: int = 8,
+) -> TPAForCausalLM:
+    """Layers converted in order, each behind the converted ones.
+
+    Args:
+        collect: moments from the converted model's own stream; else the given ones.
+        refit_output: least squares of W_O against the source's residual stream, tokens weighed as
+            refinement does, towards the closed form by `ridge` of the mean energy.
+    """
+    model = convert_model(source, plan, moments).to(source.model.device)
+    state = {k: v.cpu() for k, v in source.architecture.llama_state_dict(source.model).items()}
+    streams = StreamPair(source.model, model, blocks, batch_size)
+    cos, sin = (table[0, :, : table.shape[-1] // 2].float() for table in streams.rotary)
+    rotation = torch.complex(cos, sin)
+    for i, (source_layer, layer) in enumerate(
+        zip(source.model.model.layers, model.model.layers, strict=True)
+    ):
+        starts = range(0, len(streams.stream), batch_size)
+        if collect:
+            weights = attention_weights(source, state, i, dtype=torch.float32)
+            accumulator = MomentAccumulator(weights, 4)
+            for n, start in enumerate(starts):
+                inputs = layer.input_layernorm(streams.stream[start : start + batch_size])
+                accumulator.update(inputs.float(), rotation, offset=n % 4)
+            parameters, _ = convert_layer(
+                attention_weights(source, state, i),
+                accumulator.finish(),
+                plan.layers[i],
+                method="gauge",
+                whiten=True,
+            )
+            own = layer.self_attn.state_dict()
+            layer.self_attn.load_state_dict({k: parameters[k].to(v) for k, v in own.items()})
+        drift = streams.stream - streams.source_stream
+        middle = streams.advance_source(source_layer)
+        if refit_output:
+            scale = middle.square().sum(-1, keepdim=True) + drift.square().sum(-1, keepdim=True)
+            refit(layer, streams, middle - streams.stream, scale, starts, batch_size, ridge)
+        streams.advance(layer)
+    return model
+
+
+def refit(layer, streams, target, scale, starts, batch_size: int, ridge: float) -> None:
+    """W_O ← the weighted least-squares solution, damped towards what it was."""
+    projection = layer.self_attn.o_proj
+    captured: list[Tensor] = []
+    hook = projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    gram = cross = 0.0
+    for start in starts:
+        batch = slice(start, start + batch_size)
+        output, _ = layer.self_attn(
+            layer.input_layernorm(streams.stream[batch]), position_embeddings=streams.rotary
+        )
+        heads = captured.pop().flatten(0, 1).double()
+        weighted = heads / scale[batch].flatten(0, 1)
+        gram = gram + heads.mT @ weighted
+        cross = cross + weighted.mT @ (target[batch] - output).flatten(0, 1).double()
+    hook.remove()
+    assert isinstance(gram, Tensor)
+    damping = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype).to(gram)
+    change = torch.linalg.solve(gram + damping, cross)
+    projection.weight.data += change.mT.to(projection.weight)
