@@ -10,6 +10,7 @@ every one, else `mixed`. `--refine-at 128` repeats some rows with a short refine
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from tpa_convert.architectures.attention import attention_weights
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion import convert_model
 from tpa_convert.modeling import Form
-from tpa_convert.planner import plan_measured, predicted_loss
+from tpa_convert.planner import plan_between, plan_measured, predicted_loss
 from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
@@ -128,6 +129,22 @@ REFINED: dict[str, tuple[Make, dict[str, Any]]] = {
         lambda b, n: b.converted(b.uniform(n, gauge="absorbed")),
         {"learning_rate": 1e-3},
     ),
+    "refined: K : V = 9 : 7": (
+        lambda b, n: b.converted(b.split(n, 9 / 16).with_gauge("absorbed")),
+        {},
+    ),
+    "refined: K : V = 7 : 9": (
+        lambda b, n: b.converted(b.split(n, 7 / 16).with_gauge("absorbed")),
+        {},
+    ),
+    "refined: halfway to widths by sensitivity": (
+        lambda b, n: b.converted(
+            plan_between(
+                b.uniform(n), plan_measured(b.sensitivity, b.config, n, 16), b.config
+            ).with_gauge("absorbed")
+        ),
+        {},
+    ),
     "refined: folded to 8192 tokens": (OPTIONS["+ slow pairs folded, exact to 8192 tokens"], {}),
     "refined: W_O refitted before": (
         lambda b, n: variants.sequential_model(
@@ -157,10 +174,11 @@ def verdict(ratios: list[float], reference: list[float]) -> str:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--floats", nargs="+", type=int, default=[256, 192, 128])
+    options.add_argument("--floats", nargs="*", type=int, default=[256, 192, 128])
     options.add_argument("--block-length", type=int, default=1024)
     options.add_argument("--sensitivity-blocks", type=int, default=8)
     options.add_argument("--only", nargs="*", default=["baselines", "options"])
+    options.add_argument("--rows", default="", help="only rows that match this pattern")
     options.add_argument("--refine-at", nargs="*", type=int, default=[])
     options.add_argument("--refine-steps", type=int, default=200)
     options.add_argument("--refine-blocks", type=int, default=256)
@@ -190,6 +208,8 @@ def main() -> None:
     rows: dict[str, Make] = {CLOSED_FORM: lambda b, n: b.converted(b.uniform(n))}
     rows |= BASELINES if "baselines" in arguments.only else {}
     rows |= OPTIONS if "options" in arguments.only else {}
+    wanted = re.compile(arguments.rows)
+    rows = {k: v for k, v in rows.items() if k == CLOSED_FORM or wanted.search(k)}
     summary = run(table, bench, {k: (make, None) for k, make in rows.items()}, arguments.floats)
     show(summary, CLOSED_FORM, arguments.floats)
     if arguments.refine_at:
@@ -199,6 +219,7 @@ def main() -> None:
         refined = {
             name: (make, RefinementSettings(**{"steps": arguments.refine_steps, **settings}))
             for name, (make, settings) in REFINED.items()
+            if name == "refined" or wanted.search(name)
         }
         bench.blocks = text_all
         summary = run(table, bench, refined, arguments.refine_at)

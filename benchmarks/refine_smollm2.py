@@ -6,7 +6,8 @@
         --tasks tasks/*.jsonl.xz --positions
 
 A run is a number of floats, or widths K+V; after colons a gauge other than the automatic one, and
-`measured` for widths by sensitivity. Models of the runs in --heal, refined with the last settings,
+`measured` for widths by sensitivity or `halfway` for
+the mean of these and uniform ones. Models of the runs in --heal, refined with the last settings,
 are healed on --heal-tokens as well. --tasks and --positions compare all refined models with the
 source. `--train shipped` calibrates on the text of the package; --layers cuts the source off.
 """
@@ -26,7 +27,7 @@ from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.calibration.text import load_documents
 from tpa_convert.conversion import convert_model
 from tpa_convert.evaluation.perplexity import blocks_by_source
-from tpa_convert.planner import plan_measured
+from tpa_convert.planner import plan_between, plan_measured
 from tpa_convert.planning import Budget, Plan, plan_uniform
 from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
@@ -45,9 +46,11 @@ def settings_of(text: str) -> RefinementSettings:
 def plan_of(run: str, config: dict[str, Any], sensitivity: list[LayerSensitivity]) -> Plan:
     """The plan of a run."""
     size, *options = run.split(":")
-    gauge: Any = next((option for option in options if option != "measured"), "auto")
-    if "measured" in options:
+    gauge: Any = next((o for o in options if o in ("absorbed", "applied")), "auto")
+    if "measured" in options or "halfway" in options:
         plan = plan_measured(sensitivity, config, float(size), MULTIPLE_OF)
+        if "halfway" in options:
+            plan = plan_between(plan_uniform(config, Budget(kv_floats=int(size))), plan, config)
         return plan.with_gauge(gauge)
     if "+" in size:
         width_k, width_v = map(int, size.split("+"))
@@ -82,7 +85,7 @@ def main() -> None:
     moments = collect_moments(source, blocks)
     print(f"<!-- calibration on {blocks.numel():,} tokens {time.perf_counter() - start:.1f} s -->")
     sensitivity: list[LayerSensitivity] = []
-    if any("measured" in run for run in arguments.runs):
+    if any("measured" in run or "halfway" in run for run in arguments.runs):
         start = time.perf_counter()
         # of the blocks that refinement does not train on
         sensitivity = measure_sensitivity(source, moments, blocks[:8])

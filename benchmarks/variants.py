@@ -243,7 +243,8 @@ def sequential_model(
             refinement does, towards the closed form by `ridge` of the mean energy.
     """
     model = convert_model(source, plan, moments).to(source.model.device)
-    state = {k: v.cpu() for k, v in source.architecture.llama_state_dict(source.model).items()}
+    state = source.architecture.llama_state_dict(source.model)
+    own_state = {k: v.cpu() for k, v in state.items() if "self_attn" in k}
     streams = StreamPair(source.model, model, blocks, batch_size)
     cos, sin = (table[0, :, : table.shape[-1] // 2].float() for table in streams.rotary)
     rotation = torch.complex(cos, sin)
@@ -258,7 +259,7 @@ def sequential_model(
                 inputs = layer.input_layernorm(streams.stream[start : start + batch_size])
                 accumulator.update(inputs.float(), rotation, offset=n % 4)
             parameters, _ = convert_layer(
-                attention_weights(source, state, i),
+                attention_weights(source, own_state, i),
                 accumulator.finish(),
                 plan.layers[i],
                 method="gauge",

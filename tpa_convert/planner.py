@@ -109,6 +109,15 @@ def plan_measured(
     return plan_widths(list(zip(widths[::2], widths[1::2], strict=True)), llama_config)
 
 
+def plan_between(first: Plan, second: Plan, llama_config: dict[str, Any]) -> Plan:
+    """Static widths halfway between two plans, rounded down (keys to even widths)."""
+    widths = [
+        ((a.width_k + b.width_k) // 4 * 2, (a.width_v + b.width_v) // 2)
+        for a, b in zip(first.layers, second.layers, strict=True)
+    ]
+    return plan_widths(widths, llama_config)
+
+
 def predicted_loss(plan: Plan, sensitivity: Sequence[LayerSensitivity]) -> float:
     """Sum of the losses of all parts of a static plan, nats per token."""
     return math.fsum(
