@@ -210,8 +210,9 @@ def main() -> None:
     rows |= OPTIONS if "options" in arguments.only else {}
     wanted = re.compile(arguments.rows)
     rows = {k: v for k, v in rows.items() if k == CLOSED_FORM or wanted.search(k)}
-    summary = run(table, bench, {k: (make, None) for k, make in rows.items()}, arguments.floats)
-    show(summary, CLOSED_FORM, arguments.floats)
+    if arguments.floats:
+        closed = {name: (make, None) for name, make in rows.items()}
+        show(run(table, bench, closed, arguments.floats), CLOSED_FORM, arguments.floats)
     if arguments.refine_at:
         text_all = train_blocks(
             arguments.train, source, arguments.block_length, arguments.refine_blocks
