@@ -208,6 +208,7 @@ def test_the_command_writes_a_plan_that_convert_takes(tmp_path, text) -> None:
     rivals = [c for c in values["candidates"] if c["budget"] == best["budget"]]
     assert {(c["form"], c["split"]) for c in rivals} == {
         ("static", "uniform"),
+        ("static", "halfway"),
         ("static", "measured"),
         ("affine", "uniform"),
         ("linear", "uniform"),
@@ -221,6 +222,20 @@ def test_the_command_writes_a_plan_that_convert_takes(tmp_path, text) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["width_k"] == [layer["width_k"] for layer in best["layers"]]
     assert config["width_v"] == [layer["width_v"] for layer in best["layers"]]
+
+
+def test_candidates_are_refined_if_the_model_will_be(tmp_path, text) -> None:
+    source = save_source(tmp_path / "source")
+    reports = [tmp_path / "plain.json", tmp_path / "refined.json"]
+    options = ("--kv-ratio", 0.5, "--json")
+    assert planned(source, text, *options, reports[0]).exit_code == 0
+    result = planned(source, text, *options, reports[1], "--refine", "--refine-steps", 20)
+    assert result.exit_code == 0, result.output
+    assert "after refinement" in result.stdout
+    plain, refined = (json.loads(path.read_text())["candidates"] for path in reports)
+    better = [r["kl"] < p["kl"] for p, r in zip(plain, refined, strict=True)]
+    assert sum(better) > 0.8 * len(better)
+    assert [c["predicted_kl"] for c in plain] == [c["predicted_kl"] for c in refined]
 
 
 def test_the_same_command_makes_the_same_plan(tmp_path, text) -> None:

@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from tpa_convert.pipeline import PlanningResult
 
 FORMATS = (".png", ".svg", ".pdf")
-COLORS = {"uniform": "#7f7f7f", "measured": "#1f77b4", "keys": "#1f77b4", "values": "#ff7f0e"}
+LABELS = {
+    "uniform": "uniform widths",
+    "halfway": "halfway",
+    "measured": "widths by sensitivity",
+}
+COLORS = {
+    "uniform": "#7f7f7f",
+    "halfway": "#17becf",
+    "measured": "#1f77b4",
+    "keys": "#1f77b4",
+    "values": "#ff7f0e",
+}
 
 
 def check_chart(path: Path) -> None:
@@ -33,20 +44,21 @@ def planning_chart(result: PlanningResult, path: Path) -> None:
     report = result.report
     figure, (curve, widths) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 
-    for split in ("uniform", "measured"):
+    for split, label in LABELS.items():
         points = [c for c in report.candidates if c.form == "static" and c.split == split]
         kilobytes = [c.plan.kv_bytes(result.cache_dtype) / 1e3 for c in points]
-        label = "uniform widths" if split == "uniform" else "widths by sensitivity"
         curve.plot(
             kilobytes, [c.perplexity_ratio for c in points], "o-", color=COLORS[split], label=label
         )
         predicted = [_ratio(c.predicted_kl) for c in points]
-        curve.plot(kilobytes, predicted, ":", color=COLORS[split], label=f"{label}, predicted")
+        curve.plot(kilobytes, predicted, ":", color=COLORS[split], linewidth=1)
     for c in report.candidates:
         if c.form != "static":
             x = c.plan.kv_bytes(result.cache_dtype) / 1e3
             curve.plot(x, c.perplexity_ratio, "s", color="#d62728", fillstyle="none")
-            curve.annotate(c.form, (x, c.perplexity_ratio), (5, 3), textcoords="offset points")
+            curve.annotate(
+                c.form, (x, c.perplexity_ratio), (-5, 3), textcoords="offset points", ha="right"
+            )
     best = report.candidates[report.chosen]
     curve.plot(
         best.plan.kv_bytes(result.cache_dtype) / 1e3,
@@ -62,9 +74,10 @@ def planning_chart(result: PlanningResult, path: Path) -> None:
     curve.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
     curve.yaxis.set_minor_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
     curve.tick_params(axis="y", which="minor", labelsize=7)
-    curve.set_title("Before refinement and healing")
+    moment = "After" if result.refined else "Before"
+    curve.set_title(f"{moment} refinement, before healing (dotted: predicted)")
     curve.grid(alpha=0.3)
-    curve.legend(fontsize=8)
+    curve.legend(fontsize=8, loc="best")
 
     layers = range(len(best.plan.layers))
     for sign, name in ((1, "keys"), (-1, "values")):

@@ -242,6 +242,14 @@ Refine = Annotated[
         METHOD,
     ),
 ]
+PlanRefine = Annotated[
+    bool,
+    flag(
+        "--refine",
+        "Refine every candidate before it is measured: for a model that is going to be refined.",
+        METHOD,
+    ),
+]
 RefineSteps = Annotated[
     int, option("--refine-steps", "Steps of the refinement per layer.", METHOD, metavar="N")
 ]

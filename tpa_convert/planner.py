@@ -15,13 +15,14 @@ from tpa_convert.calibration.moments import Moments, Track, no_tracking
 from tpa_convert.conversion import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation.perplexity import compare
-from tpa_convert.modeling import Form
+from tpa_convert.modeling import Form, Gauge
 from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.planning.allocation import allocate
 from tpa_convert.planning.cost import Cost, plan_cost, source_cost
+from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
 
-Split = Literal["uniform", "measured"]
+Split = Literal["uniform", "halfway", "measured"]
 CONTEXTUAL: tuple[Form, ...] = ("affine", "linear")
 
 
@@ -33,7 +34,8 @@ class Candidate:
         budget: numbers per token and layer that the plan had to keep to.
         plan: shapes of the layers.
         form: of all layers.
-        split: `uniform` over layers and between keys and values, or by `measured` sensitivity.
+        split: `uniform` over layers and between keys and values, by `measured` sensitivity, or
+            `halfway` between the two.
         predicted_kl: sum of the losses of all parts, nats per token; None for contextual forms.
         kl: measured, KL(source ‖ model) in nats per token.
         perplexity_ratio: measured, to the source's.
@@ -135,8 +137,10 @@ def search(
     kv_floats: float | None,
     max_increase: float,
     curve: Sequence[float],
+    gauge: Gauge | Literal["auto"] = "auto",
     multiple_of: int = 8,
     context: int = 4096,
+    refinement: tuple[Tensor, RefinementSettings] | None = None,
     track: Track = no_tracking,
 ) -> PlanReport:
     """Measures sensitivities and candidate plans, and chooses.
@@ -150,8 +154,12 @@ def search(
         max_increase: accepted rise of perplexity as a share (0.1 is ten percent), told from the
             divergence: exp(KL) − 1.
         curve: further budgets to measure.
+        gauge: where it goes in static plans.
         multiple_of: of which uneven widths are multiples.
         context: tokens to count arithmetic at.
+        refinement: text and settings to refine every candidate with before it is measured, for a
+            model that is going to be refined: what the closed form can spare is not what
+            refinement can.
 
     Raises:
         UserError: an impossible budget, or no budget on the curve that keeps `max_increase`.
@@ -167,8 +175,14 @@ def search(
     for floats in budgets:
         uniform = plan_uniform(llama_config, Budget(kv_floats=floats))
         uneven = plan_measured(sensitivity, llama_config, floats, multiple_of)
-        plans.append((floats, uniform, "static", "uniform"))
-        plans.append((floats, uneven, "static", "measured"))
+        between = plan_between(uniform, uneven, llama_config)
+        splits: tuple[tuple[Plan, Split], ...] = (
+            (uniform, "uniform"),
+            (between, "halfway"),
+            (uneven, "measured"),
+        )
+        for plan, split in splits:
+            plans.append((floats, plan.with_gauge(gauge), "static", split))
         if floats == kv_floats:
             for form in CONTEXTUAL:
                 plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
@@ -178,6 +192,8 @@ def search(
     source_perplexity = math.nan
     for budget, plan, form, split in track(plans, "measuring plans"):
         model = convert_model(source, plan, moments).to(source.model.device)
+        if refinement is not None:
+            refine(source.model, model, *refinement)
         scores, agreements = compare({"source": source.model, "model": model}, blocks)
         source_perplexity = scores["source"].perplexity
         candidates.append(

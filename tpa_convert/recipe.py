@@ -106,6 +106,12 @@ class PlanOptions(CacheBudget, CalibrationOptions):
     """Sequences cached at once."""
     context: PositiveInt = 4096
     """Tokens at which arithmetic is counted."""
+    gauge: GaugePlace = "auto"
+    """Where the gauge goes: into the query and output projections, or applied at run time."""
+    refine: bool = False
+    """Refine every candidate before it is measured, for a model that is going to be refined."""
+    refine_steps: PositiveInt = 200
+    """Optimiser steps of that refinement per layer."""
 
     @model_validator(mode="after")
     def _check(self) -> PlanOptions:

@@ -189,9 +189,11 @@ def show_planning(result: PlanningResult) -> None:
         )
     console.print(table)
     for line in (
-        f"Perplexity before refinement and healing, relative to the source's "
+        f"Perplexity {'after' if result.refined else 'before'} refinement, before healing, "
+        "relative to the source's "
         f"{report.source_perplexity:.2f} on held-out calibration text; bytes in {unit}.",
-        "uniform: the same widths everywhere; measured: widths by sensitivity.",
+        "uniform: the same widths everywhere; measured: widths by sensitivity; halfway: their "
+        "mean. Predicted from the sensitivities, without refinement.",
         *(
             [
                 f"Context: tokens in {result.memory / 1e9:g} GB beside the weights, "

@@ -22,6 +22,7 @@ from tpa_convert.recipe import (
     PlanOptions,
     SourceOptions,
 )
+from tpa_convert.refinement import RefinementSettings
 from tpa_convert.sources import load, source_options
 
 CURVE = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # shares of the source's cache that are measured too
@@ -37,6 +38,7 @@ class PlanningResult:
         weight_bytes: of the source, in its own type.
         memory: bytes that weights and cache may take, None if not given.
         batch_size: sequences cached at once.
+        refined: whether candidates were refined before they were measured.
         source: what the plan is for, as in the plan file.
         seconds: wall time.
     """
@@ -46,6 +48,7 @@ class PlanningResult:
     weight_bytes: int
     memory: float | None
     batch_size: int
+    refined: bool
     source: dict[str, Any]
     seconds: float
 
@@ -65,6 +68,7 @@ class PlanningResult:
         report = self.report
         return {
             "source": self.source,
+            "refined": self.refined,
             "source_perplexity": report.source_perplexity,
             "source_cost": asdict(report.source_cost),
             "chosen": report.chosen,
@@ -135,6 +139,7 @@ def plan(
         raise UserError("a plan needs at least two calibration sequences: give more text")
     moments = moments_of(loaded, blocks[held_out:], options, track)
     assert moments is not None
+    settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
     report = search(
         loaded,
         moments,
@@ -142,8 +147,10 @@ def plan(
         kv_floats=kv_floats,
         max_increase=options.max_increase,
         curve=[share * source_floats for share in CURVE],
+        gauge=options.gauge,
         multiple_of=options.multiple_of,
         context=options.context,
+        refinement=(blocks[held_out:], settings) if options.refine else None,
         track=track,
     )
     return PlanningResult(
@@ -152,6 +159,7 @@ def plan(
         loaded.model.num_parameters() * stored.itemsize,
         None if options.memory is None else options.memory * 1e9,
         options.batch_size,
+        options.refine,
         {"id": loaded.reference.id, "sha256": loaded.reference.sha256},
         time.perf_counter() - start,
     )
