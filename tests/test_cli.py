@@ -118,6 +118,25 @@ def test_moments_are_kept_and_reused(source: Path, tmp_path: Path, monkeypatch: 
     torch.testing.assert_close(one(tokens).logits, two(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [["--refit"], ["--refine", "--refine-steps", "2"]])
+def test_moments_serve_a_model_that_reads_the_text_again(
+    source: Path, tmp_path: Path, monkeypatch: Any, options: list[str]
+) -> None:
+    moments, plain, changed = (tmp_path / name for name in ("m.safetensors", "plain", "changed"))
+    first = ["convert", source, *CONVERT, "--save-moments", moments, "--out", plain]
+    assert tpa_convert(*first).exit_code == 0
+    monkeypatch.setattr("tpa_convert.pipeline.calibration.collect_moments", None)
+    text = save_text(tmp_path / "text.txt")
+    more = ["--calibration", text, "--calibration-blocks", "16", "--moments", moments, *options]
+    result = tpa_convert("convert", source, *CONVERT, *more, "--out", changed)
+    assert result.exit_code == 0, result.output
+    one, two = (AutoModelForCausalLM.from_pretrained(path) for path in (plain, changed))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(one.state_dict()[name], two.state_dict()[name])
+    record = json.loads((changed / "tpa_convert.json").read_text())
+    assert record["convert"]["settings"][options[0][2:]] is True
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_output_dtype(source: Path, tmp_path: Path, dtype: str) -> None:
     result = tpa_convert("convert", source, *CONVERT, "--dtype", dtype, "--out", tmp_path / "out")

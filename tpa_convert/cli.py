@@ -147,6 +147,7 @@ def convert(
     method: o.MethodChoice = "gauge",
     whiten: o.Whiten = True,
     gauge: o.GaugeChoice = "auto",
+    refit: o.Refit = False,
     refine: o.Refine = False,
     refine_steps: o.RefineSteps = 600,
     rank_q: o.RankQ = None,

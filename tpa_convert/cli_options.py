@@ -242,6 +242,15 @@ Refine = Annotated[
         METHOD,
     ),
 ]
+Refit = Annotated[
+    bool,
+    flag(
+        "--refit",
+        "After the decomposition, refit the output projections by least squares on the calibration "
+        "text. A few minutes without a GPU.",
+        METHOD,
+    ),
+]
 PlanRefine = Annotated[
     bool,
     flag(

@@ -152,6 +152,8 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
 
     gauge: GaugePlace = "auto"
     """Where the gauge goes: into the query and output projections, or applied at run time."""
+    refit: bool = False
+    """Refit the output projections by least squares after the decomposition; no GPU needed."""
     refine: bool = False
     """Regress each layer's attention output on the calibration text after the decomposition."""
     refine_steps: PositiveInt = 600
@@ -177,12 +179,12 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
             raise ValueError("the plan says the form of every layer: leave out form")
         if self.rank_q is not None and self.form != "linear":
             raise ValueError(f"rank_q needs form linear, not {self.form}")
-        if self.moments is not None and (self.calibration or self.save_moments is not None):
-            raise ValueError(
-                "moments replaces the calibration: leave out calibration, save_moments"
-            )
-        if self.moments is not None and self.refine:
-            raise ValueError("refine needs the calibration text itself: leave out moments")
+        if self.moments is not None and self.save_moments is not None:
+            raise ValueError("moments are there already: leave out save_moments")
+        if self.moments is not None and self.calibration and not (self.refit or self.refine):
+            raise ValueError("moments replaces the calibration: leave out calibration")
+        if self.refit and self.refine:
+            raise ValueError("refine does more than refit: leave out refit")
         return self
 
 

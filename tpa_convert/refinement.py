@@ -96,6 +96,16 @@ class StreamPair:
         hook.remove()
         return middle
 
+    def target(self, layer: LlamaDecoderLayer) -> tuple[Tensor, Tensor]:
+        """Runs a layer of the source; returns the attention output that the converted layer should
+        have, [N, t, D], and what the error of each token is measured against, [N, t, 1]."""
+        drift = self.stream - self.source_stream
+        middle = self.advance_source(layer)
+        # What the next norm sees is the error relative to the token's own size. Tokens that drifted
+        # beyond repair (massive activations in one stream only) must not decide all.
+        scale = middle.square().sum(-1, keepdim=True) + drift.square().sum(-1, keepdim=True)
+        return middle - self.stream, scale
+
     def advance(self, layer: TPADecoderLayer) -> None:
         """Runs a layer of the converted model."""
         for start in range(0, len(self.stream), self.size):
@@ -204,12 +214,7 @@ def refine(
     with block_forward(model, compiled):
         pairs = list(zip(source.model.layers, layers, strict=True))
         for source_layer, layer in track(pairs, "refining"):
-            drift = streams.stream - streams.source_stream
-            middle = streams.advance_source(source_layer)
-            # What the next norm sees is the error relative to the token's own size. Tokens that
-            # drifted beyond repair (massive activations in one stream only) must not decide all.
-            scale = middle.square().sum(-1, keepdim=True) + drift.square().sum(-1, keepdim=True)
-            target = middle - streams.stream
+            target, scale = streams.target(source_layer)
             report.append(
                 refine_layer(
                     layer.self_attn,

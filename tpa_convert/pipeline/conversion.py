@@ -28,6 +28,7 @@ from tpa_convert.recipe import (
     SourceOptions,
 )
 from tpa_convert.refinement import RefinementSettings, refine
+from tpa_convert.refit import refit
 from tpa_convert.sources import load, source_options
 
 
@@ -84,9 +85,9 @@ def convert(
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
-        calibrated = options.moments is None and (
-            options.whiten or options.form == "linear" or options.refine
-        )
+        reads_text = options.refit or options.refine
+        needs_moments = options.whiten or options.form == "linear"
+        calibrated = reads_text or (needs_moments and options.moments is None)
         blocks = calibration_blocks(loaded, options) if calibrated else None
         model = convert_model(
             loaded,
@@ -94,15 +95,19 @@ def convert(
             moments_of(loaded, blocks, options, track),
             method=options.method,
             whiten=options.whiten,
-            dtype=torch.float32 if options.refine else prediction.dtype,
+            dtype=torch.float32 if reads_text else prediction.dtype,
             track=track,
         )
+        if options.refit:
+            assert blocks is not None
+            model = model.to(loaded.model.device)
+            refit(loaded.model, model, blocks, track=track)
         if options.refine:
             assert blocks is not None
             settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
             model = model.to(loaded.model.device)
             refine(loaded.model, model, blocks, settings, track=track)
-            model = model.to(prediction.dtype)
+        model = model.to(prediction.dtype)
         record = {
             "settings": options.model_dump(mode="json"),
             "plan": prediction.to_json(),
