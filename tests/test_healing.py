@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -491,6 +492,45 @@ def test_second_signal_is_not_swallowed() -> None:
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_stops_early_when_it_has_recovered(random_tokens: Any, tmp_path: Path) -> None:
+    teacher = make_tiny_llama()
+    valid = random_tokens(8, 16, seed=9)
+
+    def healed(name: str, **changes: Any) -> HealingReport:
+        options = asdict(SETTINGS) | {"tokens": 60 * 64, "valid_steps": 10} | changes
+        return heal(
+            perturbed(teacher, seed=0),
+            teacher,
+            None,
+            random_tokens(64, 16),
+            settings=HealingSettings(**options),
+            output_dir=tmp_path / name,
+            valid_blocks=valid,
+            progress=False,
+        )
+
+    whole = healed("whole")
+    assert [step for step, _ in whole.valid_losses] == [0, 10, 20, 30, 40, 50, 60]
+    assert not whole.recovered
+    wanted = whole.valid_losses[3][1]  # reached at step 30
+    early = healed("early", stop_at=math.expm1(wanted) * 1.001)
+    assert early.recovered
+    assert early.steps == 30
+    assert early.tokens == 30 * 64
+    assert early.valid_loss_after == pytest.approx(wanted, rel=1e-4)
+    assert [step for step, _ in early.losses] == list(range(1, 31))
+
+    with pytest.raises(UserError, match="stop_at needs held-out text"):
+        heal(
+            teacher,
+            teacher,
+            None,
+            valid,
+            settings=HealingSettings(stop_at=0.1),
+            output_dir=tmp_path,
+        )
 
 
 @pytest.mark.gpu

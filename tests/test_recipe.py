@@ -115,3 +115,50 @@ def test_recipe_survives_yaml_round_trip() -> None:
     values = {"source": {"model": "m"}, "convert": {"kv_ratio": 0.5}, "heal": {"text": ["a"]}}
     recipe = validated(Recipe, values)
     assert validated(Recipe, recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [("heal", "a.txt"), ("heal", "b.txt"), ("convert", "c.txt")],
+)
+def test_text_for_training_does_not_measure(tmp_path, section, text) -> None:
+    """Named by another path, or for calibration only: it is the same text all the same."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("text")
+    values = {
+        "source": "m",
+        "convert": {"kv_ratio": 0.5, "calibration": [str(tmp_path / "c.txt")]},
+        "heal": {"text": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]},
+        "evaluate": {"text": str(tmp_path / "." / section / ".." / text)},
+    }
+    (tmp_path / section).mkdir()
+    with pytest.raises(UserError, match=rf"{text} is training text .* evaluate\.text"):
+        validated(Recipe, values)
+    values["evaluate"]["text"] = str(tmp_path / "d.txt")
+    validated(Recipe, values)
+
+
+def test_another_split_of_a_dataset_may_measure() -> None:
+    values = {
+        "source": "m",
+        "convert": {"kv_ratio": 0.5},
+        "heal": {"text": "owner/corpus"},
+        "evaluate": {"text": "owner/corpus", "split": "test"},
+    }
+    validated(Recipe, values)
+    values["evaluate"]["split"] = "train"
+    with pytest.raises(UserError, match="owner/corpus is training text"):
+        validated(Recipe, values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": "a.txt", "valid_text": "a.txt"}, "a.txt is training text"),
+        ({"text": "a.txt", "stop_at": 0.1}, "stop_at needs held-out text"),
+        ({"text": "a.txt", "stop_at": 0}, "stop_at: input should be greater than 0"),
+    ],
+)
+def test_held_out_text_of_healing(options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        validated(HealOptions, options)

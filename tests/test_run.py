@@ -26,6 +26,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(source: Path, text: Path, tmp_path: Path) -> Path:
+    other = save_text(tmp_path / "other.txt")
     values = {
         "source": str(source),
         "convert": {"kv_ratio": 0.5, "calibration_blocks": 2, "block_length": 32},
@@ -36,7 +37,7 @@ def recipe(source: Path, text: Path, tmp_path: Path) -> Path:
             "block_length": 32,
             "warmup_steps": 0,
         },
-        "evaluate": {"text": str(text), "block_length": 32, "max_blocks": 2, "speed": False},
+        "evaluate": {"text": str(other), "block_length": 32, "max_blocks": 2, "speed": False},
         "out": str(tmp_path / "out"),
         "next_steps": "Try [this] next.",
     }

@@ -1,16 +1,17 @@
-"""Pictures of results, for files; needs the extra `plot`."""
+"""Pictures of results, for files."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
-
-if TYPE_CHECKING:
-    from tpa_convert.pipeline import PlanningResult
+from tpa_convert.planner import PlanReport
 
 FORMATS = (".png", ".svg", ".pdf")
 LABELS = {
@@ -31,22 +32,27 @@ def check_chart(path: Path) -> None:
     """Refuses a file that could not be drawn, before any work is done.
 
     Raises:
-        UserError: an unknown ending, or matplotlib is missing.
+        UserError: an unknown ending.
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"a chart ends in {', '.join(FORMATS)}, not {path.name}")
-    _pyplot()
 
 
-def planning_chart(result: PlanningResult, path: Path) -> None:
-    """Perplexity against cache bytes, and the chosen widths by layer."""
+def planning_chart(
+    report: PlanReport, path: Path, *, cache_dtype: torch.dtype, refined: bool
+) -> None:
+    """Perplexity against cache bytes, and the chosen widths by layer.
+
+    Args:
+        cache_dtype: in which bytes are counted.
+        refined: whether candidates were refined before they were measured.
+    """
     plt = _pyplot()
-    report = result.report
     figure, (curve, widths) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 
     for split, label in LABELS.items():
         points = [c for c in report.candidates if c.form == "static" and c.split == split]
-        kilobytes = [c.plan.kv_bytes(result.cache_dtype) / 1e3 for c in points]
+        kilobytes = [c.plan.kv_bytes(cache_dtype) / 1e3 for c in points]
         curve.plot(
             kilobytes, [c.perplexity_ratio for c in points], "o-", color=COLORS[split], label=label
         )
@@ -54,14 +60,14 @@ def planning_chart(result: PlanningResult, path: Path) -> None:
         curve.plot(kilobytes, predicted, ":", color=COLORS[split], linewidth=1)
     for c in report.candidates:
         if c.form != "static":
-            x = c.plan.kv_bytes(result.cache_dtype) / 1e3
+            x = c.plan.kv_bytes(cache_dtype) / 1e3
             curve.plot(x, c.perplexity_ratio, "s", color="#d62728", fillstyle="none")
             curve.annotate(
                 c.form, (x, c.perplexity_ratio), (-5, 3), textcoords="offset points", ha="right"
             )
     best = report.candidates[report.chosen]
     curve.plot(
-        best.plan.kv_bytes(result.cache_dtype) / 1e3,
+        best.plan.kv_bytes(cache_dtype) / 1e3,
         best.perplexity_ratio,
         "*",
         color="#2ca02c",
@@ -74,7 +80,7 @@ def planning_chart(result: PlanningResult, path: Path) -> None:
     curve.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
     curve.yaxis.set_minor_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
     curve.tick_params(axis="y", which="minor", labelsize=7)
-    moment = "After" if result.refined else "Before"
+    moment = "After" if refined else "Before"
     curve.set_title(f"{moment} refinement, before healing (dotted: predicted)")
     curve.grid(alpha=0.3)
     curve.legend(fontsize=8, loc="best")
@@ -96,6 +102,38 @@ def planning_chart(result: PlanningResult, path: Path) -> None:
     plt.close(figure)
 
 
+def healing_chart(
+    losses: Sequence[tuple[int, float]],
+    valid_losses: Sequence[tuple[int, float]],
+    tokens_per_step: int,
+    path: Path,
+) -> None:
+    """Divergence from the source against tokens seen, of the training text and of held-out text.
+
+    Args:
+        losses, valid_losses: (optimiser step, nats per token).
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for points, style, label in (
+        (losses, "-", "training text"),
+        (valid_losses, "o-", "held-out text"),
+    ):
+        if points:
+            tokens = [step * tokens_per_step / 1e6 for step, _ in points]
+            axes.plot(tokens, [loss for _, loss in points], style, label=label, linewidth=1.2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(plt.FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.set_xlabel("tokens, millions")
+    axes.set_ylabel("KL from the source, nats per token")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    _save(figure, path)
+    plt.close(figure)
+
+
 def _ratio(kl: float | None) -> float:
     return math.nan if kl is None else math.exp(kl)
 
@@ -106,10 +144,9 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("charts need matplotlib: pip install 'tpa-convert[plot]'") from None
+    # Imported here: it takes a second, and most commands draw nothing.
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -118,7 +118,7 @@ def plan(
     result = pipeline.plan(model, options, device=device, track=track)
     show_planning(result)
     if chart is not None:
-        planning_chart(result, chart)
+        planning_chart(result.report, chart, cache_dtype=result.cache_dtype, refined=result.refined)
     if out is not None:
         with atomic_file(out) as temporary:
             temporary.write_text(result.to_yaml(), encoding="utf-8")
@@ -213,6 +213,8 @@ def heal(
     temperature: o.Temperature = 1.0,
     gradient_checkpointing: o.GradientCheckpointing = False,
     save_steps: o.SaveSteps = 500,
+    valid_steps: o.ValidSteps = 100,
+    stop_at: o.StopAt = None,
     source: o.HealSource = None,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,

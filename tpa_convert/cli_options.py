@@ -384,6 +384,19 @@ GradientCheckpointing = Annotated[
 SaveSteps = Annotated[
     int, option("--save-steps", "Steps between checkpoints.", TRAINING, metavar="N")
 ]
+ValidSteps = Annotated[
+    int, option("--valid-steps", "Steps between measurements on --valid-text.", TEXT, metavar="N")
+]
+StopAt = Annotated[
+    float | None,
+    option(
+        "--stop-at",
+        "Stop early once --valid-text says that perplexity is within this share of the source's: "
+        "0.02 is two percent.",
+        TRAINING,
+        metavar="X",
+    ),
+]
 Resume = Annotated[
     bool,
     flag("--resume/--no-resume", "Continue an interrupted run, or start it anew.", TRAINING),

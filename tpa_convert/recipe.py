@@ -7,7 +7,7 @@ what a YAML recipe spells out, so that all three share names, defaults and check
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -225,6 +225,37 @@ class HealOptions(Section):
     """Save memory, for a quarter more time."""
     save_steps: PositiveInt = 500
     """Optimiser steps between checkpoints."""
+    valid_steps: PositiveInt = 100
+    """Optimiser steps between measurements on the held-out text."""
+    stop_at: PositiveFloat | None = None
+    """Stop early once the held-out divergence stands for a rise of perplexity of this share."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HealOptions:
+        if self.stop_at is not None and not self.valid_text:
+            raise ValueError("stop_at needs held-out text to judge by: give valid_text")
+        refuse_overlap(self.text, self.valid_text, "valid_text")
+        return self
+
+
+def refuse_overlap(train: Iterable[str], test: Iterable[str], name: str) -> None:
+    """Refuses text for measuring that the model is trained or calibrated on.
+
+    Raises:
+        ValueError: the same file, or the same dataset, in both.
+    """
+
+    def resolved(spec: str) -> str:
+        path = Path(spec).expanduser()
+        return str(path.resolve()) if path.exists() else spec
+
+    seen = {resolved(spec) for spec in train}
+    for spec in test:
+        if resolved(spec) in seen:
+            raise ValueError(
+                f"{spec} is training text and cannot measure what training did: take it out of "
+                f"the training text, or name other text in {name}"
+            )
 
 
 class EvaluateOptions(Section):
@@ -272,6 +303,19 @@ class Recipe(Section):
     """cpu, cuda, cuda:1, ..., or auto. Healing takes a GPU wherever there is one."""
     next_steps: str | None = None
     """Shown when the run is finished."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.evaluate is not None:
+            train = [*self.convert.calibration, *(self.heal.text if self.heal else ())]
+            # training reads the split `train` of a Hub dataset; local files have only one
+            test = [
+                spec
+                for spec in self.evaluate.text
+                if self.evaluate.split == "train" or Path(spec).expanduser().exists()
+            ]
+            refuse_overlap(train, test, "evaluate.text")
+        return self
 
 
 S = TypeVar("S", bound=Section)

@@ -232,6 +232,8 @@ def show_healing(result: HealingResult) -> None:
         f"-> {report.losses[-1][1]:.3f}",
         soft_wrap=True,
     )
+    if report.recovered:
+        console.print(f"Stopped early, after {report.steps} steps: recovered as far as asked.")
     if report.valid_loss_before is not None:
         console.print(
             f"On held-out text {report.valid_loss_before:.3f} -> {report.valid_loss_after:.3f}"

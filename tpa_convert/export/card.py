@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from tpa_convert.evaluation import EvaluationReport
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-FILES = ("calibration", "moments", "save_moments", "text", "valid_text")
+FILES = ("calibration", "moments", "save_moments", "plan", "text", "valid_text")
 """Settings that may hold paths of the machine the model was made on."""
 
 

@@ -129,11 +129,20 @@ class ProgressBar(TrainerCallback):
 
 
 class Validation(TrainerCallback):
-    """Logs the divergence on held-out blocks before the first and after the last step."""
+    """Logs the divergence on held-out blocks before the first step, every so many, and at the end.
 
-    def __init__(self, trainer: DistillationTrainer, blocks: Tensor):
+    With `stop_at` it ends the training as soon as exp(divergence) - 1, the rise of perplexity that
+    a divergence stands for, is no larger.
+    """
+
+    def __init__(
+        self, trainer: DistillationTrainer, blocks: Tensor, every: int, stop_at: float | None
+    ):
         self.trainer = trainer
         self.blocks = blocks
+        self.every = every
+        self.stop_at = stop_at
+        self.recovered = False
 
     def on_train_begin(
         self,
@@ -152,13 +161,19 @@ class Validation(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if state.global_step == state.max_steps:
+        if state.global_step == state.max_steps or state.global_step % self.every == 0:
             should_log = control.should_log
-            self.measure()  # logging resets should_log, and with it the last training loss
+            loss = self.measure()  # logging resets should_log, and with it the last training loss
             control.should_log = should_log
+            if self.stop_at is not None and math.expm1(loss) <= self.stop_at:
+                self.recovered = True
+                control.should_log = True
+                control.should_training_stop = True
 
-    def measure(self) -> None:
-        self.trainer.log({VALID_LOSS: self.trainer.mean_divergence(self.blocks)})
+    def measure(self) -> float:
+        loss = self.trainer.mean_divergence(self.blocks)
+        self.trainer.log({VALID_LOSS: loss})
+        return loss
 
 
 class GracefulStop(TrainerCallback):

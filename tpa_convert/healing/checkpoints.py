@@ -17,7 +17,15 @@ from tpa_convert.errors import UserError
 from tpa_convert.healing.settings import HealingSettings
 
 # A run may be continued with other values of these: they change its speed, not its loss curve.
-FREE_SETTINGS = {"batch_size", "bf16", "torch_compile", "save_steps", "gradient_checkpointing"}
+FREE_SETTINGS = {
+    "batch_size",
+    "bf16",
+    "torch_compile",
+    "save_steps",
+    "valid_steps",
+    "stop_at",
+    "gradient_checkpointing",
+}
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

@@ -82,7 +82,8 @@ class HealingReport:
         batch_size: sequences per forward pass and device.
         peak_memory_bytes: allocated on the GPU; None on a CPU.
         losses: (step, mean divergence in nats per token since the previous entry).
-        valid_loss_before, valid_loss_after: divergence on the held-out blocks, if there were any.
+        valid_losses: (step, divergence on the held-out blocks), if there were any.
+        recovered: whether `stop_at` was reached, so that the run ended early.
     """
 
     steps: int
@@ -93,8 +94,18 @@ class HealingReport:
     batch_size: int
     peak_memory_bytes: int | None
     losses: tuple[tuple[int, float], ...]
-    valid_loss_before: float | None
-    valid_loss_after: float | None
+    valid_losses: tuple[tuple[int, float], ...]
+    recovered: bool
+
+    @property
+    def valid_loss_before(self) -> float | None:
+        """The first of `valid_losses`."""
+        return self.valid_losses[0][1] if self.valid_losses else None
+
+    @property
+    def valid_loss_after(self) -> float | None:
+        """The last of `valid_losses`."""
+        return self.valid_losses[-1][1] if self.valid_losses else None
 
 
 def heal(
@@ -124,7 +135,8 @@ def heal(
         output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later.
         settings: by default `HealingSettings()`.
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
-        valid_blocks: held-out blocks [M, L]; their divergence is measured before and after.
+        valid_blocks: held-out blocks [M, L]; their divergence is measured before, every
+            `valid_steps` and after. `stop_at` needs them.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -133,6 +145,8 @@ def heal(
         HealingInterrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     settings = settings or HealingSettings()
+    if settings.stop_at is not None and valid_blocks is None:
+        raise UserError("stop_at needs held-out text to judge by: give valid_text")
     _check_models(student, teacher)
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
@@ -177,8 +191,10 @@ def heal(
         callbacks=[speedometer, *([bar] if bar else []), stop],
     )
     trainer.remove_callback(PrinterCallback)
+    validation = None
     if valid_blocks is not None:
-        trainer.add_callback(Validation(trainer, valid_blocks))
+        validation = Validation(trainer, valid_blocks, settings.valid_steps, settings.stop_at)
+        trainer.add_callback(validation)
 
     start = time.perf_counter()
     if args.device.type == "cuda":
@@ -197,10 +213,10 @@ def heal(
             bar.stop()
         _release(student, use_cache)
     state = trainer.state
-    if state.global_step < state.max_steps:
+    recovered = validation is not None and validation.recovered
+    if state.global_step < state.max_steps and not recovered:
         raise HealingInterrupted(state.global_step, state.max_steps)
 
-    valid = [entry[VALID_LOSS] for entry in state.log_history if VALID_LOSS in entry]
     return HealingReport(
         steps=state.global_step,
         tokens=state.global_step * settings.tokens_per_step,
@@ -212,8 +228,10 @@ def heal(
             torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
         ),
         losses=tuple((e["step"], e["loss"]) for e in state.log_history if "loss" in e),
-        valid_loss_before=valid[0] if valid else None,
-        valid_loss_after=valid[-1] if valid else None,
+        valid_losses=tuple(
+            (e["step"], e[VALID_LOSS]) for e in state.log_history if VALID_LOSS in e
+        ),
+        recovered=recovered,
     )
 
 

@@ -29,6 +29,9 @@ class HealingSettings:
         bf16: autocast to bfloat16 over fp32 weights; None where the GPU supports it.
         torch_compile: compile both models and the loss; None on CUDA only.
         save_steps: steps between checkpoints. An interrupted run also leaves one.
+        valid_steps: steps between measurements on held-out text, if there is some.
+        stop_at: end early once the held-out divergence stands for a rise of perplexity of at most
+            this share of the source's, exp(KL) − 1; None trains on all tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
     """
 
@@ -45,12 +48,16 @@ class HealingSettings:
     bf16: bool | None = None
     torch_compile: bool | None = None
     save_steps: int = 500
+    valid_steps: int = 100
+    stop_at: float | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "tokens_per_step", "save_steps"):
+        for name in ("tokens", "tokens_per_step", "save_steps", "valid_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.block_length >= 2, "block_length", "at least 2", self.block_length)
+        if self.stop_at is not None:
+            _require(0 < self.stop_at < math.inf, "stop_at", "a positive number", self.stop_at)
         if self.batch_size is not None:
             _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         for name in ("attention_learning_rate", "learning_rate", "temperature"):

@@ -15,6 +15,7 @@ from tpa_convert.calibration.text import (
     load_documents,
     token_blocks,
 )
+from tpa_convert.charts import healing_chart
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import (
     PROVENANCE_FILE,
@@ -38,6 +39,7 @@ from tpa_convert.recipe import (
 from tpa_convert.sources import source_of
 
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
+LOSS_CHART = "loss.png"  # in the healed model's directory, and shown by its card
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
 
 
@@ -115,11 +117,15 @@ def heal(
         "settings": options.model_dump(mode="json"),
         "source": asdict(teacher.reference),
         "report": {k: v for k, v in asdict(report).items() if k != "losses"},
+        "chart": LOSS_CHART,
         **stamp(),
     }
     healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
     with atomic_directory(out, overwrite) as target:
         save_converted(student, tokenizer, target, out.name, healed)
+        healing_chart(
+            report.losses, report.valid_losses, settings.tokens_per_step, target / LOSS_CHART
+        )
     shutil.rmtree(checkpoints, ignore_errors=True)
     return HealingResult(out, report)
 
