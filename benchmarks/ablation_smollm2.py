@@ -109,6 +109,9 @@ OPTIONS: dict[str, Make] = {
         b.source, b.uniform(n, gauge="absorbed"), b.moments, 1024
     ),
     "+ keys rebuilt at decode": change(baselines.rebuilt_keys),
+    "+ keys rebuilt at decode, K : V = 3 : 5": lambda b, n: b.changed(
+        baselines.rebuilt_keys, 3 * n // 8, 5 * n // 8
+    ),
     "+ features shared by K and V": change(variants.shared_features),
     "+ moments behind converted layers": lambda b, n: variants.sequential_model(
         b.source, b.uniform(n), b.moments, b.blocks

@@ -155,11 +155,16 @@ def whitened_joint_svd(
 def rebuilt_keys(
     weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
 ) -> AttentionWeights:
-    """As `whitened_joint_svd`, in the package's own metrics: attention-weighted, keys centred."""
+    """As `whitened_joint_svd`, in the package's own metric of values and with keys weighed by the
+    energy of the queries.
+
+    Not centred: on a fast pair a constant key is no constant of the scores once it is rotated.
+    """
     metric = torch.block_diag(*symmetric_power(value_metric(weights), 0.5))
     score = score_weights(statistics.query_energy).repeat(1, 2).flatten().diag()
+    key = weights.key.flatten(0, 1)
     return replace(
         weights,
-        key=projected(weights.key, statistics.key_covariance, score, width_k),
+        key=projected(weights.key, key @ statistics.input_equal @ key.mT, score, width_k),
         value=projected(weights.value, statistics.value_covariance, metric, width_v),
     )
