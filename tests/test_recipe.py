@@ -9,6 +9,7 @@ import pytest
 
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingSettings
+from tpa_convert.pipeline.healing import TEXT_OPTIONS
 from tpa_convert.recipe import ConvertOptions, HealOptions, Recipe, load_recipe, validated
 
 MINIMAL = "source: some/model\nconvert: {kv_ratio: 0.5}\n"
@@ -107,7 +108,7 @@ def test_rank_q_goes_with_any_budget() -> None:
 
 
 def test_healing_defaults_are_those_of_the_settings() -> None:
-    options = HealOptions(text=("a.txt",)).model_dump(exclude={"text", "valid_text", "text_column"})
+    options = HealOptions(text=("a.txt",)).model_dump(exclude=TEXT_OPTIONS)
     assert options == asdict(HealingSettings())
 
 
@@ -155,6 +156,7 @@ def test_another_split_of_a_dataset_may_measure() -> None:
     ("options", "message"),
     [
         ({"text": "a.txt", "valid_text": "a.txt"}, "a.txt is training text"),
+        ({}, "no text to heal on"),
         ({"text": "a.txt", "stop_at": 0.1}, "stop_at needs held-out text"),
         ({"text": "a.txt", "stop_at": 0}, "stop_at: input should be greater than 0"),
     ],

@@ -200,7 +200,8 @@ def heal(
     ctx: typer.Context,
     directory: o.DirectoryArgument,
     out: o.Out,
-    text: o.HealText,
+    text: o.HealText = None,
+    sampled_tokens: o.SampledTokens = 0,
     valid_text: o.ValidText = None,
     text_column: o.TextColumn = "text",
     tokens: o.Tokens = 10_000_000,
@@ -233,7 +234,13 @@ def heal(
     from tpa_convert import pipeline
 
     result = pipeline.heal(
-        directory, out, options, source=teacher, overwrite=overwrite, resume=resume
+        directory,
+        out,
+        options,
+        source=teacher,
+        overwrite=overwrite,
+        resume=resume,
+        track=track,
     )
     show_healing(result)
     console.print(f"Wrote {result.out}. Next:", soft_wrap=True)

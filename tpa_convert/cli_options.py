@@ -333,13 +333,21 @@ HealSource = Annotated[
     ),
 ]
 HealText = Annotated[
-    list[str],
+    list[str] | None,
     option(
         "--text",
         "Text file, directory, glob or Hub dataset to heal on; may be repeated.",
         TEXT,
         metavar="PATH|DATASET",
-        show_default=False,
+    ),
+]
+SampledTokens = Annotated[
+    int,
+    option(
+        "--sampled-tokens",
+        "Tokens of text to sample from the source itself, beside --text or instead of it.",
+        TEXT,
+        metavar="N",
     ),
 ]
 ValidText = Annotated[

@@ -191,8 +191,10 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
 class HealOptions(Section):
     """How to heal: distil the source into the converted model on plain text."""
 
-    text: Annotated[Texts, Field(min_length=1)]
+    text: Texts = ()
     """Text to heal on: files, directories, globs or Hub datasets."""
+    sampled_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of text to sample from the source itself, beside the text or instead of it."""
     valid_text: Texts = ()
     """Held-out text for the loss shown during healing."""
     text_column: str = "text"
@@ -232,6 +234,8 @@ class HealOptions(Section):
 
     @model_validator(mode="after")
     def _check(self) -> HealOptions:
+        if not self.text and not self.sampled_tokens:
+            raise ValueError("there is no text to heal on: give text, or sampled_tokens")
         if self.stop_at is not None and not self.valid_text:
             raise ValueError("stop_at needs held-out text to judge by: give valid_text")
         refuse_overlap(self.text, self.valid_text, "valid_text")

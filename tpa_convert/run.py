@@ -86,6 +86,7 @@ def run(
                 overwrite=overwrite,
                 resume=not overwrite,
                 progress=progress,
+                track=track,
             )
 
     evaluation = None

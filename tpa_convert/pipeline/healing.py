@@ -9,9 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from tpa_convert.architectures import Source
+from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.calibration.text import (
+    Documents,
     load_documents,
     token_blocks,
 )
@@ -31,6 +36,7 @@ from tpa_convert.export.save import (
 )
 from tpa_convert.healing import HealingReport, HealingSettings
 from tpa_convert.healing import heal as heal_model
+from tpa_convert.healing.sampling import sample_blocks
 from tpa_convert.prediction import named_dtype
 from tpa_convert.recipe import (
     HealOptions,
@@ -38,6 +44,7 @@ from tpa_convert.recipe import (
 )
 from tpa_convert.sources import source_of
 
+TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens"}  # the rest are settings
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
 LOSS_CHART = "loss.png"  # in the healed model's directory, and shown by its card
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
@@ -63,6 +70,7 @@ def heal(
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = True,
+    track: Track = no_tracking,
 ) -> HealingResult:
     """Distil the source into the converted model in `directory`; save the result to `out`.
 
@@ -73,14 +81,14 @@ def heal(
         source: what to learn from; by default the recorded source, which must be unchanged.
         resume: continue an interrupted run; if False, its checkpoints are deleted.
         progress: show a progress bar.
+        track: shows progress of sampling, called as `track(batches, description)`.
 
     Raises:
         HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
     """
     provenance = read_provenance(directory)
     out = check_output(out, overwrite)
-    settings = HealingSettings(**options.model_dump(exclude={"text", "valid_text", "text_column"}))
-    documents = load_documents(options.text, text_column=options.text_column)
+    settings = HealingSettings(**options.model_dump(exclude=TEXT_OPTIONS))
     cuda = torch.cuda.is_available()
     teacher = source_of(
         directory, provenance, source, dtype=torch.bfloat16 if cuda else torch.float32
@@ -101,7 +109,7 @@ def heal(
             student,
             teacher.model,
             tokenizer,
-            documents,
+            _training_text(options, settings, teacher, checkpoints, track),
             settings=settings,
             output_dir=checkpoints,
             resume=resume,
@@ -128,6 +136,44 @@ def heal(
         )
     shutil.rmtree(checkpoints, ignore_errors=True)
     return HealingResult(out, report)
+
+
+def _training_text(
+    options: HealOptions,
+    settings: HealingSettings,
+    teacher: Source,
+    directory: Path,
+    track: Track,
+) -> Documents | Tensor:
+    """Documents, or token blocks if some of them are sampled; these are kept for a resumed run."""
+    documents = None
+    if options.text:
+        documents = load_documents(options.text, text_column=options.text_column)
+    if not options.sampled_tokens:
+        assert documents is not None
+        return documents
+    path = directory / "sampled.npy"
+    if path.is_file():
+        sampled = torch.from_numpy(np.load(path))
+    else:
+        model = teacher.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        sampled = sample_blocks(
+            model,
+            teacher.tokenizer,
+            options.sampled_tokens,
+            options.block_length,
+            seed=options.seed,
+            track=track,
+        )
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, sampled.numpy())
+    if documents is None:
+        return sampled
+    wanted = settings.steps * settings.tokens_per_step // options.block_length
+    blocks = token_blocks(
+        documents, teacher.tokenizer, options.block_length, wanted, seed=options.seed
+    )
+    return torch.cat((blocks, sampled))
 
 
 def _claim_checkpoints(directory: Path, provenance: Mapping[str, Any], resume: bool) -> None:

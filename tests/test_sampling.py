@@ -1,0 +1,93 @@
+"""Text sampled from the source: distributed as the source says, and enough to heal on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
+from tests.conftest import make_tiny_llama
+from tpa_convert.errors import UserError
+from tpa_convert.healing.sampling import sample_blocks
+
+
+class Tokenizer:
+    """Only what sampling asks of a tokenizer."""
+
+    def __init__(self, bos: int | None = 1, eos: int | None = 2):
+        self.bos_token_id = bos
+        self.eos_token_id = eos
+
+
+def sample(model, tokenizer=None, **options) -> torch.Tensor:
+    options = {"tokens": 60, "block_length": 8, "batch_size": 3} | options
+    return sample_blocks(model, tokenizer or Tokenizer(), **options)
+
+
+def test_blocks_are_whole_and_start_with_the_begin_of_text() -> None:
+    model = make_tiny_llama()
+    before = model.generation_config
+    blocks = sample(model)
+    assert blocks.shape == (8, 8)
+    assert (blocks[:, 0] == 1).all()
+    assert len({tuple(block) for block in blocks.tolist()}) > 1
+    assert model.generation_config is before
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
+    model = make_tiny_llama()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first = sample(model, seed=5)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(sample(model, seed=5), first)
+    assert not torch.equal(sample(model, seed=6), first)
+
+
+def test_tokens_follow_the_distribution_of_the_model() -> None:
+    """No top-k, no end: the first sampled token has the model's own probabilities."""
+    model = make_tiny_llama(vocab_size=8)
+    model.generation_config.eos_token_id = 2  # must not end a block
+    start = torch.ones(1, 1, dtype=torch.long)
+    expected = model(start).logits[0, -1].softmax(-1)
+    blocks = sample(model, tokens=8000, block_length=4, batch_size=2000)
+    share = blocks[:, 1].bincount(minlength=8) / len(blocks)
+    # five standard errors of 2000 draws
+    error = 5 * (expected * (1 - expected) / len(blocks)).sqrt()
+    assert ((share - expected).abs() < error + 1e-3).all()
+
+
+def test_a_cold_model_repeats_its_likeliest_text() -> None:
+    blocks = sample(make_tiny_llama(), temperature=1e-4)
+    assert (blocks == blocks[0]).all()
+
+
+def test_without_any_start_token() -> None:
+    with pytest.raises(UserError, match="no begin-of-text token"):
+        sample(make_tiny_llama(), Tokenizer(bos=None, eos=None))
+    assert (sample(make_tiny_llama(), Tokenizer(bos=None, eos=7))[:, 0] == 7).all()
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_healing_on_sampled_text(tmp_path: Path, with_text: bool) -> None:
+    source = save_source(tmp_path / "source")
+    converted, healed = tmp_path / "converted", tmp_path / "healed"
+    assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
+    short = ["--tokens", 128, "--tokens-per-step", 64, "--block-length", 32, "--out", healed]
+    text = ["--text", save_text(tmp_path / "text.txt")] if with_text else []
+    result = tpa_convert("heal", converted, *short, "--sampled-tokens", 100, *text)
+    assert result.exit_code == 0, result.output
+    record = json.loads((healed / "tpa_convert.json").read_text())["heal"]
+    assert record["settings"]["sampled_tokens"] == 100
+    assert record["report"]["tokens"] == 128
+    assert (healed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Divergence" in (healed / "README.md").read_text()
+
+
+def test_no_text_at_all(tmp_path: Path) -> None:
+    result = tpa_convert("heal", tmp_path, "--out", tmp_path / "healed")
+    assert "give --text, or --sampled-tokens" in error_of(result)
