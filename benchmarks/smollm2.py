@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from tpa_convert.architectures import Source, load_source
 from tpa_convert.calibration.text import default_calibration_documents, load_documents, token_blocks
 from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
 from tpa_convert.healing import HealingSettings, heal
+from tpa_convert.healing.objective import Divergence
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -93,16 +95,34 @@ class Table:
         return ratio
 
 
-def heal_row(table: Table, name: str, student, training: Tensor, arguments, floats: float) -> None:
-    """Heals `student` on `arguments.heal_tokens` and prints its row."""
+def heal_row(
+    table: Table,
+    name: str,
+    student,
+    training: Tensor,
+    arguments,
+    floats: float,
+    *,
+    divergence: Divergence | None = None,
+    **changes: Any,
+) -> None:
+    """Heals `student` on `arguments.heal_tokens`, with changed settings, and prints its row."""
     teacher = load_source(
         arguments.source, dtype=torch.bfloat16, device=table.source.model.device
     ).model
-    settings = HealingSettings(tokens=int(arguments.heal_tokens), save_steps=10**9)
+    tokens = int(arguments.heal_tokens)
+    settings = HealingSettings(**{"tokens": tokens, "save_steps": 10**9, **changes})
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = heal(
-            student, teacher, None, training, settings=settings, output_dir=folder, progress=False
+            student,
+            teacher,
+            None,
+            training,
+            settings=settings,
+            output_dir=folder,
+            divergence=divergence,
+            progress=False,
         )
     seconds = time.perf_counter() - start
     table.row(f"{name} healed on {arguments.heal_tokens / 1e6:g} M", student, floats, seconds)

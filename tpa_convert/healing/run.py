@@ -38,7 +38,7 @@ from tpa_convert.healing.checkpoints import (
     newest_checkpoint,
 )
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
-from tpa_convert.healing.objective import default_chunk_tokens, forward_kl
+from tpa_convert.healing.objective import Divergence, default_chunk_tokens, forward_kl
 from tpa_convert.healing.settings import HealingSettings
 from tpa_convert.healing.trainer import (
     DistillationTrainer,
@@ -118,6 +118,7 @@ def heal(
     settings: HealingSettings | None = None,
     resume: bool = True,
     valid_blocks: LongTensor | None = None,
+    divergence: Divergence | None = None,
     progress: bool = True,
 ) -> HealingReport:
     """Train `student`, in place, towards the next-token distributions of `teacher`.
@@ -137,6 +138,7 @@ def heal(
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
         valid_blocks: held-out blocks [M, L]; their divergence is measured before, every
             `valid_steps` and after. `stop_at` needs them.
+        divergence: what to minimise; by default the forward KL at the settings' temperature.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -162,7 +164,7 @@ def heal(
     compiled = settings.torch_compile
     if compiled is None:
         compiled = args.device.type == "cuda"
-    divergence = partial(forward_kl, temperature=settings.temperature)
+    divergence = divergence or partial(forward_kl, temperature=settings.temperature)
     groups = parameter_groups(
         student,
         attention_learning_rate=settings.attention_learning_rate,
