@@ -43,17 +43,16 @@ class Statistics(LayerMoments):
 class StatisticsAccumulator(package.MomentAccumulator):
     """Sums what `Statistics` holds."""
 
-    def update(self, inputs: Tensor, rotation: Tensor, offset: int) -> None:
-        super().update(inputs, rotation, offset)
-        weights = self.weights
-        inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), dim=-1)
-        positions = torch.arange(offset, inputs.shape[1], self.query_stride, device=inputs.device)
-        query = torch.einsum("bsx,hdx->bhsd", inputs[:, positions], weights.query)
-        key = torch.einsum("btx,gdx->btgd", inputs, weights.key)
-        value = torch.einsum("btx,gdx->btgd", inputs, weights.value).flatten(2)
-        query_pairs = to_complex_pairs(query, -1) * rotation[positions]
-        key_pairs = to_complex_pairs(key, -1) * rotation[:, None]
-        attention = self.attention(query_pairs, key_pairs, positions)
+    def add_all(
+        self,
+        inputs: Tensor,
+        query_pairs: Tensor,
+        key_pairs: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention: Tensor,
+    ) -> None:
+        super().add_all(inputs, query_pairs, key_pairs, key, value, attention)
         self.add("head_query_energy", query_pairs.abs().square().sum((0, 2)))
         for head, p in enumerate(attention.unbind(1)):
             weight = p.sum(1)[..., None, None]
@@ -63,7 +62,7 @@ class StatisticsAccumulator(package.MomentAccumulator):
             self.add(f"head_pair_covariance.{head}", covariance)
         self.add("value_mean", (attention @ value[:, None]).mean(1).sum((0, 1)))
         # as many tokens as queries count
-        share = len(positions) / inputs.shape[1]
+        share = attention.shape[2] / attention.shape[3]
         flat = inputs.flatten(0, 1)
         self.add("input_equal", share * (flat.mT @ flat))
 

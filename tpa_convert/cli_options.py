@@ -150,7 +150,7 @@ CacheDType = Annotated[
     FloatType | None,
     option(
         "--cache-dtype",
-        "Type in which cache bytes are counted. [dim]\\[default: --dtype][/]",
+        "Type in which cache bytes are counted. [dim]\\[default: the weights' type][/]",
         BUDGET,
     ),
 ]

@@ -110,7 +110,29 @@ class MomentAccumulator:
 
         query_pairs = to_complex_pairs(query, -1) * rotation[positions]
         key_pairs = to_complex_pairs(key, -1) * rotation[:, None]
-        attention = self.attention(query_pairs, key_pairs, positions)  # [b, h, s, t]
+        attention = self.attention(query_pairs, key_pairs, positions)
+        self.add_all(inputs, query_pairs, key_pairs, key, value, attention)
+        self.queries += attention.shape[0] * attention.shape[2]
+
+    def add_all(
+        self,
+        inputs: Tensor,
+        query_pairs: Tensor,
+        key_pairs: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention: Tensor,
+    ) -> None:
+        """Adds every moment of one batch.
+
+        Args:
+            inputs: homogeneous, [b, t, D + 1].
+            query_pairs, key_pairs: rotated, complex [b, h, s, f] and [b, t, g, f].
+            key: before rotation, [b, t, g, d].
+            value: all heads together, [b, t, g d].
+            attention: p, [b, h, s, t].
+        """
+        weights = self.weights
         mean_attention = attention.mean(1)
         token_weight = mean_attention.sum(1)[..., None, None]  # [b, t, 1, 1]
 
@@ -128,7 +150,6 @@ class MomentAccumulator:
         self.add("value_covariance", mixed.mT @ mixed / heads)
         weighted_inputs = (token_weight[..., 0] * inputs).flatten(0, 1)
         self.add("input_moment", weighted_inputs.mT @ inputs.flatten(0, 1))
-        self.queries += mean_attention.shape[0] * mean_attention.shape[1]
 
     def attention(self, query_pairs: Tensor, key_pairs: Tensor, positions: Tensor) -> Tensor:
         """Causal attention weights p, [b, h, s, t], float32."""
