@@ -19,6 +19,7 @@ LABELS = {
     "halfway": "halfway",
     "measured": "widths by sensitivity",
 }
+MARKERS = {"affine": "s", "linear": "^"}
 COLORS = {
     "uniform": "#7f7f7f",
     "halfway": "#17becf",
@@ -61,9 +62,9 @@ def planning_chart(
     for c in report.candidates:
         if c.form != "static":
             x = c.plan.kv_bytes(cache_dtype) / 1e3
-            curve.plot(x, c.perplexity_ratio, "s", color="#d62728", fillstyle="none")
-            curve.annotate(
-                c.form, (x, c.perplexity_ratio), (-5, 3), textcoords="offset points", ha="right"
+            marker = MARKERS[c.form]
+            curve.plot(
+                x, c.perplexity_ratio, marker, color="#d62728", fillstyle="none", label=c.form
             )
     best = report.candidates[report.chosen]
     curve.plot(
@@ -80,8 +81,8 @@ def planning_chart(
     curve.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
     curve.yaxis.set_minor_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
     curve.tick_params(axis="y", which="minor", labelsize=7)
-    moment = "After" if refined else "Before"
-    curve.set_title(f"{moment} refinement, before healing (dotted: predicted)")
+    moment = "After refinement, before" if refined else "Before refinement and"
+    curve.set_title(f"{moment} healing (dotted: predicted)")
     curve.grid(alpha=0.3)
     curve.legend(fontsize=8, loc="best")
 

@@ -189,9 +189,9 @@ def show_planning(result: PlanningResult) -> None:
         )
     console.print(table)
     for line in (
-        f"Perplexity {'after' if result.refined else 'before'} refinement, before healing, "
-        "relative to the source's "
-        f"{report.source_perplexity:.2f} on held-out calibration text; bytes in {unit}.",
+        f"Perplexity {'after refinement, before' if result.refined else 'before refinement and'} "
+        f"healing, relative to the source's {report.source_perplexity:.2f} on held-out "
+        f"calibration text; bytes in {unit}.",
         "uniform: the same widths everywhere; measured: widths by sensitivity; halfway: their "
         "mean. Predicted from the sensitivities, without refinement.",
         *(
