@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "reverse KL": {"divergence": reverse_kl},
     "skewed KL, 0.1": {"divergence": partial(skewed_kl, share=0.1)},
     "temperature 2": {"temperature": 2.0},
+    "attention only": {"trainable": "attention"},
     "rates halved": {"attention_learning_rate": 3e-4, "learning_rate": 1e-4},
     "rates doubled": {"attention_learning_rate": 12e-4, "learning_rate": 4e-4},
     "one rate, 6e-4": {"learning_rate": 6e-4},

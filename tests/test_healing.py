@@ -533,6 +533,15 @@ def test_a_run_stops_early_when_it_has_recovered(random_tokens: Any, tmp_path: P
         )
 
 
+def test_only_the_attention_is_trained_if_asked(random_tokens: Any, tmp_path: Path) -> None:
+    teacher = make_tiny_llama()
+    before = {name: p.clone() for name, p in perturbed(teacher, seed=0).named_parameters()}
+    report, student = run(tmp_path, random_tokens(20, 16), trainable="attention")
+    assert report.losses[-1][1] < report.losses[0][1]
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]) != (".self_attn." in name), name
+
+
 @pytest.mark.gpu
 def test_heals_on_a_gpu_in_bfloat16(random_tokens: Any, tmp_path: Path) -> None:
     teacher = make_tiny_llama()

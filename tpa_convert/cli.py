@@ -211,6 +211,7 @@ def heal(
     attention_learning_rate: o.AttentionLearningRate = 6e-4,
     learning_rate: o.LearningRate = 2e-4,
     warmup_steps: o.WarmupSteps = 40,
+    trainable: o.Trainable = "all",
     temperature: o.Temperature = 1.0,
     gradient_checkpointing: o.GradientCheckpointing = False,
     save_steps: o.SaveSteps = 500,

@@ -6,7 +6,7 @@ An option that belongs to a recipe section has the name and the default of the s
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -381,6 +381,10 @@ LearningRate = Annotated[
 ]
 WarmupSteps = Annotated[
     int, option("--warmup-steps", "Steps in which the rates rise.", TRAINING, metavar="N")
+]
+Trainable = Annotated[
+    Literal["all", "attention"],
+    option("--trainable", "Train all parameters, or the attention layers only.", TRAINING),
 ]
 Temperature = Annotated[
     float, option("--temperature", "Softens both distributions of the loss.", TRAINING, metavar="X")

@@ -213,6 +213,8 @@ class HealOptions(Section):
     """Peak learning rate of everything else."""
     warmup_steps: Annotated[int, Field(ge=0)] = 40
     """Optimiser steps over which the learning rates rise to their peaks."""
+    trainable: Literal["all", "attention"] = "all"
+    """Train all parameters, or those of the attention layers only."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions of the distillation loss."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

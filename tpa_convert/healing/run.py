@@ -44,6 +44,7 @@ from tpa_convert.healing.trainer import (
     DistillationTrainer,
     block_forward,
     final_hidden_states,
+    in_attention,
     modules_to_compile,
     parameter_groups,
 )
@@ -123,9 +124,9 @@ def heal(
 ) -> HealingReport:
     """Train `student`, in place, towards the next-token distributions of `teacher`.
 
-    The student is trained in fp32 (under bf16 autocast on a GPU) with all its parameters, and ends
-    in eval mode, in fp32, on the training device. The teacher keeps its dtype and moves there too;
-    on a GPU, load it in bfloat16.
+    The student is trained in fp32 (under bf16 autocast on a GPU) and ends in eval mode, in fp32, on
+    the training device. The teacher keeps its dtype and moves there too; on a GPU, load it in
+    bfloat16.
 
     Args:
         student: any Hugging Face causal language model whose logits are `lm_head(hidden states)`.
@@ -159,7 +160,9 @@ def heal(
     check_disk(student, output_dir)
     check_run(output_dir / "healing.json", fingerprint(settings, blocks), checkpoint)
 
-    student.float().requires_grad_(True)
+    student.float()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(settings.trainable == "all" or in_attention(name))
     args = _training_arguments(student, settings, blocks.shape[1], checkpoints)
     compiled = settings.torch_compile
     if compiled is None:

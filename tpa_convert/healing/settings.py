@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from tpa_convert.errors import UserError
 
@@ -23,6 +24,7 @@ class HealingSettings:
         learning_rate: peak rate of all others.
         warmup_steps: steps over which the rates rise to their peaks, at most a quarter of the run.
             After them, they fall to zero along half a cosine.
+        trainable: `all` parameters, or those of the `attention` layers only.
         temperature: softens both distributions of the loss.
         weight_decay: AdamW's, for matrices only.
         seed: order of the text.
@@ -42,6 +44,7 @@ class HealingSettings:
     attention_learning_rate: float = 6e-4
     learning_rate: float = 2e-4
     warmup_steps: int = 40
+    trainable: Literal["all", "attention"] = "all"
     temperature: float = 1.0
     weight_decay: float = 0.0
     seed: int = 0
@@ -53,6 +56,9 @@ class HealingSettings:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        _require(
+            self.trainable in ("all", "attention"), "trainable", "all or attention", self.trainable
+        )
         for name in ("tokens", "tokens_per_step", "save_steps", "valid_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.block_length >= 2, "block_length", "at least 2", self.block_length)

@@ -24,6 +24,11 @@ CAUSAL_SDPA = "tpa_convert_causal_sdpa"
 AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
 
 
+def in_attention(name: str) -> bool:
+    """Whether a parameter of this name belongs to an attention layer."""
+    return "self_attn" in name.split(".")
+
+
 def parameter_groups(
     model: nn.Module,
     *,
@@ -39,7 +44,7 @@ def parameter_groups(
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = ("self_attn" in name.split("."), parameter.ndim >= 2)
+            key = (in_attention(name), parameter.ndim >= 2)
             groups.setdefault(key, []).append(parameter)
     return [
         {
