@@ -147,8 +147,9 @@ def show_plan(prediction: Prediction) -> None:
     start = 0
     for shape, layers in itertools.groupby(plan.layers):
         end = start + len(list(layers))
+        where = f"layers {start}-{end - 1}" if end > start + 1 else f"layer {start}"
         console.print(
-            f"layers {start}-{end - 1}: {shape.form} head factors, gauge {shape.gauge}; "
+            f"{where}: {shape.form} head factors, gauge {shape.gauge}; "
             f"keys {_width(shape.width_k, shape.rank_k, shape.contextual)}, "
             f"values {_width(shape.width_v, shape.rank_v, shape.contextual)}"
         )
