@@ -32,6 +32,7 @@ from tpa_convert.modeling import Form
 from tpa_convert.planner import plan_between, plan_measured, predicted_loss
 from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.refinement import RefinementSettings, refine
+from tpa_convert.refit import refit
 from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
 
 
@@ -64,6 +65,12 @@ class Bench:
 
     def converted(self, plan: Plan, **settings: Any) -> PreTrainedModel:
         return convert_model(self.source, plan, self.moments, **settings)
+
+    def refitted(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same model with its output projections refitted."""
+        model = model.to(self.source.model.device)
+        refit(self.source.model, model, self.blocks)
+        return model
 
 
 Make = Callable[[Bench, int], PreTrainedModel]
@@ -116,11 +123,9 @@ OPTIONS: dict[str, Make] = {
     "+ moments behind converted layers": lambda b, n: variants.sequential_model(
         b.source, b.uniform(n), b.moments, b.blocks
     ),
-    "+ W_O refitted to the source's stream": lambda b, n: variants.sequential_model(
-        b.source, b.uniform(n), b.moments, b.blocks, collect=False, refit_output=True
-    ),
-    "+ both": lambda b, n: variants.sequential_model(
-        b.source, b.uniform(n), b.moments, b.blocks, refit_output=True
+    "+ W_O refitted to the source's stream": lambda b, n: b.refitted(b.converted(b.uniform(n))),
+    "+ both": lambda b, n: b.refitted(
+        variants.sequential_model(b.source, b.uniform(n), b.moments, b.blocks)
     ),
     "+ affine head factors": lambda b, n: b.converted(b.uniform(n, "affine")),
 }
@@ -150,14 +155,7 @@ REFINED: dict[str, tuple[Make, dict[str, Any]]] = {
     ),
     "refined: folded to 8192 tokens": (OPTIONS["+ slow pairs folded, exact to 8192 tokens"], {}),
     "refined: W_O refitted before": (
-        lambda b, n: variants.sequential_model(
-            b.source,
-            b.uniform(n, gauge="absorbed"),
-            b.moments,
-            b.blocks,
-            collect=False,
-            refit_output=True,
-        ),
+        lambda b, n: b.refitted(b.converted(b.uniform(n, gauge="absorbed"))),
         {},
     ),
     "refined: widths by sensitivity": (

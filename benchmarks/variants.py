@@ -229,19 +229,9 @@ def sequential_model(
     plan: Plan,
     moments: Moments,
     blocks: Tensor,
-    *,
-    collect: bool = True,
-    refit_output: bool = False,
-    ridge: float = 1e-3,
     batch_size: int = 8,
 ) -> TPAForCausalLM:
-    """Layers converted in order, each behind the converted ones.
-
-    Args:
-        collect: moments from the converted model's own stream; else the given ones.
-        refit_output: least squares of W_O against the source's residual stream, tokens weighed as
-            refinement does, towards the closed form by `ridge` of the mean energy.
-    """
+    """Layers converted in order, each with moments from the converted model's own stream."""
     model = convert_model(source, plan, moments).to(source.model.device)
     state = source.architecture.llama_state_dict(source.model)
     own_state = {k: v.cpu() for k, v in state.items() if "self_attn" in k}
@@ -251,48 +241,20 @@ def sequential_model(
     for i, (source_layer, layer) in enumerate(
         zip(source.model.model.layers, model.model.layers, strict=True)
     ):
-        starts = range(0, len(streams.stream), batch_size)
-        if collect:
-            weights = attention_weights(source, state, i, dtype=torch.float32)
-            accumulator = MomentAccumulator(weights, 4)
-            for n, start in enumerate(starts):
-                inputs = layer.input_layernorm(streams.stream[start : start + batch_size])
-                accumulator.update(inputs.float(), rotation, offset=n % 4)
-            parameters, _ = convert_layer(
-                attention_weights(source, own_state, i),
-                accumulator.finish(),
-                plan.layers[i],
-                method="gauge",
-                whiten=True,
-            )
-            own = layer.self_attn.state_dict()
-            layer.self_attn.load_state_dict({k: parameters[k].to(v) for k, v in own.items()})
-        drift = streams.stream - streams.source_stream
-        middle = streams.advance_source(source_layer)
-        if refit_output:
-            scale = middle.square().sum(-1, keepdim=True) + drift.square().sum(-1, keepdim=True)
-            refit(layer, streams, middle - streams.stream, scale, starts, batch_size, ridge)
+        weights = attention_weights(source, state, i, dtype=torch.float32)
+        accumulator = MomentAccumulator(weights, 4)
+        for n, start in enumerate(range(0, len(streams.stream), batch_size)):
+            inputs = layer.input_layernorm(streams.stream[start : start + batch_size])
+            accumulator.update(inputs.float(), rotation, offset=n % 4)
+        parameters, _ = convert_layer(
+            attention_weights(source, own_state, i),
+            accumulator.finish(),
+            plan.layers[i],
+            method="gauge",
+            whiten=True,
+        )
+        own = layer.self_attn.state_dict()
+        layer.self_attn.load_state_dict({k: parameters[k].to(v) for k, v in own.items()})
+        streams.advance_source(source_layer)
         streams.advance(layer)
     return model
-
-
-def refit(layer, streams, target, scale, starts, batch_size: int, ridge: float) -> None:
-    """W_O ← the weighted least-squares solution, damped towards what it was."""
-    projection = layer.self_attn.o_proj
-    captured: list[Tensor] = []
-    hook = projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
-    gram = cross = 0.0
-    for start in starts:
-        batch = slice(start, start + batch_size)
-        output, _ = layer.self_attn(
-            layer.input_layernorm(streams.stream[batch]), position_embeddings=streams.rotary
-        )
-        heads = captured.pop().flatten(0, 1).double()
-        weighted = heads / scale[batch].flatten(0, 1)
-        gram = gram + heads.mT @ weighted
-        cross = cross + weighted.mT @ (target[batch] - output).flatten(0, 1).double()
-    hook.remove()
-    assert isinstance(gram, Tensor)
-    damping = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype).to(gram)
-    change = torch.linalg.solve(gram + damping, cross)
-    projection.weight.data += change.mT.to(projection.weight)
