@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tpa_convert.architectures.layers import run_layer
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.errors import UserError
 from tpa_convert.healing.trainer import block_forward
@@ -87,12 +88,9 @@ class StreamPair:
         hook = layer.post_attention_layernorm.register_forward_pre_hook(capture)
         for start in range(0, len(middle), self.size):
             batch = slice(start, start + self.size)
-            output = layer(
-                self.source_stream[batch],
-                position_ids=self.positions,
-                position_embeddings=self.rotary,
+            self.source_stream[batch] = run_layer(
+                layer, self.source_stream[batch], self.positions, self.rotary
             )
-            self.source_stream[batch] = output[0] if isinstance(output, tuple) else output
         hook.remove()
         return middle
 

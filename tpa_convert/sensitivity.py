@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tpa_convert.architectures import Source
 from tpa_convert.architectures.attention import attention_weights
+from tpa_convert.architectures.layers import run_layer
 from tpa_convert.calibration.moments import Moments, Track, no_tracking
 from tpa_convert.conversion import convert_layer
 from tpa_convert.decomposition import AttentionWeights, LayerMoments
@@ -81,10 +82,7 @@ class _Body:
         self.final = [self.run(batch, 0) for batch in self.batches]
 
     def step(self, hidden: Tensor, layer: int) -> Tensor:
-        output = self.decoder.layers[layer](
-            hidden, position_ids=self.positions, position_embeddings=self.rotary
-        )
-        return output[0] if isinstance(output, tuple) else output
+        return run_layer(self.decoder.layers[layer], hidden, self.positions, self.rotary)
 
     def run(self, hidden: Tensor, start: int) -> Tensor:
         for layer in range(start, len(self.decoder.layers)):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tpa_convert.architectures import Source
 from tpa_convert.architectures.attention import attention_weights
+from tpa_convert.architectures.layers import run_layer
 from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
@@ -220,8 +221,7 @@ def collect_moments(
             with_kwargs=True,
         )
         for b, hidden in enumerate(batches):
-            output = layer(hidden, position_ids=positions, position_embeddings=position_embeddings)
-            batches[b] = output[0] if isinstance(output, tuple) else output
+            batches[b] = run_layer(layer, hidden, positions, position_embeddings)
             accumulator.update(captured.pop().float(), rotation, offset=b % query_stride)
         hook.remove()
         layers.append(accumulator.finish())

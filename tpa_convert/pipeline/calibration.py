@@ -6,20 +6,17 @@ from torch import Tensor
 
 from tpa_convert.architectures import Source
 from tpa_convert.calibration.moments import Moments, Track, collect_moments
-from tpa_convert.calibration.text import (
-    default_calibration_documents,
-    load_documents,
-    token_blocks,
-)
-from tpa_convert.export.output import (
-    atomic_file,
-)
-from tpa_convert.recipe import (
-    CalibrationOptions,
-)
+from tpa_convert.calibration.text import default_calibration_documents, load_documents, token_blocks
+from tpa_convert.export.output import atomic_file
+from tpa_convert.recipe import CalibrationOptions
 
 
 def calibration_blocks(source: Source, options: CalibrationOptions) -> Tensor:
+    """Token blocks of the calibration text, int64 [N, block_length].
+
+    Raises:
+        UserError: no such text, or too little of it.
+    """
     if options.calibration:
         documents = load_documents(options.calibration, text_column=options.text_column)
     else:
@@ -35,11 +32,15 @@ def calibration_blocks(source: Source, options: CalibrationOptions) -> Tensor:
 
 def moments_of(
     source: Source, blocks: Tensor | None, options: CalibrationOptions, track: Track
-) -> Moments | None:
+) -> Moments:
+    """The moments a user has kept, or else those of `blocks`, which are kept if asked.
+
+    Raises:
+        UserError: the file of kept moments is missing or something else.
+    """
     if options.moments is not None:
         return Moments.load(options.moments)
-    if blocks is None:
-        return None
+    assert blocks is not None
     moments = collect_moments(source, blocks, track=track)
     if options.save_moments is not None:
         with atomic_file(options.save_moments) as path:

@@ -13,20 +13,11 @@ from tpa_convert.architectures import read_source_config
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.conversion import convert_model
 from tpa_convert.errors import UserError
-from tpa_convert.export.output import (
-    atomic_directory,
-    check_output,
-)
-from tpa_convert.export.save import (
-    save_converted,
-    stamp,
-)
+from tpa_convert.export.output import atomic_directory, check_output
+from tpa_convert.export.save import save_converted, stamp
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.prediction import Prediction, predict
-from tpa_convert.recipe import (
-    ConvertOptions,
-    SourceOptions,
-)
+from tpa_convert.recipe import ConvertOptions, SourceOptions
 from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.refit import refit
 from tpa_convert.sources import load, source_options
@@ -86,13 +77,14 @@ def convert(
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
         reads_text = options.refit or options.refine
-        needs_moments = options.whiten or options.form == "linear"
-        calibrated = reads_text or (needs_moments and options.moments is None)
+        given = options.moments is not None
+        needs_moments = options.whiten or options.form == "linear" or given
+        calibrated = reads_text or (needs_moments and not given)
         blocks = calibration_blocks(loaded, options) if calibrated else None
         model = convert_model(
             loaded,
             prediction.plan,
-            moments_of(loaded, blocks, options, track),
+            moments_of(loaded, blocks, options, track) if needs_moments else None,
             method=options.method,
             whiten=options.whiten,
             dtype=torch.float32 if reads_text else prediction.dtype,

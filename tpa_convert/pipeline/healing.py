@@ -15,33 +15,16 @@ from torch import Tensor
 
 from tpa_convert.architectures import Source
 from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.text import (
-    Documents,
-    load_documents,
-    token_blocks,
-)
+from tpa_convert.calibration.text import Documents, load_documents, token_blocks
 from tpa_convert.charts import healing_chart
 from tpa_convert.errors import UserError
-from tpa_convert.export.output import (
-    PROVENANCE_FILE,
-    atomic_directory,
-    atomic_file,
-    check_output,
-)
-from tpa_convert.export.save import (
-    load_converted,
-    read_provenance,
-    save_converted,
-    stamp,
-)
+from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_file, check_output
+from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
 from tpa_convert.healing import HealingReport, HealingSettings
 from tpa_convert.healing import heal as heal_model
 from tpa_convert.healing.sampling import sample_blocks
 from tpa_convert.prediction import named_dtype
-from tpa_convert.recipe import (
-    HealOptions,
-    SourceOptions,
-)
+from tpa_convert.recipe import HealOptions, SourceOptions
 from tpa_convert.sources import source_of
 
 TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens"}  # the rest are settings

@@ -17,11 +17,7 @@ from tpa_convert.planning import Budget, Plan, plan_to_yaml, plan_uniform
 from tpa_convert.planning.cost import largest_context
 from tpa_convert.planning.plan import floats_of_budget
 from tpa_convert.prediction import named_dtype
-from tpa_convert.recipe import (
-    BUDGETS,
-    PlanOptions,
-    SourceOptions,
-)
+from tpa_convert.recipe import BUDGETS, PlanOptions, SourceOptions
 from tpa_convert.refinement import RefinementSettings
 from tpa_convert.sources import load, source_options
 
@@ -138,7 +134,6 @@ def plan(
     if len(blocks) <= held_out:
         raise UserError("a plan needs at least two calibration sequences: give more text")
     moments = moments_of(loaded, blocks[held_out:], options, track)
-    assert moments is not None
     settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
     report = search(
         loaded,
