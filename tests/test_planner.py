@@ -268,6 +268,8 @@ def last_line(result) -> str:
     [
         (("--kv-floats", 8, "--kv-ratio", 0.5), "at most one of --kv-floats"),
         (("--kv-floats", 1), "too small"),
+        (("--kv-floats", 15), "too small for widths in multiples of 8"),
+        (("--multiple-of", 6), "widths cannot be multiples of 6"),
         (("--chart", "plan.gif"), "a chart ends in .png, .svg, .pdf"),
         (("--calibration-blocks", 1), "--calibration-blocks of at least 2"),
         (("--moments", "missing.st", "--save-moments", "other.st"), "leave out --save-moments"),

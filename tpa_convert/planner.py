@@ -78,6 +78,25 @@ class PlanReport:
         return self.candidates[self.chosen].plan
 
 
+def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
+    """Refuses what `plan_measured` could not fill, before anything is measured for it.
+
+    Raises:
+        UserError: a budget too small for one multiple a part, or multiples that do not fit.
+    """
+    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    layers = llama_config["num_hidden_layers"]
+    if multiple_of < 2 or multiple_of % 2 or width % multiple_of:
+        raise UserError(
+            f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
+        )
+    if int(kv_floats * layers) // multiple_of < 2 * layers:
+        raise UserError(
+            f"a budget of {kv_floats:g} numbers per token and layer is too small for widths in "
+            f"multiples of {multiple_of}"
+        )
+
+
 def plan_measured(
     sensitivity: Sequence[LayerSensitivity],
     llama_config: dict[str, Any],
@@ -94,19 +113,11 @@ def plan_measured(
     Raises:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
     """
+    check_multiples(llama_config, kv_floats, multiple_of)
     width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
-    if multiple_of < 2 or multiple_of % 2 or width % multiple_of:
-        raise UserError(
-            f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
-        )
     grid = torch.arange(multiple_of, width + 1, multiple_of)
     curves = [part.loss(grid) for layer in sensitivity for part in (layer.keys, layer.values)]
     units = min(int(kv_floats * len(sensitivity)) // multiple_of, len(curves) * len(grid))
-    if units < len(curves):
-        raise UserError(
-            f"a budget of {kv_floats:g} numbers per token and layer is too small for widths in "
-            f"multiples of {multiple_of}"
-        )
     widths = [multiple_of * count for count in allocate(curves, units)]
     return plan_widths(list(zip(widths[::2], widths[1::2], strict=True)), llama_config)
 

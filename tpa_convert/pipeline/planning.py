@@ -12,7 +12,7 @@ from tpa_convert.architectures import architecture_of, read_source_config
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.errors import UserError
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
-from tpa_convert.planner import PlanReport, search
+from tpa_convert.planner import PlanReport, check_multiples, search
 from tpa_convert.planning import Budget, Plan, plan_to_yaml, plan_uniform
 from tpa_convert.planning.cost import largest_context
 from tpa_convert.planning.plan import floats_of_budget
@@ -128,6 +128,9 @@ def plan(
         kv_floats = floats_of_budget(
             budget, llama_config["num_hidden_layers"], source_floats, cache_dtype
         )
+    curve = [share * source_floats for share in CURVE]
+    for floats in (*curve, *([] if kv_floats is None else [kv_floats])):
+        check_multiples(llama_config, floats, options.multiple_of)
     loaded = load(where, device)
     blocks = calibration_blocks(loaded, options)
     held_out = max(1, len(blocks) // 8)
@@ -141,7 +144,7 @@ def plan(
         blocks[:held_out],
         kv_floats=kv_floats,
         max_increase=options.max_increase,
-        curve=[share * source_floats for share in CURVE],
+        curve=curve,
         gauge=options.gauge,
         multiple_of=options.multiple_of,
         context=options.context,
