@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tpa_convert.architectures import Source, SourceReference, architecture_of
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion import convert_model
-from tpa_convert.modeling import Form, Gauge, TPAForCausalLM
+from tpa_convert.modeling import Form, Gauge, KeyCache, TPAForCausalLM
 from tpa_convert.planning import Budget, plan_uniform
 
 
@@ -38,6 +38,7 @@ def convert_tiny(
     form: Form = "static",
     gauge: Gauge | Literal["auto"] = "auto",
     rank_q: int | None = None,
+    key_cache: KeyCache = "rotated",
     moments: Moments | None = None,
     **budget: Any,
 ) -> TPAForCausalLM:
@@ -58,6 +59,7 @@ def convert_tiny(
             gauge=gauge,
             whole_heads=method == "svd",
             rank_q=rank_q,
+            key_cache=key_cache,
         )
     moments = moments or tiny_moments(model)
     return convert_model(source, plan, moments, method=method, whiten=whiten)

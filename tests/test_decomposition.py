@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from tpa_convert.decomposition import (
     LayerMoments,
     ValueFactors,
     data_free_moments,
+    decompose_latent_keys,
 )
 from tpa_convert.decomposition.factors import symmetric_power, to_complex_pairs, to_half_split
 from tpa_convert.decomposition.gauge import allocate_components, value_metric
@@ -85,6 +87,7 @@ def random_layer(
         pair_covariance=torch.einsum("ngf,nhf->fgh", pairs, pairs.conj()) / len(inputs),
         query_energy=normal(groups, head_dim // 2, seed=seed + 6).square() + 0.1,
         key_covariance=key.flatten(1).mT @ key.flatten(1) / len(inputs),
+        key_mean=key.flatten(1).mean(0),
         value_covariance=value.mT @ value / len(inputs),
         constant_functional=torch.zeros(hidden, dtype=torch.float64),
         constant_residual=torch.ones((), dtype=torch.float64),
@@ -169,6 +172,24 @@ def test_whole_heads_have_a_higher_key_error(layer) -> None:
         for name in ("gauge", "svd")
     )
     assert gauge < svd
+
+
+# Latent keys
+
+
+@pytest.mark.parametrize("width", [1, 7, 24])
+def test_latent_key_error_is_the_sum_of_the_discarded_eigenvalues(layer, width) -> None:
+    key = torch.einsum("nx,gdx->ngd", layer.inputs, layer.weights.key)
+    covariance = torch.cov(key.flatten(1).mT, correction=0)
+    moments = replace(layer.moments, key_covariance=covariance)
+    factors = decompose_latent_keys(layer.weights, moments, width)
+    rebuilt = torch.einsum("gdw,nw->ngd", factors.gauge, layer.inputs @ factors.feature.mT)
+    energy = torch.cat((layer.moments.query_energy,) * 2, dim=1)  # both halves of a head
+    error = (energy * (rebuilt + factors.offset - key).square().mean(0)).sum()
+    weight = energy.flatten().sqrt()
+    eigenvalues = torch.linalg.eigvalsh(weight[:, None] * covariance * weight)
+    expected = eigenvalues[: len(eigenvalues) - width].sum()
+    torch.testing.assert_close(error, expected, rtol=1e-8, atol=1e-8 * eigenvalues.sum())
 
 
 # Values in a gauge

@@ -120,6 +120,28 @@ def test_full_width_conversion_is_the_source(tiny_source_model, method, whiten, 
     assert max_difference(tiny_source_model, converted) < TOLERANCE
 
 
+@pytest.mark.parametrize("gauge", ["absorbed", "applied"])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_full_width_latent_keys_are_the_source(tiny_source_model, gauge, whiten) -> None:
+    converted = convert_tiny(tiny_source_model, key_cache="latent", gauge=gauge, whiten=whiten)
+    assert max_difference(tiny_source_model, converted) < TOLERANCE
+
+
+def test_the_constant_part_of_latent_keys_costs_no_cache(tiny_llama) -> None:
+    """Keys that are constant but for one direction need one number each, whatever their bias."""
+    source = tiny_llama("gqa", attention_bias=True)
+    generator = torch.Generator().manual_seed(0)
+    for layer in source.model.layers:
+        weight = layer.self_attn.k_proj.weight
+        left, right = (torch.randn(n, generator=generator) for n in weight.shape)
+        weight.data = left.outer(right) / 8
+    converted = convert_tiny(source, key_cache="latent", width_k=1, width_v=16)
+    assert max_difference(source, converted) < TOLERANCE
+    for layer in converted.model.layers:
+        layer.self_attn.key_offset.data.zero_()
+    assert max_difference(source, converted) > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("form", ["static", "affine"])
 def test_absorbed_and_applied_gauges_agree_below_full_width(tiny_llama, form) -> None:
     source = tiny_llama("gqa")
@@ -169,6 +191,7 @@ def test_other_families_are_exact_at_full_width(config_class, model_class, extra
             torch.nn.init.normal_(parameter, std=0.5)
     for gauge in ("absorbed", "applied"):
         assert max_difference(source, convert_tiny(source, gauge=gauge)) < TOLERANCE
+    assert max_difference(source, convert_tiny(source, key_cache="latent")) < TOLERANCE
 
 
 def test_output_bias_and_attention_scale_are_kept(tiny_llama) -> None:
@@ -187,6 +210,7 @@ def test_scaled_rope_is_exact(tiny_llama, scaling) -> None:
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     source = tiny_llama("gqa", rope_parameters=rope)
     assert max_difference(source, convert_tiny(source)) < TOLERANCE
+    assert max_difference(source, convert_tiny(source, key_cache="latent")) < TOLERANCE
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -206,6 +230,7 @@ def test_full_width_is_exact_for_any_shape(groups, heads_per_group, head_dim, mu
         hidden_size=heads * multiple,
     )
     assert max_difference(source, convert_tiny(source)) < TOLERANCE
+    assert max_difference(source, convert_tiny(source, key_cache="latent")) < TOLERANCE
 
 
 def constant_input_model(tiny_llama) -> LlamaForCausalLM:

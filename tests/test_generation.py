@@ -15,6 +15,8 @@ from tpa_convert.modeling import TPAForCausalLM
 LAYOUTS: dict[str, dict[str, Any]] = {
     "static absorbed": {"kv_floats": 14, "gauge": "absorbed"},
     "static applied": {"kv_floats": 14, "gauge": "applied"},
+    "latent absorbed": {"kv_floats": 14, "gauge": "absorbed", "key_cache": "latent"},
+    "latent applied": {"kv_floats": 22, "gauge": "applied", "key_cache": "latent"},
     "affine absorbed": {"kv_floats": 20, "form": "affine", "gauge": "absorbed"},
     "affine applied": {"kv_floats": 20, "form": "affine", "gauge": "applied"},
     "paper": {"rank_k": 2, "rank_v": 1, "form": "linear", "method": "svd"},
@@ -123,7 +125,7 @@ def test_static_cache_with_chunked_prefill(converted) -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("layout", ["static applied", "paper"])
+@pytest.mark.parametrize("layout", ["static applied", "latent absorbed", "paper"])
 def test_static_cache_compiles_as_one_graph(tiny_llama, layout) -> None:
     model = convert_tiny(tiny_llama("gqa"), **LAYOUTS[layout])
     tokens = prompt(length=6)

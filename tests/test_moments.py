@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -81,6 +82,7 @@ def brute_force(observed: Observed) -> LayerMoments:
     value_covariance = torch.zeros_like(key_covariance)
     hidden = observed.inputs.shape[-1]
     second, mean = key_covariance.new_zeros(hidden, hidden), key_covariance.new_zeros(hidden)
+    key_mean = key_covariance.new_zeros(GROUPS * HEAD_DIM)
     energy = key_covariance.new_zeros(GROUPS, PAIRS)
     for n in range(blocks):
         rotated = torch.complex(*observed.key[n].chunk(2, -1))  # [g, t, f]
@@ -100,6 +102,7 @@ def brute_force(observed: Observed) -> LayerMoments:
                 value_covariance += mixed.outer(mixed) / HEADS
                 q = torch.complex(*observed.query[n, h, s].chunk(2))
                 energy[h // (HEADS // GROUPS)] += q.abs().square()
+            key_mean += average @ plain
             second += (average[:, None] * inputs).mT @ inputs
             mean += average @ inputs
     second, mean = second / queries, mean / queries
@@ -109,6 +112,7 @@ def brute_force(observed: Observed) -> LayerMoments:
         pair_covariance=pair / queries,
         query_energy=energy / queries,
         key_covariance=key_covariance / queries,
+        key_mean=key_mean / queries,
         value_covariance=value_covariance / queries,
         constant_functional=functional,
         constant_residual=1 - 2 * functional @ mean + functional @ second @ functional,
@@ -132,13 +136,21 @@ def test_the_brute_force_sees_each_step(tiny_llama) -> None:
     observed = observe(tiny_llama("gqa"))[0]
     reference = brute_force(observed)
     shifted = observed._replace(key=observed.key + 1, plain_key=observed.plain_key + 1)
-    assert max(differences(brute_force(shifted), reference).values()) < 1e-9
+    changed = differences(brute_force(shifted), reference)
+    assert changed.pop("key_mean") > 0.01
+    assert max(changed.values()) < 1e-9
     unrotated = differences(brute_force(observed._replace(key=observed.plain_key)), reference)
     assert unrotated["pair_covariance"] > 0.01
     uniform = observed.attention.new_ones(observed.attention.shape).tril()
     even = observed._replace(attention=uniform / uniform.sum(-1, keepdim=True))
     changed = differences(brute_force(even), reference)
-    for name in ("pair_covariance", "key_covariance", "value_covariance", "constant_functional"):
+    for name in (
+        "pair_covariance",
+        "key_covariance",
+        "key_mean",
+        "value_covariance",
+        "constant_functional",
+    ):
         assert changed[name] > 0.01
 
 
@@ -211,6 +223,16 @@ def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights")
     with pytest.raises(UserError, match="holds no moments"):
         Moments.load(tmp_path / "weights")
+
+
+def test_a_file_without_all_moments_is_refused(moments, tmp_path) -> None:
+    path: Path = tmp_path / "moments"
+    moments.save(path)
+    with safe_open(path, framework="pt") as file:
+        kept = {key: file.get_tensor(key) for key in file.keys() if "key_mean" not in key}  # noqa: SIM118
+        save_file(kept, path, metadata=file.metadata())
+    with pytest.raises(UserError, match="another version: make a new file"):
+        Moments.load(path)
 
 
 def test_a_truncated_file_is_refused(moments, tmp_path) -> None:

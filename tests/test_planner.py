@@ -98,17 +98,21 @@ def test_multiples_that_do_not_fit(measured, multiple, floats) -> None:
 # ------------------------------------------------------------------------------- cost
 
 
-@pytest.mark.parametrize("form", ["static", "affine", "linear"])
+@pytest.mark.parametrize(
+    ("form", "key_cache"),
+    [("static", "rotated"), ("static", "latent"), ("affine", "rotated"), ("linear", "rotated")],
+)
 @pytest.mark.parametrize("gauge", ["absorbed", "applied"])
-def test_parameters_and_cache_are_those_of_the_model(measured, form, gauge) -> None:
+def test_parameters_and_cache_are_those_of_the_model(measured, form, key_cache, gauge) -> None:
     source, moments, blocks, _ = measured
     config = source.architecture.llama_config(source.model.config)
-    plan = plan_uniform(config, Budget(kv_floats=24), form=form, gauge=gauge)
+    budget = Budget(kv_floats=24)
+    plan = plan_uniform(config, budget, form=form, gauge=gauge, key_cache=key_cache)
     model = convert_model(source, plan, moments)
     matrices = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if "self_attn" in name and not name.endswith("bias")
+        if "self_attn" in name and not name.endswith(("bias", "offset"))
     )
     cost = plan_cost(plan, config, context=100)
     assert cost.parameters == matrices
@@ -133,6 +137,17 @@ def test_arithmetic_of_decoding_grows_by_the_widths_that_a_token_reads(measured)
     assert per_token[1] - per_token[0] == expected
 
 
+def test_latent_keys_are_rebuilt_for_every_cached_token(measured) -> None:
+    source = measured[0]
+    config = source.architecture.llama_config(source.model.config)
+    groups, head_dim = config["num_key_value_heads"], config["head_dim"]
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    plan = plan_widths([(6, 4)] * layers, config, key_cache="latent")
+    per_token = [plan_cost(plan, config, context=n).decode_flops for n in (100, 101)]
+    expected = 2 * layers * (heads * (head_dim + 4) + groups * head_dim * 6)
+    assert per_token[1] - per_token[0] == expected
+
+
 def test_largest_context() -> None:
     assert largest_context(memory=1000, weight_bytes=400, kv_bytes=3, batch=2) == 100
     assert largest_context(memory=100, weight_bytes=400, kv_bytes=3, batch=2) == 0
@@ -145,8 +160,9 @@ def llama_config(layers: int = 3) -> dict[str, int]:
     return {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": layers}
 
 
-def test_a_plan_survives_its_file(tmp_path) -> None:
-    plan = plan_widths([(4, 16), (16, 3), (8, 8)], llama_config())
+@pytest.mark.parametrize("key_cache", ["rotated", "latent"])
+def test_a_plan_survives_its_file(tmp_path, key_cache) -> None:
+    plan = plan_widths([(4, 16), (16, 3), (8, 8)], llama_config(), key_cache=key_cache)
     path = tmp_path / "plan.yaml"
     path.write_text(plan_to_yaml(plan, {"id": "tiny"}))
     assert load_plan(path, llama_config()) == plan
@@ -236,6 +252,20 @@ def test_candidates_are_refined_if_the_model_will_be(tmp_path, text) -> None:
     better = [r["kl"] < p["kl"] for p, r in zip(plain, refined, strict=True)]
     assert sum(better) > 0.8 * len(better)
     assert [c["predicted_kl"] for c in plain] == [c["predicted_kl"] for c in refined]
+
+
+def test_latent_keys_are_planned_and_converted(tmp_path, text) -> None:
+    source = save_source(tmp_path / "source")
+    plan, report = tmp_path / "plan.yaml", tmp_path / "plan.json"
+    options = ("--kv-ratio", 0.5, "--key-cache", "latent", "--out", plan, "--json", report)
+    result = planned(source, text, *options)
+    assert result.exit_code == 0, result.output
+    for candidate in json.loads(report.read_text())["candidates"]:
+        assert {layer["key_cache"] for layer in candidate["layers"]} == {"latent"}
+        assert {layer["form"] for layer in candidate["layers"]} == {"static"}
+    converted = tpa_convert("convert", source, "--plan", plan, "--out", tmp_path / "small")
+    assert converted.exit_code == 0, converted.output
+    assert "latent keys" in converted.stdout
 
 
 def test_the_same_command_makes_the_same_plan(tmp_path, text) -> None:

@@ -40,6 +40,16 @@ def shape_of(plan: Plan) -> LayerShape:
     return plan.layers[0]
 
 
+@pytest.mark.parametrize(
+    ("floats", "widths"), [(128, (48, 80)), (72, (24, 48)), (9, (3, 6)), (2, (1, 1))]
+)
+def test_latent_keys_get_three_eighths(floats, widths) -> None:
+    shape = shape_of(
+        plan_uniform(fields(head_dim=64), Budget(kv_floats=floats), key_cache="latent")
+    )
+    assert (shape.width_k, shape.width_v) == widths
+
+
 @pytest.mark.parametrize("form", ["static", "affine", "linear"])
 def test_floats_bytes_and_ratio_say_the_same(form) -> None:
     by_floats = plan(form, kv_floats=30)

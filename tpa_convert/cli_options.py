@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tpa_convert.recipe import FloatType, GaugePlace, HeadFactorForm, Method
+from tpa_convert.recipe import FloatType, GaugePlace, HeadFactorForm, KeyCacheKind, Method
 
 BUDGET = "Budget (one of: floats, bytes, ratio, a plan, ranks and widths)"
 PLANNING = "Planning"
@@ -230,6 +230,15 @@ GaugeChoice = Annotated[
         "--gauge",
         "Fold the constant maps per head into the projections (absorbed) or apply them at run "
         "time; auto absorbs while the projections do not grow.",
+        METHOD,
+    ),
+]
+KeyCache = Annotated[
+    KeyCacheKind,
+    option(
+        "--key-cache",
+        "Cache keys rotated, ready to use; or latent: better at the same bytes, but every step has "
+        "to rebuild and rotate the keys of the whole context.",
         METHOD,
     ),
 ]

@@ -13,9 +13,11 @@ from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,
     KeyFactors,
+    LatentKeyFactors,
     LayerMoments,
     ValueFactors,
     data_free_moments,
+    decompose_latent_keys,
 )
 from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
 from tpa_convert.decomposition.gauge import value_metric
@@ -54,7 +56,7 @@ def head_factor_parameters(
 
 def attention_parameters(
     weights: AttentionWeights,
-    keys: KeyFactors,
+    keys: KeyFactors | LatentKeyFactors,
     values: ValueFactors,
     shape: LayerShape,
     functional: Tensor,
@@ -69,9 +71,18 @@ def attention_parameters(
         functional: [D], stands in for the constant 1 in `linear` head factors.
         rank_q: rank of factored queries, None for dense ones.
     """
-    output: dict[str, Tensor] = {"rotary_pair": keys.rotary_pair}
     absorbed = shape.gauge == "absorbed"
-    query = absorbed_query(weights, keys) if absorbed else weights.query
+    query, output = weights.query, {}
+    if isinstance(keys, LatentKeyFactors):
+        key_feature = keys.feature
+        output["key_gauge"], output["key_offset"] = keys.gauge, keys.offset
+    else:
+        key_feature = to_half_split(keys.feature, 0)
+        output["rotary_pair"] = keys.rotary_pair
+        if absorbed:
+            query = absorbed_query(weights, keys)
+        elif shape.gauge == "applied":
+            output["key_gauge"] = torch.stack((keys.gauge.real, keys.gauge.imag), dim=1)
     projection = absorbed_output(weights, values) if absorbed else weights.output
     if rank_q is None:
         queries = [("q_proj", query.flatten(0, 1))]
@@ -83,7 +94,7 @@ def attention_parameters(
         output |= head_factor_parameters(name, head_factor, functional, shape.form)
     for name, weight in (
         *queries,
-        ("k_feature_factor", to_half_split(keys.feature, 0)),
+        ("k_feature_factor", key_feature),
         ("v_feature_factor", values.feature),
     ):
         output[f"{name}.weight"], output[f"{name}.bias"] = weight[:, :-1], weight[:, -1]
@@ -91,9 +102,9 @@ def attention_parameters(
     if weights.output_bias is not None:
         output["o_proj.bias"] = weights.output_bias
     if shape.gauge == "applied":
-        output["key_gauge"] = torch.stack((keys.gauge.real, keys.gauge.imag), dim=1)
         output["value_gauge"] = values.gauge
     if shape.contextual:
+        assert isinstance(keys, KeyFactors)
         for name, rank, factors in (("k", shape.rank_k, keys), ("v", shape.rank_v, values)):
             # with a gauge, the constant head factors are inside it
             head = functional.new_ones(rank, len(weights.key))
@@ -114,7 +125,8 @@ def convert_layer(
     rank_limit_k: int | None = None,
     rank_q: int | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Parameters of one converted attention layer, and the most components on one rotary pair."""
+    """Parameters of one converted attention layer, and its rank_k (`static`: the most components on
+    one rotary pair)."""
     decompose = METHODS[method]
     metric = value_metric(weights)
     basis = moments
@@ -122,9 +134,12 @@ def convert_layer(
         basis = data_free_moments(weights)
         metric = torch.eye(metric.shape[-1], dtype=metric.dtype).expand_as(metric)
     functional = (moments or basis).constant_functional
-    keys = decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k)
     values = decompose.decompose_values(weights, basis, shape.width_v, metric)
-    rank = int(keys.rotary_pair.bincount().max())
+    if shape.latent_keys:
+        latent = decompose_latent_keys(weights, basis, shape.width_k)
+        return attention_parameters(weights, latent, values, shape, functional), shape.rank_k
+    keys = decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k)
+    rank = shape.rank_k if shape.contextual else int(keys.rotary_pair.bincount().max())
     return attention_parameters(weights, keys, values, shape, functional, rank_q), rank
 
 
@@ -193,7 +208,7 @@ def convert_model(
             rank_limit_k=plan.rank_limit_k,
             rank_q=plan.rank_q,
         )
-        rank_k.append(shape.rank_k if shape.contextual else rank)
+        rank_k.append(rank)
         for name, tensor in layer.items():
             key = f"model.layers.{i}.self_attn.{name}"
             parameters[key] = (

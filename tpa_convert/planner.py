@@ -15,7 +15,7 @@ from tpa_convert.calibration.moments import Moments, Track, no_tracking
 from tpa_convert.conversion import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation.perplexity import compare
-from tpa_convert.modeling import Form, Gauge
+from tpa_convert.modeling import Form, Gauge, KeyCache
 from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.planning.allocation import allocate
 from tpa_convert.planning.cost import Cost, plan_cost, source_cost
@@ -102,6 +102,7 @@ def plan_measured(
     llama_config: dict[str, Any],
     kv_floats: float,
     multiple_of: int = 8,
+    key_cache: KeyCache = "rotated",
 ) -> Plan:
     """Static widths that minimise the sum of the parts' losses within a budget.
 
@@ -109,6 +110,7 @@ def plan_measured(
         sensitivity: of every layer.
         kv_floats: numbers cached per token and layer, mean over layers.
         multiple_of: of which every width is a multiple; even.
+        key_cache: the kind of keys that the sensitivity is of.
 
     Raises:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
@@ -119,16 +121,18 @@ def plan_measured(
     curves = [part.loss(grid) for layer in sensitivity for part in (layer.keys, layer.values)]
     units = min(int(kv_floats * len(sensitivity)) // multiple_of, len(curves) * len(grid))
     widths = [multiple_of * count for count in allocate(curves, units)]
-    return plan_widths(list(zip(widths[::2], widths[1::2], strict=True)), llama_config)
+    pairs = list(zip(widths[::2], widths[1::2], strict=True))
+    return plan_widths(pairs, llama_config, key_cache=key_cache)
 
 
 def plan_between(first: Plan, second: Plan, llama_config: dict[str, Any]) -> Plan:
-    """Static widths halfway between two plans, rounded down (keys to even widths)."""
+    """Static widths halfway between two plans of the same keys, rounded down (keys to even
+    widths)."""
     widths = [
         ((a.width_k + b.width_k) // 4 * 2, (a.width_v + b.width_v) // 2)
         for a, b in zip(first.layers, second.layers, strict=True)
     ]
-    return plan_widths(widths, llama_config)
+    return plan_widths(widths, llama_config, key_cache=first.layers[0].key_cache)
 
 
 def predicted_loss(plan: Plan, sensitivity: Sequence[LayerSensitivity]) -> float:
@@ -150,6 +154,7 @@ def search(
     curve: Sequence[float],
     gauge: Gauge | Literal["auto"] = "auto",
     multiple_of: int = 8,
+    key_cache: KeyCache = "rotated",
     context: int = 4096,
     refinement: tuple[Tensor, RefinementSettings] | None = None,
     track: Track = no_tracking,
@@ -167,6 +172,7 @@ def search(
         curve: further budgets to measure.
         gauge: where it goes in static plans.
         multiple_of: of which uneven widths are multiples.
+        key_cache: of all static plans. With latent keys there are no others.
         context: tokens to count arithmetic at.
         refinement: text and settings to refine every candidate with before it is measured, for a
             model that is going to be refined: what the closed form can spare is not what
@@ -180,12 +186,13 @@ def search(
     budgets = sorted({*curve, *wanted}, reverse=True)
     # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
     few = blocks[: max(1, len(blocks) // 4)]
-    sensitivity = measure_sensitivity(source, moments, few, track=track)
+    sensitivity = measure_sensitivity(source, moments, few, key_cache=key_cache, track=track)
+    contextual = CONTEXTUAL if key_cache == "rotated" else ()
 
     plans: list[tuple[float, Plan, Form, Split]] = []
     for floats in budgets:
-        uniform = plan_uniform(llama_config, Budget(kv_floats=floats))
-        uneven = plan_measured(sensitivity, llama_config, floats, multiple_of)
+        uniform = plan_uniform(llama_config, Budget(kv_floats=floats), key_cache=key_cache)
+        uneven = plan_measured(sensitivity, llama_config, floats, multiple_of, key_cache)
         between = plan_between(uniform, uneven, llama_config)
         splits: tuple[tuple[Plan, Split], ...] = (
             (uniform, "uniform"),
@@ -195,7 +202,7 @@ def search(
         for plan, split in splits:
             plans.append((floats, plan.with_gauge(gauge), "static", split))
         if floats == kv_floats:
-            for form in CONTEXTUAL:
+            for form in contextual:
                 plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
                 plans.append((floats, plan, form, "uniform"))
 

@@ -77,6 +77,7 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
             whole_heads=whole_heads,
             cache_dtype=cache_dtype,
             rank_q=options.rank_q,
+            key_cache=options.key_cache,
         )
     try:
         tpa_config = TPAConfig(

@@ -29,6 +29,7 @@ FloatType = Literal["float32", "bfloat16", "float16"]
 HeadFactorForm = Literal["static", "affine", "linear"]
 Method = Literal["gauge", "svd", "tucker", "cp"]
 GaugePlace = Literal["auto", "absorbed", "applied"]
+KeyCacheKind = Literal["rotated", "latent"]
 
 BUDGETS = ("kv_floats", "kv_bytes", "kv_ratio")
 RANKS = ("rank_k", "rank_v", "width_k", "width_v")
@@ -108,6 +109,8 @@ class PlanOptions(CacheBudget, CalibrationOptions):
     """Tokens at which arithmetic is counted."""
     gauge: GaugePlace = "auto"
     """Where the gauge goes: into the query and output projections, or applied at run time."""
+    key_cache: KeyCacheKind = "rotated"
+    """Cache keys ready to use, or as latents from which every step rebuilds and rotates them."""
     refine: bool = False
     """Refine every candidate before it is measured, for a model that is going to be refined."""
     refine_steps: PositiveInt = 200
@@ -152,6 +155,8 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
 
     gauge: GaugePlace = "auto"
     """Where the gauge goes: into the query and output projections, or applied at run time."""
+    key_cache: KeyCacheKind = "rotated"
+    """Cache keys ready to use, or as latents from which every step rebuilds and rotates them."""
     refit: bool = False
     """Refit the output projections by least squares after the decomposition; no GPU needed."""
     refine: bool = False
@@ -177,6 +182,13 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
             )
         if self.plan is not None and self.form != "static":
             raise ValueError("the plan says the form of every layer: leave out form")
+        if self.key_cache == "latent":
+            if self.plan is not None:
+                raise ValueError("the plan says what every layer caches: leave out key_cache")
+            if self.form != "static" or self.method != "gauge":
+                raise ValueError("latent keys need the form static and the method gauge")
+            if self.rank_k is not None:
+                raise ValueError("latent keys have no rank_k: give width_k")
         if self.rank_q is not None and self.form != "linear":
             raise ValueError(f"rank_q needs form linear, not {self.form}")
         if self.moments is not None and self.save_moments is not None:

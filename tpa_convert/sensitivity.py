@@ -23,8 +23,9 @@ from tpa_convert.decomposition.gauge import (
     value_components,
     value_metric,
 )
+from tpa_convert.decomposition.latent import latent_components
 from tpa_convert.healing.objective import chunked_divergence
-from tpa_convert.modeling import TPAConfig
+from tpa_convert.modeling import KeyCache, TPAConfig
 from tpa_convert.modeling.modeling_tpa import TPAAttention
 from tpa_convert.planning import plan_widths
 from tpa_convert.planning.allocation import interpolate_loss
@@ -41,7 +42,7 @@ class PartSensitivity:
     Attributes:
         error: squared truncation error of the decomposition at widths 0, `step`, 2 `step`, ...,
             fp64.
-        step: 2 for keys (a rotary pair), 1 for values.
+        step: 2 for rotated keys (a rotary pair), 1 for latent keys and for values.
         widths: where the loss was measured, ascending.
         losses: KL(source ‖ model) in nats per token, at `widths`.
     """
@@ -111,7 +112,12 @@ class _Body:
 
 @torch.no_grad()
 def measure_sensitivity(
-    source: Source, moments: Moments, blocks: Tensor, *, track: Track = no_tracking
+    source: Source,
+    moments: Moments,
+    blocks: Tensor,
+    *,
+    key_cache: KeyCache = "rotated",
+    track: Track = no_tracking,
 ) -> list[LayerSensitivity]:
     """Sensitivity of every layer of `source`, on text that the moments have not seen.
 
@@ -122,6 +128,7 @@ def measure_sensitivity(
         source: a model in fp32.
         moments: of the source on calibration text.
         blocks: token ids, int64 [N, length].
+        key_cache: which kind of keys is narrowed.
         track: shows progress over the layers.
     """
     llama_config = source.architecture.llama_config(source.model.config)
@@ -129,7 +136,8 @@ def measure_sensitivity(
     widths = tuple(max(2, round(share * width / 2) * 2) for share in SHARES)
 
     def config(width_k: int, width_v: int) -> TPAConfig:
-        plan = plan_widths([(width_k, width_v)] * len(moments.layers), llama_config)
+        pairs = [(width_k, width_v)] * len(moments.layers)
+        plan = plan_widths(pairs, llama_config, key_cache=key_cache)
         scale = source.architecture.attention_scale(source.model.config)
         result = TPAConfig(**llama_config, **plan.config_fields(), attention_scale=scale)
         result._attn_implementation = "sdpa"
@@ -147,11 +155,13 @@ def measure_sensitivity(
             tuple(body.loss_with(_attention(c, i, weights, layer_moments), i) for c in configs)
             for configs in (narrow_keys, narrow_values)
         )
-        key_error = truncation_errors(key_components(layer_moments)[0])
+        latent = key_cache == "latent"
+        components = latent_components if latent else key_components
+        key_error = truncation_errors(components(layer_moments)[0])
         value_error = truncation_errors(value_components(layer_moments, value_metric(weights))[0])
         report.append(
             LayerSensitivity(
-                PartSensitivity(key_error, 2, widths, key_losses),
+                PartSensitivity(key_error, 1 if latent else 2, widths, key_losses),
                 PartSensitivity(value_error, 1, widths, value_losses),
             )
         )

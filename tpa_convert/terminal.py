@@ -150,6 +150,7 @@ def show_plan(prediction: Prediction) -> None:
         where = f"layers {start}-{end - 1}" if end > start + 1 else f"layer {start}"
         console.print(
             f"{where}: {shape.form} head factors, gauge {shape.gauge}; "
+            f"{'latent ' if shape.latent_keys else ''}"
             f"keys {_width(shape.width_k, shape.rank_k, shape.contextual)}, "
             f"values {_width(shape.width_v, shape.rank_v, shape.contextual)}"
         )

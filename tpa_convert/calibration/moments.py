@@ -70,7 +70,12 @@ class Moments:
             raise UserError(f"{path} holds no moments: make a file with --save-moments")
         layers = []
         for i in range(1 + max(int(key.split(".")[1]) for key in tensors)):
-            values = {f.name: tensors[f"layers.{i}.{f.name}"] for f in fields(LayerMoments)}
+            names = {f.name: f"layers.{i}.{f.name}" for f in fields(LayerMoments)}
+            if not tensors.keys() >= set(names.values()):
+                raise UserError(
+                    f"{path} was written by another version: make a new file with --save-moments"
+                )
+            values = {name: tensors[key] for name, key in names.items()}
             values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"])
             layers.append(LayerMoments(**values))
         return cls(layers, metadata["source_sha256"], int(metadata["num_tokens"]))
@@ -143,6 +148,7 @@ class MomentAccumulator:
         key = key.flatten(2)
         mean_key = (mean_attention @ key).flatten(0, 1)
         weighted_key = (token_weight[..., 0] * key).flatten(0, 1)
+        self.add("key_mean", weighted_key.sum(0))
         self.add("key_covariance", weighted_key.mT @ key.flatten(0, 1) - mean_key.mT @ mean_key)
         energy = query_pairs.abs().square().sum((0, 2)).unflatten(0, (-1, weights.heads_per_group))
         self.add("query_energy", energy.sum(1))

@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tpa_convert.decomposition import gauge, tensor
-from tpa_convert.decomposition.factors import AttentionWeights, KeyFactors, ValueFactors
+from tpa_convert.decomposition.factors import (
+    AttentionWeights,
+    KeyFactors,
+    LatentKeyFactors,
+    ValueFactors,
+)
+from tpa_convert.decomposition.latent import decompose_latent_keys
 from tpa_convert.decomposition.moments import LayerMoments, data_free_moments
 
 
@@ -29,8 +35,10 @@ __all__ = [
     "METHODS",
     "AttentionWeights",
     "KeyFactors",
+    "LatentKeyFactors",
     "LayerMoments",
     "Method",
     "ValueFactors",
     "data_free_moments",
+    "decompose_latent_keys",
 ]

@@ -60,6 +60,21 @@ class KeyFactors:
 
 
 @dataclass(frozen=True)
+class LatentKeyFactors:
+    """k_j ≈ T_j b + c_j before rotation, with b = feature · [x, 1].
+
+    Args:
+        feature: [w, D + 1].
+        gauge: T, [g, d, w].
+        offset: c, [g, d].
+    """
+
+    feature: Tensor
+    gauge: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True)
 class ValueFactors:
     """v_j ≈ U_j b, with b = feature · [x, 1].
 

@@ -20,6 +20,7 @@ class LayerMoments:
             second-order term of KL(p ‖ p̂) is half the variance of the score error under p.
         query_energy: [g, f], Σ over the query heads i of a group of E|q_{i,f}|².
         key_covariance: [g d, g d], the same covariance of the keys before rotation, all features.
+        key_mean: [g d], E[Σ_t p_t k_t] of the keys before rotation.
         value_covariance: [g d, g d], E[z zᵀ] of the attention-mixed values z = Σ_t p_t v_t.
         constant_functional: [D], the linear functional of the attention input closest to the
             constant 1 (C⁻¹ μ with C = E[x xᵀ], μ = E[x]).
@@ -29,6 +30,7 @@ class LayerMoments:
     pair_covariance: Tensor
     query_energy: Tensor
     key_covariance: Tensor
+    key_mean: Tensor
     value_covariance: Tensor
     constant_functional: Tensor
     constant_residual: Tensor
@@ -64,6 +66,7 @@ def data_free_moments(weights: AttentionWeights) -> LayerMoments:
         pair_covariance=torch.einsum("gfx,hfx->fgh", pairs, pairs.conj()),
         query_energy=torch.ones(groups, pairs.shape[1], dtype=key.dtype, device=key.device),
         key_covariance=key @ key.mT,
+        key_mean=key.new_zeros(len(key)),
         value_covariance=value @ value.mT,
         constant_functional=key.new_zeros(columns - 1),
         constant_residual=key.new_ones(()),

@@ -2,11 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_tpa import Form, Gauge, LayerShape, TPAConfig
+from .configuration_tpa import Form, Gauge, KeyCache, LayerShape, TPAConfig
 from .modeling_tpa import TPAForCausalLM, TPAModel
 
 AutoConfig.register(TPAConfig.model_type, TPAConfig, exist_ok=True)
 AutoModel.register(TPAConfig, TPAModel, exist_ok=True)
 AutoModelForCausalLM.register(TPAConfig, TPAForCausalLM, exist_ok=True)
 
-__all__ = ["Form", "Gauge", "LayerShape", "TPAConfig", "TPAForCausalLM", "TPAModel"]
+__all__ = ["Form", "Gauge", "KeyCache", "LayerShape", "TPAConfig", "TPAForCausalLM", "TPAModel"]

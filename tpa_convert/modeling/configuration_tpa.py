@@ -7,6 +7,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 Form = Literal["static", "affine", "linear"]
 Gauge = Literal["absorbed", "applied", "none"]
+KeyCache = Literal["rotated", "latent"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class LayerShape:
             the gauge and the rank is informative: the largest number of key components on one
             rotary pair.
         width_k, width_v: feature numbers cached per token (Σ d_r over the components).
+        key_cache: what is cached for the keys. `rotated`: components on single rotary pairs, after
+            rotation, so that queries read the cache as it is. `latent`: features of all pairs
+            together, before rotation, from which the keys are rebuilt and rotated at every step.
+            Latent keys need `static` head factors; their gauge is always applied, and `gauge` says
+            where that of the values lives.
     """
 
     form: Form
@@ -31,6 +37,12 @@ class LayerShape:
     rank_v: int
     width_k: int
     width_v: int
+    key_cache: KeyCache = "rotated"
+
+    @property
+    def latent_keys(self) -> bool:
+        """Whether keys are rebuilt from what is cached."""
+        return self.key_cache == "latent"
 
     @property
     def contextual(self) -> bool:
@@ -48,6 +60,12 @@ class LayerShape:
             return f"form must be one of {', '.join(get_args(Form))}, not {self.form!r}"
         if self.gauge not in get_args(Gauge):
             return f"gauge must be one of {', '.join(get_args(Gauge))}, not {self.gauge!r}"
+        if self.key_cache not in get_args(KeyCache):
+            return (
+                f"key_cache must be one of {', '.join(get_args(KeyCache))}, not {self.key_cache!r}"
+            )
+        if self.latent_keys and self.contextual:
+            return f"latent keys need form 'static', not {self.form!r}"
         if self.gauge == "none" and not self.contextual:
             return "static head factors live in the gauge: use gauge 'absorbed' or 'applied'"
         for name, rank, width in (
@@ -57,7 +75,7 @@ class LayerShape:
             pairs = width // 2 if name == "k" else width
             if rank < 1 or width < 1:
                 return f"rank_{name} and width_{name} must be positive, not {rank} and {width}"
-            if name == "k" and width % 2:
+            if name == "k" and width % 2 and not self.latent_keys:
                 return f"width_k must be even (rotary pairs), not {width}"
             if self.contextual and pairs % rank:
                 return f"rank_{name}={rank} must divide the components of width_{name}={width}"
@@ -79,7 +97,7 @@ class TPAConfig(LlamaConfig):
     here as one value for all layers or as a list with one value per layer, and become lists.
 
     Args:
-        form, gauge, rank_k, rank_v, width_k, width_v: see [`LayerShape`].
+        form, gauge, rank_k, rank_v, width_k, width_v, key_cache: see [`LayerShape`].
         rank_q: rank of factored queries (paper, eq. 3.1), or None for dense queries. Only with
             `linear` layers whose gauge is not absorbed.
         attention_scale: factor on the scores before softmax; `head_dim ** -0.5` when None. It is
@@ -97,6 +115,7 @@ class TPAConfig(LlamaConfig):
     rank_v: int | list[int] = 1
     width_k: int | list[int] | None = None
     width_v: int | list[int] | None = None
+    key_cache: str | list[str] = "rotated"
     rank_q: int | None = None
     attention_scale: float | None = None
     attention_output_bias: bool = False
@@ -148,4 +167,4 @@ class TPAConfig(LlamaConfig):
                 raise ValueError(f"layer {layer_idx}: {problem}")
 
 
-__all__ = ["Form", "Gauge", "LayerShape", "TPAConfig"]
+__all__ = ["Form", "Gauge", "KeyCache", "LayerShape", "TPAConfig"]

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -38,6 +39,28 @@ from .configuration_tpa import TPAConfig
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of half-split features `x` [..., 2 P]; `cos`, `sin` broadcast against it."""
     return x * cos + rotate_half(x) * sin
+
+
+def cached_positions(
+    cache: Cache, hidden_states: torch.Tensor, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Positions [b or 1, t] of everything that `cache` will hold after a call with these inputs.
+
+    Slots follow each other, and the last new one is where `position_ids` ends: padding on the left
+    shifts them all. Free slots of a static cache count as the last, since RoPE scaling may depend
+    on the largest position; nothing attends to them.
+
+    Args:
+        hidden_states: [b, s, D].
+        position_ids: of the inputs, [b or 1, s], or None if they follow the cache.
+    """
+    length = hidden_states.shape[1]
+    slots = torch.arange(cache.get_mask_sizes(length, 0)[0], device=hidden_states.device)[None]
+    last = cache.get_seq_length() + length - 1
+    if position_ids is None:
+        return slots.clamp(max=last)
+    end = position_ids[:, -1:]
+    return torch.minimum(slots - last + end, end)
 
 
 def complex_product(x: torch.Tensor, gauge: torch.Tensor, conjugate: bool = False) -> torch.Tensor:
@@ -83,6 +106,10 @@ class TPAAttention(nn.Module):
     otherwise. With T = U = 1 this is the layer of the paper. The cache holds the head factors a
     (unless they are constant) and the rotated feature factors b of each token, packed as one head:
     [b, 1, t, R * j + width].
+
+    With latent keys, T is a real [d, width_k] matrix per head that mixes rotary pairs, and the keys
+    have a constant term c that costs no cache: k_j(x) = T_j b^K(x) + c_j. It does not commute with
+    RoPE, so b is cached before rotation and the keys are rebuilt and rotated where they are used.
     """
 
     rotary_pair: torch.Tensor
@@ -102,11 +129,14 @@ class TPAAttention(nn.Module):
 
         shape, hidden_size, bias = self.shape, config.hidden_size, config.attention_bias
         self.absorbed = shape.gauge == "absorbed"
-        expanded_heads = 1 if self.absorbed and not shape.contextual else self.num_key_value_heads
+        shared = self.absorbed and not shape.contextual and not shape.latent_keys
+        expanded_heads = 1 if shared else self.num_key_value_heads
         # read by the attention functions
         self.num_key_value_groups = self.num_heads // expanded_heads
 
-        query_width = shape.width_k if self.absorbed else self.head_dim
+        # whether queries are in the space of the key components
+        self.absorbed_queries = self.absorbed and not shape.latent_keys
+        query_width = shape.width_k if self.absorbed_queries else self.head_dim
         output_width = shape.width_v if self.absorbed else self.head_dim
         if config.rank_q is None:
             self.q_proj: nn.Module = nn.Linear(hidden_size, self.num_heads * query_width, bias=bias)
@@ -118,19 +148,26 @@ class TPAAttention(nn.Module):
             heads, head_bias = self.num_key_value_heads, shape.form == "affine"
             self.k_head_factor = nn.Linear(hidden_size, shape.rank_k * heads, bias=head_bias)
             self.v_head_factor = nn.Linear(hidden_size, shape.rank_v * heads, bias=head_bias)
-        if shape.gauge == "applied":
+        if shape.latent_keys:
+            self.key_gauge = nn.Parameter(
+                torch.zeros(self.num_key_value_heads, self.head_dim, shape.width_k)
+            )
+            self.key_offset = nn.Parameter(torch.zeros(self.num_key_value_heads, self.head_dim))
+        elif shape.gauge == "applied":
             self.key_gauge = nn.Parameter(
                 torch.zeros(self.num_key_value_heads, 2, shape.width_k // 2)
             )
+        if shape.gauge == "applied":
             self.value_gauge = nn.Parameter(
                 torch.zeros(self.num_key_value_heads, self.head_dim, shape.width_v)
             )
         self.o_proj = nn.Linear(
             self.num_heads * output_width, hidden_size, bias=config.attention_output_bias
         )
-        # the rotary pair of the source on which each key component lives
-        pairs = torch.arange(shape.width_k // 2) % (self.head_dim // 2)
-        self.register_buffer("rotary_pair", pairs)
+        if not shape.latent_keys:
+            # the rotary pair of the source on which each key component lives
+            pairs = torch.arange(shape.width_k // 2) % (self.head_dim // 2)
+            self.register_buffer("rotary_pair", pairs)
 
     def forward(
         self,
@@ -138,19 +175,22 @@ class TPAAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cached_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As LlamaAttention's; `cached_position_embeddings` are those of everything in the cache
+        after this call, [b, t, d], which latent keys need if there was something before."""
         input_shape = hidden_states.shape[:-1]
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # [b, 1, s, d]
-        key_cos, key_sin = self.key_table(cos), self.key_table(sin)
+        table = self.rotary_table(position_embeddings)
+        key_table = table if self.shape.latent_keys else self.component_table(table)
 
         query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query = (
-            rotate_pairs(query, key_cos, key_sin)
-            if self.absorbed
-            else rotate_pairs(query, cos, sin)
-        )
-        key = rotate_pairs(self.k_feature_factor(hidden_states).unsqueeze(1), key_cos, key_sin)
+        query = rotate_pairs(query, *(key_table if self.absorbed_queries else table))
+        key = self.k_feature_factor(hidden_states).unsqueeze(1)
+        if not self.shape.latent_keys:
+            key = rotate_pairs(key, *key_table)
+        elif cached_position_embeddings is not None:
+            key_table = self.rotary_table(cached_position_embeddings)
         value = self.v_feature_factor(hidden_states).unsqueeze(1)
         if self.shape.contextual:
             key = torch.cat((self.k_head_factor(hidden_states).unsqueeze(1), key), dim=-1)
@@ -161,7 +201,7 @@ class TPAAttention(nn.Module):
         implementation = self.config._attn_implementation
         weights = None
         if query.shape[2] == 1 and implementation == "sdpa":
-            output = self.decode(query, key, value, attention_mask).transpose(1, 2)
+            output = self.decode(query, key, value, attention_mask, key_table).transpose(1, 2)
         else:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
                 implementation, eager_attention_forward
@@ -169,7 +209,7 @@ class TPAAttention(nn.Module):
             output, weights = attention_interface(
                 self,
                 query,
-                self.expand_keys(key),
+                self.expand_keys(key, key_table),
                 self.expand_values(value),
                 attention_mask,
                 dropout=self.attention_dropout if self.training else 0.0,
@@ -178,9 +218,20 @@ class TPAAttention(nn.Module):
             )
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
-    def key_table(self, table: torch.Tensor) -> torch.Tensor:
-        """Cosines or sines of the source, [b, 1, s, d], for the key components: [b, 1, s, 2 P]."""
-        return table[..., self.rotary_pair].repeat(1, 1, 1, 2)
+    @staticmethod
+    def rotary_table(
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the source [b, s, d] for all heads alike: [b, 1, s, d]."""
+        cos, sin = position_embeddings
+        return cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def component_table(
+        self, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [b, 1, s, d] on the pairs of the key components: [b, 1, s, 2 P]."""
+        cos, sin = (part[..., self.rotary_pair].repeat(1, 1, 1, 2) for part in table)
+        return cos, sin
 
     def unpack(
         self, packed: torch.Tensor, rank: int, width: int
@@ -190,13 +241,25 @@ class TPAAttention(nn.Module):
         head = head.unflatten(-1, (rank, self.num_key_value_heads))
         return head / rank if self.shape.form == "linear" else head, feature
 
-    def expand_keys(self, packed: torch.Tensor) -> torch.Tensor:
+    def expand_keys(
+        self, packed: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         """Rotated keys for the attention functions, from the packed cache.
 
         With an absorbed gauge they have width_k numbers and, if head factors are constant, one head
         shared by all queries; otherwise they are the keys k_j of the source's size: [b, j, t, d].
+
+        Args:
+            packed: [b, 1, t, R * j + width_k].
+            table: cosines and sines of the cached positions, [b, 1, t, d], for latent keys.
         """
         shape = self.shape
+        if shape.latent_keys:
+            keys = nn.functional.linear(
+                packed[:, 0], self.key_gauge.flatten(0, 1), self.key_offset.flatten()
+            )
+            keys = keys.unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
+            return rotate_pairs(keys, *table)
         if shape.contextual:
             head_btrj, feature = self.unpack(packed, shape.rank_k, shape.width_k)
             feature = feature.unflatten(-1, (2, shape.rank_k, -1))
@@ -223,7 +286,10 @@ class TPAAttention(nn.Module):
             if shape.gauge == "none":
                 return torch.einsum("btrj,btrd->bjtd", head_btrj, feature)
             values = torch.einsum("btrj,btre->bjtre", head_btrj, feature).flatten(-2)
-        return values if self.absorbed else values @ self.value_gauge.mT
+        if not self.absorbed:
+            return values @ self.value_gauge.mT
+        # as many heads as the keys have
+        return values.expand(-1, self.num_key_value_heads, -1, -1) if shape.latent_keys else values
 
     def decode(
         self,
@@ -231,8 +297,10 @@ class TPAAttention(nn.Module):
         packed_key: torch.Tensor,
         packed_value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        key_table: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Attention of one query position on the packed cache; keys and values are not expanded.
+        """Attention of one query position on the packed cache; keys and values are not expanded,
+        except latent keys.
 
         score = c Σ_r a_{r,j} ⟨q_r, b_r⟩ and out_r = Σ_t p_t a_{r,j} b_r, then U.
 
@@ -240,11 +308,12 @@ class TPAAttention(nn.Module):
             query: rotated queries [b, h, 1, width_k] (absorbed gauge) or [b, h, 1, d].
             packed_key, packed_value: the cache of this layer, [b, 1, t, R * j + width].
             attention_mask: boolean or additive, [b, 1, 1, t], or None to attend to everything.
+            key_table: see `expand_keys`.
 
         Returns: [b, h, 1, width_v] (absorbed gauge) or [b, h, 1, d].
         """
         shape, heads = self.shape, self.num_key_value_heads
-        if not self.absorbed:
+        if not (self.absorbed or shape.latent_keys):
             query = query.unflatten(-1, (2, -1))[..., self.rotary_pair]
             if shape.gauge == "applied":
                 query = query.unflatten(1, (heads, -1))  # [b, j, n, 1, 2, P]
@@ -254,6 +323,14 @@ class TPAAttention(nn.Module):
             query = query.flatten(-2)
         if shape.contextual:
             output = self.decode_contextual(query, packed_key, packed_value, attention_mask)
+        elif shape.latent_keys:  # the query heads of a group take the place of query positions
+            output = nn.functional.scaled_dot_product_attention(
+                query.reshape(len(query), heads, -1, self.head_dim),
+                self.expand_keys(packed_key, key_table),
+                packed_value.expand(-1, heads, -1, -1),
+                attn_mask=attention_mask,
+                scale=self.scaling,
+            ).flatten(1, 2)[:, :, None]
         else:  # one shared head: the query heads take the place of query positions
             output = nn.functional.scaled_dot_product_attention(
                 query.transpose(1, 2),
@@ -325,10 +402,15 @@ class TPAPreTrainedModel(LlamaPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, TPAAttention):
-            pairs = module.rotary_pair
-            pairs.copy_(torch.arange(len(pairs), device=pairs.device) % (module.head_dim // 2))
+            if module.shape.latent_keys:
+                module.key_gauge.data.normal_(std=module.shape.width_k**-0.5)
+                module.key_offset.data.zero_()
+            else:
+                pairs = module.rotary_pair
+                pairs.copy_(torch.arange(len(pairs), device=pairs.device) % (module.head_dim // 2))
             if module.shape.gauge == "applied":
-                module.key_gauge.data.normal_(std=1.0)
+                if not module.shape.latent_keys:
+                    module.key_gauge.data.normal_(std=1.0)
                 module.value_gauge.data.normal_(std=module.shape.width_v**-0.5)
 
     def _get_static_cache_init_shape(self):
@@ -351,6 +433,30 @@ class TPAModel(TPAPreTrainedModel, LlamaModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if past_key_values is not None and "latent" in self.config.key_cache:
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+            kwargs["cached_position_embeddings"] = self.rotary_emb(
+                inputs_embeds, cached_positions(past_key_values, inputs_embeds, position_ids)
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
 
 
 class TPAForCausalLM(TPAPreTrainedModel, LlamaForCausalLM):

@@ -147,6 +147,7 @@ def plan(
         curve=curve,
         gauge=options.gauge,
         multiple_of=options.multiple_of,
+        key_cache=options.key_cache,
         context=options.context,
         refinement=(blocks[held_out:], settings) if options.refine else None,
         track=track,

@@ -67,7 +67,15 @@ def _layer_cost(shape: LayerShape, llama_config: Mapping[str, Any], context: int
     absorbed = shape.gauge == "absorbed"
     query, output = widths if absorbed else (head_dim, head_dim)
     cached = shape.cached_floats(groups)
-    gauge = 0 if shape.gauge != "applied" else groups * (shape.width_k + head_dim * shape.width_v)
+    gauge = groups * head_dim * shape.width_v if shape.gauge == "applied" else 0
+    rebuilding = 0
+    if shape.latent_keys:
+        query = head_dim
+        widths = (head_dim, shape.width_v)
+        rebuilding = groups * head_dim * shape.width_k
+        gauge += rebuilding
+    elif shape.gauge == "applied":
+        gauge += groups * shape.width_k
     return _cost(
         llama_config["hidden_size"],
         cached=cached,
@@ -76,6 +84,7 @@ def _layer_cost(shape: LayerShape, llama_config: Mapping[str, Any], context: int
         decode_widths=widths,
         prefill_widths=widths if absorbed else (head_dim, head_dim),
         gauge=gauge,
+        rebuilding=rebuilding,
         context=context,
     )
 
@@ -90,6 +99,7 @@ def _cost(
     prefill_widths: tuple[int, int],
     gauge: int,
     context: int,
+    rebuilding: int = 0,
 ) -> Cost:
     """Cost of one layer.
 
@@ -97,13 +107,14 @@ def _cost(
         projected: outputs of the query, factor and output projections, each times `hidden_size`.
         decode_widths, prefill_widths: numbers per key and per value that a query head reads.
         gauge: parameters of a gauge that is applied at run time.
+        rebuilding: of them, those that every decoding step applies to every cached token.
     """
     parameters = hidden_size * projected + gauge
     scores = 2 * query_heads * context
     return Cost(
         cached_floats=cached,
         parameters=parameters,
-        decode_flops=2 * parameters + scores * sum(decode_widths),
+        decode_flops=2 * (parameters + rebuilding * context) + scores * sum(decode_widths),
         # causal: half of all pairs of positions
         prefill_flops=2 * parameters * context + scores * sum(prefill_widths) * context // 2,
     )

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import Form, Gauge, LayerShape
+from tpa_convert.modeling import Form, Gauge, KeyCache, LayerShape
+
+LATENT_KEY_SHARE = 3 / 8  # keys need less than values where all rotary pairs share components
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ def plan_uniform(
     gauge: Gauge | Literal["auto"] = "auto",
     cache_dtype: torch.dtype = torch.float32,
     rank_q: int | None = None,
+    key_cache: KeyCache = "rotated",
 ) -> Plan:
-    """The same shape for every layer, as much as possible of the budget, K and V alike.
+    """The same shape for every layer and as much as possible of the budget: half for keys and half
+    for values, or three eighths for latent keys.
 
     Args:
         llama_config: `Architecture.llama_config` of the source.
@@ -124,6 +128,7 @@ def plan_uniform(
             because beyond that the query and output projections would grow.
         cache_dtype: what `kv_bytes` counts in.
         rank_q: rank of factored queries.
+        key_cache: `rotated` or `latent`, see `LayerShape`.
 
     Raises:
         UserError: a budget below the minimum or above the source, or shapes that cannot be built.
@@ -144,8 +149,12 @@ def plan_uniform(
                 f"a budget of {floats:g} numbers per token and layer is above the source's "
                 f"{source_floats}: nothing to convert"
             )
-        divide = divide_heads if whole_heads else divide_features
-        rank_k, width_k, rank_v, width_v = divide(int(floats), form, groups, head_dim)
+        if key_cache == "latent":
+            width_k, width_v = divide_latent(int(floats), groups, head_dim)
+            rank_k, rank_v = -(-width_k // head_dim), -(-width_v // head_dim)
+        else:
+            divide = divide_heads if whole_heads else divide_features
+            rank_k, width_k, rank_v, width_v = divide(int(floats), form, groups, head_dim)
 
     if whole_heads and (width_k % head_dim or width_v % head_dim):
         raise UserError(
@@ -166,8 +175,8 @@ def plan_uniform(
     if whole_heads and form != "static":
         layer_gauge: Gauge = "none"
     else:
-        layer_gauge = place_of_gauge(gauge, width_k, width_v, head_dim)
-    shape = LayerShape(form, layer_gauge, rank_k, rank_v, width_k, width_v)
+        layer_gauge = place_of_gauge(gauge, width_k, width_v, head_dim, key_cache)
+    shape = LayerShape(form, layer_gauge, rank_k, rank_v, width_k, width_v, key_cache)
     problem = shape.problem(head_dim)
     if problem:
         raise UserError(problem)
@@ -192,17 +201,19 @@ def plan_widths(
     llama_config: dict[str, Any],
     *,
     gauge: Gauge | Literal["auto"] = "auto",
+    key_cache: KeyCache = "rotated",
 ) -> Plan:
     """Static layers of the given (width_k, width_v), one pair for each layer."""
     groups, head_dim = llama_config["num_key_value_heads"], llama_config["head_dim"]
     layers = [
         LayerShape(
             "static",
-            place_of_gauge(gauge, width_k, width_v, head_dim),
+            place_of_gauge(gauge, width_k, width_v, head_dim, key_cache),
             -(-width_k // head_dim),
             -(-width_v // head_dim),
             width_k,
             width_v,
+            key_cache,
         )
         for width_k, width_v in widths
     ]
@@ -210,12 +221,16 @@ def plan_widths(
 
 
 def place_of_gauge(
-    gauge: Gauge | Literal["auto"], width_k: int, width_v: int, head_dim: int
+    gauge: Gauge | Literal["auto"], width_k: int, width_v: int, head_dim: int, key_cache: KeyCache
 ) -> Gauge:
-    """`auto` is absorbed while that makes neither the queries nor the output projection grow."""
+    """`auto` is absorbed while that makes neither the queries nor the output projection grow.
+
+    That of latent keys is never absorbed, so their width does not matter.
+    """
     if gauge != "auto":
         return gauge
-    return "absorbed" if max(width_k, width_v) <= head_dim else "applied"
+    widest = width_v if key_cache == "latent" else max(width_k, width_v)
+    return "absorbed" if widest <= head_dim else "applied"
 
 
 def outright(
@@ -251,6 +266,20 @@ def divide_features(
     if form == "static":
         return -(-width_k // head_dim), width_k, -(-width_v // head_dim), width_v
     return rank, width_k, rank, width_v
+
+
+def divide_latent(floats: int, groups: int, head_dim: int) -> tuple[int, int]:
+    """(width_k, width_v) of latent keys and values that fill a budget; width_k is a multiple of 8
+    unless the budget is tiny."""
+    if floats < 2:
+        raise UserError(
+            f"a budget of {floats} numbers per token and layer is too small: latent keys need at "
+            "least 2"
+        )
+    step = 8 if floats >= 32 else 1
+    width_k = max(step, round(LATENT_KEY_SHARE * floats / step) * step)
+    width_k = max(width_k, floats - groups * head_dim)  # what values have no use for
+    return width_k, floats - width_k
 
 
 def divide_heads(floats: int, form: str, groups: int, head_dim: int) -> tuple[int, int, int, int]:

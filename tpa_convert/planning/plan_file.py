@@ -47,8 +47,9 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
         raise UserError(f"no plan at {path}: make one with tpa-convert plan --out {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the plan {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict) or not set(FIELDS) <= set(values):
+    if not isinstance(values, dict) or not set(FIELDS) <= set(values) | {"key_cache"}:
         raise UserError(f"{path} is not a plan: it needs {', '.join(FIELDS)}")
+    values.setdefault("key_cache", "rotated")  # plans written before there was another
     for name in ("num_key_value_heads", "head_dim"):
         if values.get(name) != llama_config[name]:
             raise UserError(
@@ -62,7 +63,7 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
     for name, column in columns.items():
         if len(column) != layers:
             raise UserError(f"{path}: {name} has {len(column)} entries for {layers} layers")
-        wanted = str if name in ("form", "gauge") else int
+        wanted = str if name in ("form", "gauge", "key_cache") else int
         if not all(isinstance(entry, wanted) for entry in column):
             raise UserError(f"{path}: {name} holds something that is no {wanted.__name__}")
     width = values["num_key_value_heads"] * values["head_dim"]
