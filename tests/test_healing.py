@@ -411,7 +411,7 @@ def test_block_forward_needs_no_mask_and_changes_nothing(random_tokens: Any) -> 
     expected = model(tokens).logits
     with block_forward(model):
         assert model.config._attn_implementation == CAUSAL_SDPA
-        hidden = final_hidden_states(model, model, tokens)
+        hidden = final_hidden_states(model, tokens)
         masks: list[Any] = []
         hook = model.model.layers[0].register_forward_pre_hook(
             lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
