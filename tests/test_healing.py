@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from tests.conftest import make_tiny_llama
+from tests.conversions import convert_tiny
 from tpa_convert.errors import UserError
 from tpa_convert.healing import (
     HealingInterrupted,
@@ -420,6 +421,25 @@ def test_block_forward_needs_no_mask_and_changes_nothing(random_tokens: Any) -> 
         hook.remove()
     assert masks == [None]
     torch.testing.assert_close(model.lm_head(hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_residual_stream_is_bfloat16_under_autocast(random_tokens: Any) -> None:
+    """All of it: fp32 weights of norms and gauges promote nothing."""
+    model, tokens = convert_tiny(make_tiny_llama(), gauge="applied"), random_tokens(3, 16)
+    expected = model(tokens).logits
+    found = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: found.append(args[0].dtype))
+        for module in (*model.model.layers, model.model.norm)
+    ]
+    with block_forward(model, autocast=True), torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens).logits
+    assert found == [torch.bfloat16] * 3
+    error = (logits.float() - expected).square().mean().sqrt()
+    assert error < 0.05 * expected.std()
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(model(tokens).logits, expected)
 
 
 @given(blocks=st.integers(1, 12), samples=st.integers(1, 40), seed=st.integers(0, 5))

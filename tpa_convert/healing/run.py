@@ -223,8 +223,8 @@ def heal(
         with (
             _memory_errors(args.per_device_train_batch_size),
             _quiet_transformers(),
-            block_forward(student, modules_to_compile(student) if compiled else ()),
-            block_forward(teacher, modules_to_compile(teacher) if compiled else ()),
+            block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
+            block_forward(teacher, modules_to_compile(teacher) if compiled else (), args.bf16),
             stop,
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -67,10 +67,22 @@ def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def block_forward(
-    model: PreTrainedModel, compiled_modules: Iterable[nn.Module] = ()
+    model: PreTrainedModel,
+    compiled_modules: Iterable[nn.Module] = (),
+    autocast: bool = False,
 ) -> Iterator[None]:
-    """Make forward passes over full, unpadded blocks fast; undone on leaving."""
+    """Make forward passes over full, unpadded blocks fast; undone on leaving.
+
+    Args:
+        compiled_modules: what `modules_to_compile` says, or nothing.
+        autocast: whether passes run under bf16 autocast. The residual stream would have the dtype
+            of the embedding, fp32, although all that is added to it comes from bf16 products: it is
+            made bf16.
+    """
     compiled_modules = list(compiled_modules)
+    cast = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, hidden: hidden.bfloat16() if autocast else hidden
+    )
     swap_attention = model.config._attn_implementation == "sdpa"
     if swap_attention:
         model.set_attn_implementation(CAUSAL_SDPA)
@@ -79,6 +91,7 @@ def block_forward(
     try:
         yield
     finally:
+        cast.remove()
         for module in compiled_modules:
             del module.forward
         if swap_attention:
