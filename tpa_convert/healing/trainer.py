@@ -54,7 +54,7 @@ def parameter_groups(
 
 
 def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
-    """What to compile of a model: its layers, or the whole decoder if they differ in shape.
+    """What to compile of a model: layers and final norm, or the whole decoder if layers differ.
 
     Equal layers share one compiled graph, so that compilation takes seconds and not minutes. Layers
     that differ would each need a graph of their own, and every call would search through them.
@@ -62,7 +62,7 @@ def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
     decoder = model.get_decoder()
     layers = list(decoder.layers)
     shapes = {tuple(parameter.shape for parameter in layer.parameters()) for layer in layers}
-    return layers if len(shapes) == 1 else [decoder]
+    return [*layers, decoder.norm] if len(shapes) == 1 else [decoder]
 
 
 @contextmanager
