@@ -23,6 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -421,6 +422,17 @@ def test_block_forward_needs_no_mask_and_changes_nothing(random_tokens: Any) -> 
         hook.remove()
     assert masks == [None]
     torch.testing.assert_close(model.lm_head(hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(16, 6), (8, 14)])
+def test_uneven_widths_take_flash_attention(widths: tuple[int, int], random_tokens: Any) -> None:
+    model = convert_tiny(make_tiny_llama(), gauge="absorbed", width_k=widths[0], width_v=widths[1])
+    tokens = random_tokens(3, 16)
+    expected = model(tokens).logits
+    with block_forward(model), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model(tokens)  # the kernel alone
 
 
 def test_the_residual_stream_is_bfloat16_under_autocast(random_tokens: Any) -> None:

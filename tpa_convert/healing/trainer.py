@@ -18,7 +18,23 @@ from tpa_convert.healing.objective import Divergence, chunked_divergence, forwar
 # transformers builds no mask for it: building one costs a device synchronisation in every forward
 # pass and, under torch.compile, a [batch, 1, length, length] mask that rules flash kernels out.
 CAUSAL_SDPA = "tpa_convert_causal_sdpa"
-AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """SDPA for keys and values of different widths, which flash kernels refuse: zeros even them."""
+    width = value.shape[-1]
+    even = max(key.shape[-1], width)
+    query, key, value = (
+        nn.functional.pad(x, (0, even - x.shape[-1])) if x.shape[-1] < even else x
+        for x in (query, key, value)
+    )
+    output, _ = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    return output[..., :width], None
+
+
+AttentionInterface.register(CAUSAL_SDPA, causal_attention)
 
 
 def in_attention(name: str) -> bool:
