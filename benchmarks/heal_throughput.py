@@ -1,10 +1,17 @@
-"""Healing speed on one GPU: random weights in SmolLM2-135M's shape, 32 x 1024 tokens a step.
+"""Healing speed: random weights in a model's shape, 32 x 1024 tokens a step.
 
     PYTHONPATH=. python benchmarks/heal_throughput.py
+    PYTHONPATH=. python benchmarks/heal_throughput.py --shape 1b --no-loss
+    PYTHONPATH=. accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 \\
+        benchmarks/heal_throughput.py --shape 1b --no-loss
 
 Prints, as Markdown, the time and the peak memory of the fused loss by chunk size, then tokens per
-second and peak memory of whole steps (`heal()`) by batch size and by what is compiled. No download.
-A variant is left out once --seconds are spent; --variants picks some, in their order.
+second, peak memory of a GPU, share of its peak arithmetic (MFU) and losses of whole steps
+(`heal()`) by batch size and by what is compiled. No download. A variant is left out once --seconds
+are spent; --variants picks some, in their order.
+
+In the shape 135m both models are SmolLM2-135M; in 1b a Llama of 1.1 B parameters (TinyLlama's
+shape) teaches its conversion at a third of the cache.
 """
 
 from __future__ import annotations
@@ -14,17 +21,48 @@ import copy
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
+from smollm2 import device_name
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tpa_convert.healing import HealingSettings, chunked_divergence, forward_kl, heal
 from tpa_convert.healing import run as healing_run
+from tpa_convert.healing.distributed import processes, smallest
+from tpa_convert.healing.flops import flops_per_token
+from tpa_convert.modeling import TPAConfig, TPAForCausalLM
 
 DEVICE = "cuda"
-HIDDEN, VOCAB, BLOCKS, LENGTH = 576, 49152, 32, 1024
+BLOCKS, LENGTH = 32, 1024
+PEAK_FLOPS = 989e12  # of an H100 or H200, dense bf16
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+CONVERTED = {"1b": {"form": "static", "gauge": "absorbed", "width_k": 88, "width_v": 88}}
 
 # name -> (batch size, what to compile: nothing, equal layers once, the whole decoder)
 VARIANTS = {
@@ -34,30 +72,30 @@ VARIANTS = {
     "b8-eager": (8, "nothing"),
     "b32-decoder": (32, "decoder"),
 }
+DEFAULT_VARIANTS = {"135m": list(VARIANTS), "1b": ["b16-layers", "b8-layers"]}
 
 
-def smollm2_135m() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
+def random_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Student in fp32 and teacher in bf16, on the CPU, the same in all processes."""
+    llama = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
     torch.manual_seed(0)
-    with torch.device(DEVICE):
-        return LlamaForCausalLM(config).eval()
+    with processes().device:
+        teacher = LlamaForCausalLM(llama).eval()
+        if shape in CONVERTED:
+            config = TPAConfig(**{**llama.to_dict(), **CONVERTED[shape], "model_type": "tpa"})
+            student: PreTrainedModel = TPAForCausalLM(config).eval()
+        else:
+            student = copy.deepcopy(teacher)
+    return student.cpu(), teacher.cpu().to(torch.bfloat16)
 
 
-def time_loss(chunk_tokens: int, compiled: bool) -> tuple[float, float]:
+def time_loss(chunk_tokens: int, compiled: bool, shape: str) -> tuple[float, float]:
     """Milliseconds, forward and backward, and peak GB beyond the arguments."""
     divergence = torch.compile(forward_kl, dynamic=False) if compiled else forward_kl
-    shape = (BLOCKS * LENGTH, HIDDEN)
-    student, teacher = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in "st")
-    weight = torch.randn(VOCAB, HIDDEN, device=DEVICE).mul_(0.02).requires_grad_()
+    hidden, vocab = SHAPES[shape]["hidden_size"], SHAPES[shape]["vocab_size"]
+    size = (BLOCKS * LENGTH, hidden)
+    student, teacher = (torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for _ in "st")
+    weight = torch.randn(vocab, hidden, device=DEVICE).mul_(0.02).requires_grad_()
     student.requires_grad_()
 
     def step() -> None:
@@ -83,17 +121,20 @@ def whole_decoder(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [model.get_decoder()]
 
 
-def time_healing(batch_size: int, compiled: str, steps: int) -> healing_run.HealingReport:
-    teacher = smollm2_135m()
-    student = copy.deepcopy(teacher)
-    teacher = teacher.to(torch.bfloat16)
-    blocks = torch.randint(VOCAB, (BLOCKS * steps, LENGTH))
+def time_healing(
+    shape: str, batch_size: int, compiled: str, steps: int
+) -> tuple[healing_run.HealingReport, float]:
+    """The report, and the share of the GPUs' peak arithmetic that was used."""
+    student, teacher = random_models(shape)
+    flops = flops_per_token(student, teacher, LENGTH)
+    vocab, size = SHAPES[shape]["vocab_size"], (BLOCKS * steps, LENGTH)
+    blocks = torch.randint(vocab, size, generator=torch.Generator().manual_seed(0))
     layers = healing_run.modules_to_compile
     healing_run.modules_to_compile = whole_decoder if compiled == "decoder" else layers
     torch.compiler.reset()
     try:
-        with tempfile.TemporaryDirectory() as directory:
-            return heal(
+        with shared_folder() as directory:
+            report = heal(
                 student,
                 teacher,
                 None,
@@ -103,45 +144,64 @@ def time_healing(batch_size: int, compiled: str, steps: int) -> healing_run.Heal
                     tokens_per_step=BLOCKS * LENGTH,
                     batch_size=batch_size,
                     torch_compile=compiled != "nothing",
+                    save_steps=10**9,
                 ),
                 output_dir=directory,
                 progress=False,
             )
     finally:
         healing_run.modules_to_compile = layers
+    peak = PEAK_FLOPS * processes().num_processes
+    return report, flops * (report.tokens_per_second or 0) / peak
+
+
+@contextmanager
+def shared_folder() -> Iterator[str]:
+    """One temporary folder for all processes of this host."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield broadcast_object_list([folder])[0]
+        processes().wait_for_everyone()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default, all that fit")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=75, help="start no variant after these")
     parser.add_argument("--no-loss", action="store_true", help="leave out the table of the loss")
     options = parser.parse_args()
     start = time.perf_counter()
-    show = partial(print, flush=True)
+    first = processes().is_main_process
+    show = partial(print, flush=True) if first else lambda *_: None
     show(
-        f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{processes().num_processes} x {device_name()}, {options.shape}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, "
         f"{time.strftime('%Y-%m-%d')}"
     )
-    if not options.no_loss:
-        show(f"\nKL over {BLOCKS * LENGTH} tokens, vocabulary {VOCAB}, bf16 logits")
+    if not options.no_loss and first:
+        vocab = SHAPES[options.shape]["vocab_size"]
+        show(f"\nKL over {BLOCKS * LENGTH} tokens, vocabulary {vocab}, bf16 logits")
         show("\n| chunk | compiled | ms | peak GB |\n|---|---|---|---|")
         for chunk, compiled in ((512, False), (1024, True), (2048, True), (4096, True)):
-            milliseconds, gigabytes = time_loss(chunk, compiled)
+            milliseconds, gigabytes = time_loss(chunk, compiled, options.shape)
             show(f"| {chunk} | {compiled} | {milliseconds:.1f} | {gigabytes:.2f} |")
-    show("\n| batch | compiled | tokens/s | peak GB | seconds in all |\n|---|---|---|---|---|")
-    for name in options.variants:
-        if time.perf_counter() - start > options.seconds:
+    show("\n| batch | compiled | tokens/s | MFU | peak GB | seconds in all | losses |")
+    show("|---|---|---|---|---|---|---|")
+    for name in options.variants or DEFAULT_VARIANTS[options.shape]:
+        if smallest(int(options.seconds - (time.perf_counter() - start))) < 0:
             show(f"| {name}: left out, time is up |")
             continue
         batch_size, compiled_part = VARIANTS[name]
-        report = time_healing(batch_size, compiled_part, options.steps)
+        report, mfu = time_healing(options.shape, batch_size, compiled_part, options.steps)
+        losses = ", ".join(f"{step}: {loss:.5f}" for step, loss in report.losses)
         show(
-            f"| {batch_size} | {compiled_part} | {report.tokens_per_second:,.0f} "
-            f"| {(report.peak_memory_bytes or 0) / 1e9:.1f} | {report.seconds:.0f} |"
+            f"| {report.batch_size} | {compiled_part} | {report.tokens_per_second or 0:,.0f} "
+            f"| {mfu:.1%} | {(report.peak_memory_bytes or 0) / 1e9:.1f} | {report.seconds:.0f} "
+            f"| {losses} |"
         )
+    processes().destroy_process_group()
 
 
 if __name__ == "__main__":

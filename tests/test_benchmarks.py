@@ -84,3 +84,18 @@ def test_ablation(model, texts, monkeypatch, capsys) -> None:
     assert {"+ widths by sensitivity", "+ both", "refined: gauge applied"} <= found.keys()
     verdicts = re.findall(r"\| (keep|drop|mixed) \|$", output, re.MULTILINE)
     assert len(verdicts) >= len(ablation.BASELINES)
+
+
+@pytest.mark.parametrize(("shape", "hidden_size"), [("135m", 72), ("1b", 256)])
+def test_throughput(shape: str, hidden_size: int, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    throughput = importlib.import_module("heal_throughput")
+    small = {"intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    small["hidden_size"] = hidden_size
+    monkeypatch.setitem(throughput.SHAPES, shape, throughput.SHAPES[shape] | small)
+    monkeypatch.setattr(throughput, "LENGTH", 8)
+    arguments = ["--shape", shape, "--no-loss", "--variants", "b8-eager", "--steps", "3"]
+    output = output_of("heal_throughput", arguments, monkeypatch, capsys)
+    pattern = r"^\| 8 \| nothing \| [\d,]+ \| [\d.]+% .* \| (1: .*) \|$"
+    [losses] = re.findall(pattern, output, re.MULTILINE)
+    assert [entry.split(":")[0] for entry in losses.split(", ")] == ["1", "2", "3"]

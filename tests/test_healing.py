@@ -23,6 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from tests.conftest import make_tiny_llama
+from tests.conversions import convert_tiny
 from tpa_convert.errors import UserError
 from tpa_convert.healing import (
     HealingInterrupted,
@@ -411,7 +413,7 @@ def test_block_forward_needs_no_mask_and_changes_nothing(random_tokens: Any) -> 
     expected = model(tokens).logits
     with block_forward(model):
         assert model.config._attn_implementation == CAUSAL_SDPA
-        hidden = final_hidden_states(model, model, tokens)
+        hidden = final_hidden_states(model, tokens)
         masks: list[Any] = []
         hook = model.model.layers[0].register_forward_pre_hook(
             lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
@@ -420,6 +422,36 @@ def test_block_forward_needs_no_mask_and_changes_nothing(random_tokens: Any) -> 
         hook.remove()
     assert masks == [None]
     torch.testing.assert_close(model.lm_head(hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(16, 6), (8, 14)])
+def test_uneven_widths_take_flash_attention(widths: tuple[int, int], random_tokens: Any) -> None:
+    model = convert_tiny(make_tiny_llama(), gauge="absorbed", width_k=widths[0], width_v=widths[1])
+    tokens = random_tokens(3, 16)
+    expected = model(tokens).logits
+    with block_forward(model), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model(tokens)  # the kernel alone
+
+
+def test_the_residual_stream_is_bfloat16_under_autocast(random_tokens: Any) -> None:
+    """All of it: fp32 weights of norms and gauges promote nothing."""
+    model, tokens = convert_tiny(make_tiny_llama(), gauge="applied"), random_tokens(3, 16)
+    expected = model(tokens).logits
+    found = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: found.append(args[0].dtype))
+        for module in (*model.model.layers, model.model.norm)
+    ]
+    with block_forward(model, autocast=True), torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens).logits
+    assert found == [torch.bfloat16] * 3
+    error = (logits.float() - expected).square().mean().sqrt()
+    assert error < 0.05 * expected.std()
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(model(tokens).logits, expected)
 
 
 @given(blocks=st.integers(1, 12), samples=st.integers(1, 40), seed=st.integers(0, 5))
@@ -455,14 +487,14 @@ def test_compiled_runs_have_the_same_losses_and_few_graphs(
         gradient_checkpointing=gradient_checkpointing,
     )
     torch.testing.assert_close(report.losses, expected.losses, rtol=1e-4, atol=1e-6)
-    # One layer of the student, one of the teacher, the loss; nothing is compiled twice.
-    assert counters["stats"]["unique_graphs"] == 3
+    # A layer and the final norm, of student and teacher, and the loss; nothing is compiled twice.
+    assert counters["stats"]["unique_graphs"] == 5
     assert not counters["graph_break"]
 
 
 def test_layers_of_different_shapes_are_compiled_together() -> None:
     model = make_tiny_llama()
-    assert modules_to_compile(model) == list(model.model.layers)
+    assert modules_to_compile(model) == [*model.model.layers, model.model.norm]
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 65, bias=False)
     assert modules_to_compile(model) == [model.model]
 

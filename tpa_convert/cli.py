@@ -7,6 +7,7 @@ Commands hold no logic of their own. Their options come from `cli_options` and f
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -30,6 +31,7 @@ from tpa_convert.recipe import (
     validated,
 )
 from tpa_convert.terminal import (
+    FIRST_PROCESS,
     Commands,
     console,
     duration,
@@ -53,6 +55,7 @@ app = typer.Typer(
 
 @app.callback()
 def top(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
     ] = False,
@@ -66,6 +69,8 @@ def top(
     if version:
         console.print(f"tpa-convert {__version__}")
         raise typer.Exit
+    if ctx.invoked_subcommand != "heal" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("only `tpa-convert heal` shares its work between processes")
     quiet_libraries()
 
 
@@ -229,11 +234,14 @@ def heal(
 ) -> None:
     """Train a converted model to predict what its source predicts, on plain text.
 
-    Takes a GPU if there is one. Ctrl-C stops it at a checkpoint beside the output directory, and
-    the same command continues from there.
+    Takes a GPU if there is one; for several, put `accelerate launch -m tpa_convert.cli` in front
+    of `heal`. Ctrl-C stops it at a checkpoint beside the output directory, and the same command
+    continues from there.
     """
     options = _section(HealOptions, ctx)
     teacher = _section(SourceOptions, ctx, model=source) if source else None
+    from accelerate import PartialState
+
     from tpa_convert import pipeline
 
     result = pipeline.heal(
@@ -249,6 +257,7 @@ def heal(
     console.print(f"Wrote {result.out}. Next:", soft_wrap=True)
     console.print(f"  tpa-convert eval {directory} {out} --text YOUR_TEXT", soft_wrap=True)
     _write_json(json_file, result)
+    PartialState().destroy_process_group()
 
 
 @app.command(
@@ -378,7 +387,7 @@ def _section(section: type[S], ctx: typer.Context, **values: Any) -> S:
 
 
 def _write_json(path: Path | None, result: Any) -> None:
-    if path is None:
+    if path is None or not FIRST_PROCESS:
         return
     values = result if isinstance(result, dict) else result.to_json()
     with atomic_file(path) as temporary:

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
-console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False)
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+"""Whether to show results; the other processes that a launcher started show nothing but errors."""
+
+console = Console(highlight=False, quiet=not FIRST_PROCESS)
+err_console = Console(stderr=True, highlight=False, quiet=not FIRST_PROCESS)
 
 
 class Commands(TyperGroup):
@@ -50,6 +53,8 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt as stop:
+            if not FIRST_PROCESS:
+                raise typer.Exit(INTERRUPTED) from None
             fail(f"interrupted: {str(stop) or 'no unfinished output was left'}", INTERRUPTED)
         except UserError as error:
             fail(f"{_label('error:', 'red')} {error}", 1)

@@ -10,6 +10,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -179,8 +181,9 @@ class Validation(TrainerCallback):
 class GracefulStop(TrainerCallback):
     """On the first Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and ends the training.
 
-    A context manager; a second signal acts as it would have without it. Inactive outside the main
-    thread, where Python allows no signal handlers.
+    Several processes stop together, as soon as one of them was asked to. A context manager; a
+    second signal acts as it would have without it. Inactive outside the main thread, where Python
+    allows no signal handlers.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -216,6 +219,12 @@ class GracefulStop(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self.requested:
+        requested = self.requested
+        if args.world_size > 1:
+            # Asking the others waits for the GPU, so it is done where a loss is read anyway.
+            if state.global_step % args.logging_steps:
+                return
+            requested = bool(reduce(torch.tensor(float(requested), device=args.device), "sum"))
+        if requested:
             control.should_save = True
             control.should_training_stop = True

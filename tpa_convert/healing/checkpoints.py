@@ -53,11 +53,11 @@ def check_disk(student: PreTrainedModel, output_dir: Path) -> None:
         )
 
 
-def fingerprint(settings: HealingSettings, blocks: Tensor) -> dict[str, Any]:
-    """What makes a run's loss curve, JSON-able: settings and a hash of the text."""
+def fingerprint(settings: HealingSettings, blocks: Tensor, sharded: bool) -> dict[str, Any]:
+    """What a checkpoint can be continued with, JSON-able: settings, a hash of the text, FSDP."""
     fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
     data = blocks.cpu().contiguous().numpy().data
-    return {**fixed, "text": hashlib.sha256(data).hexdigest()}
+    return {**fixed, "text": hashlib.sha256(data).hexdigest(), "FSDP": sharded}
 
 
 def check_run(path: Path, run: dict[str, Any], checkpoint: Path | None) -> None:

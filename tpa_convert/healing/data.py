@@ -49,12 +49,17 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def blocks_that_fit(
-    model: PreTrainedModel, block_length: int, device: torch.device, gradient_checkpointing: bool
+    model: PreTrainedModel,
+    block_length: int,
+    device: torch.device,
+    gradient_checkpointing: bool,
+    shards: int = 1,
 ) -> int:
     """How many sequences one forward and backward pass of `model` should take on `device`.
 
     On a GPU, a coarse estimate that fills half of the memory left beside fp32 gradients and Adam's
-    moments; on a CPU, few, because larger batches are no faster there.
+    moments, of which `shards` devices share one copy; on a CPU, few, because larger batches are no
+    faster there.
     """
     if device.type != "cuda":
         return max(1, CPU_TOKENS_PER_BATCH // block_length)
@@ -67,5 +72,5 @@ def blocks_that_fit(
     else:
         per_token = layer * config.num_hidden_layers
     free, _ = torch.cuda.mem_get_info(device)
-    free -= 12 * model.num_parameters()
+    free -= 12 * model.num_parameters() // shards
     return max(1, int(free / 2 / per_token / block_length))

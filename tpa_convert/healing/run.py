@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import time
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import LongTensor, Tensor
 from transformers import (
     PreTrainedModel,
@@ -38,6 +38,7 @@ from tpa_convert.healing.checkpoints import (
     newest_checkpoint,
 )
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
+from tpa_convert.healing.distributed import processes, refuse_difference, sharding, smallest
 from tpa_convert.healing.objective import Divergence, default_chunk_tokens, forward_kl
 from tpa_convert.healing.settings import HealingSettings
 from tpa_convert.healing.trainer import (
@@ -128,13 +129,18 @@ def heal(
     the training device. The teacher keeps its dtype and moves there too; on a GPU, load it in
     bfloat16.
 
+    Under `accelerate launch` or `torchrun`, all processes call this with the same arguments and
+    share the work. With FSDP the teacher ends sharded, and the student stays where it is and is
+    healed in the first process only.
+
     Args:
         student: any Hugging Face causal language model whose logits are `lm_head(hidden states)`.
         teacher: another one with the same vocabulary.
         tokenizer: of both; not needed for ready-made blocks.
         documents_or_blocks: documents as `calibration.text.token_blocks` takes them, or LongTensor
             blocks [N, L].
-        output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later.
+        output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later;
+            all processes have to see it.
         settings: by default `HealingSettings()`.
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
         valid_blocks: held-out blocks [M, L]; their divergence is measured before, every
@@ -154,15 +160,23 @@ def heal(
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
-    if not resume and checkpoints.exists():
-        shutil.rmtree(checkpoints)
+    this_run = fingerprint(settings, blocks, sharded=sharding())
+    state = processes()
+    refuse_difference(this_run, "text or settings")
+    if state.is_main_process:
+        if not resume and checkpoints.exists():
+            shutil.rmtree(checkpoints)
+        check_disk(student, output_dir)
+        check_run(output_dir / "healing.json", this_run, newest_checkpoint(checkpoints))
+    state.wait_for_everyone()
     checkpoint = newest_checkpoint(checkpoints)
-    check_disk(student, output_dir)
-    check_run(output_dir / "healing.json", fingerprint(settings, blocks), checkpoint)
 
     student.float()
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trainable == "all" or in_attention(name))
+    whole_student = student
+    if sharding():
+        student = copy.deepcopy(student)  # FSDP changes a model for good
     args = _training_arguments(student, settings, blocks.shape[1], checkpoints)
     compiled = settings.torch_compile
     if compiled is None:
@@ -175,6 +189,7 @@ def heal(
         weight_decay=settings.weight_decay,
     )
     speedometer = Speedometer(settings.tokens_per_step)
+    progress = progress and state.is_main_process
     stop = GracefulStop(announce=progress)
     bar = ProgressBar(speedometer) if progress else None
     use_cache = student.config.use_cache  # the Trainer turns it off
@@ -208,23 +223,27 @@ def heal(
         with (
             _memory_errors(args.per_device_train_batch_size),
             _quiet_transformers(),
-            block_forward(student, modules_to_compile(student) if compiled else ()),
-            block_forward(teacher, modules_to_compile(teacher) if compiled else ()),
+            block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
+            block_forward(teacher, modules_to_compile(teacher) if compiled else (), args.bf16),
             stop,
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if sharding():
+            weights = trainer.accelerator.get_state_dict(student)  # whole in the first process
+            if state.is_main_process:
+                whole_student.load_state_dict(weights)
     finally:
         if bar:
             bar.stop()
-        _release(student, use_cache)
-    state = trainer.state
+        _release(whole_student, use_cache)
+    end = trainer.state
     recovered = validation is not None and validation.recovered
-    if state.global_step < state.max_steps and not recovered:
-        raise HealingInterrupted(state.global_step, state.max_steps)
+    if end.global_step < end.max_steps and not recovered:
+        raise HealingInterrupted(end.global_step, end.max_steps)
 
     return HealingReport(
-        steps=state.global_step,
-        tokens=state.global_step * settings.tokens_per_step,
+        steps=end.global_step,
+        tokens=end.global_step * settings.tokens_per_step,
         resumed_from=int(checkpoint.name.split("-")[1]) if checkpoint else 0,
         seconds=time.perf_counter() - start,
         tokens_per_second=speedometer.tokens_per_second,
@@ -232,10 +251,8 @@ def heal(
         peak_memory_bytes=(
             torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
         ),
-        losses=tuple((e["step"], e["loss"]) for e in state.log_history if "loss" in e),
-        valid_losses=tuple(
-            (e["step"], e[VALID_LOSS]) for e in state.log_history if VALID_LOSS in e
-        ),
+        losses=tuple((e["step"], e["loss"]) for e in end.log_history if "loss" in e),
+        valid_losses=tuple((e["step"], e[VALID_LOSS]) for e in end.log_history if VALID_LOSS in e),
         recovered=recovered,
     )
 
@@ -278,7 +295,7 @@ def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         probe = torch.arange(4, device=model.device)[None]
         with torch.no_grad():
             logits = model(input_ids=probe, use_cache=False).logits
-            expected = head(final_hidden_states(model, model, probe))
+            expected = head(final_hidden_states(model, probe))
         if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
             raise UserError(
                 f"cannot heal: the {role} changes its logits after the output head "
@@ -294,18 +311,23 @@ def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 def _training_arguments(
     student: PreTrainedModel, settings: HealingSettings, block_length: int, directory: Path
 ) -> TrainingArguments:
-    state = PartialState()
-    device, processes = state.device, state.num_processes
+    device, count = processes().device, processes().num_processes
     cuda = device.type == "cuda"
     blocks_per_step = settings.tokens_per_step // block_length
-    if blocks_per_step % processes:
+    if blocks_per_step % count:
         raise UserError(
-            f"a step has {blocks_per_step} blocks, which {processes} processes cannot share "
+            f"a step has {blocks_per_step} blocks, which {count} processes cannot share "
             "equally: change tokens_per_step"
         )
-    blocks_per_device = blocks_per_step // processes
-    limit = settings.batch_size or blocks_that_fit(
-        student, block_length, device, settings.gradient_checkpointing
+    blocks_per_device = blocks_per_step // count
+    limit = settings.batch_size or smallest(
+        blocks_that_fit(
+            student,
+            block_length,
+            device,
+            settings.gradient_checkpointing,
+            shards=count if sharding() else 1,
+        )
     )
     batch_size = largest_divisor(blocks_per_device, limit)
     steps = settings.steps
@@ -330,6 +352,7 @@ def _training_arguments(
         dataloader_pin_memory=cuda,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +11,30 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tpa_convert.healing.objective import (
-    Divergence,
-    chunked_divergence,
-    forward_kl,
-)
+from tpa_convert.healing.distributed import gathered, set_wrapping, shard_frozen
+from tpa_convert.healing.objective import Divergence, chunked_divergence, forward_kl
 
 # Full blocks need no mask but causality. Under its own name, SDPA is called with `is_causal` and
 # transformers builds no mask for it: building one costs a device synchronisation in every forward
 # pass and, under torch.compile, a [batch, 1, length, length] mask that rules flash kernels out.
 CAUSAL_SDPA = "tpa_convert_causal_sdpa"
-AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """SDPA for keys and values of different widths, which flash kernels refuse: zeros even them."""
+    width = value.shape[-1]
+    even = max(key.shape[-1], width)
+    query, key, value = (
+        nn.functional.pad(x, (0, even - x.shape[-1])) if x.shape[-1] < even else x
+        for x in (query, key, value)
+    )
+    output, _ = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    return output[..., :width], None
+
+
+AttentionInterface.register(CAUSAL_SDPA, causal_attention)
 
 
 def in_attention(name: str) -> bool:
@@ -57,7 +70,7 @@ def parameter_groups(
 
 
 def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
-    """What to compile of a model: its layers, or the whole decoder if they differ in shape.
+    """What to compile of a model: layers and final norm, or the whole decoder if layers differ.
 
     Equal layers share one compiled graph, so that compilation takes seconds and not minutes. Layers
     that differ would each need a graph of their own, and every call would search through them.
@@ -65,15 +78,27 @@ def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
     decoder = model.get_decoder()
     layers = list(decoder.layers)
     shapes = {tuple(parameter.shape for parameter in layer.parameters()) for layer in layers}
-    return layers if len(shapes) == 1 else [decoder]
+    return [*layers, decoder.norm] if len(shapes) == 1 else [decoder]
 
 
 @contextmanager
 def block_forward(
-    model: PreTrainedModel, compiled_modules: Iterable[nn.Module] = ()
+    model: PreTrainedModel,
+    compiled_modules: Iterable[nn.Module] = (),
+    autocast: bool = False,
 ) -> Iterator[None]:
-    """Make forward passes over full, unpadded blocks fast; undone on leaving."""
+    """Make forward passes over full, unpadded blocks fast; undone on leaving.
+
+    Args:
+        compiled_modules: what `modules_to_compile` says, or nothing.
+        autocast: whether passes run under bf16 autocast. The residual stream would have the dtype
+            of the embedding, fp32, although all that is added to it comes from bf16 products: it is
+            made bf16.
+    """
     compiled_modules = list(compiled_modules)
+    cast = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, hidden: hidden.bfloat16() if autocast else hidden
+    )
     swap_attention = model.config._attn_implementation == "sdpa"
     if swap_attention:
         model.set_attn_implementation(CAUSAL_SDPA)
@@ -82,26 +107,39 @@ def block_forward(
     try:
         yield
     finally:
+        cast.remove()
         for module in compiled_modules:
             del module.forward
         if swap_attention:
             model.set_attn_implementation("sdpa")
 
 
-def final_hidden_states(model: nn.Module, causal_lm: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """What the output head would see: [B, L] token ids -> [B, L, D].
+def with_head(
+    model: nn.Module,
+    causal_lm: PreTrainedModel,
+    input_ids: Tensor,
+    head_forward: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Run a model on [B, L] token ids with another function of [B, L, D] as its output head.
 
     Args:
         model: `causal_lm` as wrapped for training (DDP, ...) or itself. Its own forward is called,
-            because wrappers synchronise gradients and gather shards there, but with an output head
-            that lets hidden states through.
+            because wrappers synchronise gradients and gather shards there. `head_forward` may use
+            the head's weight, which is whole inside of it.
+
+    Returns: what `head_forward` returns.
     """
     head = causal_lm.get_output_embeddings()
-    head.forward = lambda hidden_states: hidden_states
+    head.forward = head_forward
     try:
         return model(input_ids=input_ids, use_cache=False).logits
     finally:
         del head.forward
+
+
+def final_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """What the output head would see: [B, L] token ids -> [B, L, D]."""
+    return with_head(model, model, input_ids, lambda hidden_states: hidden_states)
 
 
 class DistillationTrainer(Trainer):
@@ -112,7 +150,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: causal language model of the same vocabulary, of any floating dtype. It is moved to
-            the training device.
+            the training device, under FSDP sharded over all of them.
         divergence: of a chunk's logits, see `objective.Divergence`.
         chunk_tokens: see `objective.chunked_divergence`.
         **kwargs: the Trainer's.
@@ -131,7 +169,11 @@ class DistillationTrainer(Trainer):
         super().__init__(**kwargs)
         # Batches are of equal size, so a mean over batches is a mean over tokens.
         self.model_accepts_loss_kwargs = False
-        self.teacher = teacher.to(self.args.device).eval()
+        if self.is_fsdp_enabled:
+            self.teacher = shard_frozen(self.accelerator, teacher.eval(), self.args.bf16)
+            set_wrapping(self.accelerator, self.model, self.args.bf16)
+        else:
+            self.teacher = teacher.to(self.args.device).eval()
         self.divergence = divergence
         self.chunk_tokens = chunk_tokens
 
@@ -143,25 +185,42 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         input_ids = inputs["input_ids"]
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        # Not inference_mode: its tensors cannot pass through compiled or sharded modules.
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_hidden = final_hidden_states(self.teacher, input_ids)
+            teacher_weight = gathered(self.teacher.get_output_embeddings().weight)
+
+        def loss_of(student_hidden: Tensor) -> Tensor:
+            with torch.autocast(input_ids.device.type, enabled=False):
+                return self.hidden_loss(student_hidden, teacher_hidden, teacher_weight)
+
         with self.accelerator.autocast():
-            # Not inference_mode: its tensors cannot pass through compiled or sharded modules.
-            with torch.no_grad():
-                teacher_hidden = final_hidden_states(self.teacher, self.teacher, input_ids)
-            student_hidden = final_hidden_states(model, self.model, input_ids)
-        loss = chunked_divergence(
+            loss = with_head(model, self.model, input_ids, loss_of)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def hidden_loss(
+        self, student_hidden: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        """Loss from final hidden states [B, L, D] and [B, L, E]: fp32 scalar.
+
+        Called inside the student's forward pass, without autocast.
+        """
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        return chunked_divergence(
             student_hidden.to(dtype),
             self.model.get_output_embeddings().weight,
             teacher_hidden.to(dtype),
-            self.teacher.get_output_embeddings().weight,
+            teacher_weight,
             divergence=self.divergence,
             chunk_tokens=self.chunk_tokens,
         )
-        return (loss, {"loss": loss}) if return_outputs else loss
 
     @torch.no_grad()
     def mean_divergence(self, blocks: Tensor) -> float:
-        """Divergence in nats per token on held-out `blocks` [N, L]."""
+        """Divergence in nats per token on held-out `blocks` [N, L], the same on all processes."""
+        processes = self.args.world_size
+        if len(blocks) % processes == 0:  # else all do all, because shards want equal work
+            blocks = blocks[self.args.process_index :: processes]
         model = self.model_wrapped
         training = model.training
         model.eval()
@@ -172,4 +231,5 @@ class DistillationTrainer(Trainer):
                 loss = self.compute_loss(model, {"input_ids": batch.to(self.args.device)})
                 total += loss.item() * len(batch)
         model.train(training)
-        return total / len(blocks)
+        mean = torch.tensor(total / len(blocks), device=self.args.device)
+        return self.accelerator.reduce(mean, "mean").item()

@@ -22,6 +22,7 @@ from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_
 from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
 from tpa_convert.healing import HealingReport, HealingSettings
 from tpa_convert.healing import heal as heal_model
+from tpa_convert.healing.distributed import processes
 from tpa_convert.healing.sampling import sample_blocks
 from tpa_convert.prediction import named_dtype
 from tpa_convert.recipe import HealOptions, SourceOptions
@@ -58,7 +59,8 @@ def heal(
     """Distil the source into the converted model in `directory`; save the result to `out`.
 
     Until the run is complete, its checkpoints live beside `out`, in `out` + ".healing". A GPU is
-    used if there is one (CUDA_VISIBLE_DEVICES chooses).
+    used if there is one (CUDA_VISIBLE_DEVICES chooses). Under a launcher, all processes call this
+    and the first one writes.
 
     Args:
         source: what to learn from; by default the recorded source, which must be unchanged.
@@ -69,6 +71,7 @@ def heal(
     Raises:
         HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
     """
+    state = processes()
     provenance = read_provenance(directory)
     out = check_output(out, overwrite)
     settings = HealingSettings(**options.model_dump(exclude=TEXT_OPTIONS))
@@ -86,7 +89,9 @@ def heal(
             VALID_BLOCKS,
         )
     checkpoints = out.with_name(out.name + HEALING_SUFFIX)
-    _claim_checkpoints(checkpoints, provenance, resume)
+    if state.is_main_process:
+        _claim_checkpoints(checkpoints, provenance, resume)
+    state.wait_for_everyone()
     try:
         report = heal_model(
             student,
@@ -100,9 +105,11 @@ def heal(
             progress=progress,
         )
     except BaseException:
-        if not any(checkpoints.glob("checkpoints/checkpoint-*")):
+        if state.is_main_process and not any(checkpoints.glob("checkpoints/checkpoint-*")):
             shutil.rmtree(checkpoints, ignore_errors=True)  # nothing to resume from
         raise
+    if not state.is_main_process:
+        return HealingResult(out, report)
     student.to("cpu", named_dtype(provenance["convert"]["plan"]["dtype"]))
     record = {
         "settings": options.model_dump(mode="json"),
@@ -136,20 +143,19 @@ def _training_text(
         assert documents is not None
         return documents
     path = directory / "sampled.npy"
-    if path.is_file():
-        sampled = torch.from_numpy(np.load(path))
-    else:
-        model = teacher.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        sampled = sample_blocks(
-            model,
-            teacher.tokenizer,
-            options.sampled_tokens,
-            options.block_length,
-            seed=options.seed,
-            track=track,
-        )
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, sampled.numpy())
+    with processes().main_process_first():
+        if not path.is_file():
+            sampled = sample_blocks(
+                teacher.model.to("cuda" if torch.cuda.is_available() else "cpu"),
+                teacher.tokenizer,
+                options.sampled_tokens,
+                options.block_length,
+                seed=options.seed,
+                track=track,
+            )
+            with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, sampled.numpy())
+    sampled = torch.from_numpy(np.load(path))
     if documents is None:
         return sampled
     wanted = settings.steps * settings.tokens_per_step // options.block_length

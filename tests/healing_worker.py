@@ -1,0 +1,105 @@
+"""One process of a healing run that a launcher started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tests.conftest import make_tiny_llama
+from tests.conversions import convert_tiny
+from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
+from tpa_convert.healing import run as healing_run
+
+STEPS = 6
+
+
+def blocks(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 128, (count, 16), generator=generator)
+
+
+def run(directory: Path, *, tied: bool) -> tuple[HealingReport, Any]:
+    """Heals a tiny converted model on whatever processes there are."""
+    teacher = make_tiny_llama(tie_word_embeddings=tied)
+    student = convert_tiny(teacher, width_k=12, width_v=8)
+    settings = HealingSettings(
+        tokens=STEPS * 128,
+        tokens_per_step=128,
+        batch_size=2,  # of 8 blocks a step, so that gradients are accumulated
+        attention_learning_rate=1e-2,
+        learning_rate=3e-3,
+        warmup_steps=2,
+        valid_steps=3,
+    )
+    report = heal(
+        student,
+        teacher,
+        None,
+        blocks(20, seed=5),
+        settings=settings,
+        output_dir=directory,
+        valid_blocks=blocks(6, seed=6),
+        progress=False,
+    )
+    return report, student
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate shards on accelerators only: let it take this CPU for one."""
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "true"}
+    os.environ["FSDP_VERSION"] = "2"
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+class Interrupt(TrainerCallback):
+    """Sends the first process a signal in the third step."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 2 and args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted_run(directory: Path, *, tied: bool) -> None:
+    trainer = healing_run.DistillationTrainer
+    healing_run.DistillationTrainer = lambda **kwargs: trainer(  # type: ignore[assignment, misc]
+        **{**kwargs, "callbacks": [*kwargs["callbacks"], Interrupt()]}
+    )
+    with pytest.raises(HealingInterrupted, match="step 3 of 6"):
+        run(directory, tied=tied)
+    healing_run.DistillationTrainer = trainer  # type: ignore[misc]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--fsdp", action="store_true")
+    options = parser.parse_args()
+    if options.fsdp:
+        allow_fsdp_on_cpu()
+    for tied in (False, True):
+        directory = options.directory / f"tied-{tied}"
+        interrupted_run(directory, tied=tied)
+        report, student = run(directory, tied=tied)
+        if PartialState().is_main_process:
+            torch.save(student.state_dict(), directory / "student.pt")
+            (directory / "report.json").write_text(json.dumps(asdict(report)))
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
