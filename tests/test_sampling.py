@@ -78,11 +78,13 @@ def test_healing_on_sampled_text(tmp_path: Path, with_text: bool) -> None:
     converted, healed = tmp_path / "converted", tmp_path / "healed"
     assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
     short = ["--tokens", 128, "--tokens-per-step", 64, "--block-length", 32, "--out", healed]
-    text = ["--text", save_text(tmp_path / "text.txt")] if with_text else []
+    texts = [f"{save_text(tmp_path / 'a.txt')}@2", save_text(tmp_path / "b.txt")]
+    text = [part for path in texts for part in ("--text", path)] if with_text else []
     result = tpa_convert("heal", converted, *short, "--sampled-tokens", 100, *text)
     assert result.exit_code == 0, result.output
     record = json.loads((healed / "tpa_convert.json").read_text())["heal"]
     assert record["settings"]["sampled_tokens"] == 100
+    assert len(record["settings"]["text"]) == 2 * with_text
     assert record["report"]["tokens"] == 128
     assert (healed / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "![Divergence" in (healed / "README.md").read_text()

@@ -336,9 +336,11 @@ HealText = Annotated[
     list[str] | None,
     option(
         "--text",
-        "Text file, directory, glob or Hub dataset to heal on; may be repeated.",
+        "Text file, directory, glob or Hub dataset to heal on; may be repeated. @3 behind a name "
+        "gives its share of the tokens; what is too short for it is read again. Without shares, "
+        "files count by their size.",
         TEXT,
-        metavar="PATH|DATASET",
+        metavar="PATH|DATASET[@SHARE]",
     ),
 ]
 SampledTokens = Annotated[

@@ -7,6 +7,8 @@ what a YAML recipe spells out, so that all three share names, defaults and check
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -44,6 +46,38 @@ def _as_tuple(value: Any) -> Any:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One text file, directory, glob or dataset, or several."""
+
+
+def _as_mixture(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        for name, share in value.items():
+            if isinstance(share, bool) or not isinstance(share, int | float):
+                raise ValueError(f"the share of {name} must be a number, not {share!r}")
+            if not 0 < share < math.inf:
+                raise ValueError(f"the share of {name} must be a positive number, not {share}")
+        return tuple(f"{name}@{share}" for name, share in value.items())
+    return _as_tuple(value)
+
+
+Mixture = Annotated[tuple[str, ...], BeforeValidator(_as_mixture)]
+"""Like Texts, each perhaps with its share of the tokens: `NAME@3`, or {NAME: 3} in YAML."""
+
+
+def split_share(spec: str) -> tuple[str, float | None]:
+    """`essays.jsonl@3` -> ("essays.jsonl", 3.0); a spec without a share -> (spec, None).
+
+    A name that itself ends in @ and a number needs a share behind it.
+
+    Raises:
+        ValueError: a share that is not positive, or too large for a float.
+    """
+    match = re.fullmatch(r"(.+)@(-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)", spec)
+    if match is None:
+        return spec, None
+    name, share = match[1], float(match[2])
+    if not 0 < share < math.inf:
+        raise ValueError(f"the share of {name} must be a positive number, not {match[2]}")
+    return name, share
 
 
 class Section(BaseModel):
@@ -191,8 +225,10 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
 class HealOptions(Section):
     """How to heal: distil the source into the converted model on plain text."""
 
-    text: Texts = ()
-    """Text to heal on: files, directories, globs or Hub datasets."""
+    text: Mixture = ()
+    """Text to heal on: files, directories, globs or Hub datasets. Shares of the tokens go behind an
+    @ (`essays.jsonl@3`), or after a colon in YAML (`{essays.jsonl: 3, owner/corpus: 1}`); what is
+    too short for its share is read again. Without shares, files count by their size."""
     sampled_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to sample from the source itself, beside the text or instead of it."""
     valid_text: Texts = ()
@@ -240,8 +276,13 @@ class HealOptions(Section):
             raise ValueError("there is no text to heal on: give text, or sampled_tokens")
         if self.stop_at is not None and not self.valid_text:
             raise ValueError("stop_at needs held-out text to judge by: give valid_text")
-        refuse_overlap(self.text, self.valid_text, "valid_text")
+        refuse_overlap((name for name, _ in self.text_shares), self.valid_text, "valid_text")
         return self
+
+    @property
+    def text_shares(self) -> tuple[tuple[str, float | None], ...]:
+        """The names in `text`, each with its share or None."""
+        return tuple(split_share(spec) for spec in self.text)
 
 
 def refuse_overlap(train: Iterable[str], test: Iterable[str], name: str) -> None:
@@ -313,7 +354,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.evaluate is not None:
-            train = [*self.convert.calibration, *(self.heal.text if self.heal else ())]
+            healed_on = [name for name, _ in self.heal.text_shares] if self.heal else []
+            train = [*self.convert.calibration, *healed_on]
             # training reads the split `train` of a Hub dataset; local files have only one
             test = [
                 spec

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tpa_convert.architectures import Source
+from tpa_convert.calibration.mixture import Mixture, load_mixture, mixture_blocks
 from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.text import Documents, load_documents, token_blocks
+from tpa_convert.calibration.text import load_documents, token_blocks
 from tpa_convert.charts import healing_chart
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_file, check_output
@@ -85,6 +86,7 @@ def heal(
             options.block_length,
             VALID_BLOCKS,
         )
+    mixture = load_mixture(options.text_shares, text_column=options.text_column)
     checkpoints = out.with_name(out.name + HEALING_SUFFIX)
     _claim_checkpoints(checkpoints, provenance, resume)
     try:
@@ -92,7 +94,7 @@ def heal(
             student,
             teacher.model,
             tokenizer,
-            _training_text(options, settings, teacher, checkpoints, track),
+            _training_blocks(options, settings, teacher, mixture, checkpoints, track),
             settings=settings,
             output_dir=checkpoints,
             resume=resume,
@@ -121,42 +123,39 @@ def heal(
     return HealingResult(out, report)
 
 
-def _training_text(
+def _training_blocks(
     options: HealOptions,
     settings: HealingSettings,
     teacher: Source,
+    mixture: Mixture,
     directory: Path,
     track: Track,
-) -> Documents | Tensor:
-    """Documents, or token blocks if some of them are sampled; these are kept for a resumed run."""
-    documents = None
-    if options.text:
-        documents = load_documents(options.text, text_column=options.text_column)
-    if not options.sampled_tokens:
-        assert documents is not None
-        return documents
-    path = directory / "sampled.npy"
-    if path.is_file():
-        sampled = torch.from_numpy(np.load(path))
-    else:
-        model = teacher.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        sampled = sample_blocks(
-            model,
-            teacher.tokenizer,
-            options.sampled_tokens,
-            options.block_length,
-            seed=options.seed,
-            track=track,
+) -> Tensor:
+    """The text of a run as token blocks. What is sampled is kept for a resumed run."""
+    parts = []
+    if mixture:
+        wanted = settings.steps * max(1, settings.tokens_per_step // options.block_length)
+        parts.append(
+            mixture_blocks(
+                mixture, teacher.tokenizer, options.block_length, wanted, options.seed
+            ).numpy()
         )
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, sampled.numpy())
-    if documents is None:
-        return sampled
-    wanted = settings.steps * settings.tokens_per_step // options.block_length
-    blocks = token_blocks(
-        documents, teacher.tokenizer, options.block_length, wanted, seed=options.seed
-    )
-    return torch.cat((blocks, sampled))
+    if options.sampled_tokens:
+        path = directory / f"sampled_{options.sampled_tokens}.npy"
+        if not path.is_file():
+            model = teacher.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            sampled = sample_blocks(
+                model,
+                teacher.tokenizer,
+                options.sampled_tokens,
+                options.block_length,
+                seed=options.seed,
+                track=track,
+            )
+            with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, sampled.numpy().astype(np.int32))
+        parts.append(np.load(path))
+    return torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
 def _claim_checkpoints(directory: Path, provenance: Mapping[str, Any], resume: bool) -> None:
