@@ -340,7 +340,7 @@ HealText = Annotated[
         "gives its share of the tokens; what is too short for it is read again. Without shares, "
         "files count by their size.",
         TEXT,
-        metavar="PATH|DATASET[@SHARE]",
+        metavar="PATH|DATASET",
     ),
 ]
 SampledTokens = Annotated[

@@ -7,8 +7,6 @@ what a YAML recipe spells out, so that all three share names, defaults and check
 from __future__ import annotations
 
 import difflib
-import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -25,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from tpa_convert.calibration.shares import join_shares, split_share
 from tpa_convert.errors import UserError
 
 FloatType = Literal["float32", "bfloat16", "float16"]
@@ -47,37 +46,11 @@ def _as_tuple(value: Any) -> Any:
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One text file, directory, glob or dataset, or several."""
 
-
-def _as_mixture(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        for name, share in value.items():
-            if isinstance(share, bool) or not isinstance(share, int | float):
-                raise ValueError(f"the share of {name} must be a number, not {share!r}")
-            if not 0 < share < math.inf:
-                raise ValueError(f"the share of {name} must be a positive number, not {share}")
-        return tuple(f"{name}@{share}" for name, share in value.items())
-    return _as_tuple(value)
-
-
-Mixture = Annotated[tuple[str, ...], BeforeValidator(_as_mixture)]
+Mixture = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda v: join_shares(v) if isinstance(v, Mapping) else _as_tuple(v)),
+]
 """Like Texts, each perhaps with its share of the tokens: `NAME@3`, or {NAME: 3} in YAML."""
-
-
-def split_share(spec: str) -> tuple[str, float | None]:
-    """`essays.jsonl@3` -> ("essays.jsonl", 3.0); a spec without a share -> (spec, None).
-
-    A name that itself ends in @ and a number needs a share behind it.
-
-    Raises:
-        ValueError: a share that is not positive, or too large for a float.
-    """
-    match = re.fullmatch(r"(.+)@(-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)", spec)
-    if match is None:
-        return spec, None
-    name, share = match[1], float(match[2])
-    if not 0 < share < math.inf:
-        raise ValueError(f"the share of {name} must be a positive number, not {match[2]}")
-    return name, share
 
 
 class Section(BaseModel):

@@ -135,7 +135,7 @@ def default_calibration_documents() -> Dataset:
 
 
 def _load_one(spec: str, text_column: str, split: str) -> Documents:
-    files = _local_files(spec)
+    files = local_files(spec)
     if files is None:
         return _load_hub(spec, text_column, split)
     tables: list[pa.Table] = []
@@ -152,7 +152,7 @@ def _load_one(spec: str, text_column: str, split: str) -> Documents:
     return documents
 
 
-def _local_files(spec: str) -> list[Path] | None:
+def local_files(spec: str) -> list[Path] | None:
     """The files a spec names, or None if it can only be a dataset on the Hub."""
     path = Path(spec).expanduser()
     if path.is_file():

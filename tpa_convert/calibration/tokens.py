@@ -63,20 +63,21 @@ def _pieces(documents: Documents | Iterable[str], seed: int | None) -> Iterator[
     """Yield (text, whether a document ends here)."""
     if isinstance(documents, IterableDataset) and seed is not None:
         documents = documents.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        for text in _texts(documents):
+        for text in texts_of(documents):
             yield from ((piece, True) for piece in _cut(text))
     elif seed is not None:
-        pieces = [piece for text in _texts(documents) for piece in _cut(text)]
+        pieces = [piece for text in texts_of(documents) for piece in _cut(text)]
         random.Random(seed).shuffle(pieces)
         yield from ((piece, True) for piece in pieces)
     else:
-        for text in _texts(documents):
+        for text in texts_of(documents):
             *head, last = _cut(text)
             yield from ((piece, False) for piece in head)
             yield last, True
 
 
-def _texts(documents: Documents | Iterable[str]) -> Iterator[str]:
+def texts_of(documents: Documents | Iterable[str]) -> Iterator[str]:
+    """The texts of documents, empty ones left out."""
     if isinstance(documents, Dataset | IterableDataset):
         rows = documents.select_columns(["text"]).iter(batch_size=100)
         yield from (text for batch in rows for text in batch["text"] if text)

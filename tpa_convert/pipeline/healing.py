@@ -16,6 +16,7 @@ from torch import Tensor
 from tpa_convert.architectures import Source
 from tpa_convert.calibration.mixture import Mixture, load_mixture, mixture_blocks
 from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.calibration.overlap import load_local, refuse_seen_documents
 from tpa_convert.calibration.text import load_documents, token_blocks
 from tpa_convert.charts import healing_chart
 from tpa_convert.errors import UserError
@@ -68,11 +69,17 @@ def heal(
         track: shows progress of sampling, called as `track(batches, description)`.
 
     Raises:
+        UserError: held-out documents are in the training text; see `healing.heal` for the others.
         HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
     """
     provenance = read_provenance(directory)
     out = check_output(out, overwrite)
     settings = HealingSettings(**options.model_dump(exclude=TEXT_OPTIONS))
+    mixture = load_mixture(options.text_shares, text_column=options.text_column)
+    refuse_seen_documents(
+        {name: documents for name, (documents, _) in mixture.items()},
+        load_local(options.valid_text, text_column=options.text_column),
+    )
     cuda = torch.cuda.is_available()
     teacher = source_of(
         directory, provenance, source, dtype=torch.bfloat16 if cuda else torch.float32
@@ -86,7 +93,6 @@ def heal(
             options.block_length,
             VALID_BLOCKS,
         )
-    mixture = load_mixture(options.text_shares, text_column=options.text_column)
     checkpoints = out.with_name(out.name + HEALING_SUFFIX)
     _claim_checkpoints(checkpoints, provenance, resume)
     try:
