@@ -352,6 +352,15 @@ SampledTokens = Annotated[
         metavar="N",
     ),
 ]
+SampledChatTokens = Annotated[
+    int,
+    option(
+        "--sampled-chat-tokens",
+        "Tokens of chats to sample from an instruct source, in its own chat template.",
+        TEXT,
+        metavar="N",
+    ),
+]
 ValidText = Annotated[
     list[str] | None,
     option("--valid-text", "Held-out text, for the loss shown.", TEXT, metavar="PATH|DATASET"),

@@ -204,6 +204,8 @@ class HealOptions(Section):
     too short for its share is read again. Without shares, files count by their size."""
     sampled_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to sample from the source itself, beside the text or instead of it."""
+    sampled_chat_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of chats to sample from an instruct source, in its own chat template."""
     valid_text: Texts = ()
     """Held-out text for the loss shown during healing."""
     text_column: str = "text"
@@ -245,8 +247,10 @@ class HealOptions(Section):
 
     @model_validator(mode="after")
     def _check(self) -> HealOptions:
-        if not self.text and not self.sampled_tokens:
-            raise ValueError("there is no text to heal on: give text, or sampled_tokens")
+        if not (self.text or self.sampled_tokens or self.sampled_chat_tokens):
+            raise ValueError(
+                "there is no text to heal on: give text, sampled_tokens or sampled_chat_tokens"
+            )
         if self.stop_at is not None and not self.valid_text:
             raise ValueError("stop_at needs held-out text to judge by: give valid_text")
         refuse_overlap((name for name, _ in self.text_shares), self.valid_text, "valid_text")

@@ -29,7 +29,8 @@ from tpa_convert.prediction import named_dtype
 from tpa_convert.recipe import HealOptions, SourceOptions
 from tpa_convert.sources import source_of
 
-TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens"}  # the rest are settings
+# The rest are settings.
+TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens", "sampled_chat_tokens"}
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
 LOSS_CHART = "loss.png"  # in the healed model's directory, and shown by its card
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
@@ -66,7 +67,7 @@ def heal(
         source: what to learn from; by default the recorded source, which must be unchanged.
         resume: continue an interrupted run; if False, its checkpoints are deleted.
         progress: show a progress bar.
-        track: shows progress of sampling, called as `track(batches, description)`.
+        track: shows progress of sampling.
 
     Raises:
         UserError: held-out documents are in the training text; see `healing.heal` for the others.
@@ -146,21 +147,23 @@ def _training_blocks(
                 mixture, teacher.tokenizer, options.block_length, wanted, options.seed
             ).numpy()
         )
-    if options.sampled_tokens:
-        path = directory / f"sampled_{options.sampled_tokens}.npy"
-        if not path.is_file():
-            model = teacher.model.to("cuda" if torch.cuda.is_available() else "cpu")
-            sampled = sample_blocks(
-                model,
-                teacher.tokenizer,
-                options.sampled_tokens,
-                options.block_length,
-                seed=options.seed,
-                track=track,
-            )
-            with atomic_file(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, sampled.numpy().astype(np.int32))
-        parts.append(np.load(path))
+    for tokens, chat in ((options.sampled_tokens, False), (options.sampled_chat_tokens, True)):
+        if tokens:
+            path = directory / f"sampled_{'chat_' if chat else ''}{tokens}.npy"
+            if not path.is_file():
+                model = teacher.model.to("cuda" if torch.cuda.is_available() else "cpu")
+                sampled = sample_blocks(
+                    model,
+                    teacher.tokenizer,
+                    tokens,
+                    options.block_length,
+                    chat=chat,
+                    seed=options.seed,
+                    track=track,
+                )
+                with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, sampled.numpy().astype(np.int32))
+            parts.append(np.load(path))
     return torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
