@@ -10,9 +10,10 @@ import datasets
 import pytest
 import torch
 
-from tests.conftest import make_tiny_tokenizer
+from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tpa_convert.calibration.mixture import load_mixture, mixture_blocks
 from tpa_convert.errors import UserError
+from tpa_convert.healing import HealingReport, HealingSettings, heal
 
 TOKENIZER = make_tiny_tokenizer()
 
@@ -87,3 +88,25 @@ def test_texts_too_short_for_a_block(letters) -> None:
         mixed({tiny: 1.0, big: 1.0}, 10)
     with pytest.raises(UserError, match=r"the share of .*a\.txt in 10 sequences is less than one"):
         mixed({tiny: 0.01, big: 1.0}, 10)
+
+
+def test_a_checkpoint_is_tied_to_the_mixture(letters, tmp_path: Path) -> None:
+    texts = {letters("a", 8): 1.0, letters("b", 100): 3.0}
+    settings = HealingSettings(tokens=8 * 40, tokens_per_step=40, batch_size=2)
+
+    def healed(blocks: torch.Tensor) -> HealingReport:
+        student, teacher = make_tiny_llama(seed=1), make_tiny_llama()
+        return heal(
+            student,
+            teacher,
+            None,
+            blocks,
+            settings=settings,
+            output_dir=tmp_path / "run",
+            progress=False,
+        )
+
+    assert healed(mixed(texts, 16)).steps == 8
+    assert healed(mixed(texts, 16)).resumed_from == 8
+    with pytest.raises(UserError, match="belongs to a run with different text"):
+        healed(mixed(dict.fromkeys(texts, 1.0), 16))

@@ -7,11 +7,13 @@ from itertools import pairwise
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_tiny_tokenizer
+from tpa_convert.calibration import tokens as tokens_module
 from tpa_convert.calibration.packing import pack, packed_blocks
 
 TOKENIZER = make_tiny_tokenizer()
@@ -70,17 +72,28 @@ def test_packing_cuts_few_documents() -> None:
     assert 10 * packed < uncut(documents, stream).count(False)
 
 
-def test_documents_end_with_eos_and_no_more_is_read_than_needed() -> None:
-    def texts() -> Iterator[dict[str, str]]:
-        for i in range(10_000):
-            reads.append(i)
-            yield {"text": chr(97 + i % 26) * 9}
-
-    reads: list[int] = []
-    stream = datasets.IterableDataset.from_generator(texts)
-    blocks = packed_blocks(stream, TOKENIZER, 20, 5, seed=1)
+def test_documents_end_with_eos_in_an_order_of_the_seed() -> None:
+    texts = [chr(97 + i % 26) * 9 for i in range(100)]
+    blocks = packed_blocks(texts, TOKENIZER, 20, 5, seed=1)
     assert blocks.dtype == torch.uint16
     assert blocks.shape == (5, 20)
     assert (blocks[:, 9::10].long() == TOKENIZER.eos_token_id).all()
-    assert torch.equal(blocks, packed_blocks(stream, TOKENIZER, 20, 5, seed=1))
-    assert not torch.equal(blocks, packed_blocks(stream, TOKENIZER, 20, 5, seed=2))
+    assert torch.equal(blocks, packed_blocks(texts, TOKENIZER, 20, 5, seed=1))
+    assert not torch.equal(blocks, packed_blocks(texts, TOKENIZER, 20, 5, seed=2))
+
+
+def test_no_more_of_a_stream_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 50)
+    reads = 0
+
+    def texts() -> Iterator[dict[str, str]]:
+        nonlocal reads
+        while True:
+            reads += 1
+            yield {"text": "x" * 9}
+
+    features = datasets.Features({"text": datasets.Value("string")})
+    stream = datasets.IterableDataset.from_generator(texts, features=features)
+    assert packed_blocks(stream, TOKENIZER, 20, 5).shape == (5, 20)
+    # ten documents, behind the buffer of the shuffle and batches of a hundred rows
+    assert 10 <= reads <= 200

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tests.conftest import make_tiny_llama
+from tpa_convert import terminal
 from tpa_convert.errors import UserError
 from tpa_convert.healing.chat import chat_script
 from tpa_convert.healing.sampling import sample_blocks
@@ -154,6 +157,13 @@ def test_healing_on_sampled_text(
     assert record["report"]["tokens"] == 128
     assert (healed / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "![Divergence" in (healed / "README.md").read_text()
+
+
+def test_a_terminal_shows_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "err_console", output)
+    assert list(terminal.track([1, 2], "sampling text", tokens=1000)) == [1, 2]
+    assert re.search(r"2/2 .*[1-9][\d,]* tokens/s", output.file.getvalue())
 
 
 def test_no_text_at_all(tmp_path: Path) -> None:

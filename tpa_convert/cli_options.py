@@ -338,7 +338,7 @@ HealText = Annotated[
         "--text",
         "Text file, directory, glob or Hub dataset to heal on; may be repeated. @3 behind a name "
         "gives its share of the tokens; what is too short for it is read again. Without shares, "
-        "files count by their size.",
+        "files count by their size, and beside a Hub dataset all count the same.",
         TEXT,
         metavar="PATH|DATASET",
     ),

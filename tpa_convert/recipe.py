@@ -201,7 +201,8 @@ class HealOptions(Section):
     text: Mixture = ()
     """Text to heal on: files, directories, globs or Hub datasets. Shares of the tokens go behind an
     @ (`essays.jsonl@3`), or after a colon in YAML (`{essays.jsonl: 3, owner/corpus: 1}`); what is
-    too short for its share is read again. Without shares, files count by their size."""
+    too short for its share is read again. Without shares, files count by their size, and beside a
+    Hub dataset all count the same."""
     sampled_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to sample from the source itself, beside the text or instead of it."""
     sampled_chat_tokens: Annotated[int, Field(ge=0)] = 0
