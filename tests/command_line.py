@@ -34,6 +34,6 @@ def save_source(directory: Path, seed: int = 0) -> Path:
 
 
 def save_text(path: Path) -> Path:
-    """A few thousand tokens."""
-    path.write_text("A short text, repeated. " * 200)
+    """A few thousand tokens, another text for every name."""
+    path.write_text(f"A short text, {path.stem}, repeated. " * 200)
     return path

@@ -50,6 +50,32 @@ def test_one_text_or_several() -> None:
         validated(HealOptions, {"text": []})
 
 
+def test_shares_of_training_text() -> None:
+    """Behind an @, which no Hub name holds, so that `name:config` and drive letters stay whole."""
+    mapping = validated(HealOptions, {"text": {"a.txt": 3, "owner/corpus:small": 0.5}})
+    assert mapping.text == ("a.txt@3", "owner/corpus:small@0.5")
+    assert mapping.text_shares == (("a.txt", 3.0), ("owner/corpus:small", 0.5))
+    assert validated(HealOptions, mapping.model_dump(mode="json")) == mapping
+    names = ("C:\\text\\a.txt", "owner/corpus:v2", "me@home.txt", "a@b/c@2.txt", "data@3@1e-2")
+    *plain, named = validated(HealOptions, {"text": names}).text_shares
+    assert plain == [(name, None) for name in names[:-1]]
+    assert named == ("data@3", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.txt@0", "the share of a.txt must be a positive number, not 0"),
+        (["b.txt", "a.txt@-2"], "the share of a.txt must be a positive number, not -2"),
+        ({"a.txt": "much"}, "text: the share of a.txt must be a number, not 'much'"),
+        ({"a.txt": float("inf")}, "the share of a.txt must be a positive number, not inf"),
+    ],
+)
+def test_shares_that_are_none(text, message) -> None:
+    with pytest.raises(UserError, match=message):
+        validated(HealOptions, {"text": text})
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -129,7 +155,7 @@ def test_text_for_training_does_not_measure(tmp_path, section, text) -> None:
     values = {
         "source": "m",
         "convert": {"kv_ratio": 0.5, "calibration": [str(tmp_path / "c.txt")]},
-        "heal": {"text": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]},
+        "heal": {"text": [str(tmp_path / "a.txt"), f"{tmp_path / 'b.txt'}@2"]},
         "evaluate": {"text": str(tmp_path / "." / section / ".." / text)},
     }
     (tmp_path / section).mkdir()
@@ -156,6 +182,7 @@ def test_another_split_of_a_dataset_may_measure() -> None:
     ("options", "message"),
     [
         ({"text": "a.txt", "valid_text": "a.txt"}, "a.txt is training text"),
+        ({"text": {"a.txt": 2}, "valid_text": "a.txt"}, "a.txt is training text"),
         ({}, "no text to heal on"),
         ({"text": "a.txt", "stop_at": 0.1}, "stop_at needs held-out text"),
         ({"text": "a.txt", "stop_at": 0}, "stop_at: input should be greater than 0"),

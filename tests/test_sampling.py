@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tests.conftest import make_tiny_llama
+from tpa_convert import terminal
 from tpa_convert.errors import UserError
+from tpa_convert.healing.chat import chat_script
 from tpa_convert.healing.sampling import sample_blocks
 
 
@@ -72,22 +77,95 @@ def test_without_any_start_token() -> None:
     assert (sample(make_tiny_llama(), Tokenizer(bos=None, eos=7))[:, 0] == 7).all()
 
 
-@pytest.mark.parametrize("with_text", [False, True])
-def test_healing_on_sampled_text(tmp_path: Path, with_text: bool) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("chat", [False, True])
+def test_on_a_gpu_in_bfloat16(tiny_tokenizer, chat: bool) -> None:
+    model = make_tiny_llama().to("cuda", torch.bfloat16)
+    tiny_tokenizer.chat_template = TEMPLATE
+    first, again = (
+        sample_blocks(model, tiny_tokenizer, 600, 16, batch_size=16, chat=chat) for _ in range(2)
+    )
+    assert first.shape == (38, 16)
+    assert torch.equal(first, again)
+    assert "_compiled_call" not in vars(model)
+
+
+# ------------------------------------------------------------------------------- chats
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>Q:{{ m.content }}#A:"
+    "{% else %}{{ m.content }}</s>~{% endif %}{% endfor %}"
+)
+
+
+def test_the_script_of_a_chat_template(tiny_tokenizer) -> None:
+    """A turn ends with its special token, or where there is none, with the first token after it."""
+    tiny_tokenizer.chat_template = TEMPLATE
+    script = chat_script(tiny_tokenizer)
+    assert tiny_tokenizer.decode(script.prefix) == "<s>Q:"
+    assert tiny_tokenizer.decode(script.question_end) == "#"
+    assert tiny_tokenizer.decode(script.between) == "A:"
+    assert script.answer_end == tiny_tokenizer.eos_token_id
+    assert tiny_tokenizer.decode(script.after) == "~"
+
+
+def test_chats_follow_their_template(tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = TEMPLATE
+    model = make_tiny_llama(vocab_size=len(tiny_tokenizer), initializer_range=0.02)
+    blocks = sample_blocks(model, tiny_tokenizer, 20 * 400, 400, chat=True)
+    assert blocks.shape == (20, 400)
+    texts = [tiny_tokenizer.decode(block) for block in blocks]
+    assert len({text[5:9] for text in texts}) > 10  # the model speaks, and not always the same
+    whole = re.compile(r"<s>Q:[^#]*#A:.*?</s>~(?=<s>Q:)", re.DOTALL)
+    assert sum(len(whole.findall(text)) for text in texts) > 5
+    for text in texts:
+        rest = whole.sub("", text)  # one chat, which the end of the block cuts
+        assert re.fullmatch(r"<s>Q:[^#]*(#|#A|#A:.*)?", rest, re.DOTALL), rest
+
+
+def test_chats_need_a_template(tiny_tokenizer) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        sample_blocks(make_tiny_llama(), tiny_tokenizer, 60, 8, chat=True)
+    tiny_tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(UserError, match="does not mark where a turn begins"):
+        sample_blocks(make_tiny_llama(), tiny_tokenizer, 60, 8, chat=True)
+    tiny_tokenizer.chat_template = TEMPLATE
+    with pytest.raises(UserError, match=r"takes 3 tokens .* block_length must be larger, not 3"):
+        sample_blocks(make_tiny_llama(), tiny_tokenizer, 60, 3, chat=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "with_text"), [("sampled_tokens", False), ("sampled_chat_tokens", True)]
+)
+def test_healing_on_sampled_text(
+    tmp_path: Path, option: str, with_text: bool, tiny_tokenizer
+) -> None:
     source = save_source(tmp_path / "source")
+    tiny_tokenizer.chat_template = TEMPLATE
+    tiny_tokenizer.save_pretrained(source)
     converted, healed = tmp_path / "converted", tmp_path / "healed"
     assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
     short = ["--tokens", 128, "--tokens-per-step", 64, "--block-length", 32, "--out", healed]
-    text = ["--text", save_text(tmp_path / "text.txt")] if with_text else []
-    result = tpa_convert("heal", converted, *short, "--sampled-tokens", 100, *text)
+    texts = [f"{save_text(tmp_path / 'a.txt')}@2", save_text(tmp_path / "b.txt")]
+    text = [part for path in texts for part in ("--text", path)] if with_text else []
+    result = tpa_convert("heal", converted, *short, "--" + option.replace("_", "-"), 100, *text)
     assert result.exit_code == 0, result.output
     record = json.loads((healed / "tpa_convert.json").read_text())["heal"]
-    assert record["settings"]["sampled_tokens"] == 100
+    assert record["settings"][option] == 100
+    assert re.search(r"^sampling \w+: [\d,]+ tokens/s$", result.stderr, re.MULTILINE)
+    assert len(record["settings"]["text"]) == 2 * with_text
     assert record["report"]["tokens"] == 128
     assert (healed / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "![Divergence" in (healed / "README.md").read_text()
 
 
+def test_a_terminal_shows_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "err_console", output)
+    assert list(terminal.track([1, 2], "sampling text", tokens=1000)) == [1, 2]
+    assert re.search(r"2/2.*[1-9][\d,]* tokens/s", output.file.getvalue())
+
+
 def test_no_text_at_all(tmp_path: Path) -> None:
     result = tpa_convert("heal", tmp_path, "--out", tmp_path / "healed")
-    assert "give --text, or --sampled-tokens" in error_of(result)
+    assert "give --text, --sampled-tokens or --sampled-chat-tokens" in error_of(result)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tpa_convert.calibration import text as text_module
+from tpa_convert.calibration import tokens as tokens_module
 from tpa_convert.calibration.text import (
     default_calibration_documents,
     load_documents,
@@ -188,13 +188,13 @@ def test_reading_stops_when_the_blocks_are_full(tiny_tokenizer) -> None:
 def test_a_long_document_is_cut_without_a_trace(tiny_tokenizer, monkeypatch) -> None:
     document = "".join(f"line {i}\n" for i in range(50)) + "z" * 300
     whole = token_blocks([document], tiny_tokenizer, 10)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 64)
-    monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 200)
+    monkeypatch.setattr(tokens_module, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(tokens_module, "BATCH_CHARACTERS", 200)
     assert torch.equal(token_blocks([document], tiny_tokenizer, 10), whole)
 
 
 def test_a_seeded_sample_covers_a_long_document(tiny_tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(tokens_module, "PIECE_CHARACTERS", 64)
     document = "a" * 6400 + "b" * 6400
     ids = {name: tiny_tokenizer(name)["input_ids"][-1] for name in "ab"}
     blocks = token_blocks([document], tiny_tokenizer, 64, max_blocks=20, seed=0)

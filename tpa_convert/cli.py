@@ -209,6 +209,7 @@ def heal(
     out: o.Out,
     text: o.HealText = None,
     sampled_tokens: o.SampledTokens = 0,
+    sampled_chat_tokens: o.SampledChatTokens = 0,
     valid_text: o.ValidText = None,
     text_column: o.TextColumn = "text",
     tokens: o.Tokens = 10_000_000,

@@ -345,7 +345,9 @@ HealText = Annotated[
     list[str] | None,
     option(
         "--text",
-        "Text file, directory, glob or Hub dataset to heal on; may be repeated.",
+        "Text file, directory, glob or Hub dataset to heal on; may be repeated. @3 behind a name "
+        "gives its share of the tokens; what is too short for it is read again. Without shares, "
+        "files count by their size, and beside a Hub dataset all count the same.",
         TEXT,
         metavar="PATH|DATASET",
     ),
@@ -355,6 +357,15 @@ SampledTokens = Annotated[
     option(
         "--sampled-tokens",
         "Tokens of text to sample from the source itself, beside --text or instead of it.",
+        TEXT,
+        metavar="N",
+    ),
+]
+SampledChatTokens = Annotated[
+    int,
+    option(
+        "--sampled-chat-tokens",
+        "Tokens of chats to sample from an instruct source, in its own chat template.",
         TEXT,
         metavar="N",
     ),

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from tpa_convert.calibration.shares import join_shares, split_share
 from tpa_convert.errors import UserError
 
 FloatType = Literal["float32", "bfloat16", "float16"]
@@ -45,6 +46,12 @@ def _as_tuple(value: Any) -> Any:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One text file, directory, glob or dataset, or several."""
+
+Mixture = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda v: join_shares(v) if isinstance(v, Mapping) else _as_tuple(v)),
+]
+"""Like Texts, each perhaps with its share of the tokens: `NAME@3`, or {NAME: 3} in YAML."""
 
 
 class Section(BaseModel):
@@ -203,10 +210,15 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
 class HealOptions(Section):
     """How to heal: distil the source into the converted model on plain text."""
 
-    text: Texts = ()
-    """Text to heal on: files, directories, globs or Hub datasets."""
+    text: Mixture = ()
+    """Text to heal on: files, directories, globs or Hub datasets. Shares of the tokens go behind an
+    @ (`essays.jsonl@3`), or after a colon in YAML (`{essays.jsonl: 3, owner/corpus: 1}`); what is
+    too short for its share is read again. Without shares, files count by their size, and beside a
+    Hub dataset all count the same."""
     sampled_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to sample from the source itself, beside the text or instead of it."""
+    sampled_chat_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of chats to sample from an instruct source, in its own chat template."""
     valid_text: Texts = ()
     """Held-out text for the loss shown during healing."""
     text_column: str = "text"
@@ -248,12 +260,19 @@ class HealOptions(Section):
 
     @model_validator(mode="after")
     def _check(self) -> HealOptions:
-        if not self.text and not self.sampled_tokens:
-            raise ValueError("there is no text to heal on: give text, or sampled_tokens")
+        if not (self.text or self.sampled_tokens or self.sampled_chat_tokens):
+            raise ValueError(
+                "there is no text to heal on: give text, sampled_tokens or sampled_chat_tokens"
+            )
         if self.stop_at is not None and not self.valid_text:
             raise ValueError("stop_at needs held-out text to judge by: give valid_text")
-        refuse_overlap(self.text, self.valid_text, "valid_text")
+        refuse_overlap((name for name, _ in self.text_shares), self.valid_text, "valid_text")
         return self
+
+    @property
+    def text_shares(self) -> tuple[tuple[str, float | None], ...]:
+        """The names in `text`, each with its share or None."""
+        return tuple(split_share(spec) for spec in self.text)
 
 
 def refuse_overlap(train: Iterable[str], test: Iterable[str], name: str) -> None:
@@ -325,7 +344,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.evaluate is not None:
-            train = [*self.convert.calibration, *(self.heal.text if self.heal else ())]
+            healed_on = [name for name, _ in self.heal.text_shares] if self.heal else []
+            train = [*self.convert.calibration, *healed_on]
             # training reads the split `train` of a Hub dataset; local files have only one
             test = [
                 spec

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.calibration.overlap import load_local, refuse_seen_documents
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.evaluation.multiple_choice import load_questions
 from tpa_convert.export.output import atomic_file
 from tpa_convert.export.save import read_provenance
 from tpa_convert.pipeline import ConversionResult, HealingResult, convert, evaluate, heal
@@ -54,7 +56,8 @@ def run(
         track: shows progress of the steps that have no bar of their own.
 
     Raises:
-        UserError: a step failed, or an earlier run in `out` had other settings.
+        UserError: a step failed, an earlier run in `out` had other settings, or documents of the
+            evaluation are in the training text.
     """
     directory = out or recipe.out
     if directory is None:
@@ -63,6 +66,7 @@ def run(
     converted, healed = base / "converted", base / "healed" if recipe.heal else None
     sections: dict[str, Section] = {"convert": recipe.convert}
 
+    _refuse_seen_evaluation(recipe)
     conversion = None
     if overwrite or not _finished(converted, sections, recipe.source):
         conversion = convert(
@@ -102,6 +106,25 @@ def run(
         with atomic_file(base / "report.json") as path:
             path.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
     return RunResult(converted, healed, conversion, healing, evaluation)
+
+
+def _refuse_seen_evaluation(recipe: Recipe) -> None:
+    """Before hours of work, refuse to judge them by local text that the model is trained on."""
+    if recipe.evaluate is None:
+        return
+    measured = recipe.evaluate
+    held_out: dict[str, Any] = dict(load_local(measured.text, text_column=measured.text_column))
+    for path in measured.choices:
+        questions = load_questions(path)
+        held_out[path] = [question.query for question in questions]
+        held_out[f"{path} (answered)"] = [f"{q.query} {q.choices[q.gold]}" for q in questions]
+    if not held_out:
+        return
+    training = load_local(recipe.convert.calibration, text_column=recipe.convert.text_column)
+    if recipe.heal is not None:
+        names = [name for name, _ in recipe.heal.text_shares]
+        training |= load_local(names, text_column=recipe.heal.text_column)
+    refuse_seen_documents(training, held_out)
 
 
 def _finished(directory: Path, sections: Mapping[str, Section], source: SourceOptions) -> bool:

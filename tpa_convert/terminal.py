@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
@@ -21,11 +22,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from tpa_convert.errors import UserError
@@ -110,16 +114,41 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def track(items: Iterable[Any], description: str) -> Iterator[Any]:
-    """Iterate with a progress bar on standard error; a plain line where it is not a terminal."""
+class TokenSpeed(ProgressColumn):
+    """Tokens per second since the start, for items of so many tokens each."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+
+    def render(self, task: Task) -> Text:
+        return Text(_speed(task.completed * self.tokens, task.elapsed or 0.0))
+
+
+def _speed(tokens: float, seconds: float) -> str:
+    return f"{tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
+
+
+def track(items: Iterable[Any], description: str, *, tokens: int = 0) -> Iterator[Any]:
+    """Iterate with a progress bar on standard error; plain lines where it is not a terminal.
+
+    Args:
+        tokens: of each item, if their speed is to be shown.
+    """
     if not err_console.is_terminal:
         err_console.print(f"{description} ...")
-        yield from items
+        start, done = time.perf_counter(), 0
+        for item in items:
+            yield item
+            done += tokens
+        if done:
+            err_console.print(f"{description}: {_speed(done, time.perf_counter() - start)}")
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *([TokenSpeed(tokens)] if tokens else []),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,10 +20,16 @@ from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.errors import UserError
 
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
+
+class Track(Protocol):
+    """Shows progress over items, and how many `tokens` a second it makes if an item has some."""
+
+    def __call__(
+        self, items: Iterable[Any], description: str, *, tokens: int = 0
+    ) -> Iterable[Any]: ...
 
 
-def no_tracking(items: Iterable[Any], description: str) -> Iterable[Any]:
+def no_tracking(items: Iterable[Any], description: str, *, tokens: int = 0) -> Iterable[Any]:
     """Iterates without showing progress."""
     return items
 

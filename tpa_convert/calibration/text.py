@@ -8,29 +8,26 @@ not a download of the whole corpus.
 from __future__ import annotations
 
 import glob
-import random
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TypeAlias
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.config import ZSTANDARD_AVAILABLE
 from huggingface_hub import HfApi
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
+from tpa_convert.calibration.tokens import Documents, token_documents
 from tpa_convert.errors import UserError
-
-Documents: TypeAlias = Dataset | IterableDataset
 
 BUILDERS = {
     ".txt": "text",
@@ -43,12 +40,6 @@ BUILDERS = {
 }
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 FORMATS = "txt, md, jsonl, json, csv or parquet, also .gz, .xz, .zst or .bz2"
-
-# Long documents are handled in pieces, so that tokenising needs little memory and a seeded sample
-# of a corpus is not one book. 64 Ki characters are about 16 blocks of 1024 tokens.
-PIECE_CHARACTERS = 1 << 16
-BATCH_CHARACTERS = 1 << 20
-SHUFFLE_BUFFER = 10_000
 
 
 def load_documents(
@@ -84,7 +75,7 @@ def load_documents(
     if len(parts) == 1:
         return parts[0]
     if any(isinstance(part, IterableDataset) for part in parts):
-        parts = [p.to_iterable_dataset() if isinstance(p, Dataset) else p for p in parts]
+        parts = [_as_stream(part) for part in parts]
     return datasets.concatenate_datasets(parts)
 
 
@@ -115,24 +106,10 @@ def token_blocks(
     Raises:
         UserError: no text, or too little to fill one block.
     """
-    wanted = None if max_blocks is None else max_blocks * block_length
-    batches: list[np.ndarray] = []
-    count = 0
-    for pieces in _piece_batches(_pieces(documents, seed), wanted):
-        ids = _tokenize(pieces, tokenizer)
-        batches.append(ids)
-        count += len(ids)
-        if wanted is not None and count >= wanted:
-            break
-    if count < block_length:
-        if count == 0:
-            raise UserError("no text in the documents: give a file or dataset with text in it")
-        raise UserError(
-            f"the text has only {count} tokens, fewer than one block of {block_length}: "
-            "give more text or a shorter block length"
-        )
-    blocks = count // block_length if max_blocks is None else min(max_blocks, count // block_length)
-    flat = np.concatenate(batches)[: blocks * block_length]
+    tokens = token_documents(documents, tokenizer, block_length, max_blocks, seed)
+    flat = np.concatenate(tokens)
+    blocks = len(flat) // block_length
+    flat = flat[: blocks * block_length]
     return torch.from_numpy(flat).view(blocks, block_length).long()  # type: ignore[return-value]
 
 
@@ -158,7 +135,7 @@ def default_calibration_documents() -> Dataset:
 
 
 def _load_one(spec: str, text_column: str, split: str) -> Documents:
-    files = _local_files(spec)
+    files = local_files(spec)
     if files is None:
         return _load_hub(spec, text_column, split)
     tables: list[pa.Table] = []
@@ -175,7 +152,7 @@ def _load_one(spec: str, text_column: str, split: str) -> Documents:
     return documents
 
 
-def _local_files(spec: str) -> list[Path] | None:
+def local_files(spec: str) -> list[Path] | None:
     """The files a spec names, or None if it can only be a dataset on the Hub."""
     path = Path(spec).expanduser()
     if path.is_file():
@@ -292,6 +269,14 @@ def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
     return stream.select_columns(["text", "source"] if "source" in columns else ["text"])
 
 
+def _as_stream(documents: Documents) -> IterableDataset:
+    """A stream of plain strings: streams of different string types cannot be concatenated."""
+    if isinstance(documents, Dataset):
+        documents = documents.to_iterable_dataset()
+    features = {name: Value("string") for name in documents.column_names or ()}
+    return documents.cast(Features(features)) if features else documents
+
+
 def _with_source(documents: Documents, name: str) -> Documents:
     if isinstance(documents, Dataset):
         column = pa.array([name] * len(documents), pa.large_string())
@@ -312,76 +297,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             datasets.enable_progress_bars()
-
-
-# ------------------------------------------------------------------------------- tokenising
-
-
-def _pieces(documents: Documents | Iterable[str], seed: int | None) -> Iterator[tuple[str, bool]]:
-    """Yield (text, whether a document ends here)."""
-    if isinstance(documents, IterableDataset) and seed is not None:
-        documents = documents.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        for text in _texts(documents):
-            yield from ((piece, True) for piece in _cut(text))
-    elif seed is not None:
-        pieces = [piece for text in _texts(documents) for piece in _cut(text)]
-        random.Random(seed).shuffle(pieces)
-        yield from ((piece, True) for piece in pieces)
-    else:
-        for text in _texts(documents):
-            *head, last = _cut(text)
-            yield from ((piece, False) for piece in head)
-            yield last, True
-
-
-def _texts(documents: Documents | Iterable[str]) -> Iterator[str]:
-    if isinstance(documents, Dataset | IterableDataset):
-        rows = documents.select_columns(["text"]).iter(batch_size=100)
-        yield from (text for batch in rows for text in batch["text"] if text)
-    else:
-        yield from (text for text in documents if text)
-
-
-def _cut(text: str) -> list[str]:
-    """Cut a text into pieces of at most PIECE_CHARACTERS, after a line end where there is one."""
-    pieces, start = [], 0
-    while len(text) - start > PIECE_CHARACTERS:
-        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        stop = stop if stop > start else start + PIECE_CHARACTERS
-        pieces.append(text[start:stop])
-        start = stop
-    return [*pieces, text[start:]]
-
-
-def _piece_batches(
-    pieces: Iterable[tuple[str, bool]], wanted_tokens: int | None
-) -> Iterator[list[tuple[str, bool]]]:
-    """Batches large enough to keep the tokenizer's threads busy, small if few tokens are wanted."""
-    limit = BATCH_CHARACTERS if wanted_tokens is None else min(BATCH_CHARACTERS, 4 * wanted_tokens)
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= limit:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenize(pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Token ids of a batch, int32 [tokens], with EOS where a document ends."""
-    encoded = tokenizer(
-        [text for text, _ in pieces],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return np.concatenate(
-        [
-            np.asarray(ids + eos if end else ids, np.int32)
-            for ids, (_, end) in zip(encoded, pieces, strict=True)
-        ]
-    )

@@ -137,8 +137,8 @@ def heal(
         student: any Hugging Face causal language model whose logits are `lm_head(hidden states)`.
         teacher: another one with the same vocabulary.
         tokenizer: of both; not needed for ready-made blocks.
-        documents_or_blocks: documents as `calibration.text.token_blocks` takes them, or LongTensor
-            blocks [N, L].
+        documents_or_blocks: documents as `calibration.packing.packed_blocks` takes them, or blocks
+            of token ids [N, L] of any integer type.
         output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later;
             all processes have to see it.
         settings: by default `HealingSettings()`.
@@ -268,13 +268,13 @@ def _blocks(
             raise UserError(f"blocks must be a tensor [N, L], N > 0, not {list(blocks.shape)}")
     else:
         # Imported here, so that ready-made blocks work where `datasets` is not installed.
-        from tpa_convert.calibration.text import token_blocks
+        from tpa_convert.calibration.packing import packed_blocks
 
         if tokenizer is None:
             raise UserError("documents need a tokenizer: pass one, or pass token blocks")
         wanted = settings.steps * max(1, settings.tokens_per_step // settings.block_length)
-        blocks = token_blocks(
-            documents_or_blocks, tokenizer, settings.block_length, wanted, seed=settings.seed
+        blocks = packed_blocks(
+            documents_or_blocks, tokenizer, settings.block_length, wanted, settings.seed
         )
     if settings.tokens_per_step % blocks.shape[1]:
         raise UserError(

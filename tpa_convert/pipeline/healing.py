@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from tpa_convert.architectures import Source
+from tpa_convert.calibration.mixture import Mixture, load_mixture, mixture_blocks
 from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.text import Documents, load_documents, token_blocks
+from tpa_convert.calibration.overlap import load_local, refuse_seen_documents
+from tpa_convert.calibration.text import load_documents, token_blocks
 from tpa_convert.charts import healing_chart
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_file, check_output
@@ -28,7 +30,8 @@ from tpa_convert.prediction import named_dtype
 from tpa_convert.recipe import HealOptions, SourceOptions
 from tpa_convert.sources import source_of
 
-TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens"}  # the rest are settings
+# The rest are settings.
+TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens", "sampled_chat_tokens"}
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
 LOSS_CHART = "loss.png"  # in the healed model's directory, and shown by its card
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
@@ -66,15 +69,21 @@ def heal(
         source: what to learn from; by default the recorded source, which must be unchanged.
         resume: continue an interrupted run; if False, its checkpoints are deleted.
         progress: show a progress bar.
-        track: shows progress of sampling, called as `track(batches, description)`.
+        track: shows progress of sampling.
 
     Raises:
+        UserError: held-out documents are in the training text; see `healing.heal` for the others.
         HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
     """
     state = processes()
     provenance = read_provenance(directory)
     out = check_output(out, overwrite)
     settings = HealingSettings(**options.model_dump(exclude=TEXT_OPTIONS))
+    mixture = load_mixture(options.text_shares, text_column=options.text_column)
+    refuse_seen_documents(
+        {name: documents for name, (documents, _) in mixture.items()},
+        load_local(options.valid_text, text_column=options.text_column),
+    )
     cuda = torch.cuda.is_available()
     teacher = source_of(
         directory, provenance, source, dtype=torch.bfloat16 if cuda else torch.float32
@@ -97,7 +106,7 @@ def heal(
             student,
             teacher.model,
             tokenizer,
-            _training_text(options, settings, teacher, checkpoints, track),
+            _training_blocks(options, settings, teacher, mixture, checkpoints, track),
             settings=settings,
             output_dir=checkpoints,
             resume=resume,
@@ -128,41 +137,41 @@ def heal(
     return HealingResult(out, report)
 
 
-def _training_text(
+def _training_blocks(
     options: HealOptions,
     settings: HealingSettings,
     teacher: Source,
+    mixture: Mixture,
     directory: Path,
     track: Track,
-) -> Documents | Tensor:
-    """Documents, or token blocks if some of them are sampled; these are kept for a resumed run."""
-    documents = None
-    if options.text:
-        documents = load_documents(options.text, text_column=options.text_column)
-    if not options.sampled_tokens:
-        assert documents is not None
-        return documents
-    path = directory / "sampled.npy"
-    with processes().main_process_first():
-        if not path.is_file():
-            sampled = sample_blocks(
-                teacher.model.to("cuda" if torch.cuda.is_available() else "cpu"),
-                teacher.tokenizer,
-                options.sampled_tokens,
-                options.block_length,
-                seed=options.seed,
-                track=track,
-            )
-            with atomic_file(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, sampled.numpy())
-    sampled = torch.from_numpy(np.load(path))
-    if documents is None:
-        return sampled
-    wanted = settings.steps * settings.tokens_per_step // options.block_length
-    blocks = token_blocks(
-        documents, teacher.tokenizer, options.block_length, wanted, seed=options.seed
-    )
-    return torch.cat((blocks, sampled))
+) -> Tensor:
+    """The text of a run as token blocks. What is sampled is kept for a resumed run."""
+    parts = []
+    if mixture:
+        wanted = settings.steps * max(1, settings.tokens_per_step // options.block_length)
+        parts.append(
+            mixture_blocks(
+                mixture, teacher.tokenizer, options.block_length, wanted, options.seed
+            ).numpy()
+        )
+    for tokens, chat in ((options.sampled_tokens, False), (options.sampled_chat_tokens, True)):
+        if tokens:
+            path = directory / f"sampled_{'chat_' if chat else ''}{tokens}.npy"
+            with processes().main_process_first():
+                if not path.is_file():
+                    sampled = sample_blocks(
+                        teacher.model.to("cuda" if torch.cuda.is_available() else "cpu"),
+                        teacher.tokenizer,
+                        tokens,
+                        options.block_length,
+                        chat=chat,
+                        seed=options.seed,
+                        track=track,
+                    )
+                    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                        np.save(file, sampled.numpy().astype(np.int32))
+            parts.append(np.load(path))
+    return torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
 def _claim_checkpoints(directory: Path, provenance: Mapping[str, Any], resume: bool) -> None:
