@@ -19,15 +19,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
 from tpa_convert.healing.callbacks import (
+    SOURCE_PERPLEXITY,
+    VALID_AGREEMENT,
     VALID_LOSS,
+    VALID_PERPLEXITY,
     GracefulStop,
-    ProgressBar,
     Speedometer,
     Validation,
 )
@@ -37,7 +40,9 @@ from tpa_convert.healing.checkpoints import (
     fingerprint,
     newest_checkpoint,
 )
+from tpa_convert.healing.dashboard import Dashboard
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
+from tpa_convert.healing.flops import flops_per_token
 from tpa_convert.healing.objective import Divergence, default_chunk_tokens, forward_kl
 from tpa_convert.healing.settings import HealingSettings
 from tpa_convert.healing.trainer import (
@@ -83,7 +88,11 @@ class HealingReport:
         batch_size: sequences per forward pass and device.
         peak_memory_bytes: allocated on the GPU; None on a CPU.
         losses: (step, mean divergence in nats per token since the previous entry).
-        valid_losses: (step, divergence on the held-out blocks), if there were any.
+        valid_losses: (step, KL on the held-out blocks in nats per token), if there were any.
+        valid_perplexities: (step, the student's perplexity there).
+        valid_agreements: (step, share of their tokens at which student and teacher hold the same
+            one for the likeliest).
+        source_perplexity: the teacher's on the held-out blocks.
         recovered: whether `stop_at` was reached, so that the run ended early.
     """
 
@@ -96,6 +105,9 @@ class HealingReport:
     peak_memory_bytes: int | None
     losses: tuple[tuple[int, float], ...]
     valid_losses: tuple[tuple[int, float], ...]
+    valid_perplexities: tuple[tuple[int, float], ...]
+    valid_agreements: tuple[tuple[int, float], ...]
+    source_perplexity: float | None
     recovered: bool
 
     @property
@@ -137,10 +149,11 @@ def heal(
         output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later.
         settings: by default `HealingSettings()`.
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
-        valid_blocks: held-out blocks [M, L]; their divergence is measured before, every
+        valid_blocks: held-out blocks [M, L]; both models are compared on them before, every
             `valid_steps` and after. `stop_at` needs them.
         divergence: what to minimise; by default the forward KL at the settings' temperature.
-        progress: show a progress bar on stderr.
+        progress: show the run on stderr, as a live panel, or line by line where that is no
+            terminal.
 
     Raises:
         UserError: models that do not fit together, checkpoints of another run, too little memory or
@@ -175,8 +188,12 @@ def heal(
         weight_decay=settings.weight_decay,
     )
     speedometer = Speedometer(settings.tokens_per_step)
-    stop = GracefulStop(announce=progress)
-    bar = ProgressBar(speedometer) if progress else None
+    stop = GracefulStop()
+    dashboard = None
+    if progress and PartialState().is_main_process:
+        cost = flops_per_token(student, teacher, blocks.shape[1])
+        dashboard = Dashboard(speedometer, stop, cost)
+        stop.announce = not dashboard.is_live
     use_cache = student.config.use_cache  # the Trainer turns it off
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     trainer = DistillationTrainer(
@@ -193,7 +210,7 @@ def heal(
             torch.optim.AdamW,
             {"params": groups, "lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True},
         ),
-        callbacks=[speedometer, *([bar] if bar else []), stop],
+        callbacks=[speedometer, *([dashboard] if dashboard else []), stop],
     )
     trainer.remove_callback(PrinterCallback)
     validation = None
@@ -214,8 +231,8 @@ def heal(
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
-        if bar:
-            bar.stop()
+        if dashboard:
+            dashboard.close()
         _release(student, use_cache)
     state = trainer.state
     recovered = validation is not None and validation.recovered
@@ -232,12 +249,18 @@ def heal(
         peak_memory_bytes=(
             torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
         ),
-        losses=tuple((e["step"], e["loss"]) for e in state.log_history if "loss" in e),
-        valid_losses=tuple(
-            (e["step"], e[VALID_LOSS]) for e in state.log_history if VALID_LOSS in e
-        ),
+        losses=_curve(state, "loss"),
+        valid_losses=_curve(state, VALID_LOSS),
+        valid_perplexities=_curve(state, VALID_PERPLEXITY),
+        valid_agreements=_curve(state, VALID_AGREEMENT),
+        source_perplexity=next((value for _, value in _curve(state, SOURCE_PERPLEXITY)), None),
         recovered=recovered,
     )
+
+
+def _curve(state: TrainerState, name: str) -> tuple[tuple[int, float], ...]:
+    """(step, value) of all that was logged under a name."""
+    return tuple((entry["step"], entry[name]) for entry in state.log_history if name in entry)
 
 
 def _blocks(

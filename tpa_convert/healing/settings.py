@@ -32,8 +32,9 @@ class HealingSettings:
         torch_compile: compile both models and the loss; None on CUDA only.
         save_steps: steps between checkpoints. An interrupted run also leaves one.
         valid_steps: steps between measurements on held-out text, if there is some.
-        stop_at: end early once the held-out divergence stands for a rise of perplexity of at most
-            this share of the source's, exp(KL) − 1; None trains on all tokens.
+        stop_at: end early once the student has recovered to within this share of the source's
+            perplexity, judged by exp(KL) − 1 on held-out text, which no luck with that text can
+            lower; None trains on all tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tpa_convert.healing.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.objective import (
     Divergence,
     chunked_divergence,
@@ -142,17 +143,11 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        input_ids = inputs["input_ids"]
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        with self.accelerator.autocast():
-            # Not inference_mode: its tensors cannot pass through compiled or sharded modules.
-            with torch.no_grad():
-                teacher_hidden = final_hidden_states(self.teacher, self.teacher, input_ids)
-            student_hidden = final_hidden_states(model, self.model, input_ids)
+        student_hidden, teacher_hidden = self._hidden_states(model, inputs["input_ids"])
         loss = chunked_divergence(
-            student_hidden.to(dtype),
+            student_hidden,
             self.model.get_output_embeddings().weight,
-            teacher_hidden.to(dtype),
+            teacher_hidden,
             self.teacher.get_output_embeddings().weight,
             divergence=self.divergence,
             chunk_tokens=self.chunk_tokens,
@@ -160,16 +155,36 @@ class DistillationTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @torch.no_grad()
-    def mean_divergence(self, blocks: Tensor) -> float:
-        """Divergence in nats per token on held-out `blocks` [N, L]."""
+    def compare(self, blocks: Tensor) -> Comparison:
+        """Student beside teacher on held-out `blocks` [N, L], L >= 2.
+
+        Whatever is minimised, the divergence here is the KL at temperature 1.
+        """
         model = self.model_wrapped
         training = model.training
         model.eval()
-        total = 0.0
+        sums: Tensor | float = 0.0
         # Other shapes and modes than in training: not worth compiling for.
         with torch.compiler.set_stance("force_eager"):
             for batch in blocks.split(self.args.per_device_train_batch_size):
-                loss = self.compute_loss(model, {"input_ids": batch.to(self.args.device)})
-                total += loss.item() * len(batch)
+                input_ids = batch.to(self.args.device)
+                student_hidden, teacher_hidden = self._hidden_states(model, input_ids)
+                sums = sums + chunked_comparison(
+                    student_hidden[:, :-1].flatten(0, 1),
+                    self.model.get_output_embeddings().weight,
+                    teacher_hidden[:, :-1].flatten(0, 1),
+                    self.teacher.get_output_embeddings().weight,
+                    input_ids[:, 1:].flatten(),
+                )
         model.train(training)
-        return total / len(blocks)
+        return Comparison.from_sums(torch.as_tensor(sums), blocks[:, 1:].numel())
+
+    def _hidden_states(self, model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states of student and teacher, in the dtype of the training."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        with self.accelerator.autocast():
+            # Not inference_mode: its tensors cannot pass through compiled or sharded modules.
+            with torch.no_grad():
+                teacher_hidden = final_hidden_states(self.teacher, self.teacher, input_ids)
+            student_hidden = final_hidden_states(model, self.model, input_ids)
+        return student_hidden.to(dtype), teacher_hidden.to(dtype)
