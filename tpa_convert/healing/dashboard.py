@@ -170,7 +170,7 @@ class Dashboard(TrainerCallback):
         value, source = logs[VALID_PERPLEXITY], logs[SOURCE_PERPLEXITY]
         return [
             f"perplexity {value:.2f}, source {source:.2f}, ×{value / source:.3f}",
-            f"same token {logs[VALID_AGREEMENT]:.1%}",
+            f"top-1 agreement {logs[VALID_AGREEMENT]:.1%}",
         ]
 
     def _speed(self) -> list[str]:

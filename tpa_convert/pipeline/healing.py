@@ -40,6 +40,11 @@ class HealingResult:
     out: Path
     report: HealingReport
 
+    @property
+    def chart(self) -> Path:
+        """Picture of the training."""
+        return self.out / LOSS_CHART
+
     def to_json(self) -> dict[str, Any]:
         return {"out": str(self.out), **asdict(self.report)}
 
@@ -114,9 +119,7 @@ def heal(
     healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
     with atomic_directory(out, overwrite) as target:
         save_converted(student, tokenizer, target, out.name, healed)
-        healing_chart(
-            report.losses, report.valid_losses, settings.tokens_per_step, target / LOSS_CHART
-        )
+        healing_chart(report, settings.tokens_per_step, target / LOSS_CHART)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return HealingResult(out, report)
 
