@@ -298,7 +298,7 @@ def test_heal_ends_with_a_summary(converted: Path, text: Path, tmp_path: Path) -
     source = report["source_perplexity"]
     assert re.search(rf"source {source:.2f}\) +{before:.2f} +{after:.2f}", result.stdout)
     assert f"×{after / source:.3f}" in result.stdout
-    assert f"Picture: {out / 'loss.png'}" in result.stdout.replace("\n", "")
+    assert f"Picture: {out / 'loss.png'}" in result.stdout
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "README.md").read_text()
     assert "(loss.png)" in card

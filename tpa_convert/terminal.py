@@ -248,10 +248,10 @@ def show_healing(result: HealingResult) -> None:
         console.print(f"Stopped early, after {report.steps} steps: recovered as far as asked.")
     speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
     console.print(
-        f"Healed on {report.tokens:,} tokens in {duration(report.seconds)}{speed}. "
-        f"Picture: {result.chart}",
+        f"Healed on {report.tokens:,} tokens in {duration(report.seconds)}{speed}.",
         soft_wrap=True,
     )
+    console.print(f"Picture: {result.chart}", soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
