@@ -305,6 +305,21 @@ def test_heal_ends_with_a_summary(converted: Path, text: Path, tmp_path: Path) -
     assert f"from {before:.2f} to {after:.2f}; the source's is {source:.2f}." in card
 
 
+def test_logs_of_a_healing_lie_in_its_output(converted: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "healed"
+    options = ["--text", text, "--out", out, "--log-to", "tensorboard"]
+    result = tpa_convert("heal", converted, *options, *HEAL)
+    assert result.exit_code == 0, result.output
+    assert contents(out / "runs")[0].startswith("events.out.tfevents.")
+    record = json.loads((out / "tpa_convert.json").read_text())
+    assert record["heal"]["settings"]["log_to"] == ["tensorboard"]
+    options[-1] = "paper"
+    message = error_of(tpa_convert("heal", converted, *options, "--overwrite", *HEAL))
+    assert "--log-to" in message
+    assert "'tensorboard' or 'wandb', not 'paper'" in message
+
+
 def test_heal_refuses_a_changed_source(source: Path, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "source"
     shutil.copytree(source, other)

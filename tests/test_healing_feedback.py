@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import TrainerState
 
 from tests.conftest import make_tiny_llama
+from tpa_convert.errors import UserError
 from tpa_convert.evaluation.perplexity import compare
-from tpa_convert.healing import HealingReport, HealingSettings, comparison, heal
+from tpa_convert.healing import HealingReport, HealingSettings, comparison, heal, trackers
 from tpa_convert.healing.callbacks import GracefulStop, Speedometer
 from tpa_convert.healing.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.dashboard import Dashboard, sparkline
@@ -167,3 +168,36 @@ def test_peaks_of_known_devices() -> None:
     assert peak_flops("NVIDIA A10G") == 70e12
     assert peak_flops("NVIDIA RTX A1000") is None
     assert peak_flops("") is None
+
+
+def test_tensorboard_gets_the_losses_and_the_held_out_text(
+    random_tokens: Any, tmp_path: Path
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    report = healed(
+        tmp_path,
+        random_tokens(8, 16),
+        random_tokens(5, 16, seed=9),
+        settings={"log_to": ("tensorboard",)},
+        progress=False,
+    )
+    events = accumulator.EventAccumulator(str(tmp_path / "runs"))
+    events.Reload()
+    for tag, curve in {
+        "train/loss": report.losses,
+        "eval/kl": report.valid_losses,
+        "eval/perplexity": report.valid_perplexities,
+    }.items():
+        logged = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert logged == [(step, pytest.approx(value, rel=1e-6)) for step, value in curve]
+    assert events.Scalars("eval/source_perplexity")[0].value == pytest.approx(
+        report.source_perplexity, rel=1e-6
+    )
+
+
+def test_logs_that_cannot_be_written_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="log_to takes tensorboard and wandb, not mlflow"):
+        HealingSettings(log_to=("mlflow",))
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="log_to wandb needs the package wandb: pip install wandb"):
+        HealingSettings(log_to=("wandb",))

@@ -45,6 +45,7 @@ from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, lar
 from tpa_convert.healing.flops import flops_per_token
 from tpa_convert.healing.objective import Divergence, default_chunk_tokens, forward_kl
 from tpa_convert.healing.settings import HealingSettings
+from tpa_convert.healing.trackers import trackers
 from tpa_convert.healing.trainer import (
     DistillationTrainer,
     block_forward,
@@ -54,6 +55,7 @@ from tpa_convert.healing.trainer import (
     parameter_groups,
 )
 
+LOGS = "runs"  # tensorboard's event files, in the output directory
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
 # transformers renamed it after 5.17.
@@ -146,7 +148,8 @@ def heal(
         tokenizer: of both; not needed for ready-made blocks.
         documents_or_blocks: documents as `calibration.text.token_blocks` takes them, or LongTensor
             blocks [N, L].
-        output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later.
+        output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later,
+            and event files for tensorboard (in `runs/`).
         settings: by default `HealingSettings()`.
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
         valid_blocks: held-out blocks [M, L]; both models are compared on them before, every
@@ -210,7 +213,12 @@ def heal(
             torch.optim.AdamW,
             {"params": groups, "lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True},
         ),
-        callbacks=[speedometer, *([dashboard] if dashboard else []), stop],
+        callbacks=[
+            speedometer,
+            *([dashboard] if dashboard else []),
+            *trackers(settings.log_to, output_dir / LOGS),
+            stop,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     validation = None

@@ -22,6 +22,7 @@ from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_
 from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
 from tpa_convert.healing import HealingReport, HealingSettings
 from tpa_convert.healing import heal as heal_model
+from tpa_convert.healing.run import LOGS
 from tpa_convert.healing.sampling import sample_blocks
 from tpa_convert.prediction import named_dtype
 from tpa_convert.recipe import HealOptions, SourceOptions
@@ -120,6 +121,8 @@ def heal(
     with atomic_directory(out, overwrite) as target:
         save_converted(student, tokenizer, target, out.name, healed)
         healing_chart(report, settings.tokens_per_step, target / LOSS_CHART)
+        if (checkpoints / LOGS).is_dir():
+            shutil.copytree(checkpoints / LOGS, target / LOGS)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return HealingResult(out, report)
 
