@@ -22,7 +22,7 @@ from tpa_convert.healing import HealingReport, HealingSettings, comparison, heal
 from tpa_convert.healing.callbacks import GracefulStop, Speedometer
 from tpa_convert.healing.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.dashboard import Dashboard, sparkline
-from tpa_convert.healing.flops import peak_flops
+from tpa_convert.healing.hardware import peak_flops
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])

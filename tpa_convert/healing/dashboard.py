@@ -25,7 +25,7 @@ from tpa_convert.healing.callbacks import (
     GracefulStop,
     Speedometer,
 )
-from tpa_convert.healing.flops import peak_flops
+from tpa_convert.healing.hardware import peak_flops
 
 MAX_WIDTH = 100
 PLAIN_LINES = 100  # of training loss in a whole run, at most

@@ -143,11 +143,17 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        student_hidden, teacher_hidden = self._hidden_states(model, inputs["input_ids"])
+        input_ids = inputs["input_ids"]
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        with self.accelerator.autocast():
+            # Not inference_mode: its tensors cannot pass through compiled or sharded modules.
+            with torch.no_grad():
+                teacher_hidden = final_hidden_states(self.teacher, self.teacher, input_ids)
+            student_hidden = final_hidden_states(model, self.model, input_ids)
         loss = chunked_divergence(
-            student_hidden,
+            student_hidden.to(dtype),
             self.model.get_output_embeddings().weight,
-            teacher_hidden,
+            teacher_hidden.to(dtype),
             self.teacher.get_output_embeddings().weight,
             divergence=self.divergence,
             chunk_tokens=self.chunk_tokens,
@@ -163,28 +169,21 @@ class DistillationTrainer(Trainer):
         model = self.model_wrapped
         training = model.training
         model.eval()
-        sums: Tensor | float = 0.0
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         # Other shapes and modes than in training: not worth compiling for.
         with torch.compiler.set_stance("force_eager"):
             for batch in blocks.split(self.args.per_device_train_batch_size):
                 input_ids = batch.to(self.args.device)
-                student_hidden, teacher_hidden = self._hidden_states(model, input_ids)
-                sums = sums + chunked_comparison(
-                    student_hidden[:, :-1].flatten(0, 1),
+                with self.accelerator.autocast():
+                    teacher_hidden = final_hidden_states(self.teacher, self.teacher, input_ids)
+                    student_hidden = final_hidden_states(model, self.model, input_ids)
+                sums += chunked_comparison(
+                    student_hidden[:, :-1].flatten(0, 1).to(dtype),
                     self.model.get_output_embeddings().weight,
-                    teacher_hidden[:, :-1].flatten(0, 1),
+                    teacher_hidden[:, :-1].flatten(0, 1).to(dtype),
                     self.teacher.get_output_embeddings().weight,
                     input_ids[:, 1:].flatten(),
                 )
         model.train(training)
-        return Comparison.from_sums(torch.as_tensor(sums), blocks[:, 1:].numel())
-
-    def _hidden_states(self, model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states of student and teacher, in the dtype of the training."""
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        with self.accelerator.autocast():
-            # Not inference_mode: its tensors cannot pass through compiled or sharded modules.
-            with torch.no_grad():
-                teacher_hidden = final_hidden_states(self.teacher, self.teacher, input_ids)
-            student_hidden = final_hidden_states(model, self.model, input_ids)
-        return student_hidden.to(dtype), teacher_hidden.to(dtype)
+        return Comparison.from_sums(sums, blocks[:, 1:].numel())
