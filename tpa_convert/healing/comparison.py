@@ -46,7 +46,7 @@ def chunked_comparison(
     teacher_weight_VE: Tensor,
     targets_N: Tensor,
 ) -> Tensor:
-    """Sums over tokens of [KL, student's and teacher's cross-entropy, agreement], fp64 [4].
+    """Sums over tokens of [KL, student's and teacher's cross-entropy, agreement], fp32 [4].
 
     Logits exist for one chunk of tokens at a time, in the dtype of the hidden states.
 
@@ -58,7 +58,7 @@ def chunked_comparison(
     student_weight = student_weight_VD.to(student_hidden_ND.dtype)
     teacher_weight = teacher_weight_VE.to(teacher_hidden_NE.dtype)
     step = default_chunk_tokens(len(student_weight), student_hidden_ND.dtype, compiled=False)
-    sums = torch.zeros(4, dtype=torch.float64, device=student_hidden_ND.device)
+    sums = torch.zeros(4, device=student_hidden_ND.device)
     for start in range(0, len(targets_N), step):
         chunk = slice(start, start + step)
         student_CV = student_hidden_ND[chunk] @ student_weight.mT

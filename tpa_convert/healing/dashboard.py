@@ -121,7 +121,8 @@ class Dashboard(TrainerCallback):
     def panel(self) -> RenderableType:
         """The state of the run."""
         step, steps = self.state.global_step, self.state.max_steps
-        width = min(self.console.width, MAX_WIDTH)
+        # Room for the ^C that a terminal echoes: on another line it would shift the panel.
+        width = min(self.console.width - 3, MAX_WIDTH)
         left = self._seconds_left()
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(no_wrap=True)
@@ -137,7 +138,7 @@ class Dashboard(TrainerCallback):
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(no_wrap=True, overflow="ellipsis")
         if self.losses:
-            curve = sparkline(self.losses, width - 50)
+            curve = sparkline(self.losses, width - 47)
             loss = Text(f"{self.losses[-1]:.4f}  ")
             rows.add_row("loss", loss.append(curve, "cyan").append("  KL, nats per token", "dim"))
         else:
@@ -170,7 +171,7 @@ class Dashboard(TrainerCallback):
         value, source = logs[VALID_PERPLEXITY], logs[SOURCE_PERPLEXITY]
         return [
             f"perplexity {value:.2f}, source {source:.2f}, ×{value / source:.3f}",
-            f"top-1 agreement {logs[VALID_AGREEMENT]:.1%}",
+            f"top-1 {logs[VALID_AGREEMENT]:.1%}",
         ]
 
     def _speed(self) -> list[str]:

@@ -170,7 +170,7 @@ class DistillationTrainer(Trainer):
         training = model.training
         model.eval()
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(4, device=self.args.device)
         # Other shapes and modes than in training: not worth compiling for.
         with torch.compiler.set_stance("force_eager"):
             for batch in blocks.split(self.args.per_device_train_batch_size):
