@@ -1,20 +1,49 @@
-"""Tables beyond perplexity: by position in a long text, and zero-shot multiple choice."""
+"""Tables beyond perplexity: by position in a long text, zero-shot tasks, needles, chat.
+
+    python benchmarks/quality.py SmolLM2-135M-Instruct.Q4_1.gguf small healed \\
+        --valid healing-valid.jsonl.xz --tasks tasks/*.jsonl.xz
+
+Held-out text gives the positions, and hides the needles; without --valid, or without --tasks, the
+tables that need them are left out. The models have to share the source's tokenizer.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from statistics import fmean
 
 import torch
+from smollm2 import device_name, load
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tpa_convert.calibration.text import load_documents
+from tpa_convert.evaluation import (
+    Accuracy,
+    Question,
+    blocks_by_source,
+    compare,
+    load_questions,
+    multiple_choice,
+    paired_drop,
+)
 from tpa_convert.evaluation.logits import chunk_positions, split_head
-from tpa_convert.evaluation.multiple_choice import load_questions, multiple_choice, task_name
+from tpa_convert.evaluation.multiple_choice import task_name
+from tpa_convert.export.save import load_converted
 
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+CHOICES = 10  # numbers to choose from
+SLACK = 16  # tokens of a needle's text that are left free
+THINGS = ("bridge", "castle", "garden", "harbour", "library", "lighthouse", "mill", "station")
+CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
 
 
 @torch.inference_mode()
@@ -36,7 +65,8 @@ def loss_by_position(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 
 def position_table(models: Mapping[str, PreTrainedModel], blocks: Mapping[str, Tensor]) -> None:
     """Perplexity of each model by position, relative to the first; geometric mean over texts."""
-    spans = list(itertools.pairwise(EDGES))
+    length = max(part.shape[1] for part in blocks.values())
+    spans = [(a, b) for a, b in itertools.pairwise(EDGES) if a < length]
     print(f"\n| perplexity at tokens | {' | '.join(f'{a}–{b}' for a, b in spans)} |")
     print("|---" * (len(spans) + 1) + "|")
     reference = None
@@ -57,18 +87,179 @@ def task_table(
     files: Sequence[str],
     limit: int | None = None,
 ) -> None:
-    """Length-normalised zero-shot accuracy in percent, and the mean over tasks."""
+    """Length-normalised zero-shot accuracy in percent, the mean over tasks, and its paired drop."""
     tasks = {task_name(file): load_questions(file, limit) for file in sorted(files)}
-    sizes = " | ".join(f"{name} ({len(questions)})" for name, questions in tasks.items())
-    print(f"\n| accuracy, % | {sizes} | mean | drop |")
-    print("|---" * (len(tasks) + 3) + "|")
-    reference = None
+    sizes = [f"{name} ({len(questions)})" for name, questions in tasks.items()]
+    choice_table("accuracy, %", models, tokenizer, dict(zip(sizes, tasks.values(), strict=True)))
+
+
+def choice_table(
+    title: str,
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, Sequence[Question]],
+    batch_size: int = 64,
+) -> None:
+    """Accuracy in percent on questions, a column each; their mean; points lost to the first model,
+    with the paired 95 % interval."""
+    print(f"\n| {title} | {' | '.join(columns)} | mean | drop |")
+    print("|---" * (len(columns) + 3) + "|")
+    reference: list[Accuracy] = []
     for name, model in models.items():
-        values = [
-            100 * multiple_choice(model, tokenizer, questions, batch_size=64).normalized
-            for questions in tasks.values()
+        found = [
+            multiple_choice(model, tokenizer, questions, batch_size=batch_size)
+            for questions in columns.values()
         ]
-        mean = sum(values) / len(values)
-        reference = mean if reference is None else reference
+        reference = reference or found
+        values = [100 * accuracy.normalized for accuracy in found]
+        drop = paired_drop(reference, found)
+        lost = "" if found is reference else f"{drop.points:.2f} ± {drop.margin:.2f}"
         cells = " | ".join(f"{value:.1f}" for value in values)
-        print(f"| {name} | {cells} | {mean:.2f} | {reference - mean:+.2f} |", flush=True)
+        print(f"| {name} | {cells} | {fmean(values):.2f} | {lost} |", flush=True)
+
+
+def needle_questions(
+    tokenizer: PreTrainedTokenizerBase, filler: str, length: int, per_depth: int, seed: int
+) -> list[Question]:
+    """Long texts that hide a sentence with a number, and the number to choose at their end.
+
+    Args:
+        filler: what the sentence is hidden in, from random places; repeated if it is too short.
+        length: tokens of a text with the question and its answer, about and at most.
+        per_depth: questions for each of DEPTHS, 0 at the beginning of the text and 1 at its end.
+    """
+    random = Random(seed)
+    ids = tokenizer(filler, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = ids * (length // len(ids) + 2)
+    questions = []
+    for depth in DEPTHS * per_depth:
+        thing = random.choice(THINGS)
+        numbers = [str(number) for number in random.sample(range(1000, 10_000), CHOICES)]
+        gold = random.randrange(CHOICES)
+        needle = f"\n\nThe secret number of the old {thing} is {numbers[gold]}.\n\n"
+        question = f"\n\nThe secret number of the old {thing} is"
+        rest = tokenizer(needle + question + " " + numbers[gold])["input_ids"]
+        # Cut and joined, text may take a few tokens more than it did.
+        room = max(0, length - len(rest) - SLACK)
+        start = random.randrange(len(ids) - room)
+        cut = start + round(depth * room)
+        before, after = tokenizer.decode(ids[start:cut]), tokenizer.decode(ids[cut : start + room])
+        questions.append(Question(before + needle + after + question, tuple(numbers), gold))
+    return questions
+
+
+def needle_table(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    filler: str,
+    lengths: Sequence[int] = (1024, 2048, 4096, 8192),
+    *,
+    per_depth: int = 8,
+    seed: int = 0,
+) -> None:
+    """How often the number that a long text once names is the likeliest of ten at its end, in
+    percent (chance: 10)."""
+    columns = {
+        f"{length} tokens": needle_questions(tokenizer, filler, length, per_depth, seed)
+        for length in lengths
+    }
+    count = len(DEPTHS) * per_depth
+    choice_table(f"needles found, % of {count}", models, tokenizer, columns, batch_size=16)
+
+
+def source_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Greedy answers in the tokenizer's chat format.
+
+    Returns: conversations, padded on the right, int64 [N, L]; which of their tokens belong to the
+        answer, its end-of-text token included, bool [N, L].
+    """
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    rows, starts = [], []
+    for prompt in prompts:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)
+        starts.append(inputs["input_ids"].shape[1])
+        output = model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+        )
+        rows.append(output[0].cpu())
+    ids = pad_sequence(rows, batch_first=True)
+    position = torch.arange(ids.shape[1])
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    return ids, (position >= torch.tensor(starts)[:, None]) & (position < ends)
+
+
+def chat_table(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | None = None,
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+) -> None:
+    """Agreement with the first model on its own greedy answers, over the answers' tokens only.
+
+    Args:
+        prompts: what a user says; by default the lines of chat_prompts.txt.
+    """
+    source = next(iter(models))
+    prompts = prompts or CHAT_PROMPTS.read_text(encoding="utf-8").splitlines()
+    ids, answers = source_answers(models[source], tokenizer, prompts, max_new_tokens)
+    texts, agreements = compare(models, ids, counted=answers, batch_size=batch_size)
+    tokens = texts[source].tokens
+    print(f"\n| chat, {len(ids)} answers, {tokens} tokens | KL | top-1 % | perplexity | ratio |")
+    print("|---" * 5 + "|")
+    for name, text in texts.items():
+        found = agreements.get(name)
+        cells = f"{found.kl:.4f} | {100 * found.top1:.1f}" if found else " | "
+        ratio = f"×{text.perplexity / texts[source].perplexity:.3f}" if found else ""
+        print(f"| {name} | {cells} | {text.perplexity:.3f} | {ratio} |", flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("source", help="the source model")
+    options.add_argument("models", nargs="+", help="directories of converted models")
+    options.add_argument("--valid", help="jsonl text with a `source` column")
+    options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
+    options.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
+    options.add_argument("--answer-tokens", type=int, default=128)
+    arguments = options.parse_args()
+    source = load(arguments.source)
+    models = {"source": source.model}
+    for directory in arguments.models:
+        model, _ = load_converted(directory, dtype=torch.float32)
+        models[Path(directory).name] = model.to(source.model.device)
+    print(f"{device_name()}, torch {torch.__version__}")
+    if arguments.tasks:
+        task_table(models, source.tokenizer, arguments.tasks)
+    if arguments.valid:
+        documents = load_documents(arguments.valid)
+        blocks = blocks_by_source(source.tokenizer, documents, max(arguments.lengths), 8)
+        position_table(models, blocks)
+        filler = source.tokenizer.decode(torch.cat([b.flatten() for b in blocks.values()]))
+        needle_table(models, source.tokenizer, filler, arguments.lengths)
+    if source.tokenizer.chat_template:
+        chat_table(models, source.tokenizer, max_new_tokens=arguments.answer_tokens)
+    else:
+        print("\nNo chat: the source's tokenizer has no chat template.")
+
+
+if __name__ == "__main__":
+    main()

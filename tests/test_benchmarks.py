@@ -7,10 +7,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.command_line import save_source
+from tests.command_line import CONVERT, save_source, tpa_convert
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -99,3 +101,85 @@ def test_throughput(shape: str, hidden_size: int, monkeypatch, capsys) -> None:
     pattern = r"^\| 8 \| nothing \| [\d,]+ \| [\d.]+% .* \| (1: .*) \|$"
     [losses] = re.findall(pattern, output, re.MULTILINE)
     assert [entry.split(":")[0] for entry in losses.split(", ")] == ["1", "2", "3"]
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("quality")
+
+
+def cells(output: str, row: str) -> list[str]:
+    """The cells of a row of a printed table."""
+    line = next(line for line in output.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_needles(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
+    filler = "Words upon words, and nothing to find in them. " * 3
+    questions = quality.needle_questions(tiny_tokenizer, filler, 200, per_depth=2, seed=1)
+    assert len(questions) == 2 * len(quality.DEPTHS)
+    for depth, question in zip(quality.DEPTHS * 2, questions, strict=True):
+        assert len(set(question.choices)) == quality.CHOICES
+        right = f"is {question.choices[question.gold]}."
+        assert question.query.count(right) == 1
+        assert sum(question.query.count(choice) for choice in question.choices) == 1
+        length = len(f"{question.query} {question.choices[0]}")
+        assert 200 - quality.SLACK - 2 <= length <= 200  # one token a character
+        asked = question.query.rindex("\n\nThe secret")
+        needle = len(f"\n\nThe secret number of the old mill {right}\n\n")
+        place = question.query.index("\n\nThe secret") / (asked - needle)
+        assert place == pytest.approx(depth, abs=0.1)
+    again = quality.needle_questions(tiny_tokenizer, filler, 200, per_depth=2, seed=1)
+    assert again == questions
+
+    models = {"source": tiny_llama(), "converted": tiny_llama("mqa")}
+    quality.needle_table(models, tiny_tokenizer, filler, (150, 200), per_depth=1)
+    output = capsys.readouterr().out
+    assert "150 tokens | 200 tokens | mean | drop |" in output
+    accuracies = [float(cell) for cell in cells(output, "converted")[:3]]
+    assert accuracies[2] == pytest.approx(sum(accuracies[:2]) / 2)
+    assert re.fullmatch(r"-?[\d.]+ ± [\d.]+", cells(output, "converted")[3])
+
+
+def test_chat(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
+    tiny_tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    source, prompts = tiny_llama(), ["Hello?", "What is that over there?"]
+    ids, answers = quality.source_answers(source, tiny_tokenizer, prompts, max_new_tokens=5)
+    for prompt, row, answer in zip(prompts, ids, answers, strict=True):
+        start = len(f"user: {prompt}\nassistant: ")
+        assert tiny_tokenizer.decode(row[:start]) == f"user: {prompt}\nassistant: "
+        count = int(answer.sum())
+        assert 1 <= count <= 5
+        assert answer[start : start + count].all()
+        # greedy: each token is the likeliest one, whatever is padded behind it
+        logits = source(row[None]).logits[0]
+        assert torch.equal(logits.argmax(-1)[start - 1 : start - 1 + count], row[answer])
+
+    models = {"source": source, "same": tiny_llama(), "other": tiny_llama("mqa")}
+    quality.chat_table(models, tiny_tokenizer, prompts, max_new_tokens=5)
+    output = capsys.readouterr().out
+    assert "| chat, 2 answers, " in output
+    assert cells(output, "same")[:2] == ["0.0000", "100.0"]
+    assert cells(output, "same")[3] == "×1.000"
+    assert float(cells(output, "other")[0]) > 0
+    assert len(set(quality.CHAT_PROMPTS.read_text().splitlines())) == 40
+
+
+def test_quality(model, texts, monkeypatch, capsys, tmp_path) -> None:
+    converted, questions = tmp_path / "small", tmp_path / "quiz.jsonl"
+    assert tpa_convert("convert", model, *CONVERT, "--out", converted).exit_code == 0
+    lines = [{"query": "Some", "choices": ["text", "tests"], "gold": i % 2} for i in range(4)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = [str(model), str(converted), "--valid", texts[3], "--tasks", str(questions)]
+    options += ["--lengths", "150", "200", "--answer-tokens", "2"]
+    output = output_of("quality", options, monkeypatch, capsys)
+    assert "| accuracy, % | quiz (4) | mean | drop |" in output
+    assert "| perplexity at tokens | 0–256 |" in output
+    assert "| needles found, % of 40 | 150 tokens | 200 tokens | mean | drop |" in output
+    assert "nan" not in output
+    assert output.count("| small |") == 3
+    assert "no chat template" in output

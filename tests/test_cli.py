@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,39 @@ def test_heal_records_both_steps(converted: Path, text: Path, tmp_path: Path) ->
     models = (AutoModelForCausalLM.from_pretrained(d) for d in (converted, out))
     one, two = (model(tokens).logits for model in models)
     assert not torch.equal(one, two)
+
+
+def test_heal_ends_with_a_summary(converted: Path, text: Path, tmp_path: Path) -> None:
+    out, valid = tmp_path / "healed", tmp_path / "valid.txt"
+    valid.write_text("Held-out text, word by word. " * 100)
+    files = ["--text", text, "--valid-text", valid, "--out", out]
+    result = tpa_convert("heal", converted, *files, *HEAL)
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "tpa_convert.json").read_text())["heal"]["report"]
+    before, after = (report["valid_perplexities"][end][1] for end in (0, -1))
+    source = report["source_perplexity"]
+    assert re.search(rf"source {source:.2f}\) +{before:.2f} +{after:.2f}", result.stdout)
+    assert f"×{after / source:.3f}" in result.stdout
+    assert f"Picture: {out / 'loss.png'}" in result.stdout
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text()
+    assert "(loss.png)" in card
+    assert f"from {before:.2f} to {after:.2f}; the source's is {source:.2f}." in card
+
+
+def test_logs_of_a_healing_lie_in_its_output(converted: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "healed"
+    options = ["--text", text, "--out", out, "--log-to", "tensorboard"]
+    result = tpa_convert("heal", converted, *options, *HEAL)
+    assert result.exit_code == 0, result.output
+    assert contents(out / "runs")[0].startswith("events.out.tfevents.")
+    record = json.loads((out / "tpa_convert.json").read_text())
+    assert record["heal"]["settings"]["log_to"] == ["tensorboard"]
+    options[-1] = "paper"
+    message = error_of(tpa_convert("heal", converted, *options, "--overwrite", *HEAL))
+    assert "--log-to" in message
+    assert "'tensorboard' or 'wandb', not 'paper'" in message
 
 
 def test_heal_refuses_a_changed_source(source: Path, text: Path, tmp_path: Path) -> None:

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import (
+    Accuracy,
+    Drop,
     Question,
     evaluate,
     harness,
     load_questions,
     multiple_choice,
+    paired_drop,
     run_tasks,
 )
 
@@ -79,18 +83,46 @@ def test_no_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_accuracy_is_that_of_single_texts(tiny_llama, tiny_tokenizer, seed: int) -> None:
     model = tiny_llama(seed=seed)
-    plain = normalized = 0
+    plain = 0
+    right = []
     for question in QUESTIONS:
         scores = [
             log_likelihood(model, tiny_tokenizer, question.query, c) for c in question.choices
         ]
         means = [s / len(c.encode()) for s, c in zip(scores, question.choices, strict=True)]
         plain += max(range(len(scores)), key=scores.__getitem__) == question.gold
-        normalized += max(range(len(means)), key=means.__getitem__) == question.gold
+        right.append(max(range(len(means)), key=means.__getitem__) == question.gold)
     for batch_size in (1, 8):
         result = multiple_choice(model, tiny_tokenizer, QUESTIONS, batch_size=batch_size)
-        assert (result.plain, result.normalized) == (plain / 4, normalized / 4)
+        assert (result.plain, result.normalized) == (plain / 4, sum(right) / 4)
+        assert result.right == tuple(right)
         assert result.questions == 4
+
+
+def test_the_drop_is_paired_and_its_interval_covers_the_truth() -> None:
+    def accuracy(right: Tensor) -> Accuracy:
+        return Accuracy(right.double().mean().item(), 0.0, tuple(right.tolist()))
+
+    same = [accuracy(torch.tensor([True, False, True]))]
+    assert paired_drop(same, same) == Drop(0.0, 0.0)
+
+    # Two tasks; the model flips a tenth of the right answers and a twentieth of the wrong ones.
+    generator = torch.Generator().manual_seed(0)
+    truth = 100 * ((0.6 * 0.1 - 0.4 * 0.05) + (0.3 * 0.1 - 0.7 * 0.05)) / 2
+    drops = []
+    for _ in range(400):
+        source, model = [], []
+        for count, share in ((300, 0.6), (500, 0.3)):
+            before = torch.rand(count, generator=generator) < share
+            flipped = torch.rand(count, generator=generator) < torch.where(before, 0.1, 0.05)
+            source.append(accuracy(before))
+            model.append(accuracy(before ^ flipped))
+        drops.append(paired_drop(source, model))
+        assert drops[-1].points == pytest.approx(
+            100 * sum(a.normalized - b.normalized for a, b in zip(source, model, strict=True)) / 2
+        )
+    covered = sum(abs(drop.points - truth) <= drop.margin for drop in drops) / len(drops)
+    assert 0.92 <= covered <= 0.98
 
 
 def test_a_query_longer_than_the_context_keeps_its_end(tiny_llama, tiny_tokenizer) -> None:

@@ -137,3 +137,20 @@ def test_geometric_mean() -> None:
 
 def test_a_hopeless_model_does_not_overflow() -> None:
     assert Perplexity(nll_per_token=1e4, tokens=1).perplexity == math.inf
+
+
+def test_only_counted_tokens_count(tiny_llama, random_tokens) -> None:
+    """Two texts of different length, padded, against each on its own."""
+    models = {"source": tiny_llama(seed=0), "model": tiny_llama(seed=1)}
+    long, short = random_tokens(1, 20), random_tokens(1, 12, seed=1)
+    padded = torch.cat((long, torch.nn.functional.pad(short, (0, 8))))
+    counted = torch.zeros(2, 20, dtype=torch.bool)
+    counted[0], counted[1, :12] = True, True
+    texts, agreements = compare(models, padded, counted=counted)
+    parts = [compare(models, part) for part in (long, short)]
+    (one, _), (two, _) = parts
+    nll = (19 * one["model"].nll_per_token + 11 * two["model"].nll_per_token) / 30
+    assert texts["model"].tokens == 30
+    assert texts["model"].nll_per_token == pytest.approx(nll, rel=1e-5)
+    kl = (19 * parts[0][1]["model"].kl + 11 * parts[1][1]["model"].kl) / 30
+    assert agreements["model"].kl == pytest.approx(kl, rel=1e-5)

@@ -239,6 +239,21 @@ def test_order_and_names_of_rows(tiny_llama, tiny_tokenizer, tmp_path: Path) -> 
     assert report.prompt == "some words some words"  # the last word of 24 tokens is cut
 
 
+def test_the_drop_stands_under_the_accuracies(tiny_llama, tiny_tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "quiz.jsonl"
+    lines = [{"query": f"q{i}", "choices": ["ab", "cd"], "gold": i % 2} for i in range(8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    models = {"source": tiny_llama(seed=1), "converted": tiny_llama("mqa", seed=2)}
+    report = evaluate(models, tiny_tokenizer, choices=[path], speed=False, prompt="")
+    accuracy, drop = report.rows[:2]
+    assert (drop.name, drop.values["source"]) == ("drop (points)", None)
+    points, margin = drop.values["converted"], drop.margins["converted"]
+    assert points == pytest.approx(accuracy.values["source"] - accuracy.values["converted"])
+    assert margin > 0
+    assert f"{points:.2f} ± {margin:.2f}" in render(report, width=80)
+    assert EvaluationReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
 def test_a_prompt_of_its_own_where_there_is_no_text(tiny_llama, tiny_tokenizer) -> None:
     report = evaluate({"source": tiny_llama()}, tiny_tokenizer, speed=False)
     assert report.prompt

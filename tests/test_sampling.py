@@ -156,7 +156,7 @@ def test_healing_on_sampled_text(
     assert len(record["settings"]["text"]) == 2 * with_text
     assert record["report"]["tokens"] == 128
     assert (healed / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "![Divergence" in (healed / "README.md").read_text()
+    assert "![Perplexity" in (healed / "README.md").read_text()
 
 
 def test_a_terminal_shows_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
+from tpa_convert.healing import HealingReport
 from tpa_convert.planner import PlanReport
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -26,6 +27,9 @@ COLORS = {
     "measured": "#1f77b4",
     "keys": "#1f77b4",
     "values": "#ff7f0e",
+    "training": "#aec7e8",
+    "held-out": "#1f77b4",
+    "source": "#7f7f7f",
 }
 
 
@@ -103,34 +107,51 @@ def planning_chart(
     plt.close(figure)
 
 
-def healing_chart(
-    losses: Sequence[tuple[int, float]],
-    valid_losses: Sequence[tuple[int, float]],
-    tokens_per_step: int,
-    path: Path,
-) -> None:
-    """Divergence from the source against tokens seen, of the training text and of held-out text.
-
-    Args:
-        losses, valid_losses: (optimiser step, nats per token).
-    """
+def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> None:
+    """What healing did, against tokens seen: perplexity on the held-out text beside the source's
+    (if there was some), and the divergence from the source."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for points, style, label in (
-        (losses, "-", "training text"),
-        (valid_losses, "o-", "held-out text"),
-    ):
-        if points:
-            tokens = [step * tokens_per_step / 1e6 for step, _ in points]
-            axes.plot(tokens, [loss for _, loss in points], style, label=label, linewidth=1.2)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(plt.NullFormatter())
-    axes.set_xlabel("tokens, millions")
-    axes.set_ylabel("KL from the source, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    measured = report.source_perplexity is not None
+    figure, panels = plt.subplots(
+        1, 1 + measured, figsize=(11 if measured else 7, 4.2), layout="constrained", squeeze=False
+    )
+
+    def draw(axes: Any, points: Sequence[tuple[int, float]], style: str, **look: Any) -> None:
+        tokens = [step * tokens_per_step / 1e6 for step, _ in points]
+        axes.plot(tokens, [value for _, value in points], style, linewidth=1.4, **look)
+
+    losses = panels[0, -1]
+    draw(losses, report.losses, "-", color=COLORS["training"], label="training text")
+    if report.valid_losses:
+        draw(losses, report.valid_losses, "o-", color=COLORS["held-out"], label="held-out text")
+    losses.set_title("Divergence from the source")
+    losses.set_ylabel("KL, nats per token")
+    losses.legend()
+    if report.source_perplexity is not None:
+        curve, source = panels[0, 0], report.source_perplexity
+        draw(curve, report.valid_perplexities, "o-", color=COLORS["held-out"], label="healed model")
+        curve.axhline(source, color=COLORS["source"], linestyle="--", label=f"source, {source:.2f}")
+        # The last value stands above its point, where the falling curve leaves room.
+        last = report.valid_perplexities[-1]
+        curve.annotate(
+            f"{last[1]:.2f} (×{last[1] / source:.3f})",
+            (last[0] * tokens_per_step / 1e6, last[1]),
+            xytext=(0, 10),
+            textcoords="offset points",
+            horizontalalignment="right",
+        )
+        curve.set_title("Perplexity on held-out text")
+        curve.set_ylabel("perplexity")
+        curve.legend()
+    for axes in panels[0]:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        ticks = (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+        axes.yaxis.set_major_locator(plt.LogLocator(subs=ticks))
+        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(plt.NullFormatter())
+        axes.set_xlabel("tokens, millions")
+        axes.grid(alpha=0.3)
     _save(figure, path)
     plt.close(figure)
 

@@ -225,6 +225,7 @@ def heal(
     save_steps: o.SaveSteps = 500,
     valid_steps: o.ValidSteps = 100,
     stop_at: o.StopAt = None,
+    log_to: o.LogTo = None,
     source: o.HealSource = None,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,

@@ -372,7 +372,12 @@ SampledChatTokens = Annotated[
 ]
 ValidText = Annotated[
     list[str] | None,
-    option("--valid-text", "Held-out text, for the loss shown.", TEXT, metavar="PATH|DATASET"),
+    option(
+        "--valid-text",
+        "Held-out text, for the perplexity shown beside the source's.",
+        TEXT,
+        metavar="PATH|DATASET",
+    ),
 ]
 Tokens = Annotated[int, option("--tokens", "Tokens to train on.", TRAINING, metavar="N")]
 TrainingLength = Annotated[
@@ -427,6 +432,15 @@ StopAt = Annotated[
         "0.02 is two percent.",
         TRAINING,
         metavar="X",
+    ),
+]
+LogTo = Annotated[
+    list[str] | None,
+    option(
+        "--log-to",
+        "Also log the run there, tensorboard in runs/ of the output; may be repeated.",
+        OUTPUT,
+        metavar="tensorboard|wandb",
     ),
 ]
 Resume = Annotated[

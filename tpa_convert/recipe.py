@@ -29,6 +29,7 @@ from tpa_convert.errors import UserError
 FloatType = Literal["float32", "bfloat16", "float16"]
 HeadFactorForm = Literal["static", "affine", "linear"]
 Method = Literal["gauge", "svd", "tucker", "cp"]
+Tracker = Literal["tensorboard", "wandb"]
 GaugePlace = Literal["auto", "absorbed", "applied"]
 KeyCacheKind = Literal["rotated", "latent"]
 
@@ -220,7 +221,7 @@ class HealOptions(Section):
     sampled_chat_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of chats to sample from an instruct source, in its own chat template."""
     valid_text: Texts = ()
-    """Held-out text for the loss shown during healing."""
+    """Held-out text for the perplexity and divergence shown during healing."""
     text_column: str = "text"
     """Column that holds the text in jsonl, parquet and datasets."""
     tokens: PositiveInt = 10_000_000
@@ -256,7 +257,10 @@ class HealOptions(Section):
     valid_steps: PositiveInt = 100
     """Optimiser steps between measurements on the held-out text."""
     stop_at: PositiveFloat | None = None
-    """Stop early once the held-out divergence stands for a rise of perplexity of this share."""
+    """Stop early once the model has recovered to within this share of the source's perplexity, as
+    judged by the held-out divergence, exp(KL) − 1."""
+    log_to: Annotated[tuple[Tracker, ...], BeforeValidator(_as_tuple)] = ()
+    """Also log the run to `tensorboard` (in runs/ of the healed model) or `wandb`."""
 
     @model_validator(mode="after")
     def _check(self) -> HealOptions:

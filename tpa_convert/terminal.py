@@ -11,7 +11,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -259,21 +259,34 @@ def _width(width: int, rank: int, contextual: bool) -> str:
 
 
 def show_healing(result: HealingResult) -> None:
-    """Tokens, time, and how far from the source the model was and is."""
+    """How far from the source the model was and is, and what that took."""
     report = result.report
-    speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
-    console.print(
-        f"Healed on {report.tokens:,} tokens in {duration(report.seconds)}{speed}; "
-        f"loss (KL from the source, nats per token) {report.losses[0][1]:.3f} "
-        f"-> {report.losses[-1][1]:.3f}",
-        soft_wrap=True,
-    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def row(name: str, points: Sequence[tuple[int, float]], shown: Callable[[float], str]) -> None:
+        if points:
+            table.add_row(name, *(shown(points[end][1]) for end in (0, -1)))
+
+    row("KL from the source, training text", report.losses, "{:.4f}".format)
+    row("KL from the source, held-out text", report.valid_losses, "{:.4f}".format)
+    source = report.source_perplexity
+    if source is not None:
+        points = report.valid_perplexities
+        row(f"perplexity, held-out text (source {source:.2f})", points, "{:.2f}".format)
+        row("  against the source", points, lambda value: _times(value / source))
+        row("  same likeliest token", report.valid_agreements, "{:.1%}".format)
+    console.print(table)
     if report.recovered:
         console.print(f"Stopped early, after {report.steps} steps: recovered as far as asked.")
-    if report.valid_loss_before is not None:
-        console.print(
-            f"On held-out text {report.valid_loss_before:.3f} -> {report.valid_loss_after:.3f}"
-        )
+    speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
+    console.print(
+        f"Healed on {report.tokens:,} tokens in {duration(report.seconds)}{speed}.",
+        soft_wrap=True,
+    )
+    console.print(f"Picture: {result.chart}", soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -4,9 +4,11 @@ from tpa_convert.evaluation.cache import CacheBytes, cache_bytes
 from tpa_convert.evaluation.harness import TaskResult, run_tasks
 from tpa_convert.evaluation.multiple_choice import (
     Accuracy,
+    Drop,
     Question,
     load_questions,
     multiple_choice,
+    paired_drop,
 )
 from tpa_convert.evaluation.perplexity import (
     Agreement,
@@ -26,6 +28,7 @@ __all__ = [
     "Accuracy",
     "Agreement",
     "CacheBytes",
+    "Drop",
     "EvaluationReport",
     "Perplexity",
     "Question",
@@ -42,6 +45,7 @@ __all__ = [
     "load_questions",
     "measure_speed",
     "multiple_choice",
+    "paired_drop",
     "perplexity",
     "perplexity_by_source",
     "run_tasks",

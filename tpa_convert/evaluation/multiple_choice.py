@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist, fmean, pvariance
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +17,8 @@ from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.calibration.text import read_files
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation.logits import chunk_positions, split_head
+
+NORMAL_95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,53 @@ class Accuracy:
     Attributes:
         normalized: by log-likelihood per byte of the choice's text (UTF-8).
         plain: by log-likelihood.
-        questions: how many.
+        right: for each question, whether its choice by `normalized` is the right one.
     """
 
     normalized: float
     plain: float
-    questions: int
+    right: tuple[bool, ...] = field(repr=False)
+
+    @property
+    def questions(self) -> int:
+        """How many."""
+        return len(self.right)
 
     @property
     def standard_error(self) -> float:
         """Of `normalized`, for a sample of independent questions."""
         return math.sqrt(self.normalized * (1 - self.normalized) / self.questions)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Accuracy lost to the source, in percentage points, mean over tasks.
+
+    Attributes:
+        points: negative where the model is better.
+        margin: half of the 95 % confidence interval.
+    """
+
+    points: float
+    margin: float
+
+
+def paired_drop(source: Sequence[Accuracy], model: Sequence[Accuracy]) -> Drop:
+    """How much less accurate (`normalized`) a model is than its source on the same questions.
+
+    Paired: what counts is on which questions the two differ, so the interval is much narrower than
+    that of two accuracies. With d = right(source) − right(model) and T tasks of n_t questions, the
+    mean of the tasks' mean d has the variance Σ_t var_t(d) / n_t / T²; the interval is normal.
+
+    Args:
+        source, model: of the same tasks in the same order, one at least.
+    """
+    means, variance = [], 0.0
+    for before, after in zip(source, model, strict=True):
+        differences = [a - b for a, b in zip(before.right, after.right, strict=True)]
+        means.append(fmean(differences))
+        variance += pvariance(differences) / len(differences) / len(source) ** 2
+    return Drop(100 * fmean(means), 100 * NORMAL_95 * math.sqrt(variance))
 
 
 def load_questions(path: str | Path, limit: int | None = None) -> list[Question]:
@@ -117,14 +156,13 @@ def multiple_choice(
     pairs = [_fit(tokens, start, limit) for tokens, start in zip(ids, starts, strict=True)]
     scores = iter(_log_likelihoods(model, pairs, batch_size * 1024, track, description))
 
-    plain = normalized = 0
+    plain, right = 0, []
     for question in questions:
         sums = [next(scores) for _ in question.choices]
         means = [s / len(c.encode()) for s, c in zip(sums, question.choices, strict=True)]
         plain += sums.index(max(sums)) == question.gold
-        normalized += means.index(max(means)) == question.gold
-    count = len(questions)
-    return Accuracy(normalized / count, plain / count, count)
+        right.append(means.index(max(means)) == question.gold)
+    return Accuracy(fmean(right), plain / len(questions), tuple(right))
 
 
 def _fit(tokens: list[int], start: int, limit: int | None) -> tuple[list[int], int]:

@@ -123,6 +123,7 @@ def compare(
     models: Mapping[str, PreTrainedModel],
     blocks: Tensor,
     *,
+    counted: Tensor | None = None,
     batch_size: int = 8,
     track: Track = no_tracking,
     description: str = "Perplexity",
@@ -131,7 +132,9 @@ def compare(
 
     Args:
         models: by name; the first is the source.
-        blocks: token ids [N, L], L >= 2.
+        blocks: token ids [N, L], L >= 2; shorter texts are padded on the right.
+        counted: bool [N, L], the tokens whose predictions count; by default all. The first of a
+            block is never predicted.
         track: shows progress, called as `track(batches, description)`.
 
     Raises:
@@ -149,12 +152,15 @@ def compare(
     nll = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
     kl, same = {n: v.clone() for n, v in nll.items()}, {n: v.clone() for n, v in nll.items()}
 
-    for batch in track(blocks.split(batch_size), description):
-        targets = batch[:, 1:].flatten().to(device)
+    counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted
+    counted = counted[:, 1:]
+    batches = list(zip(blocks.split(batch_size), counted.split(batch_size), strict=True))
+    for batch, wanted in track(batches, description):
+        targets = batch[:, 1:][wanted].to(device)
         features = {}
         for name, (body, _) in halves.items():
             states = body(batch.to(models[name].device))
-            features[name] = states[:, :-1].flatten(0, 1).split(step)
+            features[name] = states[:, :-1][wanted.to(states.device)].split(step)
         for i, target in enumerate(targets.split(step)):
             reference = None
             for name, (_, head) in halves.items():
@@ -168,7 +174,7 @@ def compare(
                     kl[name] += (weights * (reference - log_p)).sum(dtype=torch.float64)
                     same[name] += (log_p.argmax(-1) == top).sum()
 
-    tokens = len(blocks) * (blocks.shape[1] - 1)
+    tokens = int(counted.sum())
     texts = {name: Perplexity(value.item() / tokens, tokens) for name, value in nll.items()}
     others = [name for name in models if name != source]
     agreements = {

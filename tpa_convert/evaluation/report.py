@@ -11,11 +11,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-Unit = Literal["perplexity", "percent", "nats", "bytes", "numbers", "tokens/s", "score"]
+Unit = Literal["perplexity", "percent", "points", "nats", "bytes", "numbers", "tokens/s", "score"]
 
 DECIMALS: dict[Unit, int] = {
     "perplexity": 2,
     "percent": 1,
+    "points": 2,
     "nats": 3,
     "bytes": 0,
     "numbers": 0,
@@ -36,6 +37,7 @@ class Row:
         values: by model; None where the metric has no meaning (the source's agreement with itself).
         higher_is_better: None if neither is.
         recovers: whether the ratio to the source is a quality that can be recovered.
+        margins: half of the 95 % confidence interval, of the models that have one.
     """
 
     section: str
@@ -44,6 +46,7 @@ class Row:
     values: dict[str, float | None]
     higher_is_better: bool | None
     recovers: bool = False
+    margins: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, model: str) -> float | None:
         """The model's value divided by the source's."""
@@ -137,7 +140,9 @@ class EvaluationReport:
     def _cells(self, row: Row) -> Iterator[Text]:
         """One cell for the source, two or three for every other model."""
         for name in self.models:
-            yield Text(format_value(row.values[name], row.unit))
+            value = format_value(row.values[name], row.unit)
+            margin = row.margins.get(name)
+            yield Text(value if margin is None else f"{value} ± {format_value(margin, row.unit)}")
             if name == self.models[0]:
                 continue
             ratio, recovery = row.ratio(name), row.recovery(name)

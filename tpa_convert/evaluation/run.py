@@ -15,7 +15,13 @@ from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.calibration.text import Documents
 from tpa_convert.evaluation.cache import cache_bytes
 from tpa_convert.evaluation.harness import run_tasks
-from tpa_convert.evaluation.multiple_choice import load_questions, multiple_choice, task_name
+from tpa_convert.evaluation.multiple_choice import (
+    Accuracy,
+    load_questions,
+    multiple_choice,
+    paired_drop,
+    task_name,
+)
 from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
 from tpa_convert.evaluation.report import EvaluationReport, Row
 from tpa_convert.evaluation.speed import SpeedSettings, fitting_prompt, measure_speed
@@ -91,6 +97,8 @@ def evaluate(
             f"multiple choice: {count:,} questions, zero-shot, log-likelihood per byte, standard "
             f"error {min(errors):.1f} to {max(errors):.1f}"
         )
+        if len(models) > 1:
+            notes.append("drop: mean over tasks ± 95 % interval, compared question by question")
     rows += task_rows
     if any(row.recovers for row in rows):
         notes.append("recovery: source / model for perplexity, model / source for accuracy")
@@ -168,8 +176,8 @@ def _choice_rows(
 ) -> tuple[list[Row], list[float]]:
     """Rows of accuracies in percent, and the standard errors in points."""
     rows, errors = [], []
+    found: dict[str, list[Accuracy]] = {name: [] for name in models}
     for task, asked in questions.items():
-        values: dict[str, float | None] = {}
         for name, model in models.items():
             accuracy = multiple_choice(
                 model,
@@ -179,14 +187,22 @@ def _choice_rows(
                 track=track,
                 description=f"{task}, {name}",
             )
-            values[name] = 100 * accuracy.normalized
+            found[name].append(accuracy)
             errors.append(100 * accuracy.standard_error)
+        values: dict[str, float | None] = {n: 100 * a[-1].normalized for n, a in found.items()}
         rows.append(Row(CHOICES, task, "percent", values, True, recovers=True))
     if len(rows) > 1:
         means: dict[str, float | None] = {
             m: sum(row.values[m] or 0.0 for row in rows) / len(rows) for m in models
         }
         rows.append(Row(CHOICES, "mean", "percent", means, True, recovers=True))
+    source, *others = models
+    if others:
+        drops = {name: paired_drop(found[source], found[name]) for name in others}
+        points: dict[str, float | None] = {source: None}
+        points |= {name: drop.points for name, drop in drops.items()}
+        margins = {name: drop.margin for name, drop in drops.items()}
+        rows.append(Row(CHOICES, "drop (points)", "points", points, False, margins=margins))
     return rows, errors
 
 

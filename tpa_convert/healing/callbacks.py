@@ -1,4 +1,4 @@
-"""What happens during training beside the training: progress, graceful stops, held-out loss."""
+"""What happens during training beside the training: speed, held-out text, graceful stops."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import reduce
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,7 +20,11 @@ from tpa_convert.errors import UserError
 if TYPE_CHECKING:
     from tpa_convert.healing.trainer import DistillationTrainer
 
-VALID_LOSS = "valid_loss"
+# Names in the Trainer's log of what is measured on held-out text; trackers group by the prefix.
+VALID_LOSS = "eval_kl"
+VALID_PERPLEXITY = "eval_perplexity"
+SOURCE_PERPLEXITY = "eval_source_perplexity"
+VALID_AGREEMENT = "eval_agreement"
 
 
 class Speedometer(TrainerCallback):
@@ -67,74 +62,13 @@ class Speedometer(TrainerCallback):
             )
 
 
-class ProgressBar(TrainerCallback):
-    """A rich progress bar: steps, loss, tokens per second, time elapsed and left."""
-
-    def __init__(self, speedometer: Speedometer, description: str = "Healing"):
-        self.speedometer = speedometer
-        self.description = description
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            expand=True,
-        )
-        self.task = self.bar.add_task(
-            self.description,
-            total=state.max_steps,
-            completed=state.global_step,
-            status="starting" if state.global_step < state.max_steps else "finished before",
-        )
-        self.bar.start()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is not None and "loss" in logs:
-            speed = self.speedometer.tokens_per_second
-            status = f"loss {logs['loss']:.4f}"
-            status += f"  {speed:,.0f} tokens/s" if speed else ""
-            self.bar.update(self.task, completed=state.global_step, status=status)
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-        self.stop()
-
-    def stop(self) -> None:
-        """Leave the terminal as it was, also after an error."""
-        if hasattr(self, "bar"):
-            self.bar.stop()
-
-
 class Validation(TrainerCallback):
-    """Logs the divergence on held-out blocks before the first step, every so many, and at the end.
+    """Compares the models on held-out blocks before the first step, every so many, and at the end.
 
-    With `stop_at` it ends the training as soon as exp(divergence) - 1, the rise of perplexity that
-    a divergence stands for, is no larger.
+    With `stop_at` it ends the training as soon as exp(KL) - 1, the rise of perplexity that a
+    divergence stands for, is no larger. The measured rise would be a worse judge: text that
+    resembles the training text can bring the student below its source's perplexity, however much
+    it differs from it.
     """
 
     def __init__(
@@ -173,9 +107,17 @@ class Validation(TrainerCallback):
                 control.should_training_stop = True
 
     def measure(self) -> float:
-        loss = self.trainer.mean_divergence(self.blocks)
-        self.trainer.log({VALID_LOSS: loss})
-        return loss
+        """Log the comparison; returns the divergence."""
+        found = self.trainer.compare(self.blocks)
+        self.trainer.log(
+            {
+                VALID_LOSS: found.kl,
+                VALID_PERPLEXITY: found.perplexity,
+                SOURCE_PERPLEXITY: found.source_perplexity,
+                VALID_AGREEMENT: found.agreement,
+            }
+        )
+        return found.kl
 
 
 class GracefulStop(TrainerCallback):
@@ -184,11 +126,14 @@ class GracefulStop(TrainerCallback):
     Several processes stop together, as soon as one of them was asked to. A context manager; a
     second signal acts as it would have without it. Inactive outside the main thread, where Python
     allows no signal handlers.
+
+    Args:
+        announce: print a line on the first signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, announce: bool = True) -> None:
+    def __init__(self, announce: bool = False) -> None:
         self.announce = announce
         self.requested = False
         self.previous: dict[int, Any] = {}

@@ -19,15 +19,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
 from tpa_convert.healing.callbacks import (
+    SOURCE_PERPLEXITY,
+    VALID_AGREEMENT,
     VALID_LOSS,
+    VALID_PERPLEXITY,
     GracefulStop,
-    ProgressBar,
     Speedometer,
     Validation,
 )
@@ -37,10 +40,13 @@ from tpa_convert.healing.checkpoints import (
     fingerprint,
     newest_checkpoint,
 )
+from tpa_convert.healing.dashboard import Dashboard
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
 from tpa_convert.healing.distributed import processes, refuse_difference, sharding, smallest
+from tpa_convert.healing.flops import flops_per_token
 from tpa_convert.healing.objective import Divergence, default_chunk_tokens, forward_kl
 from tpa_convert.healing.settings import HealingSettings
+from tpa_convert.healing.trackers import trackers
 from tpa_convert.healing.trainer import (
     DistillationTrainer,
     block_forward,
@@ -50,6 +56,7 @@ from tpa_convert.healing.trainer import (
     parameter_groups,
 )
 
+LOGS = "runs"  # tensorboard's event files, in the output directory
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
 # transformers renamed it after 5.17.
@@ -84,7 +91,11 @@ class HealingReport:
         batch_size: sequences per forward pass and device.
         peak_memory_bytes: allocated on the GPU; None on a CPU.
         losses: (step, mean divergence in nats per token since the previous entry).
-        valid_losses: (step, divergence on the held-out blocks), if there were any.
+        valid_losses: (step, KL on the held-out blocks in nats per token), if there were any.
+        valid_perplexities: (step, the student's perplexity there).
+        valid_agreements: (step, share of their tokens at which student and teacher hold the same
+            one for the likeliest).
+        source_perplexity: the teacher's on the held-out blocks.
         recovered: whether `stop_at` was reached, so that the run ended early.
     """
 
@@ -97,6 +108,9 @@ class HealingReport:
     peak_memory_bytes: int | None
     losses: tuple[tuple[int, float], ...]
     valid_losses: tuple[tuple[int, float], ...]
+    valid_perplexities: tuple[tuple[int, float], ...]
+    valid_agreements: tuple[tuple[int, float], ...]
+    source_perplexity: float | None
     recovered: bool
 
     @property
@@ -139,14 +153,15 @@ def heal(
         tokenizer: of both; not needed for ready-made blocks.
         documents_or_blocks: documents as `calibration.packing.packed_blocks` takes them, or blocks
             of token ids [N, L] of any integer type.
-        output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later;
-            all processes have to see it.
+        output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later,
+            and event files for tensorboard (in `runs/`); all processes have to see it.
         settings: by default `HealingSettings()`.
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
-        valid_blocks: held-out blocks [M, L]; their divergence is measured before, every
+        valid_blocks: held-out blocks [M, L]; both models are compared on them before, every
             `valid_steps` and after. `stop_at` needs them.
         divergence: what to minimise; by default the forward KL at the settings' temperature.
-        progress: show a progress bar on stderr.
+        progress: show the run on stderr, as a live panel, or line by line where that is no
+            terminal.
 
     Raises:
         UserError: models that do not fit together, checkpoints of another run, too little memory or
@@ -189,9 +204,12 @@ def heal(
         weight_decay=settings.weight_decay,
     )
     speedometer = Speedometer(settings.tokens_per_step)
-    progress = progress and state.is_main_process
-    stop = GracefulStop(announce=progress)
-    bar = ProgressBar(speedometer) if progress else None
+    stop = GracefulStop()
+    dashboard = None
+    if progress and state.is_main_process:
+        cost = flops_per_token(student, teacher, blocks.shape[1])
+        dashboard = Dashboard(speedometer, stop, cost)
+    stop.announce = progress and state.is_main_process and not (dashboard and dashboard.is_live)
     use_cache = student.config.use_cache  # the Trainer turns it off
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     trainer = DistillationTrainer(
@@ -208,7 +226,12 @@ def heal(
             torch.optim.AdamW,
             {"params": groups, "lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True},
         ),
-        callbacks=[speedometer, *([bar] if bar else []), stop],
+        callbacks=[
+            speedometer,
+            *([dashboard] if dashboard else []),
+            *trackers(settings.log_to, output_dir / LOGS),
+            stop,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     validation = None
@@ -233,8 +256,8 @@ def heal(
             if state.is_main_process:
                 whole_student.load_state_dict(weights)
     finally:
-        if bar:
-            bar.stop()
+        if dashboard:
+            dashboard.close()
         _release(whole_student, use_cache)
     end = trainer.state
     recovered = validation is not None and validation.recovered
@@ -251,10 +274,18 @@ def heal(
         peak_memory_bytes=(
             torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
         ),
-        losses=tuple((e["step"], e["loss"]) for e in end.log_history if "loss" in e),
-        valid_losses=tuple((e["step"], e[VALID_LOSS]) for e in end.log_history if VALID_LOSS in e),
+        losses=_curve(end, "loss"),
+        valid_losses=_curve(end, VALID_LOSS),
+        valid_perplexities=_curve(end, VALID_PERPLEXITY),
+        valid_agreements=_curve(end, VALID_AGREEMENT),
+        source_perplexity=next((value for _, value in _curve(end, SOURCE_PERPLEXITY)), None),
         recovered=recovered,
     )
+
+
+def _curve(state: TrainerState, name: str) -> tuple[tuple[int, float], ...]:
+    """(step, value) of all that was logged under a name."""
+    return tuple((entry["step"], entry[name]) for entry in state.log_history if name in entry)
 
 
 def _blocks(

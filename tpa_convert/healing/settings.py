@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tpa_convert.errors import UserError
+from tpa_convert.healing.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class HealingSettings:
         torch_compile: compile both models and the loss; None on CUDA only.
         save_steps: steps between checkpoints. An interrupted run also leaves one.
         valid_steps: steps between measurements on held-out text, if there is some.
-        stop_at: end early once the held-out divergence stands for a rise of perplexity of at most
-            this share of the source's, exp(KL) − 1; None trains on all tokens.
+        stop_at: end early once the student has recovered to within this share of the source's
+            perplexity, judged by exp(KL) − 1 on held-out text, which no luck with that text can
+            lower; None trains on all tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        log_to: tools that get the run's numbers, `tensorboard` or `wandb`.
     """
 
     tokens: int = 10_000_000
@@ -54,11 +57,13 @@ class HealingSettings:
     valid_steps: int = 100
     stop_at: float | None = None
     gradient_checkpointing: bool = False
+    log_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(
             self.trainable in ("all", "attention"), "trainable", "all or attention", self.trainable
         )
+        check_trackers(self.log_to)
         for name in ("tokens", "tokens_per_step", "save_steps", "valid_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.block_length >= 2, "block_length", "at least 2", self.block_length)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tpa_convert.healing.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.distributed import gathered, set_wrapping, shard_frozen
 from tpa_convert.healing.objective import Divergence, chunked_divergence, forward_kl
 
@@ -184,27 +185,41 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        input_ids = inputs["input_ids"]
+        loss = self.beside_teacher(model, inputs["input_ids"], self.hidden_loss)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def beside_teacher(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        compare: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Runs both models on [B, L] token ids.
+
+        Args:
+            model: the student as wrapped for training.
+            compare: called with the final hidden states of both, [B, L, D] and [B, L, E], and with
+                the teacher's head [V, E], inside the student's forward pass and without autocast.
+
+        Returns: what `compare` returns.
+        """
         # Not inference_mode: its tensors cannot pass through compiled or sharded modules.
         with torch.no_grad(), self.accelerator.autocast():
             teacher_hidden = final_hidden_states(self.teacher, input_ids)
             teacher_weight = gathered(self.teacher.get_output_embeddings().weight)
 
-        def loss_of(student_hidden: Tensor) -> Tensor:
+        def head_forward(student_hidden: Tensor) -> Tensor:
             with torch.autocast(input_ids.device.type, enabled=False):
-                return self.hidden_loss(student_hidden, teacher_hidden, teacher_weight)
+                return compare(student_hidden, teacher_hidden, teacher_weight)
 
         with self.accelerator.autocast():
-            loss = with_head(model, self.model, input_ids, loss_of)
-        return (loss, {"loss": loss}) if return_outputs else loss
+            return with_head(model, self.model, input_ids, head_forward)
 
     def hidden_loss(
         self, student_hidden: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
     ) -> Tensor:
-        """Loss from final hidden states [B, L, D] and [B, L, E]: fp32 scalar.
-
-        Called inside the student's forward pass, without autocast.
-        """
+        """Loss from final hidden states [B, L, D] and [B, L, E]: fp32 scalar; see
+        `beside_teacher`."""
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         return chunked_divergence(
             student_hidden.to(dtype),
@@ -216,20 +231,37 @@ class DistillationTrainer(Trainer):
         )
 
     @torch.no_grad()
-    def mean_divergence(self, blocks: Tensor) -> float:
-        """Divergence in nats per token on held-out `blocks` [N, L], the same on all processes."""
+    def compare(self, blocks: Tensor) -> Comparison:
+        """Student beside teacher on held-out `blocks` [N, L], L >= 2, the same on all processes.
+
+        Whatever is minimised, the divergence here is the KL at temperature 1.
+        """
+        tokens = blocks[:, 1:].numel()
         processes = self.args.world_size
-        if len(blocks) % processes == 0:  # else all do all, because shards want equal work
+        shared = len(blocks) % processes == 0  # else all do all, because shards want equal work
+        if shared:
             blocks = blocks[self.args.process_index :: processes]
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        sums = torch.zeros(4, device=self.args.device)
         model = self.model_wrapped
         training = model.training
         model.eval()
-        total = 0.0
         # Other shapes and modes than in training: not worth compiling for.
         with torch.compiler.set_stance("force_eager"):
             for batch in blocks.split(self.args.per_device_train_batch_size):
-                loss = self.compute_loss(model, {"input_ids": batch.to(self.args.device)})
-                total += loss.item() * len(batch)
+                input_ids = batch.to(self.args.device)
+
+                def compare(student: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+                    return chunked_comparison(
+                        student[:, :-1].flatten(0, 1).to(dtype),
+                        self.model.get_output_embeddings().weight,
+                        teacher[:, :-1].flatten(0, 1).to(dtype),
+                        teacher_weight,
+                        input_ids[:, 1:].flatten(),  # noqa: B023 (called at once)
+                    )
+
+                sums += self.beside_teacher(model, input_ids, compare)
         model.train(training)
-        mean = torch.tensor(total / len(blocks), device=self.args.device)
-        return self.accelerator.reduce(mean, "mean").item()
+        if shared:
+            sums = self.accelerator.reduce(sums, "sum")
+        return Comparison.from_sums(sums, tokens)

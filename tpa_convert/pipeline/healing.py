@@ -25,6 +25,7 @@ from tpa_convert.export.save import load_converted, read_provenance, save_conver
 from tpa_convert.healing import HealingReport, HealingSettings
 from tpa_convert.healing import heal as heal_model
 from tpa_convert.healing.distributed import processes
+from tpa_convert.healing.run import LOGS
 from tpa_convert.healing.sampling import sample_blocks
 from tpa_convert.prediction import named_dtype
 from tpa_convert.recipe import HealOptions, SourceOptions
@@ -43,6 +44,11 @@ class HealingResult:
 
     out: Path
     report: HealingReport
+
+    @property
+    def chart(self) -> Path:
+        """Picture of the training."""
+        return self.out / LOSS_CHART
 
     def to_json(self) -> dict[str, Any]:
         return {"out": str(self.out), **asdict(self.report)}
@@ -130,9 +136,9 @@ def heal(
     healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
     with atomic_directory(out, overwrite) as target:
         save_converted(student, tokenizer, target, out.name, healed)
-        healing_chart(
-            report.losses, report.valid_losses, settings.tokens_per_step, target / LOSS_CHART
-        )
+        healing_chart(report, settings.tokens_per_step, target / LOSS_CHART)
+        if (checkpoints / LOGS).is_dir():
+            shutil.copytree(checkpoints / LOGS, target / LOGS)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return HealingResult(out, report)
 
