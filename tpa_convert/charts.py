@@ -112,12 +112,13 @@ def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> No
     (if there was some), and the divergence from the source."""
     plt = _pyplot()
     measured = report.source_perplexity is not None
+    unit, name = (1e6, "millions") if report.steps * tokens_per_step >= 1e6 else (1e3, "thousands")
     figure, panels = plt.subplots(
         1, 1 + measured, figsize=(11 if measured else 7, 4.2), layout="constrained", squeeze=False
     )
 
     def draw(axes: Any, points: Sequence[tuple[int, float]], style: str, **look: Any) -> None:
-        tokens = [step * tokens_per_step / 1e6 for step, _ in points]
+        tokens = [step * tokens_per_step / unit for step, _ in points]
         axes.plot(tokens, [value for _, value in points], style, linewidth=1.4, **look)
 
     losses = panels[0, -1]
@@ -126,31 +127,25 @@ def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> No
         draw(losses, report.valid_losses, "o-", color=COLORS["held-out"], label="held-out text")
     losses.set_title("Divergence from the source")
     losses.set_ylabel("KL, nats per token")
-    losses.legend()
     if report.source_perplexity is not None:
         curve, source = panels[0, 0], report.source_perplexity
-        draw(curve, report.valid_perplexities, "o-", color=COLORS["held-out"], label="healed model")
-        curve.axhline(source, color=COLORS["source"], linestyle="--", label=f"source, {source:.2f}")
-        # The last value stands above its point, where the falling curve leaves room.
-        last = report.valid_perplexities[-1]
-        curve.annotate(
-            f"{last[1]:.2f} (×{last[1] / source:.3f})",
-            (last[0] * tokens_per_step / 1e6, last[1]),
-            xytext=(0, 10),
-            textcoords="offset points",
-            horizontalalignment="right",
-        )
+        first, last = (report.valid_perplexities[end][1] for end in (0, -1))
+        label = f"healed model, {first:.2f} → {last:.2f} (×{last / source:.3f})"
+        draw(curve, report.valid_perplexities, "o-", color=COLORS["held-out"], label=label)
+        look = {"color": COLORS["source"], "linestyle": "--"}
+        curve.axhline(source, label=f"source, {source:.2f}", **look)
         curve.set_title("Perplexity on held-out text")
         curve.set_ylabel("perplexity")
-        curve.legend()
     for axes in panels[0]:
         axes.set_yscale("log")
+        axes.margins(y=0.15)  # room for the legend above the curves
+        axes.legend(fontsize=9, loc="upper right")
         low, high = axes.get_ylim()
         ticks = (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
         axes.yaxis.set_major_locator(plt.LogLocator(subs=ticks))
         axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(plt.NullFormatter())
-        axes.set_xlabel("tokens, millions")
+        axes.set_xlabel(f"tokens, {name}")
         axes.grid(alpha=0.3)
     _save(figure, path)
     plt.close(figure)

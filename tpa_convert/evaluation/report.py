@@ -37,7 +37,8 @@ class Row:
         values: by model; None where the metric has no meaning (the source's agreement with itself).
         higher_is_better: None if neither is.
         recovers: whether the ratio to the source is a quality that can be recovered.
-        margins: half of the 95 % confidence interval, of the models that have one.
+        margins: half of the 95 % confidence interval, of the models that have one;
+            shown instead of the ratio.
     """
 
     section: str
@@ -140,14 +141,15 @@ class EvaluationReport:
     def _cells(self, row: Row) -> Iterator[Text]:
         """One cell for the source, two or three for every other model."""
         for name in self.models:
-            value = format_value(row.values[name], row.unit)
-            margin = row.margins.get(name)
-            yield Text(value if margin is None else f"{value} ± {format_value(margin, row.unit)}")
+            yield Text(format_value(row.values[name], row.unit))
             if name == self.models[0]:
                 continue
             ratio, recovery = row.ratio(name), row.recovery(name)
             style = _style(ratio, row.higher_is_better)
-            yield Text("" if ratio is None else format_ratio(ratio, row.unit), style)
+            if name in row.margins:  # such rows have no ratio, and the space beside them is free
+                yield Text(f"± {format_value(row.margins[name], row.unit)}")
+            else:
+                yield Text("" if ratio is None else format_ratio(ratio, row.unit), style)
             if self._shows_recovery:
                 yield Text("" if recovery is None else f"{recovery:.1f} %", style)
 
