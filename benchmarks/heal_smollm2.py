@@ -1,51 +1,106 @@
-"""Healing SmolLM2-135M-Instruct after conversion, one row before and one after, on one GPU.
+"""Refining and then healing SmolLM2-135M-Instruct, rows before and after, on one GPU.
 
-    python benchmarks/heal_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --heal-tokens 10e6 \\
-        --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128 72+80 affine-128
+    python benchmarks/heal_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --heal-tokens 100e6 \\
+        --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128:latent 128 \\
+        --settings seed=0 seed=1 --tasks tasks/*.jsonl.xz --quality
+
+What a run is, smollm2.py says. --refine-steps 0 heals what the closed form gives; each of
+--settings heals the same refined model. --sampled and --sampled-chat sample tokens from the source,
+beside the training text or, with --sampled-only, instead of it. --tasks and --quality (positions,
+needles, chat) compare all healed models with the source.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import copy
+import time
+from dataclasses import asdict
 
-from smollm2 import Table, heal_row, load, parser, train_blocks
+import torch
+from quality import chat_table, needle_table, position_table, task_table
+from smollm2 import Table, heal_row, load, parser, plan_of, settings_of, train_blocks
+from torch import Tensor
 
+from tpa_convert.architectures import Source, load_source
 from tpa_convert.calibration.moments import collect_moments
+from tpa_convert.calibration.text import load_documents
 from tpa_convert.conversion import convert_model
-from tpa_convert.modeling import Form
-from tpa_convert.planning import Budget, Plan, plan_uniform
+from tpa_convert.evaluation.perplexity import blocks_by_source
+from tpa_convert.healing import HealingSettings
+from tpa_convert.healing.sampling import sample_blocks
+from tpa_convert.modeling import TPAForCausalLM
+from tpa_convert.refinement import RefinementSettings, refine
 
 
-def plan_of(run: str, config: dict[str, Any]) -> Plan:
-    """`N`: static with N floats. `K+V`: static with these widths. `affine-N`: N features and four
-    contextual components each."""
-    if "+" in run:
-        width_k, width_v = map(int, run.split("+"))
-        return plan_uniform(config, Budget(width_k=width_k, width_v=width_v))
-    form, _, floats = run.rpartition("-")
-    if not form:
-        return plan_uniform(config, Budget(kv_floats=int(floats)))
-    width = int(floats) // 2
-    budget = Budget(rank_k=4, rank_v=4, width_k=width, width_v=width)
-    return plan_uniform(config, budget, form=cast(Form, form))
+def sampled(path: str, source: Source, tokens: float, chat: bool) -> Tensor:
+    """Token blocks that the source samples, in bfloat16."""
+    model = load_source(path, dtype=torch.bfloat16, device=source.model.device).model
+    start = time.perf_counter()
+    blocks = sample_blocks(model, source.tokenizer, int(tokens), 1024, chat=chat)
+    seconds = time.perf_counter() - start
+    kind = "chats" if chat else "text"
+    print(f"<!-- {blocks.numel():,} tokens of {kind} sampled in {seconds:.1f} s -->", flush=True)
+    return blocks
+
+
+def refined(source: Source, table: Table, run: str, moments, blocks: Tensor, steps: int):
+    """Converts and refines, with a row for each; returns the model and its floats."""
+    plan = plan_of(run, source.architecture.llama_config(source.model.config))
+    start = time.perf_counter()
+    model: TPAForCausalLM = convert_model(source, plan, moments).to(source.model.device)
+    table.row(f"{run} closed form", model, plan.kv_floats, time.perf_counter() - start)
+    if steps:
+        start = time.perf_counter()
+        refine(source.model, model, blocks, RefinementSettings(steps=steps))
+        table.row(f"{run} refined", model, plan.kv_floats, time.perf_counter() - start)
+    return model, plan.kv_floats
 
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--runs", nargs="+", default=["128"])
+    options.add_argument("--refine-steps", type=int, default=600)
+    options.add_argument("--refine-blocks", type=int, default=256, help="1024 tokens each")
     options.add_argument("--heal-tokens", type=float, default=10e6)
-    options.add_argument("--runs", nargs="+", default=["128", "72+80", "affine-128"])
+    options.add_argument("--settings", nargs="+", default=[""], help="seed=1,learning_rate=1e-4")
+    options.add_argument("--sampled", type=float, default=0)
+    options.add_argument("--sampled-chat", type=float, default=0)
+    options.add_argument("--sampled-only", action="store_true")
+    options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
+    options.add_argument("--quality", action="store_true", help="positions, needles and chat")
     arguments = options.parse_args()
     source = load(arguments.source)
-    config = source.architecture.llama_config(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)
-    calibration = train_blocks(arguments.train, source, 512, arguments.calibration_blocks)
-    moments = collect_moments(source, calibration)
-    training = train_blocks(arguments.train, source, 1024)
+    blocks = train_blocks(arguments.train, source, 1024, arguments.refine_blocks)
+    moments = collect_moments(source, blocks)
+    parts = [] if arguments.sampled_only else [train_blocks(arguments.train, source, 1024)]
+    for tokens, chat in ((arguments.sampled, False), (arguments.sampled_chat, True)):
+        if tokens:
+            parts.append(sampled(arguments.source, source, tokens, chat))
+    training = torch.cat(parts)
+    models = {"source": source.model}
     for run in arguments.runs:
-        plan = plan_of(run, config)
-        student = convert_model(source, plan, moments)
-        table.row(f"{run} one-shot", student, plan.kv_floats, 0.0)
-        heal_row(table, run, student, training, arguments, plan.kv_floats)
+        torch.compiler.reset()  # the compiler's cache has room for a few shapes only
+        start, floats = refined(source, table, run, moments, blocks, arguments.refine_steps)
+        for text in arguments.settings:
+            torch.compiler.reset()
+            student = copy.deepcopy(start)
+            changed = {
+                name: value
+                for name, value in asdict(settings_of(HealingSettings, text)).items()
+                if f"{name}=" in text
+            }
+            name = f"{run} {text}".strip()
+            heal_row(table, name, student, training, arguments, floats, **changed)
+            models[f"{name} healed"] = student
+    if arguments.tasks:
+        task_table(models, source.tokenizer, arguments.tasks)
+    if arguments.quality:
+        texts = blocks_by_source(source.tokenizer, load_documents(arguments.valid), 8192, 8)
+        position_table(models, texts)
+        filler = source.tokenizer.decode(torch.cat([part.flatten() for part in texts.values()]))
+        needle_table(models, source.tokenizer, filler)
+        chat_table(models, source.tokenizer)
 
 
 if __name__ == "__main__":

@@ -178,27 +178,35 @@ def source_answers(
     Returns: conversations, padded on the right, int64 [N, L]; which of their tokens belong to the
         answer, its end-of-text token included, bool [N, L].
     """
+    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=eos,
         pad_token_id=tokenizer.eos_token_id,
     )
-    rows, starts = [], []
-    for prompt in prompts:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device)
-        starts.append(inputs["input_ids"].shape[1])
-        output = model.generate(
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            generation_config=config,
-        )
-        rows.append(output[0].cpu())
+    asked = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for prompt in prompts
+    ]
+    longest = max(map(len, asked))
+    inputs, mask = (torch.zeros(len(asked), longest, dtype=torch.long) for _ in "im")
+    for i, tokens in enumerate(asked):  # padded on the left, where nothing attends to it
+        inputs[i, longest - len(tokens) :] = torch.tensor(tokens)
+        mask[i, longest - len(tokens) :] = 1
+    output = model.generate(
+        inputs.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+    ).cpu()
+    ends_turn = torch.isin(output[:, longest:], torch.tensor(eos))
+    rows = []
+    for row, tokens, ends in zip(output, asked, ends_turn, strict=True):
+        length = int(ends.int().argmax()) + 1 if ends.any() else len(ends)
+        rows.append(row[longest - len(tokens) : longest + length])
+    starts = [len(tokens) for tokens in asked]
     ids = pad_sequence(rows, batch_first=True)
     position = torch.arange(ids.shape[1])
     ends = torch.tensor([len(row) for row in rows])[:, None]

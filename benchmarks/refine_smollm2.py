@@ -1,25 +1,21 @@
 """Layer-wise refinement of converted SmolLM2-135M-Instruct on one GPU.
 
     python benchmarks/refine_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --runs 256:absorbed 192:absorbed:measured 128 --settings steps=600 --heal 128 \\
+        --runs 256:absorbed 192:absorbed:measured 128:latent --settings steps=600 \\
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz \\
         --tasks tasks/*.jsonl.xz --positions
 
-A run is a number of floats, or widths K+V; after colons a gauge other than the automatic one, and
-`measured` for widths by sensitivity or `halfway` for
-the mean of these and uniform ones. Models of the runs in --heal, refined with the last settings,
-are healed on --heal-tokens as well. --tasks and --positions compare all refined models with the
-source. `--train shipped` calibrates on the text of the package; --layers cuts the source off.
+What a run is, smollm2.py says. --tasks and --positions compare all refined models with the source.
+`--train shipped` calibrates on the text of the package; --layers cuts the source off.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from quality import position_table, task_table
-from smollm2 import Table, heal_row, load, parser, train_blocks
+from smollm2 import Table, load, parser, plan_of, settings_of, train_blocks
 from torch import nn
 
 from tpa_convert.architectures import Source
@@ -27,35 +23,8 @@ from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.calibration.text import load_documents
 from tpa_convert.conversion import convert_model
 from tpa_convert.evaluation.perplexity import blocks_by_source
-from tpa_convert.planner import plan_between, plan_measured
-from tpa_convert.planning import Budget, Plan, plan_uniform
 from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
-
-MULTIPLE_OF = 16  # few distinct shapes, for the compiler's sake
-
-
-def settings_of(text: str) -> RefinementSettings:
-    """`steps=300,seed=1` to settings."""
-    pairs = (pair.split("=") for pair in text.split(",") if pair)
-    return RefinementSettings(
-        **{name: type(getattr(RefinementSettings, name))(value) for name, value in pairs}
-    )
-
-
-def plan_of(run: str, config: dict[str, Any], sensitivity: list[LayerSensitivity]) -> Plan:
-    """The plan of a run."""
-    size, *options = run.split(":")
-    gauge: Any = next((o for o in options if o in ("absorbed", "applied")), "auto")
-    if "measured" in options or "halfway" in options:
-        plan = plan_measured(sensitivity, config, float(size), MULTIPLE_OF)
-        if "halfway" in options:
-            plan = plan_between(plan_uniform(config, Budget(kv_floats=int(size))), plan, config)
-        return plan.with_gauge(gauge)
-    if "+" in size:
-        width_k, width_v = map(int, size.split("+"))
-        return plan_uniform(config, Budget(width_k=width_k, width_v=width_v), gauge=gauge)
-    return plan_uniform(config, Budget(kv_floats=int(size)), gauge=gauge)
 
 
 def shorten(source: Source, layers: int) -> None:
@@ -67,8 +36,6 @@ def shorten(source: Source, layers: int) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--runs", nargs="+", default=["256", "192", "128"])
-    options.add_argument("--heal", nargs="*", default=[], metavar="RUN")
-    options.add_argument("--heal-tokens", type=float, default=10e6)
     options.add_argument("--settings", nargs="+", default=[""])
     options.add_argument("--refine-blocks", type=int, default=256, help="1024 tokens each")
     options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
@@ -100,7 +67,7 @@ def main() -> None:
             model = convert_model(source, plan, moments).to(source.model.device)
             torch._dynamo.reset()  # its cache has room for a few shapes only
             start = time.perf_counter()
-            report = refine(source.model, model, blocks, settings_of(text))
+            report = refine(source.model, model, blocks, settings_of(RefinementSettings, text))
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             name = f"{run} refined {text}".strip()
@@ -113,12 +80,6 @@ def main() -> None:
         position_table(models, texts)
     if arguments.tasks:
         task_table(models, source.tokenizer, arguments.tasks)
-    print()
-    for run in arguments.heal:
-        model = models.pop(f"{run} refined")
-        plan = plan_of(run, config, sensitivity)
-        training = train_blocks(arguments.train, source, 1024)
-        heal_row(table, f"{run} refined, then", model, training, arguments, plan.kv_floats)
 
 
 if __name__ == "__main__":

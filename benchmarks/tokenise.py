@@ -1,10 +1,11 @@
-"""Training text as token blocks in a file, so that several benchmarks tokenise it once.
+"""Training text as packed token blocks in a file, so that several benchmarks tokenise it once.
 
     python benchmarks/tokenise.py SmolLM2-135M-Instruct.Q4_1.gguf healing-train.jsonl.xz tokens.npy
-    python benchmarks/tokenise.py … without.npy --blocks 320 --without '[Pp]ython'
+    python benchmarks/tokenise.py … without.npy --without '[Pp]ython'
+    python benchmarks/tokenise.py … only.npy --only '[Pp]ython'
 
 `--without` leaves out every document in which the pattern occurs, and so all of a source that it
-marks: for held-out text unlike all training text.
+marks, for held-out text unlike all training text; `--only` leaves out all others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import re
 import numpy as np
 
 from tpa_convert.architectures import load_source
-from tpa_convert.calibration.text import load_documents, token_blocks
+from tpa_convert.calibration.packing import packed_blocks
+from tpa_convert.calibration.text import load_documents
 
 
 def main() -> None:
@@ -26,14 +28,20 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="default: all")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--without", metavar="REGEX")
+    parser.add_argument("--only", metavar="REGEX")
     arguments = parser.parse_args()
     documents = load_documents(arguments.text)
     total = len(documents)
-    if arguments.without:
-        pattern = re.compile(arguments.without)
-        documents = documents.filter(lambda row: not pattern.search(row["text"]))
+    for given, wanted in ((arguments.only, True), (arguments.without, False)):
+        if given:
+            pattern = re.compile(given)
+            documents = documents.filter(
+                lambda row, pattern=pattern, wanted=wanted: (
+                    bool(pattern.search(row["text"])) is wanted
+                )
+            )
     tokenizer = load_source(arguments.source).tokenizer
-    blocks = token_blocks(documents, tokenizer, arguments.length, arguments.blocks, seed=0)
+    blocks = packed_blocks(documents, tokenizer, arguments.length, arguments.blocks, seed=0)
     np.save(arguments.out, blocks.numpy().astype(np.uint16))
     print(f"{len(documents)} of {total} documents, {blocks.numel():,} tokens in {arguments.out}")
 

@@ -54,10 +54,11 @@ def rows(output: str) -> dict[str, float]:
 def test_refinement(model, texts, monkeypatch, capsys, tmp_path) -> None:
     questions = tmp_path / "quiz.jsonl"
     questions.write_text(json.dumps({"query": "Some", "choices": ["text", "tests"], "gold": 0}))
-    options = ["--runs", "16:absorbed", "16:measured", "8+6", "--settings", "steps=2"]
+    runs = ["16:absorbed", "16:measured", "8+6", "16:latent:halfway", "24:affine"]
+    options = ["--runs", *runs, "--settings", "steps=2"]
     options += ["--refine-blocks", "4", "--tasks", str(questions), "--layers", "1"]
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(importlib.import_module("refine_smollm2"), "MULTIPLE_OF", 2)
+    monkeypatch.setattr(importlib.import_module("smollm2"), "MULTIPLE_OF", 2)
     output = output_of("refine_smollm2", [str(model), *texts, *options], monkeypatch, capsys)
     found = rows(output)
     assert found["source"] == 1
@@ -66,9 +67,13 @@ def test_refinement(model, texts, monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_healing(model, texts, monkeypatch, capsys) -> None:
-    options = ["--runs", "8+6", "--heal-tokens", "10", "--calibration-blocks", "2"]
+    options = ["--runs", "8+6", "16:latent", "--heal-tokens", "10", "--refine-blocks", "4"]
+    options += ["--refine-steps", "2", "--settings", "seed=1", "--sampled", "1024"]
     output = output_of("heal_smollm2", [str(model), *texts, *options], monkeypatch, capsys)
-    assert list(rows(output)) == ["source", "8+6 one-shot", "8+6 healed on 1e-05 M"]
+    names = ("closed form", "refined", "seed=1 healed on 1e-05 M")
+    assert list(rows(output)) == ["source", *(f"{r} {n}" for r in options[1:3] for n in names)]
+    assert re.search(r"tokens/s; held-out KL after 0 M [\d.]+, 0 M [\d.]+ -->", output)
+    assert "1,024 tokens of text sampled" in output
 
 
 def test_ablation(model, texts, monkeypatch, capsys) -> None:
