@@ -28,7 +28,6 @@ from tpa_convert.architectures import Source
 from tpa_convert.architectures.attention import attention_weights
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion import convert_model
-from tpa_convert.modeling import Form
 from tpa_convert.planner import plan_between, plan_measured, predicted_loss
 from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.refinement import RefinementSettings, refine
@@ -55,13 +54,13 @@ class Bench:
         ]
         return baselines.model_with(self.source.model, layers)
 
-    def uniform(self, floats: int, form: Form = "static", gauge: Any = "auto") -> Plan:
-        return plan_uniform(self.config, Budget(kv_floats=floats), form=form, gauge=gauge)
+    def uniform(self, floats: int, **settings: Any) -> Plan:
+        return plan_uniform(self.config, Budget(kv_floats=floats), **settings)
 
-    def split(self, floats: int, share_k: float) -> Plan:
+    def split(self, floats: int, share_k: float, **settings: Any) -> Plan:
         width_k = round(share_k * floats / 8) * 8
         layers = self.config["num_hidden_layers"]
-        return plan_widths([(width_k, floats - width_k)] * layers, self.config)
+        return plan_widths([(width_k, floats - width_k)] * layers, self.config, **settings)
 
     def converted(self, plan: Plan, **settings: Any) -> PreTrainedModel:
         return convert_model(self.source, plan, self.moments, **settings)
@@ -98,6 +97,9 @@ BASELINES: dict[str, Make] = {
     "aligned pooled heads (Procrustes, phases)": whole_heads(baselines.aligned_pooled),
     "joint SVD of weights, K rebuilt": change(baselines.joint_svd),
     "whitened joint SVD, K rebuilt (Palu, CARE)": change(baselines.whitened_joint_svd),
+    "whitened joint SVD, K rebuilt, K : V = 3 : 5": lambda b, n: b.changed(
+        baselines.whitened_joint_svd, 3 * n // 8, 5 * n // 8
+    ),
     "Tucker, whitened": lambda b, n: b.converted(b.uniform(n), method="tucker"),
     "CP, whitened": lambda b, n: b.converted(b.uniform(n), method="cp"),
 }
@@ -115,9 +117,11 @@ OPTIONS: dict[str, Make] = {
     "+ slow pairs folded, exact to 1024 tokens": lambda b, n: variants.folded_model(
         b.source, b.uniform(n, gauge="absorbed"), b.moments, 1024
     ),
-    "+ keys rebuilt at decode": change(baselines.rebuilt_keys),
-    "+ keys rebuilt at decode, K : V = 3 : 5": lambda b, n: b.changed(
-        baselines.rebuilt_keys, 3 * n // 8, 5 * n // 8
+    "+ latent keys": lambda b, n: b.converted(b.uniform(n, key_cache="latent")),
+    "+ latent keys, K : V = 1 : 1": lambda b, n: b.converted(b.split(n, 1 / 2, key_cache="latent")),
+    "+ latent keys, K : V = 1 : 3": lambda b, n: b.converted(b.split(n, 1 / 4, key_cache="latent")),
+    "+ latent keys, and W_O refitted": lambda b, n: b.refitted(
+        b.converted(b.uniform(n, key_cache="latent"))
     ),
     "+ features shared by K and V": change(variants.shared_features),
     "+ moments behind converted layers": lambda b, n: variants.sequential_model(
@@ -127,12 +131,28 @@ OPTIONS: dict[str, Make] = {
     "+ both": lambda b, n: b.refitted(
         variants.sequential_model(b.source, b.uniform(n), b.moments, b.blocks)
     ),
-    "+ affine head factors": lambda b, n: b.converted(b.uniform(n, "affine")),
+    "+ affine head factors": lambda b, n: b.converted(b.uniform(n, form="affine")),
 }
 # Refined with few steps, all with the gauge absorbed; each row is one change of the first.
 REFINED: dict[str, tuple[Make, dict[str, Any]]] = {
     "refined": (lambda b, n: b.converted(b.uniform(n, gauge="absorbed")), {}),
     "refined: gauge applied": (lambda b, n: b.converted(b.uniform(n, gauge="applied")), {}),
+    "refined: latent keys": (
+        lambda b, n: b.converted(b.uniform(n, gauge="absorbed", key_cache="latent")),
+        {},
+    ),
+    "refined: latent keys, gauge of the values applied": (
+        lambda b, n: b.converted(b.uniform(n, gauge="applied", key_cache="latent")),
+        {},
+    ),
+    "refined: latent keys, K : V = 1 : 1": (
+        lambda b, n: b.converted(b.split(n, 1 / 2, gauge="absorbed", key_cache="latent")),
+        {},
+    ),
+    "refined: latent keys, K : V = 1 : 3": (
+        lambda b, n: b.converted(b.split(n, 1 / 4, gauge="absorbed", key_cache="latent")),
+        {},
+    ),
     "refined: learning rate 1e-3": (
         lambda b, n: b.converted(b.uniform(n, gauge="absorbed")),
         {"learning_rate": 1e-3},

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.decomposition.factors import symmetric_power, to_complex_pairs, to_half_split
-from tpa_convert.decomposition.gauge import score_weights, value_metric
 
 
 def model_with(model: PreTrainedModel, layers: Sequence[AttentionWeights]) -> PreTrainedModel:
@@ -149,22 +148,4 @@ def whitened_joint_svd(
         weights,
         key=projected(weights.key, key @ moment @ key.mT, identity, width_k),
         value=projected(weights.value, value @ moment @ value.mT, identity, width_v),
-    )
-
-
-def rebuilt_keys(
-    weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
-) -> AttentionWeights:
-    """As `whitened_joint_svd`, in the package's own metric of values and with keys weighed by the
-    energy of the queries.
-
-    Not centred: on a fast pair a constant key is no constant of the scores once it is rotated.
-    """
-    metric = torch.block_diag(*symmetric_power(value_metric(weights), 0.5))
-    score = score_weights(statistics.query_energy).repeat(1, 2).flatten().diag()
-    key = weights.key.flatten(0, 1)
-    return replace(
-        weights,
-        key=projected(weights.key, key @ statistics.input_equal @ key.mT, score, width_k),
-        value=projected(weights.value, statistics.value_covariance, metric, width_v),
     )
