@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -572,6 +573,55 @@ def test_only_the_attention_is_trained_if_asked(random_tokens: Any, tmp_path: Pa
     assert report.losses[-1][1] < report.losses[0][1]
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]) != (".self_attn." in name), name
+
+
+def test_lora_trains_the_attention_and_adapters_that_end_merged(
+    random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, settings = random_tokens(20, 16), {"trainable": "lora", "lora_rank": 2}
+    start = perturbed(make_tiny_llama(), seed=0)
+    report, student = run(tmp_path / "whole", blocks, **settings)
+    assert report.losses[-1][1] < report.losses[0][1]
+    assert student.state_dict().keys() == start.state_dict().keys()
+    assert not hasattr(student, "peft_config")
+    for (name, parameter), before in zip(
+        student.named_parameters(), start.parameters(), strict=True
+    ):
+        change = (parameter - before).detach()
+        assert bool(change.any()) == (".self_attn." in name or ".mlp." in name), name
+        if ".mlp." in name:
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2
+
+    seen: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        trainer = healing_run.DistillationTrainer
+
+        def interrupted_trainer(**kwargs: Any) -> Any:
+            kwargs["callbacks"].append(StopAt(6, signal.SIGTERM))
+            names = {id(p): name for name, p in kwargs["model"].named_parameters()}
+            for group in kwargs["optimizer_cls_and_kwargs"][1]["params"]:
+                seen.update({names[id(p)]: group["lr"] for p in group["params"]})
+            return trainer(**kwargs)
+
+        patch.setattr(healing_run, "DistillationTrainer", interrupted_trainer)
+        with pytest.raises(HealingInterrupted):
+            run(tmp_path / "parts", blocks, **settings)
+    layer = "model.layers.0."
+    assert {name for name in seen if name.startswith(layer) and "mlp" in name} == {
+        f"{layer}mlp.{linear}.lora_{part}.default.weight"
+        for linear in ("gate_proj", "up_proj", "down_proj")
+        for part in "AB"
+    }
+    assert {rate for name, rate in seen.items() if "lora" in name} == {3e-3}
+    assert {rate for name, rate in seen.items() if "lora" not in name} == {1e-2}
+    resumed, again = run(tmp_path / "parts", blocks, **settings)
+    assert resumed.resumed_from == 7
+    for parameter, expected in zip(again.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'tpa-convert\[lora\]'"):
+        run(tmp_path / "without", blocks, **settings)
 
 
 @pytest.mark.gpu

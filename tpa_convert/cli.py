@@ -217,6 +217,7 @@ def heal(
     learning_rate: o.LearningRate = 2e-4,
     warmup_steps: o.WarmupSteps = 40,
     trainable: o.Trainable = "all",
+    lora_rank: o.LoraRank = 16,
     temperature: o.Temperature = 1.0,
     gradient_checkpointing: o.GradientCheckpointing = False,
     save_steps: o.SaveSteps = 500,

@@ -383,9 +383,14 @@ WarmupSteps = Annotated[
     int, option("--warmup-steps", "Steps in which the rates rise.", TRAINING, metavar="N")
 ]
 Trainable = Annotated[
-    Literal["all", "attention"],
-    option("--trainable", "Train all parameters, or the attention layers only.", TRAINING),
+    Literal["all", "attention", "lora"],
+    option(
+        "--trainable",
+        "Train all parameters, the attention layers only, or these and LoRA adapters on the MLPs.",
+        TRAINING,
+    ),
 ]
+LoraRank = Annotated[int, option("--lora-rank", "Rank of the adapters.", TRAINING, metavar="N")]
 Temperature = Annotated[
     float, option("--temperature", "Softens both distributions of the loss.", TRAINING, metavar="X")
 ]

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
+from tpa_convert.healing.adapters import is_adapter, mlp_adapters
 from tpa_convert.healing.callbacks import (
     VALID_LOSS,
     GracefulStop,
@@ -172,8 +173,36 @@ def heal(
     checkpoint = newest_checkpoint(checkpoints)
 
     student.float()
+    lora = settings.trainable == "lora"
+    with mlp_adapters(student, settings.lora_rank, settings.seed) if lora else nullcontext():
+        return _train(
+            student,
+            teacher,
+            blocks,
+            checkpoints,
+            checkpoint,
+            settings=settings,
+            valid_blocks=valid_blocks,
+            divergence=divergence or partial(forward_kl, temperature=settings.temperature),
+            progress=progress and state.is_main_process,
+        )
+
+
+def _train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    blocks: Tensor,
+    checkpoints: Path,
+    checkpoint: Path | None,
+    *,
+    settings: HealingSettings,
+    valid_blocks: LongTensor | None,
+    divergence: Divergence,
+    progress: bool,
+) -> HealingReport:
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(settings.trainable == "all" or in_attention(name))
+        trained = settings.trainable == "all" or in_attention(name) or is_adapter(name)
+        parameter.requires_grad_(trained)
     whole_student = student
     if sharding():
         student = copy.deepcopy(student)  # FSDP changes a model for good
@@ -181,7 +210,6 @@ def heal(
     compiled = settings.torch_compile
     if compiled is None:
         compiled = args.device.type == "cuda"
-    divergence = divergence or partial(forward_kl, temperature=settings.temperature)
     groups = parameter_groups(
         student,
         attention_learning_rate=settings.attention_learning_rate,
@@ -189,7 +217,6 @@ def heal(
         weight_decay=settings.weight_decay,
     )
     speedometer = Speedometer(settings.tokens_per_step)
-    progress = progress and state.is_main_process
     stop = GracefulStop(announce=progress)
     bar = ProgressBar(speedometer) if progress else None
     use_cache = student.config.use_cache  # the Trainer turns it off
@@ -230,7 +257,7 @@ def heal(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if sharding():
             weights = trainer.accelerator.get_state_dict(student)  # whole in the first process
-            if state.is_main_process:
+            if processes().is_main_process:
                 whole_student.load_state_dict(weights)
     finally:
         if bar:

@@ -24,7 +24,9 @@ class HealingSettings:
         learning_rate: peak rate of all others.
         warmup_steps: steps over which the rates rise to their peaks, at most a quarter of the run.
             After them, they fall to zero along half a cosine.
-        trainable: `all` parameters, or those of the `attention` layers only.
+        trainable: `all` parameters, those of the `attention` layers only, or with `lora` these and
+            low-rank adapters on the MLPs, which end merged into the weights.
+        lora_rank: of the adapters.
         temperature: softens both distributions of the loss.
         weight_decay: AdamW's, for matrices only.
         seed: order of the text.
@@ -44,7 +46,8 @@ class HealingSettings:
     attention_learning_rate: float = 6e-4
     learning_rate: float = 2e-4
     warmup_steps: int = 40
-    trainable: Literal["all", "attention"] = "all"
+    trainable: Literal["all", "attention", "lora"] = "all"
+    lora_rank: int = 16
     temperature: float = 1.0
     weight_decay: float = 0.0
     seed: int = 0
@@ -57,9 +60,12 @@ class HealingSettings:
 
     def __post_init__(self) -> None:
         _require(
-            self.trainable in ("all", "attention"), "trainable", "all or attention", self.trainable
+            self.trainable in ("all", "attention", "lora"),
+            "trainable",
+            "all, attention or lora",
+            self.trainable,
         )
-        for name in ("tokens", "tokens_per_step", "save_steps", "valid_steps"):
+        for name in ("tokens", "tokens_per_step", "save_steps", "valid_steps", "lora_rank"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.block_length >= 2, "block_length", "at least 2", self.block_length)
         if self.stop_at is not None:
