@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.command_line import save_source
 
@@ -99,3 +100,38 @@ def test_throughput(shape: str, hidden_size: int, monkeypatch, capsys) -> None:
     pattern = r"^\| 8 \| nothing \| [\d,]+ \| [\d.]+% .* \| (1: .*) \|$"
     [losses] = re.findall(pattern, output, re.MULTILINE)
     assert [entry.split(":")[0] for entry in losses.split(", ")] == ["1", "2", "3"]
+
+
+def test_objectives(model, texts, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    run = importlib.import_module("tpa_convert.healing.run")
+    monkeypatch.setattr(run, "DistillationTrainer", run.DistillationTrainer)  # to be put back
+    options = ["--floats", "16", "--calibration-blocks", "2", "--refine-steps", "1"]
+    options += ["--heal-tokens", "10", "--rows", "forward|Jensen|labels|states|outputs"]
+    output = output_of("objectives_smollm2", [str(model), *texts, *options], monkeypatch, capsys)
+    names = ["forward KL", "Jensen-Shannon", "hard labels, 0.1", "hard labels, 0.3"]
+    names += ["hidden states", "hidden states, fading", "attention outputs"]
+    healed = [f"{name} healed on 1e-05 M" for name in names]
+    assert list(rows(output)) == ["source", "refined", *healed]
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "skewed_kl", "jensen_shannon"])
+def test_gradients_of_divergences(name: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    divergence = getattr(importlib.import_module("objectives_smollm2"), name)
+    student, teacher = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0))
+    value, gradient = divergence(student.requires_grad_(), teacher)
+    torch.testing.assert_close(gradient, torch.autograd.grad(value, student)[0])
+    assert value > 0
+    assert divergence(teacher, teacher)[0].abs() < 1e-5
+
+
+def test_hard_labels(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    objectives = importlib.import_module("objectives_smollm2")
+    logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([3, -1, 0, 10])
+    value, gradient = objectives.cross_entropy(logits, labels)
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
