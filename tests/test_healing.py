@@ -352,7 +352,7 @@ def test_settings_are_validated(change: dict[str, Any], message: str) -> None:
 def test_bad_input_is_a_user_error(random_tokens: Any, tmp_path: Path) -> None:
     model, blocks = make_tiny_llama(), random_tokens(8, 16)
     attempt = partial(heal, output_dir=tmp_path, settings=SETTINGS, progress=False)
-    with pytest.raises(UserError, match="vocabularies differ"):
+    with pytest.raises(UserError, match=r"vocabularies differ \(64 and 128 tokens\)"):
         attempt(make_tiny_llama(vocab_size=64), model, None, blocks)
     with pytest.raises(UserError, match=r"blocks must be a tensor \[N, L\]"):
         attempt(model, model, None, blocks[:0])
@@ -573,6 +573,65 @@ def test_only_the_attention_is_trained_if_asked(random_tokens: Any, tmp_path: Pa
     assert report.losses[-1][1] < report.losses[0][1]
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]) != (".self_attn." in name), name
+
+
+def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: Path) -> None:
+    teacher = make_tiny_llama("mha", seed=4, hidden_size=48, num_hidden_layers=3, head_dim=12)
+    student, blocks = make_tiny_llama(), random_tokens(40, 16)
+    options = HealingSettings(**(asdict(SETTINGS) | {"tokens": 40 * 64, "torch_compile": False}))
+    expected = plain_kl(student(blocks[:4]).logits, teacher(blocks[:4]).logits, 1.0)
+    report = heal(
+        student,
+        teacher,
+        None,
+        blocks,
+        settings=options,
+        output_dir=tmp_path,
+        progress=False,
+        valid_blocks=blocks[:4],
+    )
+    assert report.valid_loss_before == pytest.approx(expected.item(), rel=1e-4)
+    assert report.losses[-1][1] < 0.8 * report.losses[0][1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_teacher_teaches_the_same(
+    tied: bool, random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = random_tokens(20, 16)
+    teacher = make_tiny_llama(tie_word_embeddings=tied)
+    devices: list[str] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            devices.extend(p.device.type for p in teacher.model.layers.parameters())
+
+    trainer = healing_run.DistillationTrainer
+    monkeypatch.setattr(
+        healing_run,
+        "DistillationTrainer",
+        lambda **kwargs: trainer(**{**kwargs, "callbacks": [*kwargs["callbacks"], Look()]}),
+    )
+
+    def healed(name: str, **changes: Any) -> HealingReport:
+        return heal(
+            perturbed(teacher, seed=0),
+            teacher,
+            None,
+            blocks,
+            settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 3 * 64} | changes)),
+            output_dir=tmp_path / name,
+            progress=False,
+        )
+
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    expected = healed("beside")
+    assert set(devices) == {"cpu"}
+    devices.clear()
+    assert healed("offloaded", offload_teacher=True).losses == expected.losses
+    assert set(devices) == {"meta"}
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert not any("forward" in vars(module) for module in teacher.modules())
 
 
 def test_lora_trains_the_attention_and_adapters_that_end_merged(

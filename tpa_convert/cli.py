@@ -220,6 +220,7 @@ def heal(
     lora_rank: o.LoraRank = 16,
     temperature: o.Temperature = 1.0,
     gradient_checkpointing: o.GradientCheckpointing = False,
+    offload_teacher: o.OffloadTeacher = False,
     save_steps: o.SaveSteps = 500,
     valid_steps: o.ValidSteps = 100,
     stop_at: o.StopAt = None,

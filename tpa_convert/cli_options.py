@@ -398,6 +398,9 @@ Temperature = Annotated[
 GradientCheckpointing = Annotated[
     bool, flag("--gradient-checkpointing", "Need less memory, take longer.", TRAINING)
 ]
+OffloadTeacher = Annotated[
+    bool, flag("--offload-teacher", "Keep the source's layers in main memory.", TRAINING)
+]
 SaveSteps = Annotated[
     int, option("--save-steps", "Steps between checkpoints.", TRAINING, metavar="N")
 ]

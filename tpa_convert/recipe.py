@@ -230,6 +230,8 @@ class HealOptions(Section):
     """Compile both models; by default on a GPU only."""
     gradient_checkpointing: bool = False
     """Save memory, for a quarter more time."""
+    offload_teacher: bool = False
+    """Keep the source's layers in main memory, for a source that does not fit beside the rest."""
     save_steps: PositiveInt = 500
     """Optimiser steps between checkpoints."""
     valid_steps: PositiveInt = 100

@@ -25,6 +25,7 @@ FREE_SETTINGS = {
     "valid_steps",
     "stop_at",
     "gradient_checkpointing",
+    "offload_teacher",
 }
 
 

@@ -49,6 +49,7 @@ from tpa_convert.healing.trainer import (
     in_attention,
     modules_to_compile,
     parameter_groups,
+    restore_offloaded,
 )
 
 ADAM_BETAS = (0.9, 0.95)
@@ -157,6 +158,8 @@ def heal(
     settings = settings or HealingSettings()
     if settings.stop_at is not None and valid_blocks is None:
         raise UserError("stop_at needs held-out text to judge by: give valid_text")
+    if settings.offload_teacher and sharding():
+        raise UserError("FSDP shards the source already: leave out offload_teacher")
     _check_models(student, teacher)
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
@@ -224,6 +227,7 @@ def _train(
     trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
+        offload_teacher=settings.offload_teacher,
         args=args,
         train_dataset=BlockDataset(
             blocks, args.max_steps * settings.tokens_per_step // blocks.shape[1], settings.seed
@@ -243,6 +247,8 @@ def _train(
         validation = Validation(trainer, valid_blocks, settings.valid_steps, settings.stop_at)
         trainer.add_callback(validation)
 
+    # Offloaded layers have hooks that do not compile.
+    teacher_modules = [] if settings.offload_teacher else modules_to_compile(teacher)
     start = time.perf_counter()
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -251,7 +257,7 @@ def _train(
             _memory_errors(args.per_device_train_batch_size),
             _quiet_transformers(),
             block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
-            block_forward(teacher, modules_to_compile(teacher) if compiled else (), args.bf16),
+            block_forward(teacher, teacher_modules if compiled else (), args.bf16),
             stop,
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -262,6 +268,8 @@ def _train(
     finally:
         if bar:
             bar.stop()
+        if settings.offload_teacher:
+            restore_offloaded(teacher)
         _release(whole_student, use_cache)
     end = trainer.state
     recovered = validation is not None and validation.recovered

@@ -37,6 +37,8 @@ class HealingSettings:
         stop_at: end early once the held-out divergence stands for a rise of perplexity of at most
             this share of the source's, exp(KL) − 1; None trains on all tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        offload_teacher: keep the source's layers in main memory and bring each to the GPU when it
+            computes.
     """
 
     tokens: int = 10_000_000
@@ -57,6 +59,7 @@ class HealingSettings:
     valid_steps: int = 100
     stop_at: float | None = None
     gradient_checkpointing: bool = False
+    offload_teacher: bool = False
 
     def __post_init__(self) -> None:
         _require(
