@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
-from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
 from tpa_convert.healing.adapters import is_adapter, mlp_adapters
@@ -38,6 +36,7 @@ from tpa_convert.healing.checkpoints import (
     fingerprint,
     newest_checkpoint,
 )
+from tpa_convert.healing.checks import check_models, memory_errors, quiet_transformers
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
 from tpa_convert.healing.distributed import processes, refuse_difference, sharding, smallest
 from tpa_convert.healing.objective import Divergence, default_chunk_tokens, forward_kl
@@ -45,7 +44,6 @@ from tpa_convert.healing.settings import HealingSettings
 from tpa_convert.healing.trainer import (
     DistillationTrainer,
     block_forward,
-    final_hidden_states,
     in_attention,
     modules_to_compile,
     parameter_groups,
@@ -160,7 +158,7 @@ def heal(
         raise UserError("stop_at needs held-out text to judge by: give valid_text")
     if settings.offload_teacher and sharding():
         raise UserError("FSDP shards the source already: leave out offload_teacher")
-    _check_models(student, teacher)
+    check_models(student, teacher)
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -254,8 +252,8 @@ def _train(
         torch.cuda.reset_peak_memory_stats()
     try:
         with (
-            _memory_errors(args.per_device_train_batch_size),
-            _quiet_transformers(),
+            memory_errors(args.per_device_train_batch_size),
+            quiet_transformers(),
             block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
             block_forward(teacher, teacher_modules if compiled else (), args.bf16),
             stop,
@@ -319,30 +317,6 @@ def _blocks(
     return blocks
 
 
-def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    sizes = {}
-    for role, model in {"converted model": student, "source": teacher}.items():
-        head = model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise UserError(f"cannot heal: the {role} has no output head, or one with a bias")
-        sizes[role] = len(head.weight)
-        # Soft-capped or scaled logits would be distilled wrongly without anyone noticing.
-        probe = torch.arange(4, device=model.device)[None]
-        with torch.no_grad():
-            logits = model(input_ids=probe, use_cache=False).logits
-            expected = head(final_hidden_states(model, probe))
-        if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
-            raise UserError(
-                f"cannot heal: the {role} changes its logits after the output head "
-                "(soft-capping or scaling), which is not supported"
-            )
-    if sizes["converted model"] != sizes["source"]:
-        raise UserError(
-            f"cannot heal: the vocabularies differ ({sizes['converted model']} and "
-            f"{sizes['source']} tokens); use the source this model was converted from"
-        )
-
-
 def _training_arguments(
     student: PreTrainedModel, settings: HealingSettings, block_length: int, directory: Path
 ) -> TrainingArguments:
@@ -398,35 +372,6 @@ def _training_arguments(
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs want a launcher, not the Trainer's DataParallel
     return args
-
-
-@contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory with {batch_size} sequences per forward pass: "
-            "lower batch_size or turn gradient_checkpointing on"
-        ) from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps the Trainer's bars for checkpoints and warnings about tied weights out of ours."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
-    levels = [logger.level for logger in loggers]
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _release(student: PreTrainedModel, use_cache: bool) -> None:
