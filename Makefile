@@ -40,5 +40,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP_INSTALL) -e '.[gguf,data,eval,logs,dev]'
+	$(PIP_INSTALL) -e '.[gguf,data,lora,eval,logs,dev]'
 	@touch $@

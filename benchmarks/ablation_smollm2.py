@@ -58,7 +58,7 @@ class Bench:
         return plan_uniform(self.config, Budget(kv_floats=floats), **settings)
 
     def split(self, floats: int, share_k: float, **settings: Any) -> Plan:
-        width_k = round(share_k * floats / 8) * 8
+        width_k = max(8, round(share_k * floats / 8) * 8)
         layers = self.config["num_hidden_layers"]
         return plan_widths([(width_k, floats - width_k)] * layers, self.config, **settings)
 

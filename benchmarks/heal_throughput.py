@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import platform
 import tempfile
 import time
@@ -36,11 +37,12 @@ from tpa_convert.healing import HealingSettings, chunked_divergence, forward_kl,
 from tpa_convert.healing import run as healing_run
 from tpa_convert.healing.distributed import processes, smallest
 from tpa_convert.healing.flops import flops_per_token
+from tpa_convert.healing.hardware import peak_flops
 from tpa_convert.modeling import TPAConfig, TPAForCausalLM
 
 DEVICE = "cuda"
 BLOCKS, LENGTH = 32, 1024
-PEAK_FLOPS = 989e12  # of an H100 or H200, dense bf16
+
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {
@@ -151,7 +153,8 @@ def time_healing(
             )
     finally:
         healing_run.modules_to_compile = layers
-    peak = PEAK_FLOPS * processes().num_processes
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    peak = (peak or math.nan) * processes().num_processes
     return report, flops * (report.tokens_per_second or 0) / peak
 
 

@@ -7,16 +7,22 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from smollm2 import Table, heal_row, load, parser, train_blocks
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion import convert_model
+from tpa_convert.healing import DistillationTrainer
+from tpa_convert.healing import run as healing_run
 from tpa_convert.planning import Budget, plan_uniform
 from tpa_convert.refinement import RefinementSettings, refine
 
@@ -45,10 +51,131 @@ def skewed_kl(
     return divergence, gradient.to(student_logits_CV.dtype)
 
 
+def jensen_shannon(student_logits_CV: Tensor, teacher_logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of both models' KL to their mean, summed over tokens, and its gradient."""
+    log_student = torch.log_softmax(student_logits_CV, -1, dtype=torch.float32)
+    log_teacher = torch.log_softmax(teacher_logits_CV, -1, dtype=torch.float32)
+    student, teacher = log_student.exp(), log_teacher.exp()
+    log_mean = torch.logaddexp(log_student, log_teacher) - math.log(2)
+    ratio = log_student - log_mean
+    of_student = (student * ratio).sum(-1, keepdim=True)
+    divergence = (of_student.sum() + (teacher * (log_teacher - log_mean)).sum()) / 2
+    gradient = student * (ratio - of_student) / 2
+    return divergence, gradient.to(student_logits_CV.dtype)
+
+
+def cross_entropy(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Of hard labels, -1 for none, summed over tokens, and its gradient."""
+    counts = labels_C[:, None] >= 0
+    labels = labels_C.clamp_min(0)[:, None]
+    log_probabilities = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
+    loss = -(log_probabilities.gather(-1, labels) * counts).sum()
+    gradient = log_probabilities.exp().scatter_add(-1, labels, -torch.ones_like(labels).float())
+    return loss, (gradient * counts).to(logits_CV.dtype)
+
+
+class HardLabels(DistillationTrainer):
+    """Mixes the divergence with the cross-entropy of the text itself, which has this share."""
+
+    def __init__(self, *, share: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.share = share
+
+    def compute_loss(self, model, inputs, *args: Any, **kwargs: Any) -> Any:
+        self.labels = inputs["input_ids"].roll(-1, dims=1)
+        self.labels[:, -1] = -1
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def hidden_loss(self, student_hidden, teacher_hidden, teacher_weight) -> Tensor:
+        chunks = iter(self.labels.flatten().split(self.chunk_tokens))
+        plain = self.divergence
+
+        def mixed(student_logits_CV: Tensor, teacher_logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+            soft, soft_CV = plain(student_logits_CV, teacher_logits_CV)
+            hard, hard_CV = cross_entropy(student_logits_CV, next(chunks))
+            return torch.lerp(soft, hard, self.share), torch.lerp(soft_CV, hard_CV, self.share)
+
+        self.divergence = mixed
+        try:
+            return super().hidden_loss(student_hidden, teacher_hidden, teacher_weight)
+        finally:
+            self.divergence = plain
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(model.get_decoder().layers)
+
+
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [layer.self_attn for layer in decoder_layers(model)]
+
+
+class Matching(DistillationTrainer):
+    """Adds the relative squared distance of what modules put out, mean over them.
+
+    Args:
+        modules: of a model; both models' are matched in their order.
+        weight: of the added term.
+        fade: share of the run over which the weight falls to zero; infinite keeps it.
+    """
+
+    def __init__(
+        self,
+        *,
+        modules: Callable[[PreTrainedModel], list[nn.Module]],
+        weight: float = 1.0,
+        fade: float = math.inf,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.modules, self.weight, self.fade = modules, weight, fade
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        teacher, student = self.modules(self.teacher), self.modules(self.model)
+        with recorded(teacher) as self.targets, recorded(student) as self.outputs:
+            return super().compute_loss(*args, **kwargs)
+
+    def hidden_loss(self, *args: Any) -> Tensor:
+        loss = super().hidden_loss(*args)
+        done = self.state.global_step / self.args.max_steps
+        distances = [
+            (output.float() - target.float()).square().mean() / target.float().square().mean()
+            for output, target in zip(self.outputs, self.targets, strict=True)
+        ]
+        return loss + self.weight * max(0.0, 1 - done / self.fade) * sum(distances) / len(distances)
+
+
+@contextmanager
+def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yields a list that fills with what the modules put out."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for registered in hooks:
+            registered.remove()
+
+
+# "trainer" takes DistillationTrainer's place; the rest goes to heal() and its settings.
 ROWS: dict[str, dict[str, Any]] = {
     "forward KL": {},
     "reverse KL": {"divergence": reverse_kl},
     "skewed KL, 0.1": {"divergence": partial(skewed_kl, share=0.1)},
+    "Jensen-Shannon": {"divergence": jensen_shannon},
+    "hard labels, 0.1": {"trainer": partial(HardLabels, share=0.1)},
+    "hard labels, 0.3": {"trainer": partial(HardLabels, share=0.3)},
+    "hidden states": {"trainer": partial(Matching, modules=decoder_layers)},
+    "hidden states, fading": {"trainer": partial(Matching, modules=decoder_layers, fade=0.3)},
+    # Hooks inside of a compiled layer would not be called.
+    "attention outputs": {
+        "trainer": partial(Matching, modules=attention_layers),
+        "torch_compile": False,
+    },
     "temperature 2": {"temperature": 2.0},
     "attention only": {"trainable": "attention"},
     "rates halved": {"attention_learning_rate": 3e-4, "learning_rate": 1e-4},
@@ -82,7 +209,9 @@ def main() -> None:
         if re.search(arguments.rows, name):
             torch._dynamo.reset()
             student = copy.deepcopy(refined)
-            heal_row(table, name, student, training, arguments, plan.kv_floats, **changes)
+            options = {key: value for key, value in changes.items() if key != "trainer"}
+            healing_run.DistillationTrainer = changes.get("trainer", DistillationTrainer)
+            heal_row(table, name, student, training, arguments, plan.kv_floats, **options)
 
 
 if __name__ == "__main__":

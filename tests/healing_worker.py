@@ -30,7 +30,16 @@ def blocks(count: int, seed: int) -> Tensor:
     return torch.randint(3, 128, (count, 16), generator=generator)
 
 
-def run(directory: Path, *, tied: bool) -> tuple[HealingReport, Any]:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "tied": {"tied": True},
+    "lora": {"trainable": "lora"},
+}
+
+
+def run(
+    directory: Path, *, tied: bool = False, trainable: Any = "all"
+) -> tuple[HealingReport, Any]:
     """Heals a tiny converted model on whatever processes there are."""
     teacher = make_tiny_llama(tie_word_embeddings=tied)
     student = convert_tiny(teacher, width_k=12, width_v=8)
@@ -42,6 +51,7 @@ def run(directory: Path, *, tied: bool) -> tuple[HealingReport, Any]:
         learning_rate=3e-3,
         warmup_steps=2,
         valid_steps=3,
+        trainable=trainable,
     )
     report = heal(
         student,
@@ -74,13 +84,13 @@ class Interrupt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def interrupted_run(directory: Path, *, tied: bool) -> None:
+def interrupted_run(directory: Path, **variant: Any) -> None:
     trainer = healing_run.DistillationTrainer
     healing_run.DistillationTrainer = lambda **kwargs: trainer(  # type: ignore[assignment, misc]
         **{**kwargs, "callbacks": [*kwargs["callbacks"], Interrupt()]}
     )
     with pytest.raises(HealingInterrupted, match="step 3 of 6"):
-        run(directory, tied=tied)
+        run(directory, **variant)
     healing_run.DistillationTrainer = trainer  # type: ignore[misc]
 
 
@@ -91,10 +101,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.fsdp:
         allow_fsdp_on_cpu()
-    for tied in (False, True):
-        directory = options.directory / f"tied-{tied}"
-        interrupted_run(directory, tied=tied)
-        report, student = run(directory, tied=tied)
+    for name, variant in VARIANTS.items():
+        directory = options.directory / name
+        interrupted_run(directory, **variant)
+        report, student = run(directory, **variant)
         if PartialState().is_main_process:
             torch.save(student.state_dict(), directory / "student.pt")
             (directory / "report.json").write_text(json.dumps(asdict(report)))

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
-from tests.healing_worker import STEPS, run
+from tests.healing_worker import STEPS, VARIANTS, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing.distributed import sharding
 
@@ -37,26 +37,26 @@ def launch(module: str, *arguments: object) -> str:
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
-    """Interrupted and resumed, with a tied output head and without."""
+    """Interrupted and resumed, with a tied output head and without, in full and with adapters."""
     launch("tests.healing_worker", tmp_path, *(["--fsdp"] if fsdp else []))
-    for tied in (False, True):
-        directory = tmp_path / f"tied-{tied}"
+    for name, variant in VARIANTS.items():
+        directory = tmp_path / name
         report: dict[str, Any] = json.loads((directory / "report.json").read_text())
-        expected, student = run(tmp_path / f"one-{tied}", tied=tied)
+        expected, student = run(tmp_path / f"one-{name}", **variant)
         assert report["resumed_from"] == 3
         assert report["batch_size"] == expected.batch_size == 2
         assert [step for step, _ in report["losses"]] == list(range(1, STEPS + 1))
-        for name in ("losses", "valid_losses"):
+        for kind in ("losses", "valid_losses"):
             torch.testing.assert_close(
-                [loss for _, loss in report[name]],
-                [loss for _, loss in getattr(expected, name)],
+                [loss for _, loss in report[kind]],
+                [loss for _, loss in getattr(expected, kind)],
                 rtol=1e-4,
                 atol=1e-6,
             )
         weights = torch.load(directory / "student.pt")
         assert weights.keys() == student.state_dict().keys()
-        for name, weight in student.state_dict().items():
-            torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+        for key, weight in student.state_dict().items():
+            torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4)
         [checkpoint] = (directory / "checkpoints").iterdir()
         assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == fsdp
 

@@ -14,9 +14,11 @@ from tpa_convert.healing.flops import flops_per_token
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("gauge", ["absorbed", "applied"])
-def test_flops_of_a_token(tied: bool, gauge: Any, random_tokens: Any) -> None:
+@pytest.mark.parametrize("keys", ["rotated", "latent"])
+def test_flops_of_a_token(tied: bool, gauge: Any, keys: Any, random_tokens: Any) -> None:
     teacher = make_tiny_llama(num_hidden_layers=3, tie_word_embeddings=tied)
-    student = convert_tiny(teacher, gauge=gauge, width_k=12, width_v=8).requires_grad_(True)
+    student = convert_tiny(teacher, gauge=gauge, key_cache=keys, width_k=12, width_v=8)
+    student.requires_grad_(True)
     teacher.set_attn_implementation("eager")  # full squares, where every product is counted
     student.set_attn_implementation("eager")
     tokens = random_tokens(2, 64)

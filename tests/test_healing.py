@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -351,7 +352,7 @@ def test_settings_are_validated(change: dict[str, Any], message: str) -> None:
 def test_bad_input_is_a_user_error(random_tokens: Any, tmp_path: Path) -> None:
     model, blocks = make_tiny_llama(), random_tokens(8, 16)
     attempt = partial(heal, output_dir=tmp_path, settings=SETTINGS, progress=False)
-    with pytest.raises(UserError, match="vocabularies differ"):
+    with pytest.raises(UserError, match=r"vocabularies differ \(64 and 128 tokens with"):
         attempt(make_tiny_llama(vocab_size=64), model, None, blocks)
     with pytest.raises(UserError, match=r"blocks must be a tensor \[N, L\]"):
         attempt(model, model, None, blocks[:0])
@@ -572,6 +573,115 @@ def test_only_the_attention_is_trained_if_asked(random_tokens: Any, tmp_path: Pa
     assert report.losses[-1][1] < report.losses[0][1]
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]) != (".self_attn." in name), name
+
+
+def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: Path) -> None:
+    teacher = make_tiny_llama("mha", seed=4, hidden_size=48, num_hidden_layers=3, head_dim=12)
+    student, blocks = make_tiny_llama(), random_tokens(40, 16)
+    options = HealingSettings(**(asdict(SETTINGS) | {"tokens": 40 * 64, "torch_compile": False}))
+    student_logits, teacher_logits = (m(blocks[:4]).logits[:, :-1] for m in (student, teacher))
+    expected = plain_kl(student_logits, teacher_logits, 1.0)
+    report = heal(
+        student,
+        teacher,
+        None,
+        blocks,
+        settings=options,
+        output_dir=tmp_path,
+        progress=False,
+        valid_blocks=blocks[:4],
+    )
+    assert report.valid_loss_before == pytest.approx(expected.item(), rel=1e-4)
+    assert report.losses[-1][1] < 0.8 * report.losses[0][1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_teacher_teaches_the_same(
+    tied: bool, random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = random_tokens(20, 16)
+    teacher = make_tiny_llama(tie_word_embeddings=tied)
+    devices: list[str] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            devices.extend(p.device.type for p in teacher.model.layers.parameters())
+
+    trainer = healing_run.DistillationTrainer
+    monkeypatch.setattr(
+        healing_run,
+        "DistillationTrainer",
+        lambda **kwargs: trainer(**{**kwargs, "callbacks": [*kwargs["callbacks"], Look()]}),
+    )
+
+    def healed(name: str, **changes: Any) -> HealingReport:
+        return heal(
+            perturbed(teacher, seed=0),
+            teacher,
+            None,
+            blocks,
+            settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 3 * 64} | changes)),
+            output_dir=tmp_path / name,
+            progress=False,
+        )
+
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    expected = healed("beside")
+    assert set(devices) == {"cpu"}
+    devices.clear()
+    assert healed("offloaded", offload_teacher=True).losses == expected.losses
+    assert set(devices) == {"meta"}
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert not any("forward" in vars(module) for module in teacher.modules())
+
+
+def test_lora_trains_the_attention_and_adapters_that_end_merged(
+    random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, settings = random_tokens(20, 16), {"trainable": "lora", "lora_rank": 2}
+    start = perturbed(make_tiny_llama(), seed=0)
+    report, student = run(tmp_path / "whole", blocks, **settings)
+    assert report.losses[-1][1] < report.losses[0][1]
+    assert student.state_dict().keys() == start.state_dict().keys()
+    assert not hasattr(student, "peft_config")
+    for (name, parameter), before in zip(
+        student.named_parameters(), start.parameters(), strict=True
+    ):
+        change = (parameter - before).detach()
+        assert bool(change.any()) == (".self_attn." in name or ".mlp." in name), name
+        if ".mlp." in name:
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2
+
+    seen: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        trainer = healing_run.DistillationTrainer
+
+        def interrupted_trainer(**kwargs: Any) -> Any:
+            kwargs["callbacks"].append(StopAt(6, signal.SIGTERM))
+            names = {id(p): name for name, p in kwargs["model"].named_parameters()}
+            for group in kwargs["optimizer_cls_and_kwargs"][1]["params"]:
+                seen.update({names[id(p)]: group["lr"] for p in group["params"]})
+            return trainer(**kwargs)
+
+        patch.setattr(healing_run, "DistillationTrainer", interrupted_trainer)
+        with pytest.raises(HealingInterrupted):
+            run(tmp_path / "parts", blocks, **settings)
+    layer = "model.layers.0."
+    assert {name for name in seen if name.startswith(layer) and "mlp" in name} == {
+        f"{layer}mlp.{linear}.lora_{part}.default.weight"
+        for linear in ("gate_proj", "up_proj", "down_proj")
+        for part in "AB"
+    }
+    assert {rate for name, rate in seen.items() if "lora" in name} == {3e-3}
+    assert {rate for name, rate in seen.items() if "lora" not in name} == {1e-2}
+    resumed, again = run(tmp_path / "parts", blocks, **settings)
+    assert resumed.resumed_from == 7
+    for parameter, expected in zip(again.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'tpa-convert\[lora\]'"):
+        run(tmp_path / "without", blocks, **settings)
 
 
 @pytest.mark.gpu

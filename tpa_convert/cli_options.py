@@ -408,15 +408,23 @@ WarmupSteps = Annotated[
     int, option("--warmup-steps", "Steps in which the rates rise.", TRAINING, metavar="N")
 ]
 Trainable = Annotated[
-    Literal["all", "attention"],
-    option("--trainable", "Train all parameters, or the attention layers only.", TRAINING),
+    Literal["all", "attention", "lora"],
+    option(
+        "--trainable",
+        "Train all parameters, the attention layers only, or these and LoRA adapters on the MLPs.",
+        TRAINING,
+    ),
 ]
+LoraRank = Annotated[int, option("--lora-rank", "Rank of the adapters.", TRAINING, metavar="N")]
 Temperature = Annotated[
     float, option("--temperature", "Softens both distributions of the loss.", TRAINING, metavar="X")
 ]
 
 GradientCheckpointing = Annotated[
     bool, flag("--gradient-checkpointing", "Need less memory, take longer.", TRAINING)
+]
+OffloadTeacher = Annotated[
+    bool, flag("--offload-teacher", "Keep the source's layers in main memory.", TRAINING)
 ]
 SaveSteps = Annotated[
     int, option("--save-steps", "Steps between checkpoints.", TRAINING, metavar="N")

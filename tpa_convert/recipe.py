@@ -238,8 +238,11 @@ class HealOptions(Section):
     """Peak learning rate of everything else."""
     warmup_steps: Annotated[int, Field(ge=0)] = 40
     """Optimiser steps over which the learning rates rise to their peaks."""
-    trainable: Literal["all", "attention"] = "all"
-    """Train all parameters, or those of the attention layers only."""
+    trainable: Literal["all", "attention", "lora"] = "all"
+    """Train all parameters, those of the attention layers only, or `lora`: these, and low-rank
+    adapters on the MLPs, merged at the end."""
+    lora_rank: PositiveInt = 16
+    """Rank of the adapters."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions of the distillation loss."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -252,6 +255,8 @@ class HealOptions(Section):
     """Compile both models; by default on a GPU only."""
     gradient_checkpointing: bool = False
     """Save memory, for a quarter more time."""
+    offload_teacher: bool = False
+    """Keep the source's layers in main memory, for a source that does not fit beside the rest."""
     save_steps: PositiveInt = 500
     """Optimiser steps between checkpoints."""
     valid_steps: PositiveInt = 100

@@ -26,6 +26,7 @@ FREE_SETTINGS = {
     "stop_at",
     "gradient_checkpointing",
     "log_to",
+    "offload_teacher",
 }
 
 

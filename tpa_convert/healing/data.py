@@ -72,5 +72,5 @@ def blocks_that_fit(
     else:
         per_token = layer * config.num_hidden_layers
     free, _ = torch.cuda.mem_get_info(device)
-    free -= 12 * model.num_parameters() // shards
+    free -= 12 * model.num_parameters(only_trainable=True) // shards
     return max(1, int(free / 2 / per_token / block_length))

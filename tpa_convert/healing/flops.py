@@ -37,8 +37,9 @@ def _attended_numbers(config: PreTrainedConfig) -> int:
     numbers = 2 * head_dim * config.num_hidden_layers
     if isinstance(config, TPAConfig):
         shapes = [config.layer_shape(i) for i in range(config.num_hidden_layers)]
-        numbers = sum(
-            shape.width_k + shape.width_v if shape.gauge == "absorbed" else 2 * head_dim
-            for shape in shapes
-        )
+        numbers = 0
+        for shape in shapes:
+            absorbed = shape.gauge == "absorbed"
+            numbers += shape.width_k if absorbed and not shape.latent_keys else head_dim
+            numbers += shape.width_v if absorbed else head_dim
     return config.num_attention_heads * numbers

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
+from tpa_convert.healing.adapters import is_adapter, mlp_adapters
 from tpa_convert.healing.callbacks import (
     SOURCE_PERPLEXITY,
     VALID_AGREEMENT,
@@ -40,6 +39,7 @@ from tpa_convert.healing.checkpoints import (
     fingerprint,
     newest_checkpoint,
 )
+from tpa_convert.healing.checks import check_models, memory_errors, quiet_transformers
 from tpa_convert.healing.dashboard import Dashboard
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
 from tpa_convert.healing.distributed import processes, refuse_difference, sharding, smallest
@@ -50,10 +50,10 @@ from tpa_convert.healing.trackers import trackers
 from tpa_convert.healing.trainer import (
     DistillationTrainer,
     block_forward,
-    final_hidden_states,
     in_attention,
     modules_to_compile,
     parameter_groups,
+    restore_offloaded,
 )
 
 LOGS = "runs"  # tensorboard's event files, in the output directory
@@ -171,7 +171,9 @@ def heal(
     settings = settings or HealingSettings()
     if settings.stop_at is not None and valid_blocks is None:
         raise UserError("stop_at needs held-out text to judge by: give valid_text")
-    _check_models(student, teacher)
+    if settings.offload_teacher and sharding():
+        raise UserError("FSDP shards the source already: leave out offload_teacher")
+    check_models(student, teacher)
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -187,8 +189,36 @@ def heal(
     checkpoint = newest_checkpoint(checkpoints)
 
     student.float()
+    lora = settings.trainable == "lora"
+    with mlp_adapters(student, settings.lora_rank, settings.seed) if lora else nullcontext():
+        return _train(
+            student,
+            teacher,
+            blocks,
+            checkpoints,
+            checkpoint,
+            settings=settings,
+            valid_blocks=valid_blocks,
+            divergence=divergence or partial(forward_kl, temperature=settings.temperature),
+            progress=progress and state.is_main_process,
+        )
+
+
+def _train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    blocks: Tensor,
+    checkpoints: Path,
+    checkpoint: Path | None,
+    *,
+    settings: HealingSettings,
+    valid_blocks: LongTensor | None,
+    divergence: Divergence,
+    progress: bool,
+) -> HealingReport:
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(settings.trainable == "all" or in_attention(name))
+        trained = settings.trainable == "all" or in_attention(name) or is_adapter(name)
+        parameter.requires_grad_(trained)
     whole_student = student
     if sharding():
         student = copy.deepcopy(student)  # FSDP changes a model for good
@@ -196,7 +226,6 @@ def heal(
     compiled = settings.torch_compile
     if compiled is None:
         compiled = args.device.type == "cuda"
-    divergence = divergence or partial(forward_kl, temperature=settings.temperature)
     groups = parameter_groups(
         student,
         attention_learning_rate=settings.attention_learning_rate,
@@ -205,16 +234,15 @@ def heal(
     )
     speedometer = Speedometer(settings.tokens_per_step)
     stop = GracefulStop()
-    dashboard = None
-    if progress and state.is_main_process:
-        cost = flops_per_token(student, teacher, blocks.shape[1])
-        dashboard = Dashboard(speedometer, stop, cost)
-    stop.announce = progress and state.is_main_process and not (dashboard and dashboard.is_live)
+    cost = flops_per_token(student, teacher, blocks.shape[1])
+    dashboard = Dashboard(speedometer, stop, cost) if progress else None
+    stop.announce = progress and not (dashboard and dashboard.is_live)
     use_cache = student.config.use_cache  # the Trainer turns it off
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
+        offload_teacher=settings.offload_teacher,
         args=args,
         train_dataset=BlockDataset(
             blocks, args.max_steps * settings.tokens_per_step // blocks.shape[1], settings.seed
@@ -229,7 +257,7 @@ def heal(
         callbacks=[
             speedometer,
             *([dashboard] if dashboard else []),
-            *trackers(settings.log_to, output_dir / LOGS),
+            *trackers(settings.log_to, checkpoints.parent / LOGS),
             stop,
         ],
     )
@@ -239,25 +267,29 @@ def heal(
         validation = Validation(trainer, valid_blocks, settings.valid_steps, settings.stop_at)
         trainer.add_callback(validation)
 
+    # Offloaded layers have hooks that do not compile.
+    teacher_modules = [] if settings.offload_teacher else modules_to_compile(teacher)
     start = time.perf_counter()
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
         with (
-            _memory_errors(args.per_device_train_batch_size),
-            _quiet_transformers(),
+            memory_errors(args.per_device_train_batch_size),
+            quiet_transformers(),
             block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
-            block_forward(teacher, modules_to_compile(teacher) if compiled else (), args.bf16),
+            block_forward(teacher, teacher_modules if compiled else (), args.bf16),
             stop,
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if sharding():
             weights = trainer.accelerator.get_state_dict(student)  # whole in the first process
-            if state.is_main_process:
+            if processes().is_main_process:
                 whole_student.load_state_dict(weights)
     finally:
         if dashboard:
             dashboard.close()
+        if settings.offload_teacher:
+            restore_offloaded(teacher)
         _release(whole_student, use_cache)
     end = trainer.state
     recovered = validation is not None and validation.recovered
@@ -315,30 +347,6 @@ def _blocks(
     return blocks
 
 
-def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    sizes = {}
-    for role, model in {"converted model": student, "source": teacher}.items():
-        head = model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise UserError(f"cannot heal: the {role} has no output head, or one with a bias")
-        sizes[role] = len(head.weight)
-        # Soft-capped or scaled logits would be distilled wrongly without anyone noticing.
-        probe = torch.arange(4, device=model.device)[None]
-        with torch.no_grad():
-            logits = model(input_ids=probe, use_cache=False).logits
-            expected = head(final_hidden_states(model, probe))
-        if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
-            raise UserError(
-                f"cannot heal: the {role} changes its logits after the output head "
-                "(soft-capping or scaling), which is not supported"
-            )
-    if sizes["converted model"] != sizes["source"]:
-        raise UserError(
-            f"cannot heal: the vocabularies differ ({sizes['converted model']} and "
-            f"{sizes['source']} tokens); use the source this model was converted from"
-        )
-
-
 def _training_arguments(
     student: PreTrainedModel, settings: HealingSettings, block_length: int, directory: Path
 ) -> TrainingArguments:
@@ -394,35 +402,6 @@ def _training_arguments(
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs want a launcher, not the Trainer's DataParallel
     return args
-
-
-@contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory with {batch_size} sequences per forward pass: "
-            "lower batch_size or turn gradient_checkpointing on"
-        ) from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps the Trainer's bars for checkpoints and warnings about tied weights out of ours."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
-    levels = [logger.level for logger in loggers]
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _release(student: PreTrainedModel, use_cache: bool) -> None:

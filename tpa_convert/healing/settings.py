@@ -25,7 +25,9 @@ class HealingSettings:
         learning_rate: peak rate of all others.
         warmup_steps: steps over which the rates rise to their peaks, at most a quarter of the run.
             After them, they fall to zero along half a cosine.
-        trainable: `all` parameters, or those of the `attention` layers only.
+        trainable: `all` parameters, those of the `attention` layers only, or with `lora` these and
+            low-rank adapters on the MLPs, which end merged into the weights.
+        lora_rank: of the adapters.
         temperature: softens both distributions of the loss.
         weight_decay: AdamW's, for matrices only.
         seed: order of the text.
@@ -38,6 +40,8 @@ class HealingSettings:
             lower; None trains on all tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         log_to: tools that get the run's numbers, `tensorboard` or `wandb`.
+        offload_teacher: keep the source's layers in main memory and bring each to the GPU when it
+            computes.
     """
 
     tokens: int = 10_000_000
@@ -47,7 +51,8 @@ class HealingSettings:
     attention_learning_rate: float = 6e-4
     learning_rate: float = 2e-4
     warmup_steps: int = 40
-    trainable: Literal["all", "attention"] = "all"
+    trainable: Literal["all", "attention", "lora"] = "all"
+    lora_rank: int = 16
     temperature: float = 1.0
     weight_decay: float = 0.0
     seed: int = 0
@@ -58,13 +63,17 @@ class HealingSettings:
     stop_at: float | None = None
     gradient_checkpointing: bool = False
     log_to: tuple[str, ...] = ()
+    offload_teacher: bool = False
 
     def __post_init__(self) -> None:
         _require(
-            self.trainable in ("all", "attention"), "trainable", "all or attention", self.trainable
+            self.trainable in ("all", "attention", "lora"),
+            "trainable",
+            "all, attention or lora",
+            self.trainable,
         )
         check_trackers(self.log_to)
-        for name in ("tokens", "tokens_per_step", "save_steps", "valid_steps"):
+        for name in ("tokens", "tokens_per_step", "save_steps", "valid_steps", "lora_rank"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.block_length >= 2, "block_length", "at least 2", self.block_length)
         if self.stop_at is not None:

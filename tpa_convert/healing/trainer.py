@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -143,6 +145,25 @@ def final_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return with_head(model, model, input_ids, lambda hidden_states: hidden_states)
 
 
+def offload_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to `device`, all but its layers, which come there when they compute."""
+    decoder = model.get_decoder()
+    for layer in decoder.layers:
+        cpu_offload(layer, execution_device=device)
+    for module in (*decoder.children(), model.get_output_embeddings()):
+        if module is not decoder.layers:
+            module.to(device)
+    return model
+
+
+def restore_offloaded(model: PreTrainedModel) -> None:
+    """Undo `offload_layers`; the layers are back in main memory."""
+    for layer in model.get_decoder().layers:
+        remove_hook_from_module(layer, recurse=True)
+        for module in layer.modules():
+            vars(module).pop("forward", None)  # accelerate leaves a bound method
+
+
 class DistillationTrainer(Trainer):
     """Trains `model` towards the next-token distributions of `teacher`.
 
@@ -152,6 +173,8 @@ class DistillationTrainer(Trainer):
     Args:
         teacher: causal language model of the same vocabulary, of any floating dtype. It is moved to
             the training device, under FSDP sharded over all of them.
+        offload_teacher: keep the teacher's layers in main memory; each goes to the training device
+            for as long as it computes. `restore_offloaded` ends that.
         divergence: of a chunk's logits, see `objective.Divergence`.
         chunk_tokens: see `objective.chunked_divergence`.
         **kwargs: the Trainer's.
@@ -163,6 +186,7 @@ class DistillationTrainer(Trainer):
         self,
         *,
         teacher: PreTrainedModel,
+        offload_teacher: bool = False,
         divergence: Divergence = forward_kl,
         chunk_tokens: int | None = None,
         **kwargs: Any,
@@ -173,6 +197,8 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled:
             self.teacher = shard_frozen(self.accelerator, teacher.eval(), self.args.bf16)
             set_wrapping(self.accelerator, self.model, self.args.bf16)
+        elif offload_teacher:
+            self.teacher = offload_layers(teacher.eval(), self.args.device)
         else:
             self.teacher = teacher.to(self.args.device).eval()
         self.divergence = divergence
