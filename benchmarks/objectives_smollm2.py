@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from smollm2 import Table, heal_row, load, parser, train_blocks
+from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +23,6 @@ from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion import convert_model
 from tpa_convert.healing import DistillationTrainer
 from tpa_convert.healing import run as healing_run
-from tpa_convert.planning import Budget, plan_uniform
 from tpa_convert.refinement import RefinementSettings, refine
 
 
@@ -178,6 +177,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "temperature 2": {"temperature": 2.0},
     "attention only": {"trainable": "attention"},
+    "attention, and LoRA on the MLPs": {"trainable": "lora"},
     "rates halved": {"attention_learning_rate": 3e-4, "learning_rate": 1e-4},
     "rates doubled": {"attention_learning_rate": 12e-4, "learning_rate": 4e-4},
     "one rate, 6e-4": {"learning_rate": 6e-4},
@@ -191,7 +191,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--heal-tokens", type=float, default=5e6)
-    options.add_argument("--floats", type=int, default=128)
+    options.add_argument("--run", default="128:absorbed", help="what is healed, see smollm2.py")
     options.add_argument("--refine-steps", type=int, default=600)
     options.add_argument("--rows", default="", help="only rows that match this pattern")
     arguments = options.parse_args()
@@ -199,7 +199,7 @@ def main() -> None:
     config = source.architecture.llama_config(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)
     blocks = train_blocks(arguments.train, source, 1024, arguments.calibration_blocks)
-    plan = plan_uniform(config, Budget(kv_floats=arguments.floats), gauge="absorbed")
+    plan = plan_of(arguments.run, config)
     refined = convert_model(source, plan, collect_moments(source, blocks))
     refined = refined.to(source.model.device)
     refine(source.model, refined, blocks, RefinementSettings(steps=arguments.refine_steps))

@@ -195,7 +195,7 @@ def test_objectives(model, texts, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     run = importlib.import_module("tpa_convert.healing.run")
     monkeypatch.setattr(run, "DistillationTrainer", run.DistillationTrainer)  # to be put back
-    options = ["--floats", "16", "--calibration-blocks", "2", "--refine-steps", "1"]
+    options = ["--run", "16:latent", "--calibration-blocks", "2", "--refine-steps", "1"]
     options += ["--heal-tokens", "10", "--rows", "forward|Jensen|labels|states|outputs"]
     output = output_of("objectives_smollm2", [str(model), *texts, *options], monkeypatch, capsys)
     names = ["forward KL", "Jensen-Shannon", "hard labels, 0.1", "hard labels, 0.3"]
