@@ -52,6 +52,8 @@ def run(
         warmup_steps=2,
         valid_steps=3,
         trainable=trainable,
+        bf16=False,
+        torch_compile=False,
     )
     report = heal(
         student,
@@ -66,10 +68,13 @@ def run(
     return report, student
 
 
-def allow_fsdp_on_cpu() -> None:
-    """accelerate shards on accelerators only: let it take this CPU for one."""
-    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "true"}
-    os.environ["FSDP_VERSION"] = "2"
+def use_fsdp() -> None:
+    """What `accelerate launch --use_fsdp --fsdp_version 2` does, on a CPU too."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    if torch.cuda.is_available():
+        return
+    # accelerate shards on accelerators only: let it take this CPU for one.
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
@@ -98,12 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--interrupt", action="store_true", help="and resume")
     options = parser.parse_args()
     if options.fsdp:
-        allow_fsdp_on_cpu()
+        use_fsdp()
     for name, variant in VARIANTS.items():
         directory = options.directory / name
-        interrupted_run(directory, **variant)
+        if options.interrupt:
+            interrupted_run(directory, **variant)
         report, student = run(directory, **variant)
         if PartialState().is_main_process:
             torch.save(student.state_dict(), directory / "student.pt")

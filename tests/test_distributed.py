@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from tpa_convert.errors import UserError
 from tpa_convert.healing.distributed import sharding
 
 
-def launch(module: str, *arguments: object) -> str:
-    """Runs a module in two processes; returns what they print."""
+def launch(module: str, *arguments: object, gpus: str = "") -> str:
+    """Runs a module in two processes, on the CPU or these GPUs; returns what they print."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.run(
         [*launcher, "--nproc-per-node=2", "-m", module, *map(str, arguments)],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus},
         capture_output=True,
         text=True,
         timeout=120,
@@ -35,32 +36,51 @@ def launch(module: str, *arguments: object) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
-    """Interrupted and resumed, with a tied output head and without, in full and with adapters."""
-    launch("tests.healing_worker", tmp_path, *(["--fsdp"] if fsdp else []))
+def check_runs(directory: Path, reference: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compares all of a launch's runs with those of one process here; yields their reports."""
     for name, variant in VARIANTS.items():
-        directory = tmp_path / name
-        report: dict[str, Any] = json.loads((directory / "report.json").read_text())
-        expected, student = run(tmp_path / f"one-{name}", **variant)
-        assert report["resumed_from"] == 3
-        assert report["batch_size"] == expected.batch_size == 2
-        assert [step for step, _ in report["losses"]] == list(range(1, STEPS + 1))
+        report: dict[str, Any] = json.loads((directory / name / "report.json").read_text())
+        expected, student = run(reference / name, **variant)
         for kind in ("losses", "valid_losses"):
+            losses = getattr(expected, kind)
+            assert [step for step, _ in report[kind]] == [step for step, _ in losses]
             torch.testing.assert_close(
                 [loss for _, loss in report[kind]],
-                [loss for _, loss in getattr(expected, kind)],
+                [loss for _, loss in losses],
                 rtol=1e-4,
                 atol=1e-6,
             )
-        weights = torch.load(directory / "student.pt")
+        weights = torch.load(directory / name / "student.pt", map_location="cpu")
         assert weights.keys() == student.state_dict().keys()
-        for key, weight in student.state_dict().items():
+        for key, weight in student.cpu().state_dict().items():
             torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4)
-        [checkpoint] = (directory / "checkpoints").iterdir()
+        yield name, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
+    """Interrupted and resumed, with a tied output head and without, in full and with adapters."""
+    launch("tests.healing_worker", tmp_path, "--interrupt", *(["--fsdp"] if fsdp else []))
+    for name, report in check_runs(tmp_path, tmp_path / "one"):
+        assert report["resumed_from"] == 3
+        assert report["batch_size"] == 2
+        assert report["steps"] == STEPS
+        [checkpoint] = (tmp_path / name / "checkpoints").iterdir()
         assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == fsdp
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_gpus_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
+    launch("tests.healing_worker", tmp_path, *(["--fsdp"] if fsdp else []), gpus="0,1")
+    for _, report in check_runs(tmp_path, tmp_path / "one"):
+        assert report["steps"] == STEPS
+        assert report["peak_memory_bytes"] > 0
+
+
+@pytest.mark.slow
 def test_the_command_line_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, text = save_source(tmp_path / "source"), save_text(tmp_path / "text.txt")
     small, healed = tmp_path / "small", tmp_path / "healed"

@@ -342,6 +342,8 @@ def test_parameter_groups() -> None:
         ({"warmup_steps": -1}, "warmup_steps must be zero or more"),
         ({"weight_decay": -0.1}, "weight_decay must be zero or more"),
         ({"save_steps": 0}, "save_steps must be at least 1"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"trainable": "mlp"}, "trainable must be all, attention or lora, not mlp"),
     ],
 )
 def test_settings_are_validated(change: dict[str, Any], message: str) -> None:
@@ -349,7 +351,9 @@ def test_settings_are_validated(change: dict[str, Any], message: str) -> None:
         HealingSettings(**change)
 
 
-def test_bad_input_is_a_user_error(random_tokens: Any, tmp_path: Path) -> None:
+def test_bad_input_is_a_user_error(
+    random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, blocks = make_tiny_llama(), random_tokens(8, 16)
     attempt = partial(heal, output_dir=tmp_path, settings=SETTINGS, progress=False)
     with pytest.raises(UserError, match=r"vocabularies differ \(64 and 128 tokens with"):
@@ -371,6 +375,11 @@ def test_bad_input_is_a_user_error(random_tokens: Any, tmp_path: Path) -> None:
     softcapped.forward = forward
     with pytest.raises(UserError, match="source changes its logits"):
         attempt(model, softcapped, None, blocks)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    offloaded = HealingSettings(**(asdict(SETTINGS) | {"offload_teacher": True}))
+    with pytest.raises(UserError, match="leave out offload_teacher"):
+        attempt(model, model, None, blocks, settings=offloaded)
     assert not (tmp_path / "checkpoints").exists()
 
 
