@@ -33,7 +33,7 @@ from accelerate.utils import broadcast_object_list
 from smollm2 import device_name
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tpa_convert.healing import HealingSettings, chunked_divergence, forward_kl, heal
+from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
 from tpa_convert.healing import run as healing_run
 from tpa_convert.healing.distributed import processes, smallest
 from tpa_convert.healing.flops import flops_per_token
@@ -93,7 +93,7 @@ def random_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 def time_loss(chunk_tokens: int, compiled: bool, shape: str) -> tuple[float, float]:
     """Milliseconds, forward and backward, and peak GB beyond the arguments."""
-    divergence = torch.compile(forward_kl, dynamic=False) if compiled else forward_kl
+    divergence = torch.compile(skewed_kl, dynamic=False) if compiled else skewed_kl
     hidden, vocab = SHAPES[shape]["hidden_size"], SHAPES[shape]["vocab_size"]
     size = (BLOCKS * LENGTH, hidden)
     student, teacher = (torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for _ in "st")

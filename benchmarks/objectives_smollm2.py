@@ -36,20 +36,6 @@ def reverse_kl(student_logits_CV: Tensor, teacher_logits_CV: Tensor) -> tuple[Te
     return divergence.sum(), gradient.to(student_logits_CV.dtype)
 
 
-def skewed_kl(
-    student_logits_CV: Tensor, teacher_logits_CV: Tensor, share: float = 0.1
-) -> tuple[Tensor, Tensor]:
-    """KL(teacher ‖ share · teacher + (1 − share) · student) (Ko et al., arXiv 2402.03898)."""
-    student = torch.softmax(student_logits_CV, -1, dtype=torch.float32)
-    log_teacher = torch.log_softmax(teacher_logits_CV, -1, dtype=torch.float32)
-    teacher = log_teacher.exp()
-    mixture = (share * teacher + (1 - share) * student).clamp_min(1e-30)
-    divergence = (teacher * (log_teacher - mixture.log())).sum()
-    pull = teacher / mixture
-    gradient = (1 - share) * student * ((student * pull).sum(-1, keepdim=True) - pull)
-    return divergence, gradient.to(student_logits_CV.dtype)
-
-
 def jensen_shannon(student_logits_CV: Tensor, teacher_logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of both models' KL to their mean, summed over tokens, and its gradient."""
     log_student = torch.log_softmax(student_logits_CV, -1, dtype=torch.float32)
@@ -162,9 +148,11 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 # "trainer" takes DistillationTrainer's place; the rest goes to heal() and its settings.
 ROWS: dict[str, dict[str, Any]] = {
-    "forward KL": {},
+    "skewed KL, 0.1": {},
+    "forward KL": {"skew": 0.0},
+    "skewed KL, 0.3": {"skew": 0.3},
+    "skewed KL, 0.5": {"skew": 0.5},
     "reverse KL": {"divergence": reverse_kl},
-    "skewed KL, 0.1": {"divergence": partial(skewed_kl, share=0.1)},
     "Jensen-Shannon": {"divergence": jensen_shannon},
     "hard labels, 0.1": {"trainer": partial(HardLabels, share=0.1)},
     "hard labels, 0.3": {"trainer": partial(HardLabels, share=0.3)},

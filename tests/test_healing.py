@@ -41,9 +41,9 @@ from tpa_convert.healing import (
     HealingReport,
     HealingSettings,
     chunked_divergence,
-    forward_kl,
     heal,
     parameter_groups,
+    skewed_kl,
 )
 from tpa_convert.healing import run as healing_run
 from tpa_convert.healing.callbacks import GracefulStop
@@ -67,9 +67,12 @@ SETTINGS = HealingSettings(
 )
 
 
-def plain_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def plain_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, skew: float = 0.0
+) -> Tensor:
     teacher = torch.softmax(teacher_logits / temperature, -1)
-    ratio = torch.log(teacher) - torch.log_softmax(student_logits / temperature, -1)
+    student = torch.softmax(student_logits / temperature, -1)
+    ratio = torch.log(teacher) - torch.log(skew * teacher + (1 - skew) * student)
     return temperature**2 * (teacher * ratio).sum(-1).mean()
 
 
@@ -79,6 +82,7 @@ def plain_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float)
     vocab=st.integers(2, 17),
     widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    skew=st.sampled_from([0.0, 0.1, 0.7]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=40, deadline=None)
@@ -88,6 +92,7 @@ def test_chunked_divergence_is_the_mean_kl_with_its_gradients(
     vocab: int,
     widths: tuple[int, int],
     temperature: float,
+    skew: float,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +104,7 @@ def test_chunked_divergence_is_the_mean_kl_with_its_gradients(
     teacher_hidden, teacher_weight = random(tokens, widths[1]), random(vocab, widths[1])
     inputs = [student_hidden.requires_grad_(), student_weight.requires_grad_()]
     expected = plain_kl(
-        student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, temperature
+        student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, temperature, skew
     )
     expected_gradients = torch.autograd.grad(3.0 * expected, inputs)
 
@@ -108,7 +113,7 @@ def test_chunked_divergence_is_the_mean_kl_with_its_gradients(
         *fused,
         teacher_hidden.float(),
         teacher_weight.float(),
-        divergence=partial(forward_kl, temperature=temperature),
+        divergence=partial(skewed_kl, skew=skew, temperature=temperature),
         chunk_tokens=chunk_tokens,
     )
     gradients = torch.autograd.grad(3.0 * loss, fused)
@@ -147,7 +152,7 @@ def test_loss_of_the_trainer_equals_plain_distillation(
     blocks = random_tokens(8, 16)
     reference = copy.deepcopy(student).requires_grad_(True)
 
-    loss = plain_kl(reference(blocks).logits, teacher(blocks).logits, 2.0)
+    loss = plain_kl(reference(blocks).logits, teacher(blocks).logits, 2.0, HealingSettings.skew)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     groups = parameter_groups(

@@ -221,6 +221,7 @@ def heal(
     warmup_steps: o.WarmupSteps = 40,
     trainable: o.Trainable = "all",
     lora_rank: o.LoraRank = 16,
+    skew: o.Skew = 0.1,
     temperature: o.Temperature = 1.0,
     gradient_checkpointing: o.GradientCheckpointing = False,
     offload_teacher: o.OffloadTeacher = False,

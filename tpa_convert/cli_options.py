@@ -416,6 +416,16 @@ Trainable = Annotated[
     ),
 ]
 LoraRank = Annotated[int, option("--lora-rank", "Rank of the adapters.", TRAINING, metavar="N")]
+Skew = Annotated[
+    float,
+    option(
+        "--skew",
+        "Share of the source's distribution mixed into the model's before they are compared; 0 is "
+        "the plain divergence.",
+        TRAINING,
+        metavar="X",
+    ),
+]
 Temperature = Annotated[
     float, option("--temperature", "Softens both distributions of the loss.", TRAINING, metavar="X")
 ]

@@ -243,6 +243,8 @@ class HealOptions(Section):
     adapters on the MLPs, merged at the end."""
     lora_rank: PositiveInt = 16
     """Rank of the adapters."""
+    skew: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the source mixed into the student before they are compared; 0 is the forward KL."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions of the distillation loss."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -1,6 +1,6 @@
 """Distillation of a converted model from its source."""
 
-from tpa_convert.healing.objective import chunked_divergence, forward_kl
+from tpa_convert.healing.objective import chunked_divergence, forward_kl, skewed_kl
 from tpa_convert.healing.run import HealingInterrupted, HealingReport, heal
 from tpa_convert.healing.settings import HealingSettings
 from tpa_convert.healing.trainer import DistillationTrainer, parameter_groups
@@ -14,4 +14,5 @@ __all__ = [
     "forward_kl",
     "heal",
     "parameter_groups",
+    "skewed_kl",
 ]

@@ -39,6 +39,36 @@ def forward_kl(
     return divergence * temperature**2, gradient.to(dtype)
 
 
+def skewed_kl(
+    student_logits_CV: Tensor,
+    teacher_logits_CV: Tensor,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """τ² KL(t ‖ α t + (1 − α) s) in nats, summed over tokens, and its gradient (DistiLLM, Ko et al.,
+    arXiv 2402.03898, eq. 4), with t and s the distributions at temperature τ.
+
+    Tokens of which the student thinks far too little do not run away with the loss. α = 0 is the
+    forward KL. Arithmetic and dtypes are those of `forward_kl`.
+    """
+    if skew == 0.0:
+        return forward_kl(student_logits_CV, teacher_logits_CV, temperature)
+    dtype = student_logits_CV.dtype
+    if temperature != 1.0:
+        student_logits_CV = student_logits_CV / temperature
+        teacher_logits_CV = teacher_logits_CV / temperature
+    student = torch.softmax(student_logits_CV, dim=-1, dtype=torch.float32)
+    log_teacher = torch.log_softmax(teacher_logits_CV, dim=-1, dtype=torch.float32)
+    teacher = log_teacher.exp()
+    # The least normal number: where even the teacher's share underflows, nothing is lost.
+    mixture = (skew * teacher).add_(student, alpha=1 - skew).clamp_min_(1.2e-38)
+    divergence = log_teacher.sub_(mixture.log()).mul_(teacher).sum()
+    pull = teacher.div_(mixture)
+    mean_pull = (student * pull).sum(-1, keepdim=True)
+    gradient = student.mul_((1 - skew) * temperature).mul_(mean_pull - pull)
+    return divergence * temperature**2, gradient.to(dtype)
+
+
 def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, compiled: bool) -> int:
     """The largest power of two of tokens whose logits and temporaries fit in CHUNK_BYTES."""
     # Two logits and a gradient; without compilation also three fp32 temporaries.

@@ -44,7 +44,7 @@ from tpa_convert.healing.dashboard import Dashboard
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
 from tpa_convert.healing.distributed import processes, refuse_difference, sharding, smallest
 from tpa_convert.healing.flops import flops_per_token
-from tpa_convert.healing.objective import Divergence, default_chunk_tokens, forward_kl
+from tpa_convert.healing.objective import Divergence, default_chunk_tokens, skewed_kl
 from tpa_convert.healing.settings import HealingSettings
 from tpa_convert.healing.trackers import trackers
 from tpa_convert.healing.trainer import (
@@ -159,7 +159,7 @@ def heal(
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
         valid_blocks: held-out blocks [M, L]; both models are compared on them before, every
             `valid_steps` and after. `stop_at` needs them.
-        divergence: what to minimise; by default the forward KL at the settings' temperature.
+        divergence: what to minimise; by default `skewed_kl` with the settings' skew and temperature.
         progress: show the run on stderr, as a live panel, or line by line where that is no
             terminal.
 
@@ -199,7 +199,8 @@ def heal(
             checkpoint,
             settings=settings,
             valid_blocks=valid_blocks,
-            divergence=divergence or partial(forward_kl, temperature=settings.temperature),
+            divergence=divergence
+            or partial(skewed_kl, skew=settings.skew, temperature=settings.temperature),
             progress=progress and state.is_main_process,
         )
 

@@ -28,6 +28,8 @@ class HealingSettings:
         trainable: `all` parameters, those of the `attention` layers only, or with `lora` these and
             low-rank adapters on the MLPs, which end merged into the weights.
         lora_rank: of the adapters.
+        skew: share of the source's distribution that is mixed into the student's before they are
+            compared, see `objective.skewed_kl`; 0 is the forward KL.
         temperature: softens both distributions of the loss.
         weight_decay: AdamW's, for matrices only.
         seed: order of the text.
@@ -53,6 +55,7 @@ class HealingSettings:
     warmup_steps: int = 40
     trainable: Literal["all", "attention", "lora"] = "all"
     lora_rank: int = 16
+    skew: float = 0.1
     temperature: float = 1.0
     weight_decay: float = 0.0
     seed: int = 0
@@ -83,6 +86,7 @@ class HealingSettings:
         for name in ("attention_learning_rate", "learning_rate", "temperature"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, "a positive number", value)
+        _require(0 <= self.skew < 1, "skew", "zero or more and below one", self.skew)
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "zero or more", value)
