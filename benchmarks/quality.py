@@ -154,7 +154,7 @@ def needle_table(
     filler: str,
     lengths: Sequence[int] = (1024, 2048, 4096, 8192),
     *,
-    per_depth: int = 8,
+    per_depth: int = 2,
     seed: int = 0,
 ) -> None:
     """How often the number that a long text once names is the likeliest of ten at its end, in

@@ -45,8 +45,8 @@ def skewed_kl(
     skew: float = 0.1,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """τ² KL(t ‖ α t + (1 − α) s) in nats, summed over tokens, and its gradient (DistiLLM, Ko et al.,
-    arXiv 2402.03898, eq. 4), with t and s the distributions at temperature τ.
+    """τ² KL(t ‖ α t + (1 − α) s) in nats, summed over tokens, and its gradient, with t and s the
+    distributions at temperature τ (DistiLLM, Ko et al., arXiv 2402.03898, eq. 4).
 
     Tokens of which the student thinks far too little do not run away with the loss. α = 0 is the
     forward KL. Arithmetic and dtypes are those of `forward_kl`.

@@ -159,7 +159,7 @@ def heal(
         resume: continue from the newest checkpoint in `output_dir`. If False, they are deleted.
         valid_blocks: held-out blocks [M, L]; both models are compared on them before, every
             `valid_steps` and after. `stop_at` needs them.
-        divergence: what to minimise; by default `skewed_kl` with the settings' skew and temperature.
+        divergence: what to minimise; by default `skewed_kl` as the settings say.
         progress: show the run on stderr, as a live panel, or line by line where that is no
             terminal.
 
