@@ -108,6 +108,9 @@ OPTIONS: dict[str, Make] = {
     "− centring of K under attention": change(variants.uncentred_keys),
     "+ constant of V to an output bias": change(variants.value_constant),
     "+ each head's own attention for K (ALS)": change(variants.attention_per_head),
+    "+ W_Q refitted to each head's own attention": lambda b, n: variants.queries_refitted(
+        b.source, b.uniform(n, gauge="absorbed"), b.moments
+    ),
     "+ K : V = 5 : 3": lambda b, n: b.converted(b.split(n, 5 / 8)),
     "+ K : V = 3 : 5": lambda b, n: b.converted(b.split(n, 3 / 8)),
     "+ widths by sensitivity": lambda b, n: b.converted(plan_measured(b.sensitivity, b.config, n)),

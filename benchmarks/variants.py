@@ -127,6 +127,37 @@ def attention_per_head(
     return replace(rebuilt, key=to_half_split(result, 1))
 
 
+def queries_refitted(source: Source, plan: Plan, moments: Moments) -> TPAForCausalLM:
+    """W_Q by least squares: a gauge for every query head, fitted to that head's own attention.
+
+    With the components b = B k of the closed form on a pair, T_i = S_i[j, :] Bᴴ (B S_i Bᴴ)⁻¹. Free
+    where the queries absorb the gauge, as `plan` must say.
+    """
+    model = convert_model(source, plan, moments)
+    state = {k: v.cpu() for k, v in source.architecture.llama_state_dict(source.model).items()}
+    for i, (layer, shape) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
+        weights, statistics = attention_weights(source, state, i), moments.layers[i]
+        weight_fg = score_weights(statistics.query_energy).mT
+        eigenvalues, vectors = key_components(statistics)
+        rotary_pair, component = allocate_components(eigenvalues, shape.width_k // 2, None)
+        basis_pg = vectors[rotary_pair, :, component].conj() * weight_fg[rotary_pair]
+        own = torch.arange(len(weights.query)) // weights.heads_per_group
+        gauge_hp = basis_pg.new_zeros(len(weights.query), len(basis_pg))
+        for f in rotary_pair.unique().tolist():
+            chosen = rotary_pair == f
+            basis, s_h = basis_pg[chosen], statistics.head_pair_covariance[:, f]
+            gram_h = basis @ s_h @ basis.mH
+            ridge = 1e-4 * gram_h.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+            gram_h = gram_h + ridge[:, None, None] * torch.eye(len(basis), dtype=basis.dtype)
+            own_h = s_h[torch.arange(len(own)), own]
+            cross_h = (own_h[:, None] @ basis.mH)[:, 0]
+            gauge_hp[:, chosen] = torch.linalg.solve(gram_h.mT, cross_h[..., None])[..., 0]
+        pairs = to_complex_pairs(weights.query, 1)[:, rotary_pair]
+        query = to_half_split(gauge_hp.conj()[..., None] * pairs, 1).flatten(0, 1)
+        layer.self_attn.q_proj.weight.data = query[:, :-1].to(layer.self_attn.q_proj.weight)
+    return model
+
+
 def shared_features(
     weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
 ) -> AttentionWeights:

@@ -16,7 +16,7 @@ from tpa_convert.errors import UserError
 from tpa_convert.evaluation.perplexity import agreement
 from tpa_convert.planner import plan_measured, predicted_loss
 from tpa_convert.planning import Budget, load_plan, plan_to_yaml, plan_uniform, plan_widths
-from tpa_convert.planning.cost import largest_context, plan_cost, source_cost
+from tpa_convert.planning.cost import largest_context, plan_cost, rebuilding_per_byte, source_cost
 from tpa_convert.sensitivity import POSITION_STRIDE, measure_sensitivity
 
 
@@ -146,6 +146,10 @@ def test_latent_keys_are_rebuilt_for_every_cached_token(measured) -> None:
     per_token = [plan_cost(plan, config, context=n).decode_flops for n in (100, 101)]
     expected = 2 * layers * (heads * (head_dim + 4) + groups * head_dim * 6)
     assert per_token[1] - per_token[0] == expected
+    cached_bytes = layers * (6 + 4) * 2
+    rebuilding = 2 * layers * groups * head_dim * 6
+    assert rebuilding_per_byte(plan, torch.bfloat16) == rebuilding / cached_bytes
+    assert rebuilding_per_byte(plan_widths([(6, 4)] * layers, config), torch.bfloat16) == 0
 
 
 def test_largest_context() -> None:
@@ -266,6 +270,8 @@ def test_latent_keys_are_planned_and_converted(tmp_path, text) -> None:
     converted = tpa_convert("convert", source, "--plan", plan, "--out", tmp_path / "small")
     assert converted.exit_code == 0, converted.output
     assert "latent keys" in converted.stdout
+    assert "every step rebuilds the keys" in converted.stdout
+    assert "every step rebuilds the keys" in result.stdout
 
 
 def test_the_same_command_makes_the_same_plan(tmp_path, text) -> None:

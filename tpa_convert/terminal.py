@@ -36,7 +36,10 @@ from tpa_convert.errors import UserError
 from tpa_convert.export.output import is_disk_full
 
 if TYPE_CHECKING:
+    import torch
+
     from tpa_convert.pipeline import HealingResult, PlanningResult
+    from tpa_convert.planning import Plan
     from tpa_convert.prediction import Prediction
 
 INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
@@ -189,6 +192,19 @@ def show_plan(prediction: Prediction) -> None:
             f"values {_width(shape.width_v, shape.rank_v, shape.contextual)}"
         )
         start = end
+    _show_rebuilding(plan, prediction.cache_dtype)
+
+
+def _show_rebuilding(plan: Plan, cache_dtype: torch.dtype) -> None:
+    from tpa_convert.planning.cost import rebuilding_per_byte
+
+    operations = rebuilding_per_byte(plan, cache_dtype)
+    if operations:
+        unit = str(cache_dtype).removeprefix("torch.")
+        console.print(
+            f"every step rebuilds the keys of the context: {operations:.0f} operations per cached "
+            f"byte ({unit}); an H100 has time for about 300 while it reads one"
+        )
 
 
 def show_planning(result: PlanningResult) -> None:
@@ -247,6 +263,7 @@ def show_planning(result: PlanningResult) -> None:
         f"{_times(cost.decode_flops / source.decode_flops)}, of prefill "
         f"{_times(cost.prefill_flops / source.prefill_flops)}."
     )
+    _show_rebuilding(report.plan, result.cache_dtype)
 
 
 def _times(ratio: float) -> str:
