@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -203,6 +204,25 @@ def test_table_fits_a_terminal_and_needs_no_color(report) -> None:
     assert cache.split()[-7:] == ["512", "128", "25.0", "%", "256", "50.0", "%"]
     assert "…" not in text  # nothing is cut off
     assert "some" in text  # the prompt
+
+
+def test_many_models_take_several_tables(report) -> None:
+    names = ["source", *(f"converted-{i}" for i in range(5))]
+    rows = tuple(
+        replace(row, values=dict.fromkeys(names, row.values["source"]), margins={})
+        for row in report.rows
+    )
+    many = replace(report, models=tuple(names), rows=rows, samples={})
+    tables = []
+    for width in (80, 120, 300):
+        text = render(many, width)
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= width
+        assert "…" not in text
+        assert all(any(name in line for line in lines) for name in names)
+        tables.append(sum(line.lstrip().startswith("source") for line in lines))
+        assert sum(line.startswith("  news") for line in lines) == tables[-1]
+    assert tables[0] > tables[1] > tables[2] == 1
 
 
 def test_color_only_says_better_or_worse(report) -> None:

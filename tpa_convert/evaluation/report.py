@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -105,18 +105,22 @@ class EvaluationReport:
 
     def to_markdown(self) -> str:
         """The table in Markdown, for a model card."""
-        header = self._header()
+        header = self._header(self.models)
         lines = [f"| {' | '.join(header)} |", f"|---{'|--:' * (len(header) - 1)}|"]
         section = None
         for row in self.rows:
             if row.section != section:
                 section = row.section
                 lines.append(f"| **{section}** {'| ' * (len(header) - 1)}|")
-            lines.append(f"| {' | '.join([row.name, *(str(cell) for cell in self._cells(row))])} |")
+            cells = map(str, self._cells(row, self.models))
+            lines.append(f"| {' | '.join([row.name, *cells])} |")
         return "\n".join([*lines, "", *(f"- {note}" for note in self._notes())])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._table()
+        for i, table in enumerate(self._tables(console, options)):
+            if i:
+                yield Text()
+            yield table
         if self._notes():
             yield Text()
         for note in self._notes():
@@ -127,9 +131,21 @@ class EvaluationReport:
 
     # --------------------------------------------------------------------------- rendering
 
-    def _header(self) -> list[str]:
-        columns = ["", self.models[0]]
-        for name in self.models[1:]:
+    def _tables(self, console: Console, options: ConsoleOptions) -> list[Table]:
+        """One table, or several of fewer models, the source in each, where one is too wide."""
+        source, *others = self.models
+        tables = [self._table(self.models)]
+        for size in range(len(others) - 1, 0, -1):
+            widths = [console.measure(table, options=options).maximum for table in tables]
+            if max(widths) < options.max_width:
+                break
+            parts = [others[start : start + size] for start in range(0, len(others), size)]
+            tables = [self._table((source, *part)) for part in parts]
+        return tables
+
+    def _header(self, models: Sequence[str]) -> list[str]:
+        columns = ["", models[0]]
+        for name in models[1:]:
             columns += [name, "ratio", *(["recovery"] if self._shows_recovery else [])]
         return columns
 
@@ -138,9 +154,9 @@ class EvaluationReport:
         """With more than two models beside the source the columns would not fit a terminal."""
         return len(self.models) <= 3 and any(row.recovers for row in self.rows)
 
-    def _cells(self, row: Row) -> Iterator[Text]:
+    def _cells(self, row: Row, models: Sequence[str]) -> Iterator[Text]:
         """One cell for the source, two or three for every other model."""
-        for name in self.models:
+        for name in models:
             yield Text(format_value(row.values[name], row.unit))
             if name == self.models[0]:
                 continue
@@ -153,9 +169,9 @@ class EvaluationReport:
             if self._shows_recovery:
                 yield Text("" if recovery is None else f"{recovery:.1f} %", style)
 
-    def _table(self) -> Table:
+    def _table(self, models: Sequence[str]) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-        for index, column in enumerate(self._header()):
+        for index, column in enumerate(self._header(models)):
             derived = column in ("ratio", "recovery")
             table.add_column(
                 Text(column, style="dim" if derived else "bold"),
@@ -169,7 +185,7 @@ class EvaluationReport:
                     table.add_row()
                 section = row.section
                 table.add_row(Text(section, style="bold"))
-            table.add_row(f"  {row.name}", *self._cells(row))
+            table.add_row(f"  {row.name}", *self._cells(row, models))
         return table
 
     def _sample_table(self) -> Table:
