@@ -71,8 +71,8 @@ def skewed_kl(
 
 def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, compiled: bool) -> int:
     """The largest power of two of tokens whose logits and temporaries fit in CHUNK_BYTES."""
-    # Two logits and a gradient; without compilation also three fp32 temporaries.
-    bytes_per_logit = 3 * dtype.itemsize + (0 if compiled else 12)
+    # Two logits and a gradient; without compilation also five fp32 temporaries.
+    bytes_per_logit = 3 * dtype.itemsize + (0 if compiled else 20)
     tokens = max(1, CHUNK_BYTES // (vocab_size * bytes_per_logit))
     return 1 << (tokens.bit_length() - 1)
 
