@@ -141,7 +141,7 @@ def test_the_panel_shows_where_the_run_is(width: int) -> None:
     assert "learning rate 5.0e-04" in drawn
     if width >= 80:
         assert "perplexity 21.00, source 20.00, ×1.050  top-1 88.1%" in drawn
-        assert "KL, nats per token" in drawn
+        assert "nats per token" in drawn
     assert "stopping" not in drawn
     panel.stop_request.requested = True
     panel.console.print(panel.panel())

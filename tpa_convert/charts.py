@@ -122,11 +122,13 @@ def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> No
         axes.plot(tokens, [value for _, value in points], style, linewidth=1.4, **look)
 
     losses = panels[0, -1]
-    draw(losses, report.losses, "-", color=COLORS["training"], label="training text")
+    draw(losses, report.losses, "-", color=COLORS["training"], label="training text (loss)")
     if report.valid_losses:
-        draw(losses, report.valid_losses, "o-", color=COLORS["held-out"], label="held-out text")
+        draw(
+            losses, report.valid_losses, "o-", color=COLORS["held-out"], label="held-out text (KL)"
+        )
     losses.set_title("Divergence from the source")
-    losses.set_ylabel("KL, nats per token")
+    losses.set_ylabel("nats per token")
     if report.source_perplexity is not None:
         curve, source = panels[0, 0], report.source_perplexity
         first, last = (report.valid_perplexities[end][1] for end in (0, -1))

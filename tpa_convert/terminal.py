@@ -287,7 +287,7 @@ def show_healing(result: HealingResult) -> None:
         if points:
             table.add_row(name, *(shown(points[end][1]) for end in (0, -1)))
 
-    row("KL from the source, training text", report.losses, "{:.4f}".format)
+    row("loss on training text", report.losses, "{:.4f}".format)
     row("KL from the source, held-out text", report.valid_losses, "{:.4f}".format)
     source = report.source_perplexity
     if source is not None:

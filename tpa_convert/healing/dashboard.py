@@ -140,7 +140,7 @@ class Dashboard(TrainerCallback):
         if self.losses:
             curve = sparkline(self.losses, width - 47)
             loss = Text(f"{self.losses[-1]:.4f}  ")
-            rows.add_row("loss", loss.append(curve, "cyan").append("  KL, nats per token", "dim"))
+            rows.add_row("loss", loss.append(curve, "cyan").append("  nats per token", "dim"))
         else:
             rows.add_row("loss", "the first step takes longest")
         if self.held_out:

@@ -90,7 +90,7 @@ class HealingReport:
         tokens_per_second: of this call, without start-up and compilation; None if too short.
         batch_size: sequences per forward pass and device.
         peak_memory_bytes: allocated on the GPU; None on a CPU.
-        losses: (step, mean divergence in nats per token since the previous entry).
+        losses: (step, mean loss in nats per token since the previous entry).
         valid_losses: (step, KL on the held-out blocks in nats per token), if there were any.
         valid_perplexities: (step, the student's perplexity there).
         valid_agreements: (step, share of their tokens at which student and teacher hold the same
