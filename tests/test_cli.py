@@ -316,7 +316,7 @@ def test_logs_of_a_healing_lie_in_its_output(converted: Path, text: Path, tmp_pa
     assert record["heal"]["settings"]["log_to"] == ["tensorboard"]
     options[-1] = "paper"
     message = error_of(tpa_convert("heal", converted, *options, "--overwrite", *HEAL))
-    assert "--log-to" in message
+    assert "--log-to: " in message
     assert "'tensorboard' or 'wandb', not 'paper'" in message
 
 

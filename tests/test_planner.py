@@ -177,7 +177,7 @@ def test_a_plan_survives_its_file(tmp_path, key_cache) -> None:
     ("change", "message"),
     [
         ({"head_dim": 4}, "is for a model with head_dim 4, not 8"),
-        ({"width_k": [4, 4]}, "width_k has 2 entries for 3 layers"),
+        ({"width_k": [4, 4]}, "width_k has 2 entries for 3 layers; is the plan for another"),
         ({"width_v": "wide"}, "width_v holds something that is no int"),
         ({"width_k": 5}, "layer 0: width_k must be even"),
         ({"width_v": [8, 8, 17]}, "layer 2: widths above the source's 16"),
@@ -329,6 +329,10 @@ def test_a_plan_and_another_budget_exclude_each_other(tmp_path) -> None:
     command = ("convert", source, "--plan", "plan.yaml", "--dry-run")
     assert "exactly one budget" in error_of(tpa_convert(*command, "--kv-floats", 8))
     assert "leave out --form" in error_of(tpa_convert(*command, "--form", "affine"))
+    assert "leave out --key-cache" in error_of(tpa_convert(*command, "--key-cache", "latent"))
+    latent = ("convert", source, "--kv-floats", 8, "--dry-run", "--key-cache", "latent")
+    for wrong in (("--form", "affine"), ("--method", "svd")):
+        assert "leave out --form and --method" in error_of(tpa_convert(*latent, *wrong))
     assert "make one with tpa-convert plan" in error_of(tpa_convert(*command))
 
 

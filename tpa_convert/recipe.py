@@ -194,7 +194,9 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
             if self.plan is not None:
                 raise ValueError("the plan says what every layer caches: leave out key_cache")
             if self.form != "static" or self.method != "gauge":
-                raise ValueError("latent keys need the form static and the method gauge")
+                raise ValueError(
+                    "latent keys go with no other form or method: leave out form and method"
+                )
             if self.rank_k is not None:
                 raise ValueError("latent keys have no rank_k: give width_k")
         if self.rank_q is not None and self.form != "linear":
@@ -413,7 +415,7 @@ def _one_line(section: type[Section], error: ValidationError) -> str:
     # An unknown key often explains the other complaints (a misspelt budget is a missing budget).
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
-    path = [str(part) for part in problem["loc"]]
+    path = [part for part in problem["loc"] if isinstance(part, str)]  # not places in a list
     name = ".".join(path)
     if problem["type"] == "extra_forbidden":
         valid = list(_section_at(section, path[:-1]).model_fields)

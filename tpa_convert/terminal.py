@@ -246,6 +246,7 @@ def show_planning(result: PlanningResult) -> None:
         f"calibration text; bytes in {unit}.",
         "uniform: the same widths everywhere; measured: widths by sensitivity; halfway: their "
         "mean. Predicted from the sensitivities, without refinement.",
+        "→: the least KL at the budget, or the smallest cache within the accepted loss.",
         *(
             [
                 f"Context: tokens in {result.memory / 1e9:g} GB beside the weights, "
@@ -267,7 +268,7 @@ def show_planning(result: PlanningResult) -> None:
 
 
 def _times(ratio: float) -> str:
-    return f"×{ratio:.3f}" if ratio < 100 else f"×{ratio:.0f}"
+    return f"×{ratio:.3f}" if ratio < 10 else f"×{ratio:.1f}" if ratio < 100 else f"×{ratio:.0f}"
 
 
 def _width(width: int, rank: int, contextual: bool) -> str:

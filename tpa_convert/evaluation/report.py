@@ -152,7 +152,7 @@ class EvaluationReport:
     @property
     def _shows_recovery(self) -> bool:
         """With more than two models beside the source the columns would not fit a terminal."""
-        return len(self.models) <= 3 and any(row.recovers for row in self.rows)
+        return 1 < len(self.models) <= 3 and any(row.recovers for row in self.rows)
 
     def _cells(self, row: Row, models: Sequence[str]) -> Iterator[Text]:
         """One cell for the source, two or three for every other model."""
@@ -203,7 +203,10 @@ class EvaluationReport:
         return table
 
     def _notes(self) -> list[str]:
-        return list(self.settings.get("notes", ()))
+        notes = list(self.settings.get("notes", ()))
+        if self._shows_recovery:
+            notes.append("recovery: source / model for perplexity, model / source for accuracy")
+        return notes
 
 
 def format_value(value: float | None, unit: Unit) -> str:

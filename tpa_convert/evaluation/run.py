@@ -100,8 +100,6 @@ def evaluate(
         if len(models) > 1:
             notes.append("drop: mean over tasks ± 95 % interval, compared question by question")
     rows += task_rows
-    if any(row.recovers for row in rows):
-        notes.append("recovery: source / model for perplexity, model / source for accuracy")
     rows += _cache_rows(models)
     timed = SpeedSettings() if speed is True else speed
     if timed:

@@ -62,7 +62,10 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
     }
     for name, column in columns.items():
         if len(column) != layers:
-            raise UserError(f"{path}: {name} has {len(column)} entries for {layers} layers")
+            raise UserError(
+                f"{path}: {name} has {len(column)} entries for {layers} layers; is the plan for "
+                "another model?"
+            )
         wanted = str if name in ("form", "gauge", "key_cache") else int
         if not all(isinstance(entry, wanted) for entry in column):
             raise UserError(f"{path}: {name} holds something that is no {wanted.__name__}")
