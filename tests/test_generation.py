@@ -139,6 +139,16 @@ def test_static_cache_compiles_as_one_graph(tiny_llama, layout) -> None:
         torch.testing.assert_close(logits[:, 0], expected[:, t], atol=1e-5, rtol=1e-5)
 
 
+def test_latent_keys_refuse_positions_of_the_last_token_only(tiny_llama) -> None:
+    model = convert_tiny(tiny_llama("gqa"), **LAYOUTS["latent absorbed"])
+    tokens = prompt(batch=1)
+    cache = model(tokens, use_cache=True).past_key_values
+    hidden = model.model.embed_tokens(tokens[:, -1:])
+    last = model.model.rotary_emb(hidden, torch.tensor([[tokens.shape[1]]]))
+    with pytest.raises(ValueError, match="need cached_position_embeddings"):
+        model.model.layers[0].self_attn(hidden, last, past_key_values=cache)
+
+
 def test_assisted_and_prompt_lookup(converted, tiny_llama) -> None:
     tokens = prompt(batch=1)
     expected = converted.generate(tokens, max_new_tokens=NEW, do_sample=False, use_cache=False)

@@ -255,6 +255,11 @@ class TPAAttention(nn.Module):
         """
         shape = self.shape
         if shape.latent_keys:
+            if table[0].shape[2] != packed.shape[2]:  # one position would broadcast over all
+                raise ValueError(
+                    f"{packed.shape[2]} cached positions, but position embeddings of "
+                    f"{table[0].shape[2]}: latent keys need cached_position_embeddings"
+                )
             keys = nn.functional.linear(
                 packed[:, 0], self.key_gauge.flatten(0, 1), self.key_offset.flatten()
             )
