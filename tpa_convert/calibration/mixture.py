@@ -7,12 +7,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.calibration.packing import packed_blocks
-from tpa_convert.calibration.text import load_documents
+from tpa_convert.calibration.text import load_documents, local_files
 from tpa_convert.calibration.tokens import Documents
 from tpa_convert.errors import UserError
 
@@ -39,10 +38,9 @@ def load_mixture(
     if not texts:
         return {}
     names = [name for name, _ in texts]
-    if all(share is None for _, share in texts):
-        documents = load_documents(names, text_column=text_column)
-        if len(names) == 1 or isinstance(documents, Dataset):
-            return {", ".join(names): (documents, 1.0)}
+    unshared = all(share is None for _, share in texts)
+    if unshared and (len(names) == 1 or all(local_files(name) is not None for name in names)):
+        return {", ".join(names): (load_documents(names, text_column=text_column), 1.0)}
     loaded = {name: load_documents(name, text_column=text_column) for name in names}
     shares = dict.fromkeys(loaded, 0.0)
     for name, share in texts:

@@ -17,6 +17,10 @@ sum with respect to the student's logits [C, V]."""
 CHUNK_BYTES = 640 * 2**20
 
 
+def _softened(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
+    return logits if temperature == 1.0 else tuple(part / temperature for part in logits)
+
+
 def forward_kl(
     student_logits_CV: Tensor, teacher_logits_CV: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -27,9 +31,9 @@ def forward_kl(
     The arithmetic is fp32; the gradient has the dtype of `student_logits_CV`.
     """
     dtype = student_logits_CV.dtype
-    if temperature != 1.0:
-        student_logits_CV = student_logits_CV / temperature
-        teacher_logits_CV = teacher_logits_CV / temperature
+    student_logits_CV, teacher_logits_CV = _softened(
+        temperature, student_logits_CV, teacher_logits_CV
+    )
     log_student = torch.log_softmax(student_logits_CV, dim=-1, dtype=torch.float32)
     log_teacher = torch.log_softmax(teacher_logits_CV, dim=-1, dtype=torch.float32)
     teacher = log_teacher.exp()
@@ -54,9 +58,9 @@ def skewed_kl(
     if skew == 0.0:
         return forward_kl(student_logits_CV, teacher_logits_CV, temperature)
     dtype = student_logits_CV.dtype
-    if temperature != 1.0:
-        student_logits_CV = student_logits_CV / temperature
-        teacher_logits_CV = teacher_logits_CV / temperature
+    student_logits_CV, teacher_logits_CV = _softened(
+        temperature, student_logits_CV, teacher_logits_CV
+    )
     student = torch.softmax(student_logits_CV, dim=-1, dtype=torch.float32)
     log_teacher = torch.log_softmax(teacher_logits_CV, dim=-1, dtype=torch.float32)
     teacher = log_teacher.exp()
