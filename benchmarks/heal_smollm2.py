@@ -4,28 +4,29 @@
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128:latent 128 \\
         --settings seed=0 seed=1 --tasks tasks/*.jsonl.xz --quality
 
-What a run is, smollm2.py says. --refine-steps 0 heals what the closed form gives; each of
---settings heals the same refined model. --sampled and --sampled-chat sample tokens from the source,
-beside the training text or, with --sampled-only, instead of it. --tasks and --quality (positions,
-needles, chat) compare all healed models with the source.
+What a run is, smollm2.py says. --refine-steps 0 heals what the closed form gives, --heal-tokens 0
+heals nothing; each of --settings heals the same refined model. --sampled and --sampled-chat sample
+tokens from the source, beside the training text or, with --sampled-only, instead of it. --tasks and
+--quality (positions, needles, chat) compare all healed models with the source.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 
 import torch
-from quality import chat_table, needle_table, position_table, task_table
+from quality import quality_tables, task_table
 from smollm2 import Table, heal_row, load, parser, plan_of, settings_of, train_blocks
 from torch import Tensor
 
 from tpa_convert.architectures import Source, load_source
-from tpa_convert.calibration.moments import collect_moments
-from tpa_convert.calibration.text import load_documents
+from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion import convert_model
-from tpa_convert.evaluation.perplexity import blocks_by_source
 from tpa_convert.healing import HealingSettings
 from tpa_convert.healing.sampling import sample_blocks
 from tpa_convert.modeling import TPAForCausalLM
@@ -43,16 +44,32 @@ def sampled(path: str, source: Source, tokens: float, chat: bool) -> Tensor:
     return blocks
 
 
-def refined(source: Source, table: Table, run: str, moments, blocks: Tensor, steps: int):
-    """Converts and refines, with a row for each; returns the model and its floats."""
+def refined(
+    source: Source,
+    table: Table,
+    run: str,
+    moments: Callable[[], Moments],
+    blocks: Tensor,
+    steps: int,
+    folder: str | None,
+) -> tuple[TPAForCausalLM, float]:
+    """Converts and refines, or reads what an earlier run has left in the folder; with a row.
+
+    Returns: the model and its floats.
+    """
     plan = plan_of(run, source.architecture.llama_config(source.model.config))
+    kept = folder and Path(folder, f"{run.replace(':', '-')}-{steps}")
+    if kept and kept.exists():
+        kept_model = TPAForCausalLM.from_pretrained(kept, dtype=torch.float32)
+        return kept_model.to(source.model.device), plan.kv_floats
     start = time.perf_counter()
-    model: TPAForCausalLM = convert_model(source, plan, moments).to(source.model.device)
-    table.row(f"{run} closed form", model, plan.kv_floats, time.perf_counter() - start)
+    model = convert_model(source, plan, moments()).to(source.model.device)
     if steps:
-        start = time.perf_counter()
         refine(source.model, model, blocks, RefinementSettings(steps=steps))
-        table.row(f"{run} refined", model, plan.kv_floats, time.perf_counter() - start)
+    kind = "refined" if steps else "closed form"
+    table.row(f"{run} {kind}", model, plan.kv_floats, time.perf_counter() - start)
+    if kept:
+        model.save_pretrained(kept)
     return model, plan.kv_floats
 
 
@@ -61,6 +78,7 @@ def main() -> None:
     options.add_argument("--runs", nargs="+", default=["128"])
     options.add_argument("--refine-steps", type=int, default=600)
     options.add_argument("--refine-blocks", type=int, default=256, help="1024 tokens each")
+    options.add_argument("--refined", help="folder to keep refined models in, or to take them from")
     options.add_argument("--heal-tokens", type=float, default=10e6)
     options.add_argument("--settings", nargs="+", default=[""], help="seed=1,learning_rate=1e-4")
     options.add_argument("--sampled", type=float, default=0)
@@ -72,7 +90,11 @@ def main() -> None:
     source = load(arguments.source)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)
     blocks = train_blocks(arguments.train, source, 1024, arguments.refine_blocks)
-    moments = collect_moments(source, blocks)
+
+    @cache
+    def moments() -> Moments:
+        return collect_moments(source, blocks)
+
     parts = [] if arguments.sampled_only else [train_blocks(arguments.train, source, 1024)]
     for tokens, chat in ((arguments.sampled, False), (arguments.sampled_chat, True)):
         if tokens:
@@ -81,8 +103,10 @@ def main() -> None:
     models = {"source": source.model}
     for run in arguments.runs:
         torch.compiler.reset()  # the compiler's cache has room for a few shapes only
-        start, floats = refined(source, table, run, moments, blocks, arguments.refine_steps)
-        for text in arguments.settings:
+        start, floats = refined(
+            source, table, run, moments, blocks, arguments.refine_steps, arguments.refined
+        )
+        for text in arguments.settings if arguments.heal_tokens else ():
             torch.compiler.reset()
             student = copy.deepcopy(start)
             changed = {
@@ -96,11 +120,7 @@ def main() -> None:
     if arguments.tasks:
         task_table(models, source.tokenizer, arguments.tasks)
     if arguments.quality:
-        texts = blocks_by_source(source.tokenizer, load_documents(arguments.valid), 8192, 8)
-        position_table(models, texts)
-        filler = source.tokenizer.decode(torch.cat([part.flatten() for part in texts.values()]))
-        needle_table(models, source.tokenizer, filler)
-        chat_table(models, source.tokenizer)
+        quality_tables(models, source.tokenizer, arguments.valid)
 
 
 if __name__ == "__main__":

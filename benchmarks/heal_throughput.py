@@ -10,8 +10,9 @@ second, peak memory of a GPU, share of its peak arithmetic (MFU) and losses of w
 (`heal()`) by batch size and by what is compiled. No download. A variant is left out once --seconds
 are spent; --variants picks some, in their order.
 
-In the shape 135m both models are SmolLM2-135M; in 1b a Llama of 1.1 B parameters (TinyLlama's
-shape) teaches its conversion at a third of the cache.
+In the shape 135m both models are SmolLM2-135M, in 135m-third the student is converted to a third of
+the cache with latent keys; in 1b a Llama of 1.1 B parameters (TinyLlama's shape) teaches its
+conversion at a third of the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,9 +28,8 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from accelerate.utils import broadcast_object_list
-from smollm2 import device_name
+from machine import device_name, versions
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
@@ -44,16 +43,18 @@ DEVICE = "cuda"
 BLOCKS, LENGTH = 32, 1024
 
 
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
+    "135m": SMOLLM2,
+    "135m-third": SMOLLM2,
     "1b": {
         "vocab_size": 32000,
         "hidden_size": 2048,
@@ -64,7 +65,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-CONVERTED = {"1b": {"form": "static", "gauge": "absorbed", "width_k": 88, "width_v": 88}}
+CONVERTED = {
+    "135m-third": {"gauge": "absorbed", "key_cache": "latent", "width_k": 48, "width_v": 80},
+    "1b": {"gauge": "absorbed", "width_k": 88, "width_v": 88},
+}
 
 # name -> (batch size, what to compile: nothing, equal layers once, the whole decoder)
 VARIANTS = {
@@ -74,7 +78,11 @@ VARIANTS = {
     "b8-eager": (8, "nothing"),
     "b32-decoder": (32, "decoder"),
 }
-DEFAULT_VARIANTS = {"135m": list(VARIANTS), "1b": ["b16-layers", "b8-layers"]}
+DEFAULT_VARIANTS = {
+    "135m": list(VARIANTS),
+    "135m-third": ["b32-layers"],
+    "1b": ["b16-layers", "b8-layers"],
+}
 
 
 def random_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -177,12 +185,7 @@ def main() -> None:
     start = time.perf_counter()
     first = processes().is_main_process
     show = partial(print, flush=True) if first else lambda *_: None
-    show(
-        f"{processes().num_processes} x {device_name()}, {options.shape}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}"
-    )
+    show(f"{processes().num_processes} x {device_name()}, {options.shape}, {versions()}")
     if not options.no_loss and first:
         vocab = SHAPES[options.shape]["vocab_size"]
         show(f"\nKL over {BLOCKS * LENGTH} tokens, vocabulary {vocab}, bf16 logits")

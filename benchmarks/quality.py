@@ -3,8 +3,8 @@
     python benchmarks/quality.py SmolLM2-135M-Instruct.Q4_1.gguf small healed \\
         --valid healing-valid.jsonl.xz --tasks tasks/*.jsonl.xz
 
-Held-out text gives the positions, and hides the needles; without --valid, or without --tasks, the
-tables that need them are left out. The models have to share the source's tokenizer.
+Held-out text gives the positions, and hides the needles. The models have to share the source's
+tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from random import Random
 from statistics import fmean
 
 import torch
-from smollm2 import device_name, load
+from machine import device_name, versions
+from smollm2 import load, tf32
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -81,6 +82,7 @@ def position_table(models: Mapping[str, PreTrainedModel], blocks: Mapping[str, T
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+@tf32()
 def task_table(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
@@ -240,11 +242,30 @@ def chat_table(
         print(f"| {name} | {cells} | {text.perplexity:.3f} | {ratio} |", flush=True)
 
 
+@tf32()
+def quality_tables(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    valid: str,
+    lengths: Sequence[int] = (1024, 2048, 4096, 8192),
+    answer_tokens: int = 128,
+) -> None:
+    """Positions and needles in the held-out text of a file, and chat if the tokenizer knows it."""
+    blocks = blocks_by_source(tokenizer, load_documents(valid), max(lengths), 8)
+    position_table(models, blocks)
+    filler = tokenizer.decode(torch.cat([part.flatten() for part in blocks.values()]))
+    needle_table(models, tokenizer, filler, lengths)
+    if tokenizer.chat_template:
+        chat_table(models, tokenizer, max_new_tokens=answer_tokens)
+    else:
+        print("\nNo chat: the source's tokenizer has no chat template.")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("source", help="the source model")
     options.add_argument("models", nargs="+", help="directories of converted models")
-    options.add_argument("--valid", help="jsonl text with a `source` column")
+    options.add_argument("--valid", required=True, help="jsonl text with a `source` column")
     options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
     options.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     options.add_argument("--answer-tokens", type=int, default=128)
@@ -254,19 +275,12 @@ def main() -> None:
     for directory in arguments.models:
         model, _ = load_converted(directory, dtype=torch.float32)
         models[Path(directory).name] = model.to(source.model.device)
-    print(f"{device_name()}, torch {torch.__version__}")
+    print(f"{device_name()}, {versions()}")
     if arguments.tasks:
         task_table(models, source.tokenizer, arguments.tasks)
-    if arguments.valid:
-        documents = load_documents(arguments.valid)
-        blocks = blocks_by_source(source.tokenizer, documents, max(arguments.lengths), 8)
-        position_table(models, blocks)
-        filler = source.tokenizer.decode(torch.cat([b.flatten() for b in blocks.values()]))
-        needle_table(models, source.tokenizer, filler, arguments.lengths)
-    if source.tokenizer.chat_template:
-        chat_table(models, source.tokenizer, max_new_tokens=arguments.answer_tokens)
-    else:
-        print("\nNo chat: the source's tokenizer has no chat template.")
+    quality_tables(
+        models, source.tokenizer, arguments.valid, arguments.lengths, arguments.answer_tokens
+    )
 
 
 if __name__ == "__main__":

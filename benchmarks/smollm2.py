@@ -11,18 +11,18 @@ A run is a number of floats, or widths K+V, and after colons: a gauge (`absorbed
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import transformers
 import yaml
+from machine import device_name, versions
 from torch import Tensor
 
 from tpa_convert.architectures import Source, load_source
@@ -63,6 +63,17 @@ def train_blocks(path: str, source: Source, length: int, count: int | None = Non
     return blocks[order[:count]].long()
 
 
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Matrix products of fp32 numbers in TF32 on a GPU, which is precise enough to evaluate."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @dataclass
 class Table:
     """Perplexity on each held-out source beside the source model's, printed as it grows."""
@@ -74,10 +85,7 @@ class Table:
     @classmethod
     def start(cls, source: Source, valid: str, max_blocks: int) -> Table:
         """Evaluates the source and prints the head of the table."""
-        print(
-            f"{device_name()}, Python {platform.python_version()}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}\n"
-        )
+        print(f"{device_name()}, {versions()}\n")
         blocks = blocks_by_source(source.tokenizer, load_documents(valid), 1024, max_blocks)
         table = cls(source, blocks, {})
         names = " | ".join(f"{name} ({len(part)})" for name, part in blocks.items())
@@ -92,7 +100,8 @@ class Table:
         perplexities, kl, top1, tokens = {}, 0.0, 0.0, 0
         for key, part in self.blocks.items():
             models = {"source": self.source.model, "model": model}
-            scores, agreements = compare(models, part, batch_size=8)
+            with tf32():
+                scores, agreements = compare(models, part, batch_size=8)
             perplexities[key] = scores["model"].perplexity
             kl += agreements["model"].kl * agreements["model"].tokens
             top1 += agreements["model"].top1 * agreements["model"].tokens
@@ -195,9 +204,3 @@ def load(path: str) -> Source:
     """The source in fp32, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_source(Path(path), device=device)
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
