@@ -17,8 +17,10 @@ sum with respect to the student's logits [C, V]."""
 CHUNK_BYTES = 640 * 2**20
 
 
-def _softened(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
-    return logits if temperature == 1.0 else tuple(part / temperature for part in logits)
+def _log_softmax_shift(logits_CV: Tensor) -> Tensor:
+    """What to subtract from logits for the logarithms of their softmax: [C, 1]."""
+    largest = logits_CV.amax(-1, keepdim=True)
+    return largest + (logits_CV - largest).exp_().sum(-1, keepdim=True).log_()
 
 
 def forward_kl(
@@ -30,17 +32,7 @@ def forward_kl(
     section 2.1). With it, the gradient with respect to s is τ (softmax(s/τ) − softmax(t/τ)).
     The arithmetic is fp32; the gradient has the dtype of `student_logits_CV`.
     """
-    dtype = student_logits_CV.dtype
-    student_logits_CV, teacher_logits_CV = _softened(
-        temperature, student_logits_CV, teacher_logits_CV
-    )
-    log_student = torch.log_softmax(student_logits_CV, dim=-1, dtype=torch.float32)
-    log_teacher = torch.log_softmax(teacher_logits_CV, dim=-1, dtype=torch.float32)
-    teacher = log_teacher.exp()
-    # In place, because each of these has chunk times vocabulary numbers.
-    divergence = log_teacher.sub_(log_student).mul_(teacher).sum()
-    gradient = log_student.exp_().sub_(teacher).mul_(temperature)
-    return divergence * temperature**2, gradient.to(dtype)
+    return skewed_kl(student_logits_CV, teacher_logits_CV, 0.0, temperature)
 
 
 def skewed_kl(
@@ -55,24 +47,36 @@ def skewed_kl(
     Tokens of which the student thinks far too little do not run away with the loss. α = 0 is the
     forward KL. Arithmetic and dtypes are those of `forward_kl`.
     """
+    s_CV, t_CV = (x.float() / temperature for x in (student_logits_CV, teacher_logits_CV))
+    shift_s, shift_t = _log_softmax_shift(s_CV), _log_softmax_shift(t_CV)
+
+    # Functions, so that a compiler computes them anew in each pass over the logits, where stored
+    # they would be chunk times vocabulary numbers in fp32. Hence also the operations in place.
+    def student() -> Tensor:
+        return (s_CV - shift_s).exp_()
+
+    def teacher() -> Tensor:
+        return (t_CV - shift_t).exp_()
+
+    def log_ratio() -> Tensor:
+        return (s_CV - t_CV).sub_(shift_s - shift_t)
+
     if skew == 0.0:
-        return forward_kl(student_logits_CV, teacher_logits_CV, temperature)
-    dtype = student_logits_CV.dtype
-    student_logits_CV, teacher_logits_CV = _softened(
-        temperature, student_logits_CV, teacher_logits_CV
-    )
-    log_student = torch.log_softmax(student_logits_CV, dim=-1, dtype=torch.float32)
-    log_teacher = torch.log_softmax(teacher_logits_CV, dim=-1, dtype=torch.float32)
-    teacher = log_teacher.exp()
-    # t / (α t + (1 − α) s), from s / t: few exponentials and divisions, which are what a GPU waits
-    # for here. No more than e^80, because 0 · ∞ would be no number.
-    pull = log_teacher.neg_().add_(log_student).clamp_max_(80.0).exp_()
-    pull = pull.mul_(1 - skew).add_(skew).reciprocal_()
-    divergence = pull.log().mul_(teacher).sum()
+        divergence = -log_ratio().mul_(teacher()).sum()
+        gradient = student().sub_(teacher()).mul_(temperature)
+        return divergence * temperature**2, gradient.to(student_logits_CV.dtype)
+
+    def pull() -> Tensor:
+        """t / (α t + (1 − α) s)"""
+        # No more than e^80, because 0 · ∞ would be no number.
+        ratio = log_ratio().clamp_max_(80.0).exp_()
+        return ratio.mul_(1 - skew).add_(skew).reciprocal_()
+
+    divergence = pull().log_().mul_(teacher()).sum()
     # Σ s pull, since s pull = (t − α t pull) / (1 − α).
-    mean_pull = (1 - skew * teacher.mul_(pull).sum(-1, keepdim=True)) / (1 - skew)
-    gradient = log_student.exp_().mul_((1 - skew) * temperature).mul_(mean_pull - pull)
-    return divergence * temperature**2, gradient.to(dtype)
+    mean_pull = (1 - skew * teacher().mul_(pull()).sum(-1, keepdim=True)) / (1 - skew)
+    gradient = pull().neg_().add_(mean_pull).mul_(student()).mul_((1 - skew) * temperature)
+    return divergence * temperature**2, gradient.to(student_logits_CV.dtype)
 
 
 def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, compiled: bool) -> int:
@@ -115,6 +119,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
             if grad_weight is not None:
                 grad_weight += grad_CV.mT @ hidden_CD
+            del grad_CV  # before the next chunk's logits take their place
         tokens = len(student_hidden_ND)
         ctx.tokens, ctx.weight_dtype = tokens, student_weight_VD.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
