@@ -165,8 +165,10 @@ def needle_table(
         f"{length} tokens": needle_questions(tokenizer, filler, length, per_depth, seed)
         for length in lengths
     }
-    count = len(DEPTHS) * per_depth
-    choice_table(f"needles found, % of {count}", models, tokenizer, columns, batch_size=16)
+    title = f"needles found, % of {len(DEPTHS) * per_depth}"
+    # Flash attention has no fp32, and without it each text costs gigabytes of scores.
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        choice_table(title, models, tokenizer, columns, batch_size=16)
 
 
 def source_answers(

@@ -11,6 +11,7 @@ A run is a number of floats, or widths K+V, and after colons: a gauge (`absorbed
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from machine import device_name, versions
 from torch import Tensor
 
@@ -189,9 +189,10 @@ def plan_of(run: str, config: dict[str, Any], sensitivity: Sequence[LayerSensiti
 
 
 def settings_of(kind: type[S], text: str) -> S:
-    """`steps=300,seed=1` to the settings of a refinement or a healing."""
+    """`steps=300,learning_rate=1e-4` to the settings of a refinement or a healing."""
     values = dict(pair.split("=") for pair in text.split(",") if pair)
-    return kind(**{name: yaml.safe_load(value) for name, value in values.items()})
+    # JSON, because YAML takes 1e-4 for text.
+    return kind(**{name: json.loads(value) for name, value in values.items()})
 
 
 def source_heads(source: Source) -> int:

@@ -68,11 +68,11 @@ def test_refinement(model, texts, monkeypatch, capsys, tmp_path) -> None:
 
 def test_healing(model, texts, monkeypatch, capsys, tmp_path) -> None:
     options = ["--runs", "8+6", "16:latent", "--heal-tokens", "10", "--refine-blocks", "4"]
-    options += ["--refine-steps", "2", "--settings", "seed=1", "--sampled", "1024"]
+    options += ["--refine-steps", "2", "--settings", "seed=1,learning_rate=1e-4", "--sampled", "1024"]
     options += ["--refined", str(tmp_path / "refined")]
     arguments = [str(model), *texts, *options]
     output = output_of("heal_smollm2", arguments, monkeypatch, capsys)
-    names = ("refined", "seed=1 healed on 1e-05 M")
+    names = ("refined", "seed=1,learning_rate=1e-4 healed on 1e-05 M")
     assert list(rows(output)) == ["source", *(f"{r} {n}" for r in options[1:3] for n in names)]
     again = rows(output_of("heal_smollm2", arguments, monkeypatch, capsys))
     healed = {name: row for name, row in rows(output).items() if "refined" not in name}
