@@ -68,7 +68,8 @@ def test_refinement(model, texts, monkeypatch, capsys, tmp_path) -> None:
 
 def test_healing(model, texts, monkeypatch, capsys, tmp_path) -> None:
     options = ["--runs", "8+6", "16:latent", "--heal-tokens", "10", "--refine-blocks", "4"]
-    options += ["--refine-steps", "2", "--settings", "seed=1,learning_rate=1e-4", "--sampled", "1024"]
+    options += ["--refine-steps", "2", "--sampled", "1024"]
+    options += ["--settings", "seed=1,learning_rate=1e-4"]
     options += ["--refined", str(tmp_path / "refined")]
     arguments = [str(model), *texts, *options]
     output = output_of("heal_smollm2", arguments, monkeypatch, capsys)
