@@ -234,9 +234,9 @@ class HealOptions(Section):
     """Tokens per optimiser step."""
     batch_size: PositiveInt | None = None
     """Sequences per forward pass; by default chosen for the device."""
-    attention_learning_rate: PositiveFloat = 6e-4
+    attention_learning_rate: PositiveFloat = 3e-4
     """Peak learning rate of the attention layers, which were converted."""
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of everything else."""
     warmup_steps: Annotated[int, Field(ge=0)] = 40
     """Optimiser steps over which the learning rates rise to their peaks."""
