@@ -78,7 +78,7 @@ def main() -> None:
     options.add_argument("--runs", nargs="+", default=["128"])
     options.add_argument("--refine-steps", type=int, default=600)
     options.add_argument("--refine-blocks", type=int, default=256, help="1024 tokens each")
-    options.add_argument("--refined", help="folder to keep refined models in, or to take them from")
+    options.add_argument("--refined", help="folder of refined models, to reuse with the same text")
     options.add_argument("--heal-tokens", type=float, default=10e6)
     options.add_argument("--settings", nargs="+", default=[""], help="seed=1,learning_rate=1e-4")
     options.add_argument("--sampled", type=float, default=0)
