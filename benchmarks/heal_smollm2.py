@@ -5,9 +5,8 @@
         --settings seed=0 seed=1 --tasks tasks/*.jsonl.xz --quality
 
 What a run is, smollm2.py says. --refine-steps 0 heals what the closed form gives, --heal-tokens 0
-heals nothing; each of --settings heals the same refined model. --sampled and --sampled-chat sample
-tokens from the source, beside the training text or, with --sampled-only, instead of it. --tasks and
---quality (positions, needles, chat) compare all healed models with the source.
+heals nothing; each of --settings heals the same refined model. --tasks and --quality (positions,
+needles, chat) compare all healed models with the source.
 """
 
 from __future__ import annotations
@@ -24,24 +23,12 @@ from quality import quality_tables, task_table
 from smollm2 import Table, heal_row, load, parser, plan_of, settings_of, train_blocks
 from torch import Tensor
 
-from tpa_convert.architectures import Source, load_source
+from tpa_convert.architectures import Source
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion import convert_model
 from tpa_convert.healing import HealingSettings
-from tpa_convert.healing.sampling import sample_blocks
 from tpa_convert.modeling import TPAForCausalLM
 from tpa_convert.refinement import RefinementSettings, refine
-
-
-def sampled(path: str, source: Source, tokens: float, chat: bool) -> Tensor:
-    """Token blocks that the source samples, in bfloat16."""
-    model = load_source(path, dtype=torch.bfloat16, device=source.model.device).model
-    start = time.perf_counter()
-    blocks = sample_blocks(model, source.tokenizer, int(tokens), 1024, chat=chat)
-    seconds = time.perf_counter() - start
-    kind = "chats" if chat else "text"
-    print(f"<!-- {blocks.numel():,} tokens of {kind} sampled in {seconds:.1f} s -->", flush=True)
-    return blocks
 
 
 def refined(
@@ -81,9 +68,6 @@ def main() -> None:
     options.add_argument("--refined", help="folder of refined models, to reuse with the same text")
     options.add_argument("--heal-tokens", type=float, default=10e6)
     options.add_argument("--settings", nargs="+", default=[""], help="seed=1,learning_rate=1e-4")
-    options.add_argument("--sampled", type=float, default=0)
-    options.add_argument("--sampled-chat", type=float, default=0)
-    options.add_argument("--sampled-only", action="store_true")
     options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
     options.add_argument("--quality", action="store_true", help="positions, needles and chat")
     arguments = options.parse_args()
@@ -95,11 +79,7 @@ def main() -> None:
     def moments() -> Moments:
         return collect_moments(source, blocks)
 
-    parts = [] if arguments.sampled_only else [train_blocks(arguments.train, source, 1024)]
-    for tokens, chat in ((arguments.sampled, False), (arguments.sampled_chat, True)):
-        if tokens:
-            parts.append(sampled(arguments.source, source, tokens, chat))
-    training = torch.cat(parts)
+    training = train_blocks(arguments.train, source, 1024)
     models = {"source": source.model}
     for run in arguments.runs:
         torch.compiler.reset()  # the compiler's cache has room for a few shapes only

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +69,7 @@ def test_refinement(model, texts, monkeypatch, capsys, tmp_path) -> None:
 
 def test_healing(model, texts, monkeypatch, capsys, tmp_path) -> None:
     options = ["--runs", "8+6", "16:latent", "--heal-tokens", "10", "--refine-blocks", "4"]
-    options += ["--refine-steps", "2", "--sampled", "1024"]
+    options += ["--refine-steps", "2"]
     options += ["--settings", "seed=1,learning_rate=1e-4"]
     options += ["--refined", str(tmp_path / "refined")]
     arguments = [str(model), *texts, *options]
@@ -79,7 +80,17 @@ def test_healing(model, texts, monkeypatch, capsys, tmp_path) -> None:
     healed = {name: row for name, row in rows(output).items() if "refined" not in name}
     assert again == healed
     assert re.search(r"tokens/s; held-out KL after 0 M [\d.]+, 0 M [\d.]+ -->", output)
-    assert "1,024 tokens of text sampled" in output
+
+
+def test_sampling(model, texts, monkeypatch, capsys, tmp_path) -> None:
+    out = tmp_path / "sampled.npy"
+    output = output_of(
+        "sample_smollm2", [str(model), str(out), "--tokens", "40"], monkeypatch, capsys
+    )
+    assert "1,024 tokens in" in output
+    blocks = np.load(out)
+    assert blocks.shape == (1, 1024)
+    assert len(np.unique(blocks)) > 10
 
 
 def test_ablation(model, texts, monkeypatch, capsys) -> None:

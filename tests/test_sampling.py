@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import StaticCache
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tests.conftest import make_tiny_llama
 from tpa_convert import terminal
 from tpa_convert.errors import UserError
 from tpa_convert.healing.chat import chat_script
-from tpa_convert.healing.sampling import sample_blocks
+from tpa_convert.healing.sampling import GROUPED_SDPA, sample_blocks
 
 
 class Tokenizer:
@@ -69,6 +70,17 @@ def test_tokens_follow_the_distribution_of_the_model() -> None:
 def test_a_cold_model_repeats_its_likeliest_text() -> None:
     blocks = sample(make_tiny_llama(), temperature=1e-4)
     assert (blocks == blocks[0]).all()
+
+
+def test_decoding_for_samples_equals_the_model() -> None:
+    model = make_tiny_llama()
+    tokens = torch.randint(3, 20, (2, 9))
+    expected = model(tokens).logits
+    model.set_attn_implementation(GROUPED_SDPA)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    parts = [tokens[:, :4], *tokens[:, 4:].split(1, dim=1)]
+    logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 def test_without_any_start_token() -> None:

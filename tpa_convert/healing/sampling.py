@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.errors import UserError
@@ -21,6 +26,36 @@ from tpa_convert.healing.chat import ChatTurns, chat_script
 
 GPU_BATCH = 1024  # sampling is bound by launches and weights, so many sequences cost little more
 CPU_BATCH = 16
+GROUPED_SDPA = "tpa_convert_grouped_sdpa"
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA that reads the cache once in a decoding step where transformers copies it for all heads.
+
+    Query heads [B, H, 1, D] that share keys and values [B, G, T, D] become queries of one head.
+    """
+    batch, heads, length, width = query.shape
+    if length > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    grouped = query.reshape(batch, key.shape[1], -1, width)
+    output = nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register(GROUPED_SDPA, grouped_attention)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
 
 
 @torch.no_grad()
@@ -126,14 +161,17 @@ def _gpu_batch(model: PreTrainedModel, block_length: int) -> int:
 def _generation(model: PreTrainedModel, config: GenerationConfig, seed: int) -> Iterator[None]:
     """Seeded generation with a config; the model, the seed and the GPU's memory are given back."""
     cuda = model.device.type == "cuda"
-    original = model.generation_config
+    original, attention = model.generation_config, model.config._attn_implementation
     with torch.random.fork_rng([model.device] if cuda else []):
         torch.manual_seed(seed)
         model.generation_config = config  # generate() fills gaps of a given one from the model's
+        if attention == "sdpa":
+            model.set_attn_implementation(GROUPED_SDPA)
         try:
             yield
         finally:
             model.generation_config = original
+            model.set_attn_implementation(attention)
             if cuda:
                 vars(model).pop("_compiled_call", None)
                 torch.compiler.reset()  # the graphs hold memory that training needs
