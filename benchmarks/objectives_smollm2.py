@@ -2,6 +2,8 @@
 
     python benchmarks/objectives_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --heal-tokens 5e6 \\
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --rows 'KL|rate'
+
+Other models work too; short runs and small ones want smaller steps (`--settings`).
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
+from smollm2 import Table, heal_row, load, parser, plan_of, settings_of, train_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion import convert_model
-from tpa_convert.healing import DistillationTrainer
+from tpa_convert.healing import DistillationTrainer, HealingSettings
 from tpa_convert.healing import run as healing_run
 from tpa_convert.refinement import RefinementSettings, refine
 
@@ -146,7 +148,8 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
             registered.remove()
 
 
-# "trainer" takes DistillationTrainer's place; the rest goes to heal() and its settings.
+# "trainer" takes DistillationTrainer's place, "times" multiplies settings of the first row, and all
+# else goes to heal() and its settings.
 ROWS: dict[str, dict[str, Any]] = {
     "skewed KL, 0.1": {},
     "forward KL": {"skew": 0.0},
@@ -166,12 +169,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "temperature 2": {"temperature": 2.0},
     "attention only": {"trainable": "attention"},
     "attention, and LoRA on the MLPs": {"trainable": "lora"},
-    "rates halved": {"attention_learning_rate": 1.5e-4, "learning_rate": 5e-5},
-    "rates doubled": {"attention_learning_rate": 6e-4, "learning_rate": 2e-4},
-    "one rate, 3e-4": {"learning_rate": 3e-4},
-    "the rest at 1e-5": {"learning_rate": 1e-5},
-    "steps of 16 k tokens": {"tokens_per_step": 16 * 1024},
-    "steps of 64 k tokens": {"tokens_per_step": 64 * 1024},
+    "rates halved": {"times": {"attention_learning_rate": 0.5, "learning_rate": 0.5}},
+    "rates doubled": {"times": {"attention_learning_rate": 2, "learning_rate": 2}},
+    "the same rate everywhere": {"times": {"learning_rate": 3}},
+    "the rest at a tenth of its rate": {"times": {"learning_rate": 0.1}},
+    "steps of half the tokens": {"times": {"tokens_per_step": 0.5}},
+    "steps of twice the tokens": {"times": {"tokens_per_step": 2}},
     "weight decay 0.1": {"weight_decay": 0.1},
 }
 
@@ -182,24 +185,32 @@ def main() -> None:
     options.add_argument("--run", default="128:absorbed", help="what is healed, see smollm2.py")
     options.add_argument("--refine-steps", type=int, default=600)
     options.add_argument("--rows", default="", help="only rows that match this pattern")
+    options.add_argument("--length", type=int, default=1024, help="tokens of a block")
+    options.add_argument("--settings", default="", help="of all rows: tokens_per_step=4096,seed=1")
     arguments = options.parse_args()
     source = load(arguments.source)
     config = source.architecture.llama_config(source.model.config)
-    table = Table.start(source, arguments.valid, arguments.valid_blocks)
-    blocks = train_blocks(arguments.train, source, 1024, arguments.calibration_blocks)
+    table = Table.start(source, arguments.valid, arguments.valid_blocks, arguments.length)
+    length = arguments.length
+    blocks = train_blocks(arguments.train, source, length, arguments.calibration_blocks)
     plan = plan_of(arguments.run, config)
     refined = convert_model(source, plan, collect_moments(source, blocks))
     refined = refined.to(source.model.device)
     refine(source.model, refined, blocks, RefinementSettings(steps=arguments.refine_steps))
     table.row("refined", refined, plan.kv_floats, 0.0)
-    training = train_blocks(arguments.train, source, 1024)
-    for name, changes in ROWS.items():
+    training = train_blocks(arguments.train, source, length)
+    base = settings_of(HealingSettings, arguments.settings)
+    given = {pair.split("=")[0] for pair in arguments.settings.split(",") if pair}
+    for name, row in ROWS.items():
         if re.search(arguments.rows, name):
             torch._dynamo.reset()
             student = copy.deepcopy(refined)
-            options = {key: value for key, value in changes.items() if key != "trainer"}
-            healing_run.DistillationTrainer = changes.get("trainer", DistillationTrainer)
-            heal_row(table, name, student, training, arguments, plan.kv_floats, **options)
+            changes = {key: getattr(base, key) for key in given} | row
+            for key, factor in changes.pop("times", {}).items():
+                value = getattr(base, key)
+                changes[key] = type(value)(value * factor)
+            healing_run.DistillationTrainer = changes.pop("trainer", DistillationTrainer)
+            heal_row(table, name, student, training, arguments, plan.kv_floats, **changes)
 
 
 if __name__ == "__main__":

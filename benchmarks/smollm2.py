@@ -83,10 +83,10 @@ class Table:
     reference: dict[str, float]
 
     @classmethod
-    def start(cls, source: Source, valid: str, max_blocks: int) -> Table:
+    def start(cls, source: Source, valid: str, max_blocks: int, length: int = 1024) -> Table:
         """Evaluates the source and prints the head of the table."""
         print(f"{device_name()}, {versions()}\n")
-        blocks = blocks_by_source(source.tokenizer, load_documents(valid), 1024, max_blocks)
+        blocks = blocks_by_source(source.tokenizer, load_documents(valid), length, max_blocks)
         table = cls(source, blocks, {})
         names = " | ".join(f"{name} ({len(part)})" for name, part in blocks.items())
         print(f"| | floats | {names} | ratio | KL | top-1 % | seconds |", flush=True)
