@@ -293,6 +293,7 @@ def test_heal_ends_with_a_summary(converted: Path, text: Path, tmp_path: Path) -
     files = ["--text", text, "--valid-text", valid, "--out", out]
     result = tpa_convert("heal", converted, *files, *HEAL)
     assert result.exit_code == 0, result.output
+    assert "led away" not in result.stderr
     report = json.loads((out / "tpa_convert.json").read_text())["heal"]["report"]
     before, after = (report["valid_perplexities"][end][1] for end in (0, -1))
     source = report["source_perplexity"]
@@ -303,6 +304,20 @@ def test_heal_ends_with_a_summary(converted: Path, text: Path, tmp_path: Path) -
     card = (out / "README.md").read_text()
     assert "(loss.png)" in card
     assert f"from {before:.2f} to {after:.2f}; the source's is {source:.2f}." in card
+
+
+def test_heal_warns_where_it_harms(converted: Path, text: Path, tmp_path: Path) -> None:
+    valid = tmp_path / "valid.txt"
+    valid.write_text("Held-out text, word by word. " * 100)
+    options = ["--text", text, "--valid-text", valid, "--out", tmp_path / "healed"]
+    rates = ["--learning-rate", "1", "--attention-learning-rate", "1"]
+    result = tpa_convert("heal", converted, *options, *HEAL, *rates)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"^warning: healing led away from the source \(held-out KL \S+ -> \S+\): .*as it was$",
+        result.stderr,
+        re.MULTILINE,
+    )
 
 
 def test_logs_of_a_healing_lie_in_its_output(converted: Path, text: Path, tmp_path: Path) -> None:

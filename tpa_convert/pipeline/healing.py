@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,6 +141,13 @@ def heal(
         if (checkpoints / LOGS).is_dir():
             shutil.copytree(checkpoints / LOGS, target / LOGS)
     shutil.rmtree(checkpoints, ignore_errors=True)
+    before, after = report.valid_loss_before, report.valid_loss_after
+    if before is not None and after is not None and after > before:
+        warnings.warn(
+            f"healing led away from the source (held-out KL {before:.4f} -> {after:.4f}): train on "
+            "more tokens or at lower rates, or keep the model as it was",
+            stacklevel=2,
+        )
     return HealingResult(out, report)
 
 
