@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -89,47 +89,25 @@ class HardLabels(DistillationTrainer):
             self.divergence = plain
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    return list(model.get_decoder().layers)
-
-
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    return [layer.self_attn for layer in decoder_layers(model)]
+    return [layer.self_attn for layer in model.get_decoder().layers]
 
 
-class Matching(DistillationTrainer):
-    """Adds the relative squared distance of what modules put out, mean over them.
-
-    Args:
-        modules: of a model; both models' are matched in their order.
-        weight: of the added term.
-        fade: share of the run over which the weight falls to zero; infinite keeps it.
-    """
-
-    def __init__(
-        self,
-        *,
-        modules: Callable[[PreTrainedModel], list[nn.Module]],
-        weight: float = 1.0,
-        fade: float = math.inf,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.modules, self.weight, self.fade = modules, weight, fade
+class AttentionOutputs(DistillationTrainer):
+    """Adds the relative squared distance of what the attention layers put out, mean over them."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        teacher, student = self.modules(self.teacher), self.modules(self.model)
+        teacher, student = attention_layers(self.teacher), attention_layers(self.model)
         with recorded(teacher) as self.targets, recorded(student) as self.outputs:
             return super().compute_loss(*args, **kwargs)
 
     def hidden_loss(self, *args: Any) -> Tensor:
         loss = super().hidden_loss(*args)
-        done = self.state.global_step / self.args.max_steps
         distances = [
             (output.float() - target.float()).square().mean() / target.float().square().mean()
             for output, target in zip(self.outputs, self.targets, strict=True)
         ]
-        return loss + self.weight * max(0.0, 1 - done / self.fade) * sum(distances) / len(distances)
+        return loss + sum(distances) / len(distances)
 
 
 @contextmanager
@@ -159,13 +137,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "Jensen-Shannon": {"divergence": jensen_shannon},
     "hard labels, 0.1": {"trainer": partial(HardLabels, share=0.1)},
     "hard labels, 0.3": {"trainer": partial(HardLabels, share=0.3)},
-    "hidden states": {"trainer": partial(Matching, modules=decoder_layers)},
-    "hidden states, fading": {"trainer": partial(Matching, modules=decoder_layers, fade=0.3)},
+    "hidden states, 1": {"hidden_weight": 1.0},
+    "hidden states, 3": {"hidden_weight": 3.0},
     # Hooks inside of a compiled layer would not be called.
-    "attention outputs": {
-        "trainer": partial(Matching, modules=attention_layers),
-        "torch_compile": False,
-    },
+    "attention outputs": {"trainer": AttentionOutputs, "torch_compile": False},
     "temperature 2": {"temperature": 2.0},
     "attention only": {"trainable": "attention"},
     "attention, and LoRA on the MLPs": {"trainable": "lora"},

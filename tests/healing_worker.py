@@ -32,14 +32,12 @@ def blocks(count: int, seed: int) -> Tensor:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
-    "tied": {"tied": True},
+    "tied": {"tied": True, "hidden_weight": 0.5},
     "lora": {"trainable": "lora"},
 }
 
 
-def run(
-    directory: Path, *, tied: bool = False, trainable: Any = "all"
-) -> tuple[HealingReport, Any]:
+def run(directory: Path, *, tied: bool = False, **changes: Any) -> tuple[HealingReport, Any]:
     """Heals a tiny converted model on whatever processes there are."""
     teacher = make_tiny_llama(tie_word_embeddings=tied)
     student = convert_tiny(teacher, width_k=12, width_v=8)
@@ -51,9 +49,9 @@ def run(
         learning_rate=3e-3,
         warmup_steps=2,
         valid_steps=3,
-        trainable=trainable,
         bf16=False,
         torch_compile=False,
+        **changes,
     )
     report = heal(
         student,

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,22 @@ def test_chunks_shrink_with_the_vocabulary() -> None:
     assert default_chunk_tokens(10**10, torch.float32, compiled=False) == 1
 
 
-@pytest.mark.parametrize("tied", [False, True])
+def layer_outputs(model: Any, blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the hidden states after each layer."""
+    states: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, arguments, output: states.append(output))
+        for layer in model.model.layers
+    ]
+    logits = model(blocks).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, states
+
+
+@pytest.mark.parametrize(("tied", "hidden_weight"), [(False, 0.0), (True, 0.0), (False, 0.7)])
 def test_loss_of_the_trainer_equals_plain_distillation(
-    tied: bool, random_tokens: Any, tmp_path: Path
+    tied: bool, hidden_weight: float, random_tokens: Any, tmp_path: Path
 ) -> None:
     """One step of heal() moves every parameter as AdamW does on plainly computed gradients."""
     teacher = make_tiny_llama("gqa", seed=1, tie_word_embeddings=tied)
@@ -152,7 +165,12 @@ def test_loss_of_the_trainer_equals_plain_distillation(
     blocks = random_tokens(8, 16)
     reference = copy.deepcopy(student).requires_grad_(True)
 
-    loss = plain_kl(reference(blocks).logits, teacher(blocks).logits, 2.0, HealingSettings.skew)
+    logits, states = layer_outputs(reference, blocks)
+    targets, target_states = layer_outputs(teacher, blocks)
+    loss = plain_kl(logits, targets, 2.0, HealingSettings.skew)
+    for state, target in zip(states, target_states, strict=True):
+        missed = (state - target).square().mean((0, 1)) / target.var((0, 1), correction=0)
+        loss = loss + hidden_weight * missed.mean() / len(states)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     groups = parameter_groups(
@@ -168,6 +186,7 @@ def test_loss_of_the_trainer_equals_plain_distillation(
         learning_rate=3e-3,
         weight_decay=0.1,
         temperature=2.0,
+        hidden_weight=hidden_weight,
     )
     report = heal(
         student, teacher, None, blocks, settings=one_step, output_dir=tmp_path, progress=False
@@ -482,36 +501,66 @@ def test_blocks_are_all_seen_equally_often(blocks: int, samples: int, seed: int)
     assert torch.equal(dataset.order, again.order)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("gradient_checkpointing", "hidden_weight"), [(False, 0.0), (True, 0.0), (True, 0.5)]
+)
 def test_compiled_runs_have_the_same_losses_and_few_graphs(
     gradient_checkpointing: bool,
+    hidden_weight: float,
     random_tokens: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blocks = random_tokens(64, 16)
-    expected, _ = run(tmp_path / "eager", blocks, tokens=5 * 64)
+    changes = {"tokens": 5 * 64, "hidden_weight": hidden_weight}
+    expected, _ = run(tmp_path / "eager", blocks, **changes)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     report, _ = run(
         tmp_path / "compiled",
         blocks,
-        tokens=5 * 64,
+        **changes,
         torch_compile=True,
         gradient_checkpointing=gradient_checkpointing,
     )
     torch.testing.assert_close(report.losses, expected.losses, rtol=1e-4, atol=1e-6)
-    # A layer and the final norm, of student and teacher, and the loss; nothing is compiled twice.
-    assert counters["stats"]["unique_graphs"] == 5
+    # A layer and the final norm, of student and teacher, and the loss, which may have two parts;
+    # nothing is compiled twice.
+    assert counters["stats"]["unique_graphs"] == 5 + bool(hidden_weight)
     assert not counters["graph_break"]
 
 
-def test_layers_of_different_shapes_are_compiled_together() -> None:
-    model = make_tiny_llama()
-    assert modules_to_compile(model) == [*model.model.layers, model.model.norm]
-    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 65, bias=False)
-    assert modules_to_compile(model) == [model.model]
+def test_layers_of_different_shapes_are_compiled_together(
+    random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their hidden states are matched all the same."""
+    teacher, blocks = make_tiny_llama(seed=1), random_tokens(20, 16)
+
+    def uneven() -> Any:
+        model = make_tiny_llama()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(model.model.layers[1].mlp, name)
+            shape = [size // 2 if size == 64 else size for size in linear.weight.shape]
+            setattr(model.model.layers[1].mlp, name, torch.nn.Linear(*shape[::-1], bias=False))
+        return model
+
+    student = uneven()
+    assert modules_to_compile(teacher) == [*teacher.model.layers, teacher.model.norm]
+    assert modules_to_compile(student) == [student.model]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for compiled in (False, True):
+        copied = copy.deepcopy(student)
+        options = HealingSettings(
+            **asdict(SETTINGS) | {"tokens": 4 * 64, "torch_compile": compiled, "hidden_weight": 0.5}
+        )
+        folder = tmp_path / str(compiled)
+        report = heal(
+            copied, teacher, None, blocks, settings=options, output_dir=folder, progress=False
+        )
+        losses.append(report.losses)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
 
 
 def test_batch_sizes() -> None:
@@ -607,6 +656,11 @@ def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: P
     )
     assert report.valid_loss_before == pytest.approx(expected.item(), rel=1e-4)
     assert report.losses[-1][1] < 0.8 * report.losses[0][1]
+    options = replace(options, hidden_weight=0.1)
+    with pytest.raises(
+        UserError, match=r"2 layers of width 32, the source 3 .* 48; set hidden_wei"
+    ):
+        heal(student, teacher, None, blocks, settings=options, output_dir=tmp_path / "other")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -429,6 +429,15 @@ Skew = Annotated[
 Temperature = Annotated[
     float, option("--temperature", "Softens both distributions of the loss.", TRAINING, metavar="X")
 ]
+HiddenWeight = Annotated[
+    float,
+    option(
+        "--hidden-weight",
+        "Weight in the loss of the distance between both models' hidden states; 0 leaves it out.",
+        TRAINING,
+        metavar="X",
+    ),
+]
 
 GradientCheckpointing = Annotated[
     bool, flag("--gradient-checkpointing", "Need less memory, take longer.", TRAINING)

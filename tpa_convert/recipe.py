@@ -249,6 +249,8 @@ class HealOptions(Section):
     """Share of the source mixed into the student before they are compared; 0 is the forward KL."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions of the distillation loss."""
+    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight in the loss of the distance between both models' hidden states after each layer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, on matrices."""
     seed: int = 0

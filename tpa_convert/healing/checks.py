@@ -44,6 +44,24 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
+def check_hidden_states(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse models whose hidden states cannot be compared layer by layer.
+
+    Raises:
+        UserError: other depths or widths.
+    """
+    shapes = [
+        (len(model.get_decoder().layers), model.get_input_embeddings().weight.shape[1])
+        for model in (student, teacher)
+    ]
+    if shapes[0] != shapes[1]:
+        one, other = (f"{depth} layers of width {width}" for depth, width in shapes)
+        raise UserError(
+            f"cannot match hidden states: the converted model has {one}, the source {other}; set "
+            "hidden_weight to 0"
+        )
+
+
 @contextmanager
 def memory_errors(batch_size: int) -> Iterator[None]:
     """Says what to do about too little GPU memory."""

@@ -79,6 +79,20 @@ def skewed_kl(
     return divergence * temperature**2, gradient.to(student_logits_CV.dtype)
 
 
+def hidden_distance(student_BLD: Tensor, teacher_BLD: Tensor, variance_D: Tensor) -> Tensor:
+    """Mean of (s − t)² / variance over tokens and channels, in fp32.
+
+    Args:
+        variance_D: the teacher's, of each channel over tokens. Dividing by it keeps the few
+            channels with massive activations (Sun et al., arXiv 2402.17762) from being all that
+            counts.
+
+    Returns: fp32 scalar; zero for equal states, one for a student that knows only the means.
+    """
+    error_BLD = student_BLD.float() - teacher_BLD.float()
+    return (error_BLD.square() / variance_D.clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
 def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, compiled: bool) -> int:
     """The largest power of two of tokens whose logits and temporaries fit in CHUNK_BYTES."""
     # Two logits and a gradient; without compilation also five fp32 temporaries.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,23 @@ from tpa_convert.healing.checkpoints import (
     fingerprint,
     newest_checkpoint,
 )
-from tpa_convert.healing.checks import check_models, memory_errors, quiet_transformers
+from tpa_convert.healing.checks import (
+    check_hidden_states,
+    check_models,
+    memory_errors,
+    quiet_transformers,
+)
 from tpa_convert.healing.dashboard import Dashboard
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
 from tpa_convert.healing.distributed import processes, refuse_difference, sharding, smallest
 from tpa_convert.healing.flops import flops_per_token
-from tpa_convert.healing.objective import Divergence, default_chunk_tokens, skewed_kl
+from tpa_convert.healing.objective import (
+    Divergence,
+    default_chunk_tokens,
+    hidden_distance,
+    skewed_kl,
+)
+from tpa_convert.healing.report import HealingReport
 from tpa_convert.healing.settings import HealingSettings
 from tpa_convert.healing.trackers import trackers
 from tpa_convert.healing.trainer import (
@@ -59,6 +69,7 @@ from tpa_convert.healing.trainer import (
 LOGS = "runs"  # tensorboard's event files, in the output directory
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
+CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each channel varies
 # transformers renamed it after 5.17.
 GRADIENT_CHECKPOINTING = next(
     name
@@ -76,52 +87,6 @@ class HealingInterrupted(KeyboardInterrupt):
         )
         self.step = step
         self.steps = steps
-
-
-@dataclass(frozen=True)
-class HealingReport:
-    """What a run did.
-
-    Attributes:
-        steps: optimiser steps of the whole run, with those before it was resumed.
-        tokens: tokens of the whole run.
-        resumed_from: the step at which this call took over, 0 for a fresh run.
-        seconds: wall time of this call.
-        tokens_per_second: of this call, without start-up and compilation; None if too short.
-        batch_size: sequences per forward pass and device.
-        peak_memory_bytes: allocated on the GPU; None on a CPU.
-        losses: (step, mean loss in nats per token since the previous entry).
-        valid_losses: (step, KL on the held-out blocks in nats per token), if there were any.
-        valid_perplexities: (step, the student's perplexity there).
-        valid_agreements: (step, share of their tokens at which student and teacher hold the same
-            one for the likeliest).
-        source_perplexity: the teacher's on the held-out blocks.
-        recovered: whether `stop_at` was reached, so that the run ended early.
-    """
-
-    steps: int
-    tokens: int
-    resumed_from: int
-    seconds: float
-    tokens_per_second: float | None
-    batch_size: int
-    peak_memory_bytes: int | None
-    losses: tuple[tuple[int, float], ...]
-    valid_losses: tuple[tuple[int, float], ...]
-    valid_perplexities: tuple[tuple[int, float], ...]
-    valid_agreements: tuple[tuple[int, float], ...]
-    source_perplexity: float | None
-    recovered: bool
-
-    @property
-    def valid_loss_before(self) -> float | None:
-        """The first of `valid_losses`."""
-        return self.valid_losses[0][1] if self.valid_losses else None
-
-    @property
-    def valid_loss_after(self) -> float | None:
-        """The last of `valid_losses`."""
-        return self.valid_losses[-1][1] if self.valid_losses else None
 
 
 def heal(
@@ -174,6 +139,8 @@ def heal(
     if settings.offload_teacher and sharding():
         raise UserError("FSDP shards the source already: leave out offload_teacher")
     check_models(student, teacher)
+    if settings.hidden_weight:
+        check_hidden_states(student, teacher)
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -240,6 +207,10 @@ def _train(
     stop.announce = progress and not (dashboard and dashboard.is_live)
     use_cache = student.config.use_cache  # the Trainer turns it off
     dtype = torch.bfloat16 if args.bf16 else torch.float32
+
+    def compile_if(function: Callable) -> Callable:
+        return torch.compile(function, dynamic=False) if compiled else function
+
     trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
@@ -249,8 +220,10 @@ def _train(
             blocks, args.max_steps * settings.tokens_per_step // blocks.shape[1], settings.seed
         ),
         data_collator=collate,
-        divergence=torch.compile(divergence, dynamic=False) if compiled else divergence,
+        divergence=compile_if(divergence),
         chunk_tokens=default_chunk_tokens(student.config.vocab_size, dtype, compiled),
+        hidden_weight=settings.hidden_weight,
+        distance=compile_if(hidden_distance),
         optimizer_cls_and_kwargs=(
             torch.optim.AdamW,
             {"params": groups, "lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True},
@@ -263,6 +236,7 @@ def _train(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.measure_channels(blocks[:CHANNEL_BLOCKS].long())
     validation = None
     if valid_blocks is not None:
         validation = Validation(trainer, valid_blocks, settings.valid_steps, settings.stop_at)
@@ -289,6 +263,7 @@ def _train(
     finally:
         if dashboard:
             dashboard.close()
+        trainer.remove_hooks()
         if settings.offload_teacher:
             restore_offloaded(teacher)
         _release(whole_student, use_cache)

@@ -31,6 +31,8 @@ class HealingSettings:
         skew: share of the source's distribution that is mixed into the student's before they are
             compared, see `objective.skewed_kl`; 0 is the forward KL.
         temperature: softens both distributions of the loss.
+        hidden_weight: of the distance between both models' hidden states in the loss, see
+            `objective.hidden_distance`; above 0, both need equally many layers of one width.
         weight_decay: AdamW's, for matrices only.
         seed: order of the text.
         bf16: autocast to bfloat16 over fp32 weights; None where the GPU supports it.
@@ -57,6 +59,7 @@ class HealingSettings:
     lora_rank: int = 16
     skew: float = 0.1
     temperature: float = 1.0
+    hidden_weight: float = 0.0
     weight_decay: float = 0.0
     seed: int = 0
     bf16: bool | None = None
@@ -87,7 +90,7 @@ class HealingSettings:
             value = getattr(self, name)
             _require(0 < value < math.inf, name, "a positive number", value)
         _require(0 <= self.skew < 1, "skew", "zero or more and below one", self.skew)
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "hidden_weight"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "zero or more", value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tpa_convert.healing.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.distributed import gathered, set_wrapping, shard_frozen
-from tpa_convert.healing.objective import Divergence, chunked_divergence, forward_kl
+from tpa_convert.healing.objective import (
+    Divergence,
+    chunked_divergence,
+    forward_kl,
+    hidden_distance,
+)
 
 # Full blocks need no mask but causality. Under its own name, SDPA is called with `is_causal` and
 # transformers builds no mask for it: building one costs a device synchronisation in every forward
@@ -164,11 +170,38 @@ def restore_offloaded(model: PreTrainedModel) -> None:
             vars(module).pop("forward", None)  # accelerate leaves a bound method
 
 
+class LayerOutputs:
+    """The hidden states after each decoder layer in the last forward pass of a model.
+
+    The hooks stay, because a compiled decoder holds on to those that it was compiled with.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        layers = model.get_decoder().layers
+        self.states: list[Tensor | None] = [None] * len(layers)
+        self.hooks = [
+            layer.register_forward_hook(partial(self._record, i)) for i, layer in enumerate(layers)
+        ]
+
+    def _record(self, layer: int, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.states[layer] = output[0] if isinstance(output, tuple) else output
+
+    def take(self) -> list[Tensor]:
+        """The states, [B, L, D] each, which are forgotten here."""
+        states = [state for state in self.states if state is not None]
+        self.states[:] = [None] * len(self.states)
+        return states
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
 class DistillationTrainer(Trainer):
     """Trains `model` towards the next-token distributions of `teacher`.
 
     Inputs are `{"input_ids": [B, L]}`; every token counts. The loss is the mean divergence per
-    token in nats.
+    token in nats and, with a weight, how far the hidden states after each layer are apart.
 
     Args:
         teacher: causal language model of the same vocabulary, of any floating dtype. It is moved to
@@ -177,6 +210,9 @@ class DistillationTrainer(Trainer):
             for as long as it computes. `restore_offloaded` ends that.
         divergence: of a chunk's logits, see `objective.Divergence`.
         chunk_tokens: see `objective.chunked_divergence`.
+        hidden_weight: of the mean of `distance` over the layers; both models need equally many, of
+            one width. 0 leaves it out; otherwise call `measure_channels` before training.
+        distance: see `objective.hidden_distance`.
         **kwargs: the Trainer's.
     """
 
@@ -189,6 +225,8 @@ class DistillationTrainer(Trainer):
         offload_teacher: bool = False,
         divergence: Divergence = forward_kl,
         chunk_tokens: int | None = None,
+        hidden_weight: float = 0.0,
+        distance: Callable[[Tensor, Tensor, Tensor], Tensor] = hidden_distance,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -203,6 +241,11 @@ class DistillationTrainer(Trainer):
             self.teacher = teacher.to(self.args.device).eval()
         self.divergence = divergence
         self.chunk_tokens = chunk_tokens
+        self.hidden_weight = hidden_weight
+        self.distance = distance
+        models = (self.model, self.teacher) if hidden_weight else ()
+        self.layer_outputs = [LayerOutputs(model) for model in models]
+        self.channel_variances: list[Tensor] = []  # [D] after each layer
 
     def compute_loss(
         self,
@@ -247,7 +290,7 @@ class DistillationTrainer(Trainer):
         """Loss from final hidden states [B, L, D] and [B, L, E]: fp32 scalar; see
         `beside_teacher`."""
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        return chunked_divergence(
+        loss = chunked_divergence(
             student_hidden.to(dtype),
             self.model.get_output_embeddings().weight,
             teacher_hidden.to(dtype),
@@ -255,6 +298,27 @@ class DistillationTrainer(Trainer):
             divergence=self.divergence,
             chunk_tokens=self.chunk_tokens,
         )
+        if self.hidden_weight:
+            states = (outputs.take() for outputs in self.layer_outputs)
+            layers = zip(*states, self.channel_variances, strict=True)
+            distances = torch.stack([self.distance(*layer) for layer in layers])
+            loss = loss + self.hidden_weight * distances.mean()
+        return loss
+
+    @torch.no_grad()
+    def measure_channels(self, blocks: Tensor) -> None:
+        """Sets what distances of hidden states are relative to, on token ids [N, L]: the same for
+        all batches, so that no loss depends on how they are cut."""
+        if self.hidden_weight:
+            with self.accelerator.autocast():
+                final_hidden_states(self.teacher, blocks.to(self.args.device))
+            states = self.layer_outputs[1].take()
+            self.channel_variances = [state.float().var((0, 1), correction=0) for state in states]
+
+    def remove_hooks(self) -> None:
+        """Leave the models as they were."""
+        for outputs in self.layer_outputs:
+            outputs.remove()
 
     @torch.no_grad()
     def compare(self, blocks: Tensor) -> Comparison:
@@ -288,6 +352,8 @@ class DistillationTrainer(Trainer):
 
                 sums += self.beside_teacher(model, input_ids, compare)
         model.train(training)
+        for outputs in self.layer_outputs:
+            outputs.take()
         if shared:
             sums = self.accelerator.reduce(sums, "sum")
         return Comparison.from_sums(sums, tokens)
