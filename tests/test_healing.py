@@ -167,7 +167,7 @@ def test_loss_of_the_trainer_equals_plain_distillation(
 
     logits, states = layer_outputs(reference, blocks)
     targets, target_states = layer_outputs(teacher, blocks)
-    loss = plain_kl(logits, targets, 2.0, HealingSettings.skew)
+    divergence = loss = plain_kl(logits, targets, 2.0, HealingSettings.skew)
     for state, target in zip(states, target_states, strict=True):
         missed = (state - target).square().mean((0, 1)) / target.var((0, 1), correction=0)
         loss = loss + hidden_weight * missed.mean() / len(states)
@@ -191,7 +191,7 @@ def test_loss_of_the_trainer_equals_plain_distillation(
     report = heal(
         student, teacher, None, blocks, settings=one_step, output_dir=tmp_path, progress=False
     )
-    assert report.losses == ((1, pytest.approx(loss.item(), rel=1e-4)),)
+    assert report.losses == ((1, pytest.approx(divergence.item(), rel=1e-4)),)
     assert report.batch_size == 2
     healed = dict(student.named_parameters())
     for name, parameter in reference.named_parameters():
@@ -365,6 +365,7 @@ def test_parameter_groups() -> None:
         ({"temperature": 0.0}, "temperature must be a positive number"),
         ({"warmup_steps": -1}, "warmup_steps must be zero or more"),
         ({"weight_decay": -0.1}, "weight_decay must be zero or more"),
+        ({"hidden_weight": -1.0}, "hidden_weight must be zero or more"),
         ({"save_steps": 0}, "save_steps must be at least 1"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
         ({"trainable": "mlp"}, "trainable must be all, attention or lora, not mlp"),

@@ -223,7 +223,7 @@ def heal(
     lora_rank: o.LoraRank = 16,
     skew: o.Skew = 0.1,
     temperature: o.Temperature = 1.0,
-    hidden_weight: o.HiddenWeight = 0.0,
+    hidden_weight: o.HiddenWeight = None,
     gradient_checkpointing: o.GradientCheckpointing = False,
     offload_teacher: o.OffloadTeacher = False,
     save_steps: o.SaveSteps = 500,

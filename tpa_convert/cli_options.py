@@ -430,10 +430,11 @@ Temperature = Annotated[
     float, option("--temperature", "Softens both distributions of the loss.", TRAINING, metavar="X")
 ]
 HiddenWeight = Annotated[
-    float,
+    float | None,
     option(
         "--hidden-weight",
-        "Weight in the loss of the distance between both models' hidden states; 0 leaves it out.",
+        "Weight of the distance between both models' hidden states. [dim]\\[default: 3, or 0 for a "
+        "source of another depth or width][/]",
         TRAINING,
         metavar="X",
     ),

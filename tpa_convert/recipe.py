@@ -249,8 +249,9 @@ class HealOptions(Section):
     """Share of the source mixed into the student before they are compared; 0 is the forward KL."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions of the distillation loss."""
-    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight in the loss of the distance between both models' hidden states after each layer."""
+    hidden_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the distance between both models' hidden states after each layer; by default 3, or
+    0 where the source has another depth or width."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, on matrices."""
     seed: int = 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
+from tpa_convert.healing.settings import HIDDEN_WEIGHT
 from tpa_convert.healing.trainer import final_hidden_states
 
 
@@ -44,22 +45,27 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
-def check_hidden_states(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse models whose hidden states cannot be compared layer by layer.
+def hidden_weight_for(
+    student: PreTrainedModel, teacher: PreTrainedModel, wanted: float | None
+) -> float:
+    """The weight of `HealingSettings.hidden_weight` for two models.
 
     Raises:
-        UserError: other depths or widths.
+        UserError: it was asked for, and hidden states of these cannot be compared layer by layer.
     """
     shapes = [
         (len(model.get_decoder().layers), model.get_input_embeddings().weight.shape[1])
         for model in (student, teacher)
     ]
-    if shapes[0] != shapes[1]:
+    if shapes[0] == shapes[1]:
+        return HIDDEN_WEIGHT if wanted is None else wanted
+    if wanted:
         one, other = (f"{depth} layers of width {width}" for depth, width in shapes)
         raise UserError(
             f"cannot match hidden states: the converted model has {one}, the source {other}; set "
             "hidden_weight to 0"
         )
+    return 0.0
 
 
 @contextmanager

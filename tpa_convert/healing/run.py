@@ -39,8 +39,8 @@ from tpa_convert.healing.checkpoints import (
     newest_checkpoint,
 )
 from tpa_convert.healing.checks import (
-    check_hidden_states,
     check_models,
+    hidden_weight_for,
     memory_errors,
     quiet_transformers,
 )
@@ -139,8 +139,7 @@ def heal(
     if settings.offload_teacher and sharding():
         raise UserError("FSDP shards the source already: leave out offload_teacher")
     check_models(student, teacher)
-    if settings.hidden_weight:
-        check_hidden_states(student, teacher)
+    hidden_weight = hidden_weight_for(student, teacher, settings.hidden_weight)
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -166,6 +165,7 @@ def heal(
             checkpoint,
             settings=settings,
             valid_blocks=valid_blocks,
+            hidden_weight=hidden_weight,
             divergence=divergence
             or partial(skewed_kl, skew=settings.skew, temperature=settings.temperature),
             progress=progress and state.is_main_process,
@@ -181,6 +181,7 @@ def _train(
     *,
     settings: HealingSettings,
     valid_blocks: LongTensor | None,
+    hidden_weight: float,
     divergence: Divergence,
     progress: bool,
 ) -> HealingReport:
@@ -222,7 +223,7 @@ def _train(
         data_collator=collate,
         divergence=compile_if(divergence),
         chunk_tokens=default_chunk_tokens(student.config.vocab_size, dtype, compiled),
-        hidden_weight=settings.hidden_weight,
+        hidden_weight=hidden_weight,
         distance=compile_if(hidden_distance),
         optimizer_cls_and_kwargs=(
             torch.optim.AdamW,

@@ -9,6 +9,8 @@ from typing import Literal
 from tpa_convert.errors import UserError
 from tpa_convert.healing.trackers import check_trackers
 
+HIDDEN_WEIGHT = 3.0
+
 
 @dataclass(frozen=True)
 class HealingSettings:
@@ -31,8 +33,9 @@ class HealingSettings:
         skew: share of the source's distribution that is mixed into the student's before they are
             compared, see `objective.skewed_kl`; 0 is the forward KL.
         temperature: softens both distributions of the loss.
-        hidden_weight: of the distance between both models' hidden states in the loss, see
-            `objective.hidden_distance`; above 0, both need equally many layers of one width.
+        hidden_weight: of the distance between both models' hidden states after each layer, see
+            `objective.hidden_distance`. None takes HIDDEN_WEIGHT where both have equally many
+            layers of one width, and else 0.
         weight_decay: AdamW's, for matrices only.
         seed: order of the text.
         bf16: autocast to bfloat16 over fp32 weights; None where the GPU supports it.
@@ -59,7 +62,7 @@ class HealingSettings:
     lora_rank: int = 16
     skew: float = 0.1
     temperature: float = 1.0
-    hidden_weight: float = 0.0
+    hidden_weight: float | None = None
     weight_decay: float = 0.0
     seed: int = 0
     bf16: bool | None = None
@@ -84,13 +87,16 @@ class HealingSettings:
         _require(self.block_length >= 2, "block_length", "at least 2", self.block_length)
         if self.stop_at is not None:
             _require(0 < self.stop_at < math.inf, "stop_at", "a positive number", self.stop_at)
+        if self.hidden_weight is not None:
+            weight = self.hidden_weight
+            _require(0 <= weight < math.inf, "hidden_weight", "zero or more", weight)
         if self.batch_size is not None:
             _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         for name in ("attention_learning_rate", "learning_rate", "temperature"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, "a positive number", value)
         _require(0 <= self.skew < 1, "skew", "zero or more and below one", self.skew)
-        for name in ("warmup_steps", "weight_decay", "hidden_weight"):
+        for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "zero or more", value)
 

@@ -201,7 +201,8 @@ class DistillationTrainer(Trainer):
     """Trains `model` towards the next-token distributions of `teacher`.
 
     Inputs are `{"input_ids": [B, L]}`; every token counts. The loss is the mean divergence per
-    token in nats and, with a weight, how far the hidden states after each layer are apart.
+    token in nats. Its gradient, not its value, has a second term: how far the hidden states after
+    each layer are apart, times a weight.
 
     Args:
         teacher: causal language model of the same vocabulary, of any floating dtype. It is moved to
@@ -302,7 +303,8 @@ class DistillationTrainer(Trainer):
             states = (outputs.take() for outputs in self.layer_outputs)
             layers = zip(*states, self.channel_variances, strict=True)
             distances = torch.stack([self.distance(*layer) for layer in layers])
-            loss = loss + self.hidden_weight * distances.mean()
+            term = self.hidden_weight * distances.mean()
+            loss = loss + (term - term.detach())  # only its gradient: the loss stays in nats
         return loss
 
     @torch.no_grad()
