@@ -14,19 +14,17 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
 from quality import quality_tables, task_table
-from smollm2 import Table, heal_row, load, parser, plan_of, settings_of, train_blocks
+from smollm2 import Table, given_settings, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor
 
 from tpa_convert.architectures import Source
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion import convert_model
-from tpa_convert.healing import HealingSettings
 from tpa_convert.modeling import TPAForCausalLM
 from tpa_convert.refinement import RefinementSettings, refine
 
@@ -89,13 +87,8 @@ def main() -> None:
         for text in arguments.settings if arguments.heal_tokens else ():
             torch.compiler.reset()
             student = copy.deepcopy(start)
-            changed = {
-                name: value
-                for name, value in asdict(settings_of(HealingSettings, text)).items()
-                if f"{name}=" in text
-            }
             name = f"{run} {text}".strip()
-            heal_row(table, name, student, training, arguments, floats, **changed)
+            heal_row(table, name, student, training, arguments, floats, **given_settings(text))
             models[f"{name} healed"] = student
     if arguments.tasks:
         task_table(models, source.tokenizer, arguments.tasks)

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from smollm2 import Table, heal_row, load, parser, plan_of, settings_of, train_blocks
+from smollm2 import Table, given_settings, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -137,8 +137,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "Jensen-Shannon": {"divergence": jensen_shannon},
     "hard labels, 0.1": {"trainer": partial(HardLabels, share=0.1)},
     "hard labels, 0.3": {"trainer": partial(HardLabels, share=0.3)},
-    "hidden states, 1": {"hidden_weight": 1.0},
-    "hidden states, 3": {"hidden_weight": 3.0},
+    "no hidden states": {"hidden_weight": 0.0},
+    "hidden states, 10": {"hidden_weight": 10.0},
     # Hooks inside of a compiled layer would not be called.
     "attention outputs": {"trainer": AttentionOutputs, "torch_compile": False},
     "temperature 2": {"temperature": 2.0},
@@ -174,13 +174,13 @@ def main() -> None:
     refine(source.model, refined, blocks, RefinementSettings(steps=arguments.refine_steps))
     table.row("refined", refined, plan.kv_floats, 0.0)
     training = train_blocks(arguments.train, source, length)
-    base = settings_of(HealingSettings, arguments.settings)
-    given = {pair.split("=")[0] for pair in arguments.settings.split(",") if pair}
+    given = given_settings(arguments.settings)
+    base = HealingSettings(**given)
     for name, row in ROWS.items():
         if re.search(arguments.rows, name):
             torch._dynamo.reset()
             student = copy.deepcopy(refined)
-            changes = {key: getattr(base, key) for key in given} | row
+            changes = given | row
             for key, factor in changes.pop("times", {}).items():
                 value = getattr(base, key)
                 changes[key] = type(value)(value * factor)

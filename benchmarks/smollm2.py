@@ -188,11 +188,16 @@ def plan_of(run: str, config: dict[str, Any], sensitivity: Sequence[LayerSensiti
     return plan.with_gauge(gauge)
 
 
-def settings_of(kind: type[S], text: str) -> S:
-    """`steps=300,learning_rate=1e-4` to the settings of a refinement or a healing."""
+def given_settings(text: str) -> dict[str, Any]:
+    """`steps=300,learning_rate=1e-4` as keyword arguments."""
     values = dict(pair.split("=") for pair in text.split(",") if pair)
     # JSON, because YAML takes 1e-4 for text.
-    return kind(**{name: json.loads(value) for name, value in values.items()})
+    return {name: json.loads(value) for name, value in values.items()}
+
+
+def settings_of(kind: type[S], text: str) -> S:
+    """The same as the settings of a refinement or a healing."""
+    return kind(**given_settings(text))
 
 
 def source_heads(source: Source) -> int:

@@ -222,7 +222,7 @@ def test_objectives(model, texts, monkeypatch, capsys) -> None:
         "hard labels, 0.1",
         "hard labels, 0.3",
     ]
-    names += ["hidden states, 1", "hidden states, 3", "attention outputs"]
+    names += ["no hidden states", "hidden states, 10", "attention outputs"]
     healed = [f"{name} healed on 1e-05 M" for name in names]
     assert list(rows(output)) == ["source", "refined", *healed]
 

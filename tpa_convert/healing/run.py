@@ -237,7 +237,6 @@ def _train(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.measure_channels(blocks[:CHANNEL_BLOCKS].long())
     validation = None
     if valid_blocks is not None:
         validation = Validation(trainer, valid_blocks, settings.valid_steps, settings.stop_at)
@@ -249,6 +248,7 @@ def _train(
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
+        trainer.measure_channels(blocks[:CHANNEL_BLOCKS].long())
         with (
             memory_errors(args.per_device_train_batch_size),
             quiet_transformers(),
