@@ -7,8 +7,8 @@
 
 Prints, as Markdown, the time and the peak memory of the fused loss by chunk size, then tokens per
 second, peak memory of a GPU, share of its peak arithmetic (MFU) and losses of whole steps
-(`heal()`) by batch size and by what is compiled. No download. A variant is left out once --seconds
-are spent; --variants picks some, in their order.
+(`heal()`) by batch size, by what is compiled and by settings. No download. A variant is left out
+once --seconds are spent; --variants picks some, in their order.
 
 In the shape 135m both models are SmolLM2-135M, in 135m-third the student is converted to a third of
 the cache with latent keys; in 1b a Llama of 1.1 B parameters (TinyLlama's shape) teaches its
@@ -25,11 +25,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from machine import device_name, versions
+from smollm2 import given_settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
@@ -132,7 +134,7 @@ def whole_decoder(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def time_healing(
-    shape: str, batch_size: int, compiled: str, steps: int
+    shape: str, batch_size: int, compiled: str, steps: int, changes: dict[str, Any]
 ) -> tuple[healing_run.HealingReport, float]:
     """The report, and the share of the GPUs' peak arithmetic that was used."""
     student, teacher = random_models(shape)
@@ -155,6 +157,7 @@ def time_healing(
                     batch_size=batch_size,
                     torch_compile=compiled != "nothing",
                     save_steps=10**9,
+                    **changes,
                 ),
                 output_dir=directory,
                 progress=False,
@@ -181,6 +184,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=75, help="start no variant after these")
     parser.add_argument("--no-loss", action="store_true", help="leave out the table of the loss")
+    parser.add_argument("--settings", nargs="+", default=[""], help="hidden_weight=0,skew=0")
     options = parser.parse_args()
     start = time.perf_counter()
     first = processes().is_main_process
@@ -193,19 +197,23 @@ def main() -> None:
         for chunk, compiled in ((512, False), (1024, True), (2048, True), (4096, True)):
             milliseconds, gigabytes = time_loss(chunk, compiled, options.shape)
             show(f"| {chunk} | {compiled} | {milliseconds:.1f} | {gigabytes:.2f} |")
-    show("\n| batch | compiled | tokens/s | MFU | peak GB | seconds in all | losses |")
-    show("|---|---|---|---|---|---|---|")
-    for name in options.variants or DEFAULT_VARIANTS[options.shape]:
+    show("\n| batch | compiled | settings | tokens/s | MFU | peak GB | seconds in all | losses |")
+    show("|---" * 8 + "|")
+    for name, settings in product(
+        options.variants or DEFAULT_VARIANTS[options.shape], options.settings
+    ):
         if smallest(int(options.seconds - (time.perf_counter() - start))) < 0:
-            show(f"| {name}: left out, time is up |")
+            show(f"| {name} {settings}: left out, time is up |")
             continue
         batch_size, compiled_part = VARIANTS[name]
-        report, mfu = time_healing(options.shape, batch_size, compiled_part, options.steps)
+        report, mfu = time_healing(
+            options.shape, batch_size, compiled_part, options.steps, given_settings(settings)
+        )
         losses = ", ".join(f"{step}: {loss:.5f}" for step, loss in report.losses)
         show(
-            f"| {report.batch_size} | {compiled_part} | {report.tokens_per_second or 0:,.0f} "
-            f"| {mfu:.1%} | {(report.peak_memory_bytes or 0) / 1e9:.1f} | {report.seconds:.0f} "
-            f"| {losses} |"
+            f"| {report.batch_size} | {compiled_part} | {settings} "
+            f"| {report.tokens_per_second or 0:,.0f} | {mfu:.1%} "
+            f"| {(report.peak_memory_bytes or 0) / 1e9:.1f} | {report.seconds:.0f} | {losses} |"
         )
     processes().destroy_process_group()
 

@@ -156,10 +156,8 @@ def heal_row(
         f"{step * settings.tokens_per_step / 1e6:.0f} M {kl:.4f}"
         for step, kl in report.valid_losses
     )
-    print(
-        f"<!-- {report.tokens_per_second or 0:,.0f} tokens/s; held-out KL after {curve} -->",
-        flush=True,
-    )
+    speed, memory = report.tokens_per_second or 0, (report.peak_memory_bytes or 0) / 1e9
+    print(f"<!-- {speed:,.0f} tokens/s; {memory:.1f} GB; held-out KL after {curve} -->", flush=True)
 
 
 MULTIPLE_OF = 16  # few distinct shapes, for the compiler's sake
