@@ -156,8 +156,9 @@ def heal_row(
         f"{step * settings.tokens_per_step / 1e6:.0f} M {kl:.4f}"
         for step, kl in report.valid_losses
     )
-    speed, memory = report.tokens_per_second or 0, (report.peak_memory_bytes or 0) / 1e9
-    print(f"<!-- {speed:,.0f} tokens/s; {memory:.1f} GB; held-out KL after {curve} -->", flush=True)
+    memory = f"{report.peak_memory_bytes / 1e9:.1f} GB; " if report.peak_memory_bytes else ""
+    speed = f"{report.tokens_per_second or 0:,.0f} tokens/s"
+    print(f"<!-- {speed}; {memory}held-out KL after {curve} -->", flush=True)
 
 
 MULTIPLE_OF = 16  # few distinct shapes, for the compiler's sake

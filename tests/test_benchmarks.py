@@ -120,10 +120,14 @@ def test_throughput(shape: str, hidden_size: int, monkeypatch, capsys) -> None:
     monkeypatch.setitem(throughput.SHAPES, shape, throughput.SHAPES[shape] | small)
     monkeypatch.setattr(throughput, "LENGTH", 8)
     arguments = ["--shape", shape, "--no-loss", "--variants", "b8-eager", "--steps", "3"]
+    arguments += ["--settings", "seed=1", "seed=2"]
     output = output_of("heal_throughput", arguments, monkeypatch, capsys)
-    pattern = r"^\| 8 \| nothing \| [\d,]+ \| (?:[\d.]+|nan)% .* \| (1: .*) \|$"
-    [losses] = re.findall(pattern, output, re.MULTILINE)
-    assert [entry.split(":")[0] for entry in losses.split(", ")] == ["1", "2", "3"]
+    pattern = r"^\| 8 \| nothing \| seed=\d \| [\d,]+ \| (?:[\d.]+|nan)% .* \| (1: .*) \|$"
+    curves = re.findall(pattern, output, re.MULTILINE)
+    assert len(curves) == 2
+    assert curves[0] != curves[1]
+    for losses in curves:
+        assert [entry.split(":")[0] for entry in losses.split(", ")] == ["1", "2", "3"]
 
 
 @pytest.fixture
