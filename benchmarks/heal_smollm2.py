@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 from quality import quality_tables, task_table
-from smollm2 import Table, given_settings, heal_row, load, parser, plan_of, train_blocks
+from settings import given_settings
+from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor
 
 from tpa_convert.architectures import Source

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from machine import device_name, versions
-from smollm2 import given_settings
+from settings import given_settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl

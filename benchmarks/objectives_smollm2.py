@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from smollm2 import Table, given_settings, heal_row, load, parser, plan_of, train_blocks
+from settings import given_settings
+from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

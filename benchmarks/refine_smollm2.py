@@ -15,7 +15,8 @@ import time
 
 import torch
 from quality import position_table, task_table
-from smollm2 import Table, load, parser, plan_of, settings_of, train_blocks
+from settings import given_settings
+from smollm2 import Table, load, parser, plan_of, train_blocks
 from torch import nn
 
 from tpa_convert.architectures import Source
@@ -67,7 +68,8 @@ def main() -> None:
             model = convert_model(source, plan, moments).to(source.model.device)
             torch._dynamo.reset()  # its cache has room for a few shapes only
             start = time.perf_counter()
-            report = refine(source.model, model, blocks, settings_of(RefinementSettings, text))
+            settings = RefinementSettings(**given_settings(text))
+            report = refine(source.model, model, blocks, settings)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             name = f"{run} refined {text}".strip()

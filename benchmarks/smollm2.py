@@ -11,14 +11,13 @@ A run is a number of floats, or widths K+V, and after colons: a gauge (`absorbed
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +32,6 @@ from tpa_convert.healing.objective import Divergence
 from tpa_convert.planner import plan_between, plan_measured
 from tpa_convert.planning import Budget, Plan, plan_uniform
 from tpa_convert.sensitivity import LayerSensitivity
-
-S = TypeVar("S")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -185,18 +182,6 @@ def plan_of(run: str, config: dict[str, Any], sensitivity: Sequence[LayerSensiti
     if "halfway" in options:
         plan = plan_between(uniform, plan, config)
     return plan.with_gauge(gauge)
-
-
-def given_settings(text: str) -> dict[str, Any]:
-    """`steps=300,learning_rate=1e-4` as keyword arguments."""
-    values = dict(pair.split("=") for pair in text.split(",") if pair)
-    # JSON, because YAML takes 1e-4 for text.
-    return {name: json.loads(value) for name, value in values.items()}
-
-
-def settings_of(kind: type[S], text: str) -> S:
-    """The same as the settings of a refinement or a healing."""
-    return kind(**given_settings(text))
 
 
 def source_heads(source: Source) -> int:
