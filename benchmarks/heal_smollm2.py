@@ -66,6 +66,7 @@ def main() -> None:
     options.add_argument("--refine-blocks", type=int, default=256, help="1024 tokens each")
     options.add_argument("--refined", help="folder of refined models, to reuse with the same text")
     options.add_argument("--heal-tokens", type=float, default=10e6)
+    options.add_argument("--length", type=int, default=1024, help="tokens of a block in healing")
     options.add_argument("--settings", nargs="+", default=[""], help="seed=1,learning_rate=1e-4")
     options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
     options.add_argument("--quality", action="store_true", help="positions, needles and chat")
@@ -78,7 +79,7 @@ def main() -> None:
     def moments() -> Moments:
         return collect_moments(source, blocks)
 
-    training = train_blocks(arguments.train, source, 1024)
+    training = train_blocks(arguments.train, source, arguments.length)
     models = {"source": source.model}
     for run in arguments.runs:
         torch.compiler.reset()  # the compiler's cache has room for a few shapes only

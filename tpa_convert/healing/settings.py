@@ -9,7 +9,7 @@ from typing import Literal
 from tpa_convert.errors import UserError
 from tpa_convert.healing.trackers import check_trackers
 
-HIDDEN_WEIGHT = 3.0
+HIDDEN_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class HealingSettings:
         skew: share of the source's distribution that is mixed into the student's before they are
             compared, see `objective.skewed_kl`; 0 is the forward KL.
         temperature: softens both distributions of the loss.
-        hidden_weight: of the distance between both models' hidden states after each layer, see
-            `objective.hidden_distance`. None takes HIDDEN_WEIGHT where both have equally many
-            layers of one width, and else 0.
+        hidden_weight: of the distance between both models' hidden states after each layer (see
+            `objective.hidden_distance`) in the first step; it falls to zero along the run. None
+            takes HIDDEN_WEIGHT where both have equally many layers of one width, and else 0.
         weight_decay: AdamW's, for matrices only.
         seed: order of the text.
         bf16: autocast to bfloat16 over fp32 weights; None where the GPU supports it.

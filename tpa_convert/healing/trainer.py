@@ -202,7 +202,7 @@ class DistillationTrainer(Trainer):
 
     Inputs are `{"input_ids": [B, L]}`; every token counts. The loss is the mean divergence per
     token in nats. Its gradient, not its value, has a second term: how far the hidden states after
-    each layer are apart, times a weight.
+    each layer are apart, times a weight that falls to zero along the run.
 
     Args:
         teacher: causal language model of the same vocabulary, of any floating dtype. It is moved to
@@ -211,8 +211,9 @@ class DistillationTrainer(Trainer):
             for as long as it computes. `restore_offloaded` ends that.
         divergence: of a chunk's logits, see `objective.Divergence`.
         chunk_tokens: see `objective.chunked_divergence`.
-        hidden_weight: of the mean of `distance` over the layers; both models need equally many, of
-            one width. 0 leaves it out; otherwise call `measure_channels` before training.
+        hidden_weight: of the mean of `distance` over the layers in the first step; both models need
+            equally many, of one width. 0 leaves it out; otherwise call `measure_channels` before
+            training.
         distance: see `objective.hidden_distance`.
         **kwargs: the Trainer's.
     """
@@ -303,7 +304,9 @@ class DistillationTrainer(Trainer):
             states = (outputs.take() for outputs in self.layer_outputs)
             layers = zip(*states, self.channel_variances, strict=True)
             distances = torch.stack([self.distance(*layer) for layer in layers])
-            term = self.hidden_weight * distances.mean()
+            # Fading: once the states are near, predictions alone decide where the rest goes.
+            left = 1 - self.state.global_step / self.state.max_steps
+            term = self.hidden_weight * left * distances.mean()
             loss = loss + (term - term.detach())  # only its gradient: the loss stays in nats
         return loss
 
