@@ -353,6 +353,15 @@ def test_heal_of_something_else(source: Path, text: Path, tmp_path: Path) -> Non
     assert "not an output of tpa-convert" in error_of(result)
 
 
+def test_only_option_names_are_spelt_as_options(tmp_path: Path) -> None:
+    text = save_text(tmp_path / "my-text.txt")
+    options = ["--text", text, "--valid-text", text, "--out", tmp_path / "healed"]
+    assert error_of(tpa_convert("heal", tmp_path, *options)) == (
+        f"error: {text} is training text and cannot measure what training did: take it out of the "
+        "training text, or name other text in --valid-text"
+    )
+
+
 def test_interrupted_healing_says_how_to_go_on(
     converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

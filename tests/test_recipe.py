@@ -115,8 +115,9 @@ def test_unknown_key_unlike_any_lists_the_valid_ones(tmp_path: Path) -> None:
             "'static', 'affine' or 'linear'",
         ),
         ("source: m\nconvert: {}\n", "exactly one budget"),
-        ("source: m\nconvert: {kv_ratio: 0.5, rank_k: 1}\n", "got kv_ratio and ranks and widths"),
-        ("source: m\nconvert: {kv_ratio: 0.5, rank_q: 2}\n", "rank_q needs form linear"),
+        ("source: m\nconvert: {kv_ratio: 0.5, rank_k: 1}\n", "got `kv_ratio` and ranks and widths"),
+        ("source: m\nconvert: {kv_ratio: 0.5, rank_q: 2}\n", "`rank_q` needs `form` linear"),
+        (MINIMAL + "heal: {text: a.txt, seed: -1}\n", "heal.seed: "),
         ("source: [m\n", "line 2: not valid YAML"),
     ],
 )
@@ -159,7 +160,7 @@ def test_text_for_training_does_not_measure(tmp_path, section, text) -> None:
         "evaluate": {"text": str(tmp_path / "." / section / ".." / text)},
     }
     (tmp_path / section).mkdir()
-    with pytest.raises(UserError, match=rf"{text} is training text .* evaluate\.text"):
+    with pytest.raises(UserError, match=rf"{text} is training text .* `evaluate\.text`"):
         validated(Recipe, values)
     values["evaluate"]["text"] = str(tmp_path / "d.txt")
     validated(Recipe, values)
@@ -184,7 +185,7 @@ def test_another_split_of_a_dataset_may_measure() -> None:
         ({"text": "a.txt", "valid_text": "a.txt"}, "a.txt is training text"),
         ({"text": {"a.txt": 2}, "valid_text": "a.txt"}, "a.txt is training text"),
         ({}, "no text to heal on"),
-        ({"text": "a.txt", "stop_at": 0.1}, "stop_at needs held-out text"),
+        ({"text": "a.txt", "stop_at": 0.1}, "`stop_at` needs held-out text"),
         ({"text": "a.txt", "stop_at": 0}, "stop_at: input should be greater than 0"),
     ],
 )

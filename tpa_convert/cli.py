@@ -385,9 +385,12 @@ def _section(section: type[S], ctx: typer.Context, **values: Any) -> S:
     try:
         return validated(section, {**options, **values})
     except UserError as error:
-        names = "|".join(sorted(options, key=len, reverse=True))
+        # A name stands in backticks, or in front: not every "text" in a message is an option.
+        names = "|".join(options)
         spelled = re.sub(
-            rf"\b({names})\b", lambda match: "--" + match[0].replace("_", "-"), str(error)
+            rf"`({names})`|^({names})(?=:| is missing)",
+            lambda match: "--" + match[0].strip("`").replace("_", "-"),
+            str(error),
         )
         raise UserError(spelled) from None
 

@@ -33,6 +33,8 @@ Tracker = Literal["tensorboard", "wandb"]
 GaugePlace = Literal["auto", "absorbed", "applied"]
 KeyCacheKind = Literal["rotated", "latent"]
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
 BUDGETS = ("kv_floats", "kv_bytes", "kv_ratio")
 RANKS = ("rank_k", "rank_v", "width_k", "width_v")
 
@@ -98,7 +100,7 @@ class CalibrationOptions(Section):
     """Moments saved by an earlier calibration on the same source."""
     save_moments: Path | None = None
     """Where to save the moments, so that another budget costs seconds."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses the calibration documents."""
 
 
@@ -126,15 +128,16 @@ class PlanOptions(CacheBudget, CalibrationOptions):
 
     @model_validator(mode="after")
     def _check(self) -> PlanOptions:
-        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        budgets = [f"`{name}`" for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise ValueError(
-                f"give at most one of kv_floats, kv_bytes, kv_ratio; got {' and '.join(budgets)}"
+                "give at most one of `kv_floats`, `kv_bytes`, `kv_ratio`; got "
+                f"{' and '.join(budgets)}"
             )
         if self.calibration_blocks < 2:
-            raise ValueError("a plan needs calibration_blocks of at least 2: one is held out")
+            raise ValueError("a plan needs `calibration_blocks` of at least 2: one is held out")
         if self.moments is not None and self.save_moments is not None:
-            raise ValueError("moments are there already: leave out save_moments")
+            raise ValueError("moments are there already: leave out `save_moments`")
         return self
 
 
@@ -177,36 +180,36 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
 
     @model_validator(mode="after")
     def _check(self) -> ConvertOptions:
-        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        budgets = [f"`{name}`" for name in BUDGETS if getattr(self, name) is not None]
         if any(getattr(self, name) is not None for name in RANKS):
             budgets.append("ranks and widths")
         if self.plan is not None:
-            budgets.append("plan")
+            budgets.append("`plan`")
         if len(budgets) != 1:
             found = f"got {' and '.join(budgets)}" if budgets else "got none"
             raise ValueError(
-                "give exactly one budget: kv_floats, kv_bytes, kv_ratio, plan, or ranks and "
-                f"widths (rank_k, rank_v, width_k, width_v); {found}"
+                "give exactly one budget: `kv_floats`, `kv_bytes`, `kv_ratio`, `plan`, or ranks "
+                f"and widths (`rank_k`, `rank_v`, `width_k`, `width_v`); {found}"
             )
         if self.plan is not None and self.form != "static":
-            raise ValueError("the plan says the form of every layer: leave out form")
+            raise ValueError("the plan says the form of every layer: leave out `form`")
         if self.key_cache == "latent":
             if self.plan is not None:
-                raise ValueError("the plan says what every layer caches: leave out key_cache")
+                raise ValueError("the plan says what every layer caches: leave out `key_cache`")
             if self.form != "static" or self.method != "gauge":
                 raise ValueError(
-                    "latent keys go with no other form or method: leave out form and method"
+                    "latent keys go with no other form or method: leave out `form` and `method`"
                 )
             if self.rank_k is not None:
-                raise ValueError("latent keys have no rank_k: give width_k")
+                raise ValueError("latent keys have no `rank_k`: give `width_k`")
         if self.rank_q is not None and self.form != "linear":
-            raise ValueError(f"rank_q needs form linear, not {self.form}")
+            raise ValueError(f"`rank_q` needs `form` linear, not {self.form}")
         if self.moments is not None and self.save_moments is not None:
-            raise ValueError("moments are there already: leave out save_moments")
+            raise ValueError("moments are there already: leave out `save_moments`")
         if self.moments is not None and self.calibration and not (self.refit or self.refine):
-            raise ValueError("moments replaces the calibration: leave out calibration")
+            raise ValueError("`moments` replaces the calibration: leave out `calibration`")
         if self.refit and self.refine:
-            raise ValueError("refine does more than refit: leave out refit")
+            raise ValueError("`refine` does more than `refit`: leave out `refit`")
         return self
 
 
@@ -250,11 +253,12 @@ class HealOptions(Section):
     temperature: PositiveFloat = 1.0
     """Softens both distributions of the distillation loss."""
     hidden_weight: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the distance between both models' hidden states after each layer; by default 3, or
-    0 where the source has another depth or width."""
+    """Weight of the distance between both models' hidden states after each layer in the first step;
+    it falls to zero along the run. By default 10, or 0 where the source has another depth or
+    width."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, on matrices."""
-    seed: int = 0
+    seed: Seed = 0
     """Order of the text."""
     bf16: bool | None = None
     """Compute in bfloat16 over float32 weights; by default where the GPU can."""
@@ -278,10 +282,10 @@ class HealOptions(Section):
     def _check(self) -> HealOptions:
         if not (self.text or self.sampled_tokens or self.sampled_chat_tokens):
             raise ValueError(
-                "there is no text to heal on: give text, sampled_tokens or sampled_chat_tokens"
+                "there is no text to heal on: give `text`, `sampled_tokens` or `sampled_chat_tokens`"
             )
         if self.stop_at is not None and not self.valid_text:
-            raise ValueError("stop_at needs held-out text to judge by: give valid_text")
+            raise ValueError("`stop_at` needs held-out text to judge by: give `valid_text`")
         refuse_overlap((name for name, _ in self.text_shares), self.valid_text, "valid_text")
         return self
 
@@ -307,7 +311,7 @@ def refuse_overlap(train: Iterable[str], test: Iterable[str], name: str) -> None
         if resolved(spec) in seen:
             raise ValueError(
                 f"{spec} is training text and cannot measure what training did: take it out of "
-                f"the training text, or name other text in {name}"
+                f"the training text, or name other text in `{name}`"
             )
 
 
