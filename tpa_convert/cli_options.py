@@ -433,8 +433,8 @@ HiddenWeight = Annotated[
     float | None,
     option(
         "--hidden-weight",
-        "Weight of the distance between both models' hidden states at first; it falls to zero along "
-        "the run. [dim]\\[default: 10, or 0 for a source of another depth or width][/]",
+        "Weight of the distance between both models' hidden states at first; it falls to zero "
+        "along the run. [dim]\\[default: 10, or 0 for a source of another depth or width][/]",
         TRAINING,
         metavar="X",
     ),

@@ -282,7 +282,8 @@ class HealOptions(Section):
     def _check(self) -> HealOptions:
         if not (self.text or self.sampled_tokens or self.sampled_chat_tokens):
             raise ValueError(
-                "there is no text to heal on: give `text`, `sampled_tokens` or `sampled_chat_tokens`"
+                "there is no text to heal on: give `text`, `sampled_tokens` or "
+                "`sampled_chat_tokens`"
             )
         if self.stop_at is not None and not self.valid_text:
             raise ValueError("`stop_at` needs held-out text to judge by: give `valid_text`")

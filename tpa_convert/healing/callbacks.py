@@ -27,6 +27,19 @@ SOURCE_PERPLEXITY = "eval_source_perplexity"
 VALID_AGREEMENT = "eval_agreement"
 
 
+class Intervals(TrainerCallback):
+    """Logs and saves as often as was asked for now: a checkpoint brings its own run's intervals."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class Speedometer(TrainerCallback):
     """Measures tokens per second between logged losses; stops a run whose loss is not finite."""
 
@@ -42,6 +55,16 @@ class Speedometer(TrainerCallback):
             return None
         (first_step, start), (last_step, end) = self.marks[0], self.marks[-1]
         return (last_step - first_step) * self.tokens_per_step / (end - start)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last steps' losses are to be finite too
 
     def on_log(
         self,
@@ -101,7 +124,8 @@ class Validation(TrainerCallback):
             should_log = control.should_log
             loss = self.measure()  # logging resets should_log, and with it the last training loss
             control.should_log = should_log
-            if self.stop_at is not None and math.expm1(loss) <= self.stop_at:
+            last = state.global_step == state.max_steps
+            if self.stop_at is not None and not last and math.expm1(loss) <= self.stop_at:
                 self.recovered = True
                 control.should_log = True
                 control.should_training_stop = True

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,10 +44,12 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def check_disk(student: PreTrainedModel, output_dir: Path) -> None:
-    """Refuse to start what could not save its checkpoints."""
+def check_disk(student: PreTrainedModel, output_dir: Path, checkpoint: Path | None) -> None:
+    """Refuse to start what could not save its checkpoints beside the one that is there."""
     # fp32 weights and Adam's moments, twice: the old checkpoint goes when the new one is complete.
     needed = 24 * student.num_parameters()
+    if checkpoint is not None:
+        needed -= sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output_dir).free
     if free < needed:
@@ -55,11 +59,33 @@ def check_disk(student: PreTrainedModel, output_dir: Path) -> None:
         )
 
 
-def fingerprint(settings: HealingSettings, blocks: Tensor, sharded: bool) -> dict[str, Any]:
-    """What a checkpoint can be continued with, JSON-able: settings, a hash of the text, FSDP."""
-    fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
-    data = blocks.cpu().contiguous().numpy().data
-    return {**fixed, "text": hashlib.sha256(data).hexdigest(), "FSDP": sharded}
+def fingerprint(
+    settings: HealingSettings,
+    teacher: PreTrainedModel,
+    blocks: Tensor,
+    valid_blocks: Tensor | None,
+    sharded: bool,
+) -> dict[str, Any]:
+    """What a checkpoint can be continued with, JSON-able: settings, hashes of source and text."""
+    return {
+        **{name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS},
+        "source": _digest(_sample(weight) for weight in teacher.parameters()),
+        "text": _digest([blocks]),
+        "held-out text": None if valid_blocks is None else _digest([valid_blocks]),
+        "FSDP": sharded,
+    }
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A few numbers of a weight, as bits that do not depend on whether it was widened."""
+    return weight.detach().flatten()[:64].to(torch.bfloat16).view(torch.int16)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def check_run(path: Path, run: dict[str, Any], checkpoint: Path | None) -> None:

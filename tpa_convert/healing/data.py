@@ -30,7 +30,7 @@ class BlockDataset(Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int | slice) -> Tensor:
         return self.blocks[self.order[index]]
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tpa_convert.healing.callbacks import (
     VALID_LOSS,
     VALID_PERPLEXITY,
     GracefulStop,
+    Intervals,
     Speedometer,
     Validation,
 )
@@ -69,7 +71,6 @@ from tpa_convert.healing.trainer import (
 LOGS = "runs"  # tensorboard's event files, in the output directory
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
-CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each channel varies
 # transformers renamed it after 5.17.
 GRADIENT_CHECKPOINTING = next(
     name
@@ -139,18 +140,21 @@ def heal(
     if settings.offload_teacher and sharding():
         raise UserError("FSDP shards the source already: leave out offload_teacher")
     check_models(student, teacher)
-    hidden_weight = hidden_weight_for(student, teacher, settings.hidden_weight)
+    settings = replace(
+        settings, hidden_weight=hidden_weight_for(student, teacher, settings.hidden_weight)
+    )
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
-    this_run = fingerprint(settings, blocks, sharded=sharding())
+    this_run = fingerprint(settings, teacher, blocks, valid_blocks, sharded=sharding())
     state = processes()
     refuse_difference(this_run, "text or settings")
     if state.is_main_process:
         if not resume and checkpoints.exists():
             shutil.rmtree(checkpoints)
-        check_disk(student, output_dir)
-        check_run(output_dir / "healing.json", this_run, newest_checkpoint(checkpoints))
+        newest = newest_checkpoint(checkpoints)
+        check_disk(student, output_dir, newest)
+        check_run(output_dir / "healing.json", this_run, newest)
     state.wait_for_everyone()
     checkpoint = newest_checkpoint(checkpoints)
 
@@ -165,7 +169,6 @@ def heal(
             checkpoint,
             settings=settings,
             valid_blocks=valid_blocks,
-            hidden_weight=hidden_weight,
             divergence=divergence
             or partial(skewed_kl, skew=settings.skew, temperature=settings.temperature),
             progress=progress and state.is_main_process,
@@ -181,7 +184,6 @@ def _train(
     *,
     settings: HealingSettings,
     valid_blocks: LongTensor | None,
-    hidden_weight: float,
     divergence: Divergence,
     progress: bool,
 ) -> HealingReport:
@@ -223,13 +225,14 @@ def _train(
         data_collator=collate,
         divergence=compile_if(divergence),
         chunk_tokens=default_chunk_tokens(student.config.vocab_size, dtype, compiled),
-        hidden_weight=hidden_weight,
+        hidden_weight=settings.hidden_weight or 0.0,
         distance=compile_if(hidden_distance),
         optimizer_cls_and_kwargs=(
             torch.optim.AdamW,
             {"params": groups, "lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True},
         ),
         callbacks=[
+            Intervals(),
             speedometer,
             *([dashboard] if dashboard else []),
             *trackers(settings.log_to, checkpoints.parent / LOGS),
@@ -248,15 +251,15 @@ def _train(
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        trainer.measure_channels(blocks[:CHANNEL_BLOCKS].long())
-        with (
-            memory_errors(args.per_device_train_batch_size),
-            quiet_transformers(),
-            block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
-            block_forward(teacher, teacher_modules if compiled else (), args.bf16),
-            stop,
-        ):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with memory_errors(args.per_device_train_batch_size):
+            trainer.measure_channels()
+            with (
+                quiet_transformers(),
+                block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
+                block_forward(teacher, teacher_modules if compiled else (), args.bf16),
+                stop,
+            ):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if sharding():
             weights = trainer.accelerator.get_state_dict(student)  # whole in the first process
             if processes().is_main_process:

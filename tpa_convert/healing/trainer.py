@@ -28,6 +28,9 @@ from tpa_convert.healing.objective import (
 # pass and, under torch.compile, a [batch, 1, length, length] mask that rules flash kernels out.
 CAUSAL_SDPA = "tpa_convert_causal_sdpa"
 
+CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each channel varies
+CHANNEL_FLOOR = 1e-6  # least variance of a channel, of the mean over channels
+
 
 def causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -213,7 +216,7 @@ class DistillationTrainer(Trainer):
         chunk_tokens: see `objective.chunked_divergence`.
         hidden_weight: of the mean of `distance` over the layers in the first step; both models need
             equally many, of one width. 0 leaves it out; otherwise call `measure_channels` before
-            training.
+            training, whose sequences `train_dataset` has to give as a tensor for a slice.
         distance: see `objective.hidden_distance`.
         **kwargs: the Trainer's.
     """
@@ -311,14 +314,24 @@ class DistillationTrainer(Trainer):
         return loss
 
     @torch.no_grad()
-    def measure_channels(self, blocks: Tensor) -> None:
-        """Sets what distances of hidden states are relative to, on token ids [N, L]: the same for
-        all batches, so that no loss depends on how they are cut."""
-        if self.hidden_weight:
+    def measure_channels(self) -> None:
+        """Sets what distances of hidden states are relative to, on the first training sequences:
+        the same for all batches, so that no loss depends on how they are cut."""
+        if not self.hidden_weight:
+            return
+        blocks = self.train_dataset[: min(CHANNEL_BLOCKS, len(self.train_dataset))]
+        parts = []  # [layers, 2, B, D]: variances within sequences, and means
+        for batch in blocks.long().split(self.args.per_device_train_batch_size):
             with self.accelerator.autocast():
-                final_hidden_states(self.teacher, blocks.to(self.args.device))
+                final_hidden_states(self.teacher, batch.to(self.args.device))
             states = self.layer_outputs[1].take()
-            self.channel_variances = [state.float().var((0, 1), correction=0) for state in states]
+            found = [torch.var_mean(state.float(), dim=1, correction=0) for state in states]
+            parts.append(torch.stack([torch.stack(layer) for layer in found]))
+        within, means = torch.cat(parts, dim=2).unbind(1)
+        variances = within.mean(1) + means.var(1, correction=0)
+        # Channels that hardly vary would decide every step.
+        floor = CHANNEL_FLOOR * variances.mean(-1, keepdim=True)
+        self.channel_variances = list(variances.maximum(floor))
 
     def remove_hooks(self) -> None:
         """Leave the models as they were."""
