@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,10 +148,11 @@ def test_chats_need_a_template(tiny_tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "with_text"), [("sampled_tokens", False), ("sampled_chat_tokens", True)]
+    ("option", "sampled", "with_text"),
+    [("sampled_tokens", 100, False), ("sampled_chat_tokens", 60, True)],
 )
 def test_healing_on_sampled_text(
-    tmp_path: Path, option: str, with_text: bool, tiny_tokenizer
+    tmp_path: Path, option: str, sampled: int, with_text: bool, tiny_tokenizer
 ) -> None:
     source = save_source(tmp_path / "source")
     tiny_tokenizer.chat_template = TEMPLATE
@@ -160,15 +162,63 @@ def test_healing_on_sampled_text(
     short = ["--tokens", 128, "--tokens-per-step", 64, "--block-length", 32, "--out", healed]
     texts = [f"{save_text(tmp_path / 'a.txt')}@2", save_text(tmp_path / "b.txt")]
     text = [part for path in texts for part in ("--text", path)] if with_text else []
-    result = tpa_convert("heal", converted, *short, "--" + option.replace("_", "-"), 100, *text)
+    result = tpa_convert("heal", converted, *short, "--" + option.replace("_", "-"), sampled, *text)
     assert result.exit_code == 0, result.output
     record = json.loads((healed / "tpa_convert.json").read_text())["heal"]
-    assert record["settings"][option] == 100
+    assert record["settings"][option] == sampled
     assert re.search(r"^sampling \w+: [\d,]+ tokens/s$", result.stderr, re.MULTILINE)
     assert len(record["settings"]["text"]) == 2 * with_text
     assert record["report"]["tokens"] == 128
     assert (healed / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "![Perplexity" in (healed / "README.md").read_text()
+
+
+def test_text_is_sampled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails afterwards; but again for another seed or length."""
+    source, converted = save_source(tmp_path / "source"), tmp_path / "converted"
+    assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
+    lengths: list[int] = []
+
+    def sample(*arguments: Any, **keywords: Any) -> Any:
+        lengths.append(arguments[3])
+        return sample_blocks(*arguments, **keywords)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("out of GPU memory")
+
+    monkeypatch.setattr("tpa_convert.pipeline.training_text.sample_blocks", sample)
+    short = ["--tokens", 128, "--tokens-per-step", 64, "--sampled-tokens", 60]
+    heal = ["heal", converted, *short, "--out", tmp_path / "healed"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tpa_convert.pipeline.healing.heal_model", fail)
+        for options in ([], [], ["--seed", 1]):
+            result = tpa_convert(*heal, "--block-length", 32, *options)
+            assert "error: out of GPU memory" in result.stderr
+    assert lengths == [32, 32]
+    assert tpa_convert(*heal, "--block-length", 16).exit_code == 0
+    assert lengths == [32, 32, 16]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--block-length", 48], "tokens_per_step must be a multiple of the block length 48, not"),
+        (["--sampled-tokens", 200], "224 tokens to sample are too many: the run trains on 128"),
+        (["--sampled-tokens", 97, "--text", "a.txt"], "128, and some are for the text"),
+    ],
+)
+def test_shares_of_a_run_that_cannot_be(
+    options: list[Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is sampled or even loaded."""
+    monkeypatch.chdir(tmp_path)
+    save_text(tmp_path / "a.txt")
+    source, converted = save_source(tmp_path / "source"), tmp_path / "converted"
+    assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
+    short = ["--tokens", 128, "--tokens-per-step", 64, "--block-length", 32, "--out", "healed"]
+    result = tpa_convert("heal", converted, *short, "--sampled-tokens", 32, *options)
+    assert message in error_of(result)
+    assert not (tmp_path / "healed.healing").exists()
 
 
 def test_a_terminal_shows_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:

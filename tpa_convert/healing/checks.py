@@ -45,6 +45,19 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
+def check_step(tokens_per_step: int, block_length: int) -> None:
+    """Refuse steps that are no whole blocks.
+
+    Raises:
+        UserError: they are not.
+    """
+    if tokens_per_step % block_length:
+        raise UserError(
+            f"tokens_per_step must be a multiple of the block length {block_length}, "
+            f"not {tokens_per_step}"
+        )
+
+
 def hidden_weight_for(
     student: PreTrainedModel, teacher: PreTrainedModel, wanted: float | None
 ) -> float:

@@ -42,6 +42,7 @@ from tpa_convert.healing.checkpoints import (
 )
 from tpa_convert.healing.checks import (
     check_models,
+    check_step,
     hidden_weight_for,
     memory_errors,
     quiet_transformers,
@@ -315,15 +316,12 @@ def _blocks(
 
         if tokenizer is None:
             raise UserError("documents need a tokenizer: pass one, or pass token blocks")
-        wanted = settings.steps * max(1, settings.tokens_per_step // settings.block_length)
+        check_step(settings.tokens_per_step, settings.block_length)
+        wanted = settings.steps * (settings.tokens_per_step // settings.block_length)
         blocks = packed_blocks(
             documents_or_blocks, tokenizer, settings.block_length, wanted, settings.seed
         )
-    if settings.tokens_per_step % blocks.shape[1]:
-        raise UserError(
-            f"tokens_per_step must be a multiple of the block length {blocks.shape[1]}, "
-            f"not {settings.tokens_per_step}"
-        )
+    check_step(settings.tokens_per_step, blocks.shape[1])
     return blocks
 
 

@@ -10,12 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from tpa_convert.architectures import Source
-from tpa_convert.calibration.mixture import Mixture, load_mixture, mixture_blocks
+from tpa_convert.calibration.mixture import load_mixture
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.calibration.overlap import load_local, refuse_seen_documents
 from tpa_convert.calibration.text import load_documents, token_blocks
@@ -27,7 +24,11 @@ from tpa_convert.healing import HealingReport, HealingSettings
 from tpa_convert.healing import heal as heal_model
 from tpa_convert.healing.distributed import processes
 from tpa_convert.healing.run import LOGS
-from tpa_convert.healing.sampling import sample_blocks
+from tpa_convert.pipeline.training_text import (
+    blocks_of_text,
+    has_sampled_blocks,
+    training_blocks,
+)
 from tpa_convert.prediction import named_dtype
 from tpa_convert.recipe import HealOptions, SourceOptions
 from tpa_convert.sources import source_of
@@ -86,6 +87,7 @@ def heal(
     provenance = read_provenance(directory)
     out = check_output(out, overwrite)
     settings = HealingSettings(**options.model_dump(exclude=TEXT_OPTIONS))
+    text_blocks = blocks_of_text(options, settings)
     mixture = load_mixture(options.text_shares, text_column=options.text_column)
     refuse_seen_documents(
         {name: documents for name, (documents, _) in mixture.items()},
@@ -103,6 +105,7 @@ def heal(
             tokenizer,
             options.block_length,
             VALID_BLOCKS,
+            seed=0,  # of all texts and all parts of a long one, the same for all runs
         )
     checkpoints = out.with_name(out.name + HEALING_SUFFIX)
     if state.is_main_process:
@@ -113,7 +116,7 @@ def heal(
             student,
             teacher.model,
             tokenizer,
-            _training_blocks(options, settings, teacher, mixture, checkpoints, track),
+            training_blocks(options, text_blocks, teacher, mixture, checkpoints, track),
             settings=settings,
             output_dir=checkpoints,
             resume=resume,
@@ -121,8 +124,9 @@ def heal(
             progress=progress,
         )
     except BaseException:
-        if state.is_main_process and not any(checkpoints.glob("checkpoints/checkpoint-*")):
-            shutil.rmtree(checkpoints, ignore_errors=True)  # nothing to resume from
+        useful = has_sampled_blocks(checkpoints) or any(checkpoints.glob("*/checkpoint-*"))
+        if state.is_main_process and not useful:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         raise
     if not state.is_main_process:
         return HealingResult(out, report)
@@ -149,43 +153,6 @@ def heal(
             stacklevel=2,
         )
     return HealingResult(out, report)
-
-
-def _training_blocks(
-    options: HealOptions,
-    settings: HealingSettings,
-    teacher: Source,
-    mixture: Mixture,
-    directory: Path,
-    track: Track,
-) -> Tensor:
-    """The text of a run as token blocks. What is sampled is kept for a resumed run."""
-    parts = []
-    if mixture:
-        wanted = settings.steps * max(1, settings.tokens_per_step // options.block_length)
-        parts.append(
-            mixture_blocks(
-                mixture, teacher.tokenizer, options.block_length, wanted, options.seed
-            ).numpy()
-        )
-    for tokens, chat in ((options.sampled_tokens, False), (options.sampled_chat_tokens, True)):
-        if tokens:
-            path = directory / f"sampled_{'chat_' if chat else ''}{tokens}.npy"
-            with processes().main_process_first():
-                if not path.is_file():
-                    sampled = sample_blocks(
-                        teacher.model.to("cuda" if torch.cuda.is_available() else "cpu"),
-                        teacher.tokenizer,
-                        tokens,
-                        options.block_length,
-                        chat=chat,
-                        seed=options.seed,
-                        track=track,
-                    )
-                    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-                        np.save(file, sampled.numpy().astype(np.int32))
-            parts.append(np.load(path))
-    return torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
 def _claim_checkpoints(directory: Path, provenance: Mapping[str, Any], resume: bool) -> None:
