@@ -286,6 +286,14 @@ def test_heal_records_both_steps(converted: Path, text: Path, tmp_path: Path) ->
     one, two = (model(tokens).logits for model in models)
     assert not torch.equal(one, two)
 
+    further = tmp_path / "further"
+    result = tpa_convert("heal", out, "--text", text, "--out", further, *HEAL, "--tokens", 64)
+    assert result.exit_code == 0, result.output
+    assert (
+        json.loads((further / "tpa_convert.json").read_text())["heal"]["earlier"] == record["heal"]
+    )
+    assert "from its source on 320 tokens" in (further / "README.md").read_text()
+
 
 def test_heal_ends_with_a_summary(converted: Path, text: Path, tmp_path: Path) -> None:
     out, valid = tmp_path / "healed", tmp_path / "valid.txt"
@@ -371,7 +379,11 @@ def test_interrupted_healing_says_how_to_go_on(
         "tpa_convert.pipeline.healing.heal_model", failing(HealingInterrupted(2, 4))
     )
     result = tpa_convert("heal", converted, "--text", text, "--out", tmp_path / "healed", *HEAL)
-    assert "the same command continues" in error_of(result, code=130)
+    assert error_of(result, code=130).endswith("the same command continues from there")
+    assert not (tmp_path / "healed").exists()
+    options = ["--text", text, "--out", tmp_path / "healed", "--no-resume"]
+    result = tpa_convert("heal", converted, *options, *HEAL)
+    assert error_of(result, code=130).endswith("continues from there, without --no-resume")
     assert not (tmp_path / "healed").exists()
 
 

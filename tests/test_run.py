@@ -95,6 +95,23 @@ def test_finished_steps_are_kept(
     assert tpa_convert("run", recipe).exit_code == 0
 
 
+def test_starting_over_forgets_what_was_healed_before(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tpa_convert("run", recipe).exit_code == 0
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise HealingInterrupted(1, 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tpa_convert.pipeline.healing.heal_model", interrupted)
+        message = error_of(tpa_convert("run", recipe, "--overwrite"), code=130)
+    assert "the same command continues from there, without --overwrite" in message
+    assert not (tmp_path / "out" / "healed").exists()
+    assert tpa_convert("run", recipe).exit_code == 0
+    assert (tmp_path / "out" / "healed" / "tpa_convert.json").is_file()
+
+
 def test_other_settings_are_not_mistaken_for_finished(recipe: Path, tmp_path: Path) -> None:
     assert tpa_convert("run", recipe).exit_code == 0
     change(recipe, "heal", seed=1)

@@ -11,6 +11,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -250,15 +252,16 @@ def heal(
 
     from tpa_convert import pipeline
 
-    result = pipeline.heal(
-        directory,
-        out,
-        options,
-        source=teacher,
-        overwrite=overwrite,
-        resume=resume,
-        track=track,
-    )
+    with _continued_without("--no-resume", not resume):
+        result = pipeline.heal(
+            directory,
+            out,
+            options,
+            source=teacher,
+            overwrite=overwrite,
+            resume=resume,
+            track=track,
+        )
     show_healing(result)
     console.print(f"Wrote {result.out}. Next:", soft_wrap=True)
     console.print(f"  tpa-convert eval {directory} {out} --text YOUR_TEXT", soft_wrap=True)
@@ -359,7 +362,8 @@ def run(
         show_plan(prediction)
         _write_json(json_file, prediction)
         return
-    result = run_recipe(steps, out, overwrite=overwrite, track=track)
+    with _continued_without("--overwrite", overwrite):
+        result = run_recipe(steps, out, overwrite=overwrite, track=track)
     if result.conversion is not None:
         show_plan(result.conversion.prediction)
     if result.healing is not None:
@@ -393,6 +397,17 @@ def _section(section: type[S], ctx: typer.Context, **values: Any) -> S:
             str(error),
         )
         raise UserError(spelled) from None
+
+
+@contextmanager
+def _continued_without(flag: str, given: bool) -> Iterator[None]:
+    """Where a run that was stopped would begin again with the same command, says so."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if given and str(stop):
+            raise KeyboardInterrupt(f"{stop}, without {flag}") from None
+        raise
 
 
 def _write_json(path: Path | None, result: Any) -> None:

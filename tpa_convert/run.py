@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from tpa_convert.calibration.overlap import load_local, refuse_seen_documents
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation.multiple_choice import load_questions
-from tpa_convert.export.output import atomic_file
+from tpa_convert.export.output import atomic_file, check_output
 from tpa_convert.export.save import read_provenance
 from tpa_convert.pipeline import ConversionResult, HealingResult, convert, evaluate, heal
 from tpa_convert.recipe import Recipe, Section, SourceOptions
@@ -77,6 +78,8 @@ def run(
             overwrite=overwrite,
             track=track,
         )
+        if overwrite and healed is not None and healed.exists():
+            shutil.rmtree(check_output(healed, overwrite))  # another conversion's
 
     healing = None
     if healed is not None and recipe.heal is not None:

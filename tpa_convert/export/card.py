@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,20 @@ def render_card(name: str, provenance: Mapping[str, Any]) -> str:
         source=name_of_source,
         plan=provenance["convert"]["plan"],
         healed=provenance.get("heal"),
+        healed_on=sum(report["tokens"] for report in _healings(provenance)),
         results=_results(provenance),
         recipe=recipe.strip(),
         versions=provenance["convert"]["versions"],
     )
     return str(card)
+
+
+def _healings(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The reports of all healings, the last one first."""
+    record = provenance.get("heal")
+    while record is not None:
+        yield record["report"]
+        record = record.get("earlier")
 
 
 def _results(provenance: Mapping[str, Any]) -> str | None:

@@ -136,6 +136,7 @@ def heal(
         "source": asdict(teacher.reference),
         "report": {k: v for k, v in asdict(report).items() if k != "losses"},
         "chart": LOSS_CHART,
+        "earlier": provenance.get("heal"),  # of a model that was healed before
         **stamp(),
     }
     healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
