@@ -21,7 +21,7 @@ import torch
 from machine import device_name, versions
 from smollm2 import load, tf32
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import kl_div, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,7 +39,7 @@ from tpa_convert.evaluation.logits import chunk_positions, split_head
 from tpa_convert.evaluation.multiple_choice import task_name
 from tpa_convert.export.save import load_converted
 
-EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
+EDGES = (0, 32, 256, 512, 1024, 2048, 4096, 8192)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CHOICES = 10  # numbers to choose from
 SLACK = 16  # tokens of a needle's text that are left free
@@ -48,37 +48,48 @@ CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
 
 
 @torch.inference_mode()
-def loss_by_position(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Negative log-likelihood of each token but the first, mean over blocks [N, L]: [L - 1]."""
+def scores_by_position(model: PreTrainedModel, source: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Negative log-likelihood of each token of blocks [N, L] but the first, and the KL from the
+    source's prediction of it, mean over blocks: [2, L - 1]."""
     body, head = split_head(model.eval())
+    source_body, source_head = split_head(source.eval())
     step = chunk_positions(model)
-    total = torch.zeros(blocks.shape[1] - 1, dtype=torch.float64, device=model.device)
+    total = torch.zeros(2, blocks.shape[1] - 1, dtype=torch.float64, device=model.device)
     for block in blocks.to(model.device):
         features = body(block[None])[0, :-1].split(step)
-        targets = block[1:].split(step)
-        parts = [
-            cross_entropy(head(feature), target, reduction="none")
-            for feature, target in zip(features, targets, strict=True)
-        ]
-        total += torch.cat(parts)
+        source_features = source_body(block[None])[0, :-1].split(step)
+        parts = []
+        for one, other, targets in zip(
+            features, source_features, block[1:].split(step), strict=True
+        ):
+            logits = head(one).log_softmax(-1)
+            loss = nll_loss(logits, targets, reduction="none")
+            expected = source_head(other).log_softmax(-1)
+            divergence = kl_div(logits, expected, reduction="none", log_target=True).sum(-1)
+            parts.append(torch.stack([loss, divergence]))
+        total += torch.cat(parts, dim=1)
     return (total / len(blocks)).cpu()
 
 
 def position_table(models: Mapping[str, PreTrainedModel], blocks: Mapping[str, Tensor]) -> None:
-    """Perplexity of each model by position, relative to the first; geometric mean over texts."""
+    """Perplexity of each model by position, relative to the first, and KL from it; geometric and
+    arithmetic mean over texts."""
     length = max(part.shape[1] for part in blocks.values())
     spans = [(a, b) for a, b in itertools.pairwise(EDGES) if a < length]
     print(f"\n| perplexity at tokens | {' | '.join(f'{a}–{b}' for a, b in spans)} |")
     print("|---" * (len(spans) + 1) + "|")
+    source = next(iter(models.values()))
     reference = None
     for name, model in models.items():
-        loss = torch.stack([loss_by_position(model, part) for part in blocks.values()]).mean(0)
+        scores = [scores_by_position(model, source, part) for part in blocks.values()]
+        loss, divergence = torch.stack(scores).mean(0)
         reference = loss if reference is None else reference
         cells = []
         for a, b in spans:
-            value, source = (x[max(a - 1, 0) : b - 1].mean().item() for x in (loss, reference))
-            ratio = "" if loss is reference else f" (×{math.exp(value - source):.3f})"
-            cells.append(f"{math.exp(value):.2f}{ratio}")
+            span = slice(max(a - 1, 0), b - 1)
+            value, expected, kl = (x[span].mean().item() for x in (loss, reference, divergence))
+            beside = f" (×{math.exp(value - expected):.3f}, KL {kl:.3f})"
+            cells.append(f"{math.exp(value):.2f}" + (beside if model is not source else ""))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

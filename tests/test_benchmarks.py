@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.command_line import CONVERT, save_source, tpa_convert
+from tests.conftest import make_tiny_llama
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -196,6 +197,19 @@ def test_chat(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
     assert len(set(quality.CHAT_PROMPTS.read_text().splitlines())) == 40
 
 
+def test_scores_by_position(monkeypatch, random_tokens) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    quality = importlib.import_module("quality")
+    source, other = make_tiny_llama(seed=1), make_tiny_llama(seed=2)
+    blocks = random_tokens(3, 20)
+    predicted, expected = (m(blocks).logits[:, :-1].log_softmax(-1) for m in (other, source))
+    loss, divergence = quality.scores_by_position(other, source, blocks)
+    picked = predicted.gather(-1, blocks[:, 1:, None])[..., 0]
+    torch.testing.assert_close(loss.float(), -picked.mean(0))
+    kl = (expected.exp() * (expected - predicted)).sum(-1).mean(0)
+    torch.testing.assert_close(divergence.float(), kl)
+
+
 def test_quality(model, texts, monkeypatch, capsys, tmp_path) -> None:
     converted, questions = tmp_path / "small", tmp_path / "quiz.jsonl"
     assert tpa_convert("convert", model, *CONVERT, "--out", converted).exit_code == 0
@@ -205,7 +219,7 @@ def test_quality(model, texts, monkeypatch, capsys, tmp_path) -> None:
     options += ["--lengths", "150", "200", "--answer-tokens", "2"]
     output = output_of("quality", options, monkeypatch, capsys)
     assert "| accuracy, % | quiz (4) | mean | drop |" in output
-    assert "| perplexity at tokens | 0–256 |" in output
+    assert "| perplexity at tokens | 0–32 | 32–256 |" in output
     assert "| needles found, % of 10 | 150 tokens | 200 tokens | mean | drop |" in output
     assert "nan" not in output
     assert output.count("| small |") == 3
