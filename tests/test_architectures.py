@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,8 +28,13 @@ from transformers import (
 )
 
 from tests.conftest import HEAD_SHAPES
+from tests.conversions import convert_tiny, source_of
 from tpa_convert.architectures import Architecture, architecture_of, register_architecture
+from tpa_convert.conversion import convert_model
 from tpa_convert.errors import UserError
+from tpa_convert.planning import Budget, plan_uniform
+from tpa_convert.prediction import predict
+from tpa_convert.recipe import ConvertOptions
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -49,6 +55,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -60,6 +67,7 @@ FAMILIES = {
     "llama-tied": lambda **kw: LlamaConfig(**COMMON, head_dim=16, tie_word_embeddings=True, **kw),
     "llama-biased": lambda **kw: LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True, **kw),
     "llama3-rope": lambda **kw: LlamaConfig(**COMMON, rope_parameters=dict(LLAMA3_ROPE), **kw),
+    "dynamic-rope": lambda **kw: LlamaConfig(**COMMON, rope_parameters=dict(DYNAMIC_ROPE), **kw),
     "mistral": lambda **kw: MistralConfig(**COMMON, head_dim=16, sliding_window=None, **kw),
     "qwen2": lambda **kw: Qwen2Config(**COMMON, **kw),
     "phi3": lambda **kw: Phi3Config(**COMMON, **kw),
@@ -123,6 +131,33 @@ def test_llama_config_is_a_copy() -> None:
     config = FAMILIES["llama3-rope"](num_attention_heads=4, num_key_value_heads=2)
     architecture_of(config).llama_config(config)["rope_parameters"]["factor"] = 99.0
     assert config.rope_parameters["factor"] == 4.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_bytes_are_those_of_a_live_cache(family: str) -> None:
+    config = FAMILIES[family](num_attention_heads=4, num_key_value_heads=2)
+    model, tokens = random_model(config), torch.arange(3, 13)[None]
+    prediction = predict(config, ConvertOptions(kv_ratio=0.5))
+    converted = convert_tiny(model, kv_ratio=0.5)
+    for predicted, one in (
+        (prediction.source_kv_bytes, model),
+        (prediction.kv_bytes, converted),
+    ):
+        layers = one(tokens, use_cache=True).past_key_values.layers
+        measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        assert predicted == measured / tokens.shape[1]
+    assert prediction.source_parameters == model.num_parameters()
+    assert prediction.parameters == converted.num_parameters()
+    with pytest.raises(UserError, match="rank_q is at most the number of query heads, 4"):
+        predict(config, ConvertOptions(kv_ratio=0.5, form="linear", rank_q=5))
+
+
+def test_nothing_of_a_source_is_left_out_in_silence() -> None:
+    model = random_model(FAMILIES["qwen2"](num_attention_heads=4, num_key_value_heads=2))
+    source = replace(source_of(model), architecture=Architecture("qwen2"))  # says nothing of biases
+    plan = plan_uniform(source.architecture.llama_config(model.config), Budget(kv_ratio=0.5))
+    with pytest.raises(UserError, match=r"^6 tensors .* \(the first: .*self_attn.q_proj.bias\)"):
+        convert_model(source, plan, None, whiten=False)
 
 
 def test_fused_rows_that_do_not_fit_are_refused() -> None:

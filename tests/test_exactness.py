@@ -21,7 +21,7 @@ from transformers import (
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
 from tpa_convert.architectures.attention import attention_weights
-from tpa_convert.conversion import attention_parameters
+from tpa_convert.conversion import attention_parameters, convert_layer
 from tpa_convert.decomposition.factors import KeyFactors, ValueFactors, to_complex_pairs
 from tpa_convert.modeling import Gauge, LayerShape, TPAConfig, TPAForCausalLM
 
@@ -257,3 +257,28 @@ def test_linear_form_is_close_where_inputs_have_a_constant(tiny_llama) -> None:
     error = (converted(tokens).logits - reference).square().mean() / reference.var()
     assert residual < 0.2
     assert error < 2 * residual
+
+
+def test_factored_queries_keep_what_heads_share() -> None:
+    """Heads that differ by a factor need one component."""
+    model = make_tiny_llama("mha")
+    attention = model.model.layers[0].self_attn
+    heads = attention.q_proj.weight.data.unflatten(0, (4, -1))
+    heads[2], heads[3] = -2 * heads[0], 0.5 * heads[1]
+    source = source_of(model)
+    weights = attention_weights(source, source.architecture.llama_state_dict(model), 0)
+    moments = tiny_moments(model).layers[0]
+    shape = LayerShape("affine", "none", 4, 4, 32, 32)
+
+    def missed(rank: int) -> float:
+        parameters, _ = convert_layer(
+            weights, moments, shape, method="svd", whiten=True, rank_q=rank
+        )
+        head_factor = parameters["q_proj.head_factor.bias"].unflatten(0, (rank, 4))
+        feature = parameters["q_proj.feature_factor.weight"].unflatten(0, (rank, -1))
+        queries = torch.einsum("rh,rdx->hdx", head_factor, feature)
+        expected = weights.query[..., :-1]
+        return ((queries - expected).norm() / expected.norm()).item()
+
+    assert missed(2) < 1e-6
+    assert missed(1) > 0.1

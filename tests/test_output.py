@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import make_tiny_llama
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import (
     PROVENANCE_FILE,
@@ -15,6 +16,7 @@ from tpa_convert.export.output import (
     check_output,
     is_disk_full,
 )
+from tpa_convert.export.save import save_converted
 
 DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -105,6 +107,22 @@ def test_existing_directory_needs_overwrite(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """The models of a link to another disk are replaced there."""
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    write_output(disk, "old")
+    link.symlink_to(disk)
+    write_output(link, overwrite=True)
+    assert link.is_symlink()
+    assert (disk / PROVENANCE_FILE).read_text() == "new"
+    file = tmp_path / "file.json"
+    file.symlink_to(disk / "weights")
+    with atomic_file(file) as path:
+        path.write_text("written")
+    assert file.is_symlink()
+    assert (disk / "weights").read_text() == "written"
+
+
 def test_overwrite_spares_what_is_not_ours(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -154,3 +172,11 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
         write_file(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_numbers_that_overflow_are_not_saved(tmp_path: Path) -> None:
+    model = make_tiny_llama()
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj.weight .* in float16: convert"):
+        save_converted(model.half(), None, tmp_path, "small", {})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

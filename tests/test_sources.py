@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import warnings
@@ -61,6 +62,15 @@ class TestLoading:
         assert not any(parameter.requires_grad for parameter in source.model.parameters())
         assert source.architecture.model_type == "llama"
         assert source.tokenizer.decode(source.tokenizer("Hello, world").input_ids) == "Hello, world"
+
+    @pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+    def test_attention_of_the_config_does_not_matter(
+        self, attention: str, tiny_checkpoint: Callable[..., Path]
+    ) -> None:
+        """Layers are calibrated without a mask, which is causal under SDPA alone."""
+        directory = tiny_checkpoint()
+        edit_config(directory, attn_implementation=attention, _attn_implementation=attention)
+        assert load_source(directory).model.config._attn_implementation == "sdpa"
 
     def test_reference_says_where_it_came_from(self, tiny_checkpoint: Callable[..., Path]) -> None:
         directory = tiny_checkpoint()
@@ -211,6 +221,13 @@ class TestHub:
 
         monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
         fails("some-org/model", "the Hub cannot be reached", "connection")
+
+    def test_no_room_for_the_download(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: Any, **kwargs: Any) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
+        fails("some-org/model", "the Hub's cache (No space left on device)", "HF_HOME")
 
     def test_a_snapshot_is_a_directory_with_a_commit(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -87,8 +89,8 @@ def attention_parameters(
     if rank_q is None:
         queries = [("q_proj", query.flatten(0, 1))]
     else:
-        white = torch.eye(query.shape[0] * query.shape[1], dtype=query.dtype)
-        head_factor, feature = head_svd(query, white, rank_q)
+        second_moment = query.flatten(0, 1) @ query.flatten(0, 1).mT  # of white inputs
+        head_factor, feature = head_svd(query, second_moment, rank_q)
         queries = [("q_proj.feature_factor", feature.flatten(0, 1))]
         name = "q_proj.head_factor"
         output |= head_factor_parameters(name, head_factor, functional, shape.form)
@@ -169,7 +171,8 @@ def convert_model(
     Returns: the converted model on the CPU, in eval mode.
 
     Raises:
-        UserError: moments missing or of another source.
+        UserError: moments missing or of another source, or tensors of the source have no place in a
+            Llama.
     """
     linear = any(layer.form == "linear" for layer in plan.layers)
     if moments is None and (whiten or linear):
@@ -191,6 +194,8 @@ def convert_model(
     }
     with torch.device("meta"):
         model = TPAForCausalLM(config)
+    expected = model.state_dict().keys()
+    _refuse_unread(state, config, expected)
     parameters = {
         name: tensor.to(dtype, copy=True)
         for name, tensor in state.items()
@@ -215,10 +220,33 @@ def convert_model(
                 tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor
             )
     config.rank_k = rank_k
-    expected = model.state_dict().keys()
     model.load_state_dict({k: v for k, v in parameters.items() if k in expected}, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     model.tie_weights()
     if source.model.generation_config is not None:
         model.generation_config = source.model.generation_config
     return model.eval()
+
+
+def _refuse_unread(names: Iterable[str], config: TPAConfig, expected: Collection[str]) -> None:
+    """Refuses tensors that the conversion would leave out: the model would not stay itself.
+
+    Args:
+        names: of the source's tensors, Llama's.
+        expected: names of the converted model's.
+    """
+    attention = {f"{name}_proj.weight" for name in "qkvo"}
+    attention |= {f"{name}_proj.bias" for name in "qkv" if config.attention_bias}
+    attention |= {"o_proj.bias"} if config.attention_output_bias else set()
+    unread = [
+        name
+        for name in names
+        if name.rpartition(".self_attn.")[2] not in attention
+        and name not in expected
+        and not name.endswith("inv_freq")
+    ]
+    if unread:
+        raise UserError(
+            f"{len(unread)} tensors of the source have no place in a Llama (the first: "
+            f"{unread[0]}): register an architecture that describes it"
+        )

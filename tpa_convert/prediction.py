@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tpa_convert.architectures import architecture_of
 from tpa_convert.decomposition import METHODS
@@ -14,8 +14,6 @@ from tpa_convert.errors import UserError
 from tpa_convert.modeling import TPAConfig, TPAForCausalLM
 from tpa_convert.planning import Budget, Plan, load_plan, plan_uniform
 from tpa_convert.recipe import BUDGETS, RANKS, ConvertOptions
-
-PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Prediction:
 
 
 def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
-    """Plan the conversion of a model with this config, and measure it on the meta device.
+    """Plan the conversion of a model with this config, and count what follows.
 
     Raises:
         UserError: an impossible budget, or an architecture that cannot be converted.
@@ -64,6 +62,9 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
     cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else dtype
     llama_config = architecture.llama_config(config)
     whole_heads = METHODS[options.method].whole_heads
+    heads = llama_config["num_attention_heads"]
+    if options.rank_q is not None and options.rank_q > heads:
+        raise UserError(f"rank_q is at most the number of query heads, {heads}: give less")
     if options.plan is not None:
         plan = load_plan(options.plan, llama_config).with_gauge(options.gauge)
         if whole_heads:
@@ -88,14 +89,14 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
     except ValueError as error:  # shapes that do not go together
         raise UserError(str(error)) from error
     with torch.device("meta"):
-        source = AutoModelForCausalLM.from_config(config, dtype=cache_dtype)
-        converted = TPAForCausalLM(tpa_config).to(cache_dtype)
+        source = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        converted = TPAForCausalLM(tpa_config)
     return Prediction(
         plan=plan,
         dtype=dtype,
         cache_dtype=cache_dtype,
-        source_kv_bytes=_cache_bytes(source),
-        kv_bytes=_cache_bytes(converted),
+        source_kv_bytes=plan.source_kv_floats * len(plan.layers) * cache_dtype.itemsize,
+        kv_bytes=round(plan.kv_bytes(cache_dtype)),
         source_parameters=source.num_parameters(),
         parameters=converted.num_parameters(),
     )
@@ -109,11 +110,3 @@ def named_dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The inverse of `named_dtype`."""
     return str(dtype).removeprefix("torch.")
-
-
-@torch.no_grad()
-def _cache_bytes(model: PreTrainedModel) -> int:
-    """Bytes per token in the cache after a forward pass in which no number is computed."""
-    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
-    cache = model.eval()(input_ids=tokens, use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // PROBE_TOKENS

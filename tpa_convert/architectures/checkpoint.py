@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A GGUF file begins with its names. Llama 3's RoPE scaling is a tensor, linear's and YaRN's a key.
 _GGUF_HEADER_BYTES = 32 << 20
 _GGUF_ROPE_SCALING = (b"rope_freqs.weight", b".rope.scaling.factor")
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -242,6 +245,12 @@ def _download(spec: str, revision: str | None, patterns: list[str]) -> tuple[Pat
             "private model run `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        number = getattr(error, "errno", None)
+        if number in _UNWRITABLE:
+            raise UserError(
+                f"{named}: cannot be written to the Hub's cache ({os.strerror(number)}); make "
+                "room there, or set HF_HOME to another place"
+            ) from error
         raise UserError(
             f"{named}: no such path here, not in the Hub's cache on this disk, and the Hub cannot "
             "be reached; check the name and the connection (HF_HUB_OFFLINE must not be set), or "

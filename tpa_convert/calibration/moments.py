@@ -57,9 +57,7 @@ class Moments:
                 value = torch.view_as_real(value) if value.is_complex() else value
                 tensors[f"layers.{i}.{field.name}"] = value.float().cpu().contiguous()
         metadata = {"source_sha256": self.source_sha256, "num_tokens": str(self.num_tokens)}
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata=metadata)
-        partial.rename(path)
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> Moments:

@@ -67,7 +67,7 @@ def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         UserError: as `check_output`, or the disk is full or `out` cannot be written.
     """
     out = check_output(out, overwrite)
-    target = Path(os.path.abspath(out))
+    target = Path(os.path.realpath(out))  # what a link points to is replaced, not the link
     with _writable(out):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -89,7 +89,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the file's directory cannot be written.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.realpath(path))
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}{target.suffix}")
     with _writable(path):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,16 @@ def save_converted(
         directory: where to write; it exists.
         name: of the model, for its card.
         provenance: how it was made: `source`, `convert`, and so on.
+
+    Raises:
+        UserError: weights are larger than their type can hold.
     """
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{parameter_name} holds numbers that are not finite in "
+                f"{str(parameter.dtype).removeprefix('torch.')}: convert with --dtype bfloat16"
+            )
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
