@@ -90,14 +90,16 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+PADDINGS = ["full", "left-padded", "padded inside"]  # as a chat whose answers end early
+
+
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
-def test_generation_equals_the_uncached_result(converted, mode, padded) -> None:
+@pytest.mark.parametrize("padding", [slice(0), slice(4), slice(3, 6)], ids=PADDINGS)
+def test_generation_equals_the_uncached_result(converted, mode, padding) -> None:
     settings = {"max_new_tokens": NEW, "do_sample": False, **MODES[mode]}
     tokens = prompt()
     mask = torch.ones_like(tokens)
-    if padded:
-        tokens[0, :4], mask[0, :4] = 0, 0
+    tokens[0, padding], mask[0, padding] = 0, 0
     plain = {
         k: v
         for k, v in settings.items()
@@ -109,6 +111,24 @@ def test_generation_equals_the_uncached_result(converted, mode, padded) -> None:
         return converted.generate(tokens, attention_mask=mask, **kwargs)
 
     assert torch.equal(generate(**settings), generate(**plain, use_cache=False))
+
+
+def test_a_cache_of_right_padded_prompts_continues(converted) -> None:
+    tokens, mask = prompt(), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    positions = mask.cumsum(-1) - 1
+    cache = converted(
+        tokens, attention_mask=mask, position_ids=positions, use_cache=True
+    ).past_key_values
+    more = prompt(length=12)[:, 9:]
+    mask = torch.cat((mask, torch.ones_like(more)), 1)
+    steps = converted(
+        more, attention_mask=mask, position_ids=mask.cumsum(-1)[:, 9:] - 1, past_key_values=cache
+    ).logits
+    alone = converted(torch.cat((tokens[:1, :6], more[:1]), 1), use_cache=False).logits
+    torch.testing.assert_close(steps[:1], alone[:, 6:], atol=1e-5, rtol=1e-5)
+    whole = converted(torch.cat((tokens[1:], more[1:]), 1), use_cache=False).logits
+    torch.testing.assert_close(steps[1:], whole[:, 9:], atol=1e-5, rtol=1e-5)
 
 
 def test_static_cache_with_chunked_prefill(converted) -> None:

@@ -42,25 +42,41 @@ def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def cached_positions(
-    cache: Cache, hidden_states: torch.Tensor, position_ids: torch.Tensor | None
+    cache: Cache,
+    hidden_states: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Positions [b or 1, t] of everything that `cache` will hold after a call with these inputs.
 
-    Slots follow each other, and the last new one is where `position_ids` ends: padding on the left
-    shifts them all. Free slots of a static cache count as the last, since RoPE scaling may depend
-    on the largest position; nothing attends to them.
+    New slots are where `position_ids` says. Of older ones, those attended to follow each other up
+    to the new ones, as generation counts them: padding, on the left or between, takes no position.
+    Free slots of a static cache count as the last, since RoPE scaling may depend on the largest
+    position; nothing attends to them.
 
     Args:
         hidden_states: [b, s, D].
-        position_ids: of the inputs, [b or 1, s], or None if they follow the cache.
+        position_ids: of the inputs, [b or 1, s], or None if they follow the cache's slots.
+        attention_mask: of the slots [b, t] or less, or as attention takes it, [b, 1, s, t].
     """
-    length = hidden_states.shape[1]
+    length, first = hidden_states.shape[1], cache.get_seq_length()
     slots = torch.arange(cache.get_mask_sizes(length, 0)[0], device=hidden_states.device)[None]
-    last = cache.get_seq_length() + length - 1
+    last = first + length - 1
     if position_ids is None:
         return slots.clamp(max=last)
-    end = position_ids[:, -1:]
-    return torch.minimum(slots - last + end, end)
+    attended = slots <= last
+    if isinstance(attention_mask, torch.Tensor):
+        mask = attention_mask if attention_mask.ndim == 2 else attention_mask[:, 0, -1]
+        mask = mask == 0 if mask.is_floating_point() else mask.bool()
+        attended = nn.functional.pad(mask, (0, slots.shape[1] - mask.shape[1]))
+    batch = max(len(position_ids), len(attended))
+    count = attended.cumsum(-1).expand(batch, -1)
+    given = position_ids[:, (slots[0] - first).clamp(0, length - 1)].expand(batch, -1)
+    new = (slots >= first) & (slots <= last)
+    # Any new slot that is attended to tells what to add to a row's counts.
+    known = torch.where(new & attended, slots, -1).amax(-1, keepdim=True)
+    known = torch.where(known < 0, last, known).expand(batch, -1)
+    return torch.where(new, given, count + given.gather(1, known) - count.gather(1, known))
 
 
 def complex_product(x: torch.Tensor, gauge: torch.Tensor, conjugate: bool = False) -> torch.Tensor:
@@ -452,7 +468,8 @@ class TPAModel(TPAPreTrainedModel, LlamaModel):
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None
             kwargs["cached_position_embeddings"] = self.rotary_emb(
-                inputs_embeds, cached_positions(past_key_values, inputs_embeds, position_ids)
+                inputs_embeds,
+                cached_positions(past_key_values, inputs_embeds, position_ids, attention_mask),
             )
         return super().forward(
             input_ids=input_ids,
