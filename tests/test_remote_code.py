@@ -24,6 +24,7 @@ CONVERSIONS = {
     "static": {"kv_floats": 14, "gauge": "applied"},
     "linear": {"form": "linear", "method": "svd", "rank_k": 2, "rank_v": 1, "rank_q": 3},
 }
+SAVED_AGAIN = "saved again"
 NEW_TOKENS = 8
 
 SCRIPT = '''
@@ -100,10 +101,16 @@ def all_saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         provenance = {"source": asdict(source_of(source).reference), "convert": record}
         save_converted(model, make_tiny_tokenizer(), directory, "tiny", provenance)
         saved[name] = Saved(model, directory)
+    # what fine-tuning leaves: loaded and saved by plain transformers
+    directory = tmp_path_factory.mktemp("saved-again")
+    loaded = AutoModelForCausalLM.from_pretrained(saved["static"].directory)
+    loaded.save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    saved[SAVED_AGAIN] = Saved(saved["static"].model, directory)
     return saved
 
 
-@pytest.fixture(params=list(CONVERSIONS))
+@pytest.fixture(params=[*CONVERSIONS, SAVED_AGAIN])
 def saved(request: pytest.FixtureRequest, all_saved: dict[str, Saved]) -> Saved:
     return all_saved[request.param]
 

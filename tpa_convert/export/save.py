@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,7 +23,6 @@ from tpa_convert import __version__
 from tpa_convert.errors import UserError
 from tpa_convert.export.card import render_card
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
-from tpa_convert.modeling import configuration_tpa, modeling_tpa
 
 AUTO_MAP = {
     "AutoConfig": "configuration_tpa.TPAConfig",
@@ -77,9 +75,6 @@ def save_converted(
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    for module in (configuration_tpa, modeling_tpa):
-        assert module.__file__ is not None
-        shutil.copy(module.__file__, directory)
     write_provenance(directory, name, provenance)
 
 
