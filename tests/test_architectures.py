@@ -152,6 +152,23 @@ def test_predicted_bytes_are_those_of_a_live_cache(family: str) -> None:
         predict(config, ConvertOptions(kv_ratio=0.5, form="linear", rank_q=5))
 
 
+@pytest.mark.parametrize("family", ["llama3-rope", "phi3-longrope"])
+@pytest.mark.parametrize("key_cache", ["rotated", "latent"])
+def test_generation_beyond_the_length_of_training(family: str, key_cache: str) -> None:
+    """Past 16 positions longrope has other factors, and what was cached is of no use."""
+    model = random_model(FAMILIES[family](num_attention_heads=4, num_key_value_heads=2))
+    width = 2 * model.config.hidden_size // 4
+    converted = convert_tiny(model, width_k=width, width_v=width, key_cache=key_cache)
+    tokens = torch.arange(3, 13)[None]
+
+    def generated(one: Any, **options: Any) -> torch.Tensor:
+        one.generation_config.eos_token_id = None
+        return one.generate(tokens, max_new_tokens=40, do_sample=False, **options)
+
+    assert torch.equal(generated(converted), generated(model))
+    assert torch.equal(generated(converted), generated(converted, use_cache=False))
+
+
 def test_nothing_of_a_source_is_left_out_in_silence() -> None:
     model = random_model(FAMILIES["qwen2"](num_attention_heads=4, num_key_value_heads=2))
     source = replace(source_of(model), architecture=Architecture("qwen2"))  # says nothing of biases

@@ -491,5 +491,19 @@ class TPAForCausalLM(TPAPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        # Where a text outgrows longrope's short factors, what is cached was made with the wrong
+        # ones: it is computed again, as in Phi-3.
+        rope = self.config.rope_parameters
+        if past_key_values is not None and rope["rope_type"] == "longrope":
+            limit = rope["original_max_position_embeddings"]
+            if past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+                past_key_values = None
+                if "next_sequence_length" in kwargs:
+                    kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+
 
 __all__ = ["TPAAttention", "TPAConfig", "TPAForCausalLM", "TPAModel", "TPAPreTrainedModel"]
