@@ -169,6 +169,12 @@ def test_generation_beyond_the_length_of_training(family: str, key_cache: str) -
     assert torch.equal(generated(converted), generated(converted, use_cache=False))
 
 
+def test_widths_that_tucker_cannot_make() -> None:
+    config = FAMILIES["llama"](num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(UserError, match="cannot make 11 value features of up to 2 heads with"):
+        predict(config, ConvertOptions(width_k=8, width_v=11, method="tucker"))
+
+
 def test_nothing_of_a_source_is_left_out_in_silence() -> None:
     model = random_model(FAMILIES["qwen2"](num_attention_heads=4, num_key_value_heads=2))
     source = replace(source_of(model), architecture=Architecture("qwen2"))  # says nothing of biases

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
+from tpa_convert import terminal
+from tpa_convert.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,7 @@ def test_output_dtype(source: Path, tmp_path: Path, dtype: str) -> None:
         (["--kv-floats", 1000], "above the source's 32"),
         (["--kv-floats", 1], "at least"),
         (["--kv-ratio", 0.5, "--rank-q", 2], "--rank-q needs --form linear"),
+        (["--kv-ratio", 0.5, "--no-whiten", "--save-moments", "m"], "leave out --save-moments"),
         (["--kv-ratio", 0.5, "--calibration", "nowhere.txt"], "no such file: nowhere.txt"),
         (["--kv-ratio", 0.5, "--moments", "nowhere"], "no moments file at nowhere"),
         (["--kv-ratio", 0.5, "--device", "abacus"], "device abacus cannot be used here"),
@@ -239,7 +243,7 @@ def test_full_disk_while_weights_are_written(
 
     # After the weights, so that there is something to clean up.
     monkeypatch.setattr(
-        save.shutil, "copy", failing(OSError(errno.ENOSPC, "No space left on device"))
+        save, "write_provenance", failing(OSError(errno.ENOSPC, "No space left on device"))
     )
     result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
     assert error_of(result) == (
@@ -399,6 +403,109 @@ def test_generate_continues_the_prompt(converted: Path, tmp_path: Path) -> None:
 
 def test_generate_with_an_empty_prompt(converted: Path) -> None:
     assert "the prompt is empty" in error_of(tpa_convert("generate", converted, ""))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-new-tokens", 0),
+        ("--temperature", -1),
+        ("--top-p", 0),
+        ("--top-p", 1.5),
+        ("--seed", -1),
+        ("--seed", 2**32),
+    ],
+)
+def test_sampling_out_of_range(converted: Path, option: str, value: float) -> None:
+    result = tpa_convert("generate", converted, "Once", option, value)
+    assert result.exit_code == 2, result.output  # a usage error
+    assert option in result.stderr
+
+
+# ------------------------------------------------------------------------------- results
+
+
+def test_a_closed_pipe_loses_no_file(
+    source: Path, converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal.console, "print", failing(BrokenPipeError()))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"source: {source}\nconvert: {{kv_ratio: 0.5, calibration_blocks: 2}}\n")
+    for name, *arguments in (
+        ("dry", "convert", source, "--kv-ratio", 0.5, "--dry-run"),
+        ("made", "convert", source, *CONVERT, "--out", tmp_path / "small"),
+        ("healed", "heal", converted, "--text", text, "--out", tmp_path / "healed", *HEAL),
+        ("measured", "eval", converted, "--no-speed"),
+        ("previewed", "run", recipe, "--dry-run"),
+        ("run", "run", recipe, "--out", tmp_path / "run"),
+    ):
+        file = tmp_path / f"{name}.json"
+        assert tpa_convert(*arguments, "--json", file).exit_code == 1
+        assert json.loads(file.read_text())
+
+
+def test_a_file_for_results_is_checked_before_any_work(
+    source: Path, converted: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"source: {source}\nconvert: {{kv_ratio: 0.5}}\n")
+    out, earlier = tmp_path / "out", tmp_path / "earlier.json"
+    earlier.write_text("{}")
+    protecting = [
+        ("plan", source),
+        ("convert", source, *CONVERT, "--out", out),
+        ("heal", converted, "--text", text, "--out", out, *HEAL),
+    ]
+    replacing = [
+        ("run", recipe, "--out", out),
+        ("eval", converted),
+        ("generate", converted, "Once"),
+    ]
+    for command in protecting:
+        assert error_of(tpa_convert(*command, "--json", earlier)) == (
+            f"error: {earlier} exists: choose another file, or pass --overwrite"
+        )
+    for command in (*protecting, *replacing):
+        result = tpa_convert(*command, "--json", tmp_path)
+        assert error_of(result) == f"error: {tmp_path} is a directory: name a file"
+        assert result.stdout == ""
+    assert not out.exists()
+    assert tpa_convert("eval", converted, "--no-speed", "--json", earlier).exit_code == 0
+    assert json.loads(earlier.read_text())["models"] == ["source", "converted"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    ],
+)
+def test_out_of_memory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("tpa_convert.pipeline.conversion.convert_model", failing(error))
+    result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
+    assert error_of(result) == "error: out of memory: try a smaller batch or another device"
+
+
+@pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False)])
+def test_no_color(monkeypatch: pytest.MonkeyPatch, no_color: str, colored: bool) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    result = CliRunner().invoke(app, ["convert", "./nowhere", "--kv-ratio", "1"], color=True)
+    assert ("\x1b[" in result.stderr) == colored
+    assert "error:" in result.stderr
+
+
+def test_next_steps_judge_on_other_text_than_they_train_on(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    result = tpa_convert("convert", source, *CONVERT, "--out", out)
+    assert f"heal {out} --text YOUR_TEXT" in result.stdout
+    assert f"eval {out} --text HELD_OUT_TEXT" in result.stdout
+    text = save_text(tmp_path / "text.txt")
+    result = tpa_convert("heal", out, "--text", text, "--out", tmp_path / "healed", *HEAL)
+    assert "--text HELD_OUT_TEXT" in result.stdout
 
 
 # ------------------------------------------------------------------------------- imports

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.conversions import convert_tiny
 from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,
@@ -25,7 +24,6 @@ from tpa_convert.decomposition.factors import symmetric_power, to_complex_pairs,
 from tpa_convert.decomposition.gauge import allocate_components, value_metric
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.decomposition.tensor import cp_factors, head_svd, whiten
-from tpa_convert.errors import UserError
 
 # TensorLy warns of a CP with more components than a mode has entries, which is meant here.
 pytestmark = pytest.mark.filterwarnings("error:Trying to compute SVD:UserWarning")
@@ -216,11 +214,6 @@ def test_no_random_subspace_of_the_same_size_has_a_lower_value_error(layer) -> N
         basis = factors.gauge.flatten(0, 1) + 0.05 * normal(24, 6, seed=trial)
         coefficients = torch.linalg.lstsq(basis, flat.mT).solution
         assert layer.value_error((basis @ coefficients).mT.unflatten(1, (3, 8))) > best
-
-
-def test_widths_that_tucker_cannot_make(tiny_llama) -> None:
-    with pytest.raises(UserError, match="cannot make 11 value features of up to 2 heads"):
-        convert_tiny(tiny_llama("gqa"), method="tucker", width_k=8, width_v=11)
 
 
 @pytest.mark.parametrize("method", ["svd", "tucker", "cp"])

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from tests.command_line import error_of, save_source, tpa_convert
 from tests.conversions import random_blocks, source_of, tiny_moments
 from tpa_convert.conversion import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation.perplexity import agreement
+from tpa_convert.modeling import LayerShape
 from tpa_convert.planner import plan_measured, predicted_loss
-from tpa_convert.planning import Budget, load_plan, plan_to_yaml, plan_uniform, plan_widths
+from tpa_convert.planning import Budget, Plan, load_plan, plan_to_yaml, plan_uniform, plan_widths
 from tpa_convert.planning.cost import largest_context, plan_cost, rebuilding_per_byte, source_cost
 from tpa_convert.sensitivity import POSITION_STRIDE, measure_sensitivity
 
@@ -304,7 +306,8 @@ def last_line(result) -> str:
     [
         (("--kv-floats", 8, "--kv-ratio", 0.5), "at most one of --kv-floats"),
         (("--kv-floats", 1), "too small"),
-        (("--kv-floats", 15), "too small for widths in multiples of 8"),
+        (("--kv-floats", 15), "multiples of 8 need a budget of at least 16"),
+        (("--multiple-of", 16), "multiples of 16 need a budget of at least 32"),
         (("--multiple-of", 6), "widths cannot be multiples of 6"),
         (("--chart", "plan.gif"), "a chart ends in .png, .svg, .pdf"),
         (("--calibration-blocks", 1), "--calibration-blocks of at least 2"),
@@ -314,6 +317,85 @@ def last_line(result) -> str:
 def test_bad_options(tmp_path, options, message) -> None:
     source = save_source(tmp_path / "source")
     assert message in error_of(tpa_convert("plan", source, *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "budgets", "forms"),
+    [
+        # the affine and the linear form need 14 numbers here
+        (("--kv-floats", 13), [8, 32 / 3, 13, 16, 64 / 3, 24], {"static"}),
+        (("--kv-floats", 14), [8, 32 / 3, 14, 16, 64 / 3, 24], {"static", "affine", "linear"}),
+        # two multiples of 8 do not fit the lower budgets of the curve
+        (
+            ("--kv-floats", 20, "--multiple-of", 8),
+            [16, 20, 64 / 3, 24],
+            {"static", "affine", "linear"},
+        ),
+        (("--max-increase", 1000, "--multiple-of", 8), [16, 64 / 3, 24], {"static"}),
+    ],
+)
+def test_what_nobody_asked_for_is_left_out_where_it_does_not_fit(
+    tmp_path, text, options, budgets, forms
+) -> None:
+    report = tmp_path / "p.json"
+    result = planned(save_source(tmp_path / "source"), text, *options, "--json", report)
+    assert result.exit_code == 0, result.output
+    candidates = json.loads(report.read_text())["candidates"]
+    assert sorted({c["budget"] for c in candidates}) == pytest.approx(budgets)
+    assert {c["form"] for c in candidates} == forms
+
+
+def test_the_context_counts_the_weights_of_the_converted_model(tmp_path, text) -> None:
+    """An absorbed gauge makes the projections grow, by more than the narrower factors save."""
+    source, report = save_source(tmp_path / "source"), tmp_path / "p.json"
+    memory = 1_000_000
+    options = ("--gauge", "absorbed", "--memory", memory / 1e9, "--json", report)
+    result = planned(source, text, "--kv-ratio", 0.75, *options)
+    assert result.exit_code == 0, result.output
+    values = json.loads(report.read_text())
+    best = values["candidates"][values["chosen"]]
+    assert best["cost"]["parameters"] > values["source_cost"]["parameters"]
+
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    layers = [LayerShape(**layer) for layer in best["layers"]]
+    plan.write_text(plan_to_yaml(Plan(layers, 2, 8), {}))
+    short = ("--calibration", text, "--block-length", 32)
+    assert tpa_convert("convert", source, "--plan", plan, *short, "--out", out).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+    weight_bytes = 4 * (model.num_parameters() - biases)
+    assert best["context"] == (memory - weight_bytes) // best["kv_bytes"]
+
+
+def test_moments_of_another_source_are_refused_before_anything_is_measured(
+    tmp_path, text, monkeypatch
+) -> None:
+    moments = tmp_path / "moments.safetensors"
+    first = planned(save_source(tmp_path / "first"), text, "--save-moments", moments)
+    assert moments.is_file(), first.output
+    monkeypatch.setattr("tpa_convert.planner.measure_sensitivity", None)  # must not be called
+    other = save_source(tmp_path / "other", seed=1)
+    message = error_of(planned(other, text, "--moments", moments))
+    assert message == f"error: {moments} was made from another source: leave out --moments"
+
+
+def test_results_are_saved_before_they_are_shown(tmp_path, text, monkeypatch) -> None:
+    source = save_source(tmp_path / "source")
+    plan, chart, report = files = [tmp_path / name for name in ("p.yaml", "p.svg", "p.json")]
+    options = ("--kv-ratio", 0.5, "--out", plan, "--chart", chart, "--json", report)
+
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tpa_convert.cli.show_planning", fail)
+        assert planned(source, text, *options).exit_code == 1
+    assert all(path.is_file() for path in files)
+    for path in files:
+        path.unlink()
+    monkeypatch.setattr("tpa_convert.charts.planning_chart", fail)
+    assert planned(source, text, *options).exit_code == 1
+    assert [path.is_file() for path in files] == [True, False, True]
 
 
 def test_a_plan_is_not_overwritten(tmp_path, text) -> None:

@@ -117,6 +117,10 @@ def test_unknown_key_unlike_any_lists_the_valid_ones(tmp_path: Path) -> None:
         ("source: m\nconvert: {}\n", "exactly one budget"),
         ("source: m\nconvert: {kv_ratio: 0.5, rank_k: 1}\n", "got `kv_ratio` and ranks and widths"),
         ("source: m\nconvert: {kv_ratio: 0.5, rank_q: 2}\n", "`rank_q` needs `form` linear"),
+        (
+            "source: m\nconvert: {kv_ratio: 0.5, whiten: false, save_moments: m.st}\n",
+            "without `whiten` no moments are measured: leave out `save_moments`",
+        ),
         (MINIMAL + "heal: {text: a.txt, seed: -1}\n", "heal.seed: "),
         ("source: [m\n", "line 2: not valid YAML"),
     ],
@@ -132,6 +136,10 @@ def test_missing_recipe() -> None:
 
 def test_rank_q_goes_with_any_budget() -> None:
     assert ConvertOptions(kv_ratio=0.5, rank_q=2, form="linear").rank_q == 2
+
+
+def test_moments_of_the_linear_form_are_kept_without_whitening() -> None:
+    ConvertOptions(kv_ratio=0.5, whiten=False, form="linear", save_moments=Path("m.st"))
 
 
 def test_healing_defaults_are_those_of_the_settings() -> None:

@@ -121,18 +121,19 @@ def plan(
 
     if chart is not None:
         check_chart(chart)
-    for path in (out, chart, save_moments):
+    for path in (out, chart, save_moments, json_file):
         check_file(path, overwrite)
     result = pipeline.plan(model, options, device=device, track=track)
-    show_planning(result)
+    # Files come before what is printed, since a closed pipe ends the command.
+    if out is not None:
+        _write_text(out, result.to_yaml())
+    _write_json(json_file, result)
     if chart is not None:
         planning_chart(result.report, chart, cache_dtype=result.cache_dtype, refined=result.refined)
+    show_planning(result)
     if out is not None:
-        with atomic_file(out) as temporary:
-            temporary.write_text(result.to_yaml(), encoding="utf-8")
         console.print(f"\nWrote {out} in {duration(result.seconds)}. Next:", soft_wrap=True)
         console.print(f"  tpa-convert convert {source} --plan {out} --out small", soft_wrap=True)
-    _write_json(json_file, result)
 
 
 @app.command(
@@ -185,23 +186,24 @@ def convert(
     model = _section(SourceOptions, ctx, model=source)
     if out is None and not dry_run:
         raise UserError("say where to write the model with --out DIR (or look first: --dry-run)")
+    check_file(json_file, overwrite)
     from tpa_convert import pipeline
 
     if dry_run:
         prediction = pipeline.preview(model, options)
-        show_plan(prediction)
         _write_json(json_file, prediction)
+        show_plan(prediction)
         return
     assert out is not None
     result = pipeline.convert(model, out, options, device=device, overwrite=overwrite, track=track)
+    _write_json(json_file, result)
     show_plan(result.prediction)
     console.print(f"\nWrote {result.out} in {duration(result.seconds)}. Next:", soft_wrap=True)
     console.print(
         f"  tpa-convert heal {result.out} --text YOUR_TEXT --out {result.out}-healed",
         soft_wrap=True,
     )
-    console.print(f"  tpa-convert eval {result.out} --text YOUR_TEXT", soft_wrap=True)
-    _write_json(json_file, result)
+    console.print(f"  tpa-convert eval {result.out} --text HELD_OUT_TEXT", soft_wrap=True)
 
 
 @app.command(epilog="Example: tpa-convert heal small --text HuggingFaceFW/fineweb-edu -o healed")
@@ -248,6 +250,7 @@ def heal(
     """
     options = _section(HealOptions, ctx)
     teacher = _section(SourceOptions, ctx, model=source) if source else None
+    check_file(json_file, overwrite)
     from accelerate import PartialState
 
     from tpa_convert import pipeline
@@ -262,10 +265,10 @@ def heal(
             resume=resume,
             track=track,
         )
+    _write_json(json_file, result)
     show_healing(result)
     console.print(f"Wrote {result.out}. Next:", soft_wrap=True)
-    console.print(f"  tpa-convert eval {directory} {out} --text YOUR_TEXT", soft_wrap=True)
-    _write_json(json_file, result)
+    console.print(f"  tpa-convert eval {directory} {out} --text HELD_OUT_TEXT", soft_wrap=True)
     PartialState().destroy_process_group()
 
 
@@ -292,7 +295,7 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
     device: o.Device = "auto",
     write_card: o.WriteCard = False,
-    json_file: o.JsonFile = None,
+    json_file: o.ReplacedJsonFile = None,
 ) -> None:
     """Measure converted models beside their source, in one table.
 
@@ -301,13 +304,14 @@ def evaluate(
     """
     options = _section(EvaluateOptions, ctx)
     source = _section(SourceOptions, ctx, model=against) if against else None
+    check_file(json_file, overwrite=True)
     from tpa_convert import pipeline
 
     report = pipeline.evaluate(
         directories, options, against=source, device=device, write_card=write_card, track=track
     )
-    console.print(report)
     _write_json(json_file, report)
+    console.print(report)
 
 
 @app.command(epilog='Example: tpa-convert generate small "Once upon a time" --temperature 0.8')
@@ -321,9 +325,10 @@ def generate(
     top_p: o.TopP = 1.0,
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    json_file: o.JsonFile = None,
+    json_file: o.ReplacedJsonFile = None,
 ) -> None:
     """Continue a text with a converted model."""
+    check_file(json_file, overwrite=True)
     from tpa_convert import pipeline
 
     text = pipeline.generate(
@@ -347,23 +352,25 @@ def run(
     out: o.RecipeOut = None,
     overwrite: o.StartOver = False,
     dry_run: o.DryRun = False,
-    json_file: o.JsonFile = None,
+    json_file: o.ReplacedJsonFile = None,
 ) -> None:
     """Convert, heal and evaluate as a recipe says.
 
     Finished steps are kept: after Ctrl-C, the same command continues where it was.
     """
     steps = load_recipe(recipe)
+    check_file(json_file, overwrite=True)
     from tpa_convert import pipeline
     from tpa_convert.run import run as run_recipe
 
     if dry_run:
         prediction = pipeline.preview(steps.source, steps.convert)
-        show_plan(prediction)
         _write_json(json_file, prediction)
+        show_plan(prediction)
         return
     with _continued_without("--overwrite", overwrite):
         result = run_recipe(steps, out, overwrite=overwrite, track=track)
+    _write_json(json_file, result)
     if result.conversion is not None:
         show_plan(result.conversion.prediction)
     if result.healing is not None:
@@ -374,7 +381,6 @@ def run(
     console.print(f"\nThe models are in {kept}.", soft_wrap=True)
     if steps.next_steps:
         console.print(f"\n{steps.next_steps.rstrip()}", markup=False, soft_wrap=True)
-    _write_json(json_file, result)
 
 
 def main() -> None:
@@ -414,8 +420,12 @@ def _write_json(path: Path | None, result: Any) -> None:
     if path is None or not FIRST_PROCESS:
         return
     values = result if isinstance(result, dict) else result.to_json()
+    _write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

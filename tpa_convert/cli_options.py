@@ -64,7 +64,17 @@ Device = Annotated[
         metavar="NAME",
     ),
 ]
-Seed = Annotated[int, option("--seed", "The same seed gives the same result.", SOURCE, metavar="N")]
+Seed = Annotated[
+    int,
+    option(
+        "--seed",
+        "The same seed gives the same result.",
+        SOURCE,
+        metavar="N",
+        min=0,
+        max=2**32 - 1,
+    ),
+]
 DType = Annotated[
     FloatType | None,
     option("--dtype", "Type of the output's weights. [dim]\\[default: the source's][/]", OUTPUT),
@@ -101,9 +111,16 @@ StartOver = Annotated[bool, flag("--overwrite", "Start over and replace earlier 
 Overwrite = Annotated[
     bool, flag("--overwrite", "Replace an earlier output of tpa-convert.", OUTPUT)
 ]
-JsonFile = Annotated[
-    Path | None, option("--json", "Also write the results to this file.", OUTPUT, metavar="FILE")
-]
+
+
+def _json_file(existing: str = "") -> Any:
+    return option(
+        "--json", f"Also write the results to this file{existing}.", OUTPUT, metavar="FILE"
+    )
+
+
+JsonFile = Annotated[Path | None, _json_file()]
+ReplacedJsonFile = Annotated[Path | None, _json_file("; one that exists is replaced")]
 DryRun = Annotated[
     bool,
     flag(
@@ -548,17 +565,26 @@ WriteCard = Annotated[
 # ------------------------------------------------------------------------------- generation
 
 MaxNewTokens = Annotated[
-    int, option("--max-new-tokens", "Length of the continuation.", SAMPLING, metavar="N")
+    int, option("--max-new-tokens", "Length of the continuation.", SAMPLING, metavar="N", min=1)
 ]
 SamplingTemperature = Annotated[
     float,
     option(
-        "--temperature", "0 always takes the likeliest token; 1 samples.", SAMPLING, metavar="X"
+        "--temperature",
+        "0 always takes the likeliest token; 1 samples.",
+        SAMPLING,
+        metavar="X",
+        min=0,
     ),
 ]
 TopP = Annotated[
     float,
     option(
-        "--top-p", "Sample from the likeliest tokens of this total share.", SAMPLING, metavar="X"
+        "--top-p",
+        "Sample from the likeliest tokens of this total share.",
+        SAMPLING,
+        metavar="X",
+        min=0.001,  # a share of zero holds no token, and Typer has no open bounds
+        max=1,
     ),
 ]

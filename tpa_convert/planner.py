@@ -19,6 +19,7 @@ from tpa_convert.modeling import Form, Gauge, KeyCache
 from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.planning.allocation import allocate
 from tpa_convert.planning.cost import Cost, plan_cost, source_cost
+from tpa_convert.planning.plan import smallest_budget
 from tpa_convert.refinement import RefinementSettings, refine
 from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
 
@@ -78,6 +79,11 @@ class PlanReport:
         return self.candidates[self.chosen].plan
 
 
+def least_floats(multiple_of: int) -> int:
+    """Numbers per token and layer that `plan_measured` needs: one multiple for each part."""
+    return 2 * multiple_of
+
+
 def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
     """Refuses what `plan_measured` could not fill, before anything is measured for it.
 
@@ -85,15 +91,15 @@ def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
     """
     width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
-    layers = llama_config["num_hidden_layers"]
     if multiple_of < 2 or multiple_of % 2 or width % multiple_of:
         raise UserError(
             f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
         )
-    if int(kv_floats * layers) // multiple_of < 2 * layers:
+    if kv_floats < least_floats(multiple_of):
         raise UserError(
-            f"a budget of {kv_floats:g} numbers per token and layer is too small for widths in "
-            f"multiples of {multiple_of}"
+            f"widths in multiples of {multiple_of} need a budget of at least "
+            f"{least_floats(multiple_of)} numbers per token and layer: give smaller multiples or "
+            "a larger budget"
         )
 
 
@@ -165,11 +171,11 @@ def search(
         source: a model in fp32.
         moments: of the source on calibration text.
         blocks: token ids [N, length] that the moments have not seen.
-        kv_floats: the wanted budget; the best candidate there is chosen, contextual forms included.
-            None chooses the smallest cache that keeps `max_increase`.
+        kv_floats: the wanted budget; the best candidate there is chosen, contextual forms included
+            where they fit. None chooses the smallest cache that keeps `max_increase`.
         max_increase: accepted rise of perplexity as a share (0.1 is ten percent), told from the
             divergence: exp(KL) − 1.
-        curve: further budgets to measure.
+        curve: further budgets to measure; those too small for `multiple_of` are left out.
         gauge: where it goes in static plans.
         multiple_of: of which uneven widths are multiples.
         key_cache: of all static plans. With latent keys there are no others.
@@ -183,7 +189,8 @@ def search(
     """
     llama_config = source.architecture.llama_config(source.model.config)
     wanted = [] if kv_floats is None else [kv_floats]
-    budgets = sorted({*curve, *wanted}, reverse=True)
+    fitting = [floats for floats in curve if floats >= least_floats(multiple_of)]
+    budgets = sorted({*fitting, *wanted}, reverse=True)
     # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
     few = blocks[: max(1, len(blocks) // 4)]
     sensitivity = measure_sensitivity(source, moments, few, key_cache=key_cache, track=track)
@@ -203,6 +210,8 @@ def search(
             plans.append((floats, plan.with_gauge(gauge), "static", split))
         if floats == kv_floats:
             for form in contextual:
+                if floats < smallest_budget(form, llama_config["num_key_value_heads"]):
+                    continue
                 plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
                 plans.append((floats, plan, form, "uniform"))
 

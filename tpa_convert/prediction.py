@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tpa_convert.architectures import architecture_of
 from tpa_convert.decomposition import METHODS
+from tpa_convert.decomposition.tensor import tucker_ranks
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import TPAConfig, TPAForCausalLM
 from tpa_convert.planning import Budget, Plan, load_plan, plan_uniform
@@ -80,6 +81,14 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
             rank_q=options.rank_q,
             key_cache=options.key_cache,
         )
+    if options.method == "tucker":
+        groups, head_dim = plan.num_key_value_heads, plan.head_dim
+        for width in {layer.width_v for layer in plan.layers}:
+            if not tucker_ranks(width, groups, head_dim):
+                raise UserError(
+                    f"the tucker method cannot make {width} value features of up to {groups} heads "
+                    f"with up to {head_dim} features each: choose another budget or width_v"
+                )
     try:
         tpa_config = TPAConfig(
             **llama_config,

@@ -206,6 +206,8 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
             raise ValueError(f"`rank_q` needs `form` linear, not {self.form}")
         if self.moments is not None and self.save_moments is not None:
             raise ValueError("moments are there already: leave out `save_moments`")
+        if self.save_moments is not None and not self.whiten and self.form != "linear":
+            raise ValueError("without `whiten` no moments are measured: leave out `save_moments`")
         if self.moments is not None and self.calibration and not (self.refit or self.refine):
             raise ValueError("`moments` replaces the calibration: leave out `calibration`")
         if self.refit and self.refine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,6 +142,8 @@ def _finished(directory: Path, sections: Mapping[str, Section], source: SourceOp
         for name, value in options.model_dump(mode="json").items()
         if record.get(step, {}).get("settings", {}).get(name) != value
     ]
+    if _another_commit(source.revision, record["source"]["revision"]):
+        differing.insert(0, "source.revision")
     if record["source"]["id"] not in (source.model, str(Path(source.model).expanduser().resolve())):
         differing.insert(0, "source")
     if differing:
@@ -149,3 +152,14 @@ def _finished(directory: Path, sections: Mapping[str, Section], source: SourceOp
             "--overwrite to start over"
         )
     return True
+
+
+def _another_commit(asked: str | None, recorded: str | None) -> bool:
+    """Whether `asked` names another commit than the recorded one, as far as it tells by itself.
+
+    A branch or a tag does not, and digits alone may be a tag that is a date.
+    """
+    commit = (asked or "").lower()
+    if not re.fullmatch("[0-9a-f]{7,40}", commit) or commit.isdigit():
+        return False
+    return not (recorded or "").startswith(commit)

@@ -83,8 +83,8 @@ def fail(message: str, code: int) -> NoReturn:
 def _explain(error: Exception) -> str:
     if is_disk_full(error):
         return "the disk is full: free some space or write elsewhere"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory: try a smaller --batch-size or another --device"
+    if _is_out_of_memory(error):
+        return "out of memory: try a smaller batch or another device"
     first = (str(error).strip() or "no message").splitlines()[0]
     return (
         f"unexpected {type(error).__name__}: {first} "
@@ -92,8 +92,16 @@ def _explain(error: Exception) -> str:
     )
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch has no class of its own for main memory, only this message of its DefaultCPUAllocator
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def _label(text: str, color: str) -> str:
-    return typer.style(text, fg=color, bold=True)
+    # typer.echo takes the colour away where there is no terminal, but does not heed NO_COLOR
+    return text if os.environ.get("NO_COLOR") else typer.style(text, fg=color, bold=True)
 
 
 def _show_warning(
@@ -233,7 +241,7 @@ def show_planning(result: PlanningResult) -> None:
             _times(candidate.perplexity_ratio),
             f"{candidate.kl:.3f}",
         ]
-        context = result.context(plan)
+        context = result.context(candidate)
         table.add_row(
             *cells,
             *([f"{context:,}"] if context is not None else []),

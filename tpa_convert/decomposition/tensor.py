@@ -22,7 +22,6 @@ from tpa_convert.decomposition.factors import (
 )
 from tpa_convert.decomposition.gauge import allocate_components, score_weights
 from tpa_convert.decomposition.moments import LayerMoments
-from tpa_convert.errors import UserError
 
 
 def whiten(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,28 +165,24 @@ def decompose_values_cp(
     return ValueFactors(inputs.mT @ unwhiten, torch.einsum("gw,dw->gdw", head, pair))
 
 
+def tucker_ranks(width: int, groups: int, head_dim: int) -> list[tuple[int, int]]:
+    """Ranks of the head and of the feature mode whose product is `width`; there may be none."""
+    return [
+        (rank, width // rank)
+        for rank in range(1, groups + 1)
+        if width % rank == 0 and width // rank <= head_dim
+    ]
+
+
 def decompose_values_tucker(
     weights: AttentionWeights, moments: LayerMoments, width: int, metric: Tensor
 ) -> ValueFactors:
     """Tucker of the head and feature modes, with the head rank that leaves the least error.
 
     `metric` is not used, as for CP.
-
-    Raises:
-        UserError: `width` is no product of a number of heads and a number of features.
     """
-    groups, head_dim, _ = weights.value.shape
     whitened, unwhiten = whiten(weights.value, moments.value_covariance)
-    ranks = [
-        (rank, width // rank)
-        for rank in range(1, groups + 1)
-        if width % rank == 0 and width // rank <= head_dim
-    ]
-    if not ranks:
-        raise UserError(
-            f"the tucker method cannot make {width} value features of up to {groups} heads with up "
-            f"to {head_dim} features each: choose another width_v"
-        )
+    ranks = tucker_ranks(width, *weights.value.shape[:2])
     with tensorly.backend_context("pytorch"):
         candidates = [partial_tucker(whitened, rank=r, modes=[0, 1])[0] for r in ranks]
     core, (head, feature) = max(candidates, key=lambda c: c[0].square().sum())

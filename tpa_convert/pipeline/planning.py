@@ -12,8 +12,8 @@ from tpa_convert.architectures import architecture_of, read_source_config
 from tpa_convert.calibration.moments import Track, no_tracking
 from tpa_convert.errors import UserError
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
-from tpa_convert.planner import PlanReport, check_multiples, search
-from tpa_convert.planning import Budget, Plan, plan_to_yaml, plan_uniform
+from tpa_convert.planner import Candidate, PlanReport, check_multiples, search
+from tpa_convert.planning import Budget, plan_to_yaml, plan_uniform
 from tpa_convert.planning.cost import largest_context
 from tpa_convert.planning.plan import floats_of_budget
 from tpa_convert.prediction import named_dtype
@@ -31,7 +31,8 @@ class PlanningResult:
     Attributes:
         report: all candidates, and which one was chosen.
         cache_dtype: in which bytes are counted.
-        weight_bytes: of the source, in its own type.
+        dtype: the source's own type, in which weights are counted.
+        source_parameters: of the whole source.
         memory: bytes that weights and cache may take, None if not given.
         batch_size: sequences cached at once.
         refined: whether candidates were refined before they were measured.
@@ -41,19 +42,22 @@ class PlanningResult:
 
     report: PlanReport
     cache_dtype: torch.dtype
-    weight_bytes: int
+    dtype: torch.dtype
+    source_parameters: int
     memory: float | None
     batch_size: int
     refined: bool
     source: dict[str, Any]
     seconds: float
 
-    def context(self, plan: Plan) -> int | None:
-        """Largest context that fits into the memory."""
+    def context(self, candidate: Candidate) -> int | None:
+        """Largest context that fits into the memory beside the weights of the converted model."""
         if self.memory is None:
             return None
-        kv_bytes = plan.kv_bytes(self.cache_dtype)
-        return largest_context(self.memory, self.weight_bytes, kv_bytes, self.batch_size)
+        added = candidate.cost.parameters - self.report.source_cost.parameters
+        weight_bytes = (self.source_parameters + added) * self.dtype.itemsize
+        kv_bytes = candidate.plan.kv_bytes(self.cache_dtype)
+        return largest_context(self.memory, weight_bytes, kv_bytes, self.batch_size)
 
     def to_yaml(self) -> str:
         """The chosen plan as a file for `convert`."""
@@ -79,7 +83,7 @@ class PlanningResult:
                     "kl": candidate.kl,
                     "perplexity_ratio": candidate.perplexity_ratio,
                     "cost": asdict(candidate.cost),
-                    "context": self.context(candidate.plan),
+                    "context": self.context(candidate),
                     "layers": [asdict(layer) for layer in candidate.plan.layers],
                 }
                 for candidate in report.candidates
@@ -129,14 +133,17 @@ def plan(
             budget, llama_config["num_hidden_layers"], source_floats, cache_dtype
         )
     curve = [share * source_floats for share in CURVE]
-    for floats in (*curve, *([] if kv_floats is None else [kv_floats])):
-        check_multiples(llama_config, floats, options.multiple_of)
+    # Without a budget of the user's, one budget on the curve has to fit.
+    largest = max(curve) if kv_floats is None else kv_floats
+    check_multiples(llama_config, largest, options.multiple_of)
     loaded = load(where, device)
     blocks = calibration_blocks(loaded, options)
     held_out = max(1, len(blocks) // 8)
     if len(blocks) <= held_out:
         raise UserError("a plan needs at least two calibration sequences: give more text")
     moments = moments_of(loaded, blocks[held_out:], options, track)
+    if moments.source_sha256 != loaded.reference.sha256:
+        raise UserError(f"{options.moments} was made from another source: leave out --moments")
     settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
     report = search(
         loaded,
@@ -155,7 +162,8 @@ def plan(
     return PlanningResult(
         report,
         cache_dtype,
-        loaded.model.num_parameters() * stored.itemsize,
+        stored,
+        loaded.model.num_parameters(),
         None if options.memory is None else options.memory * 1e9,
         options.batch_size,
         options.refine,

@@ -243,16 +243,27 @@ def outright(
     return rank, rank * head_dim if width is None else width
 
 
+def ranks_and_head_factors(form: str, groups: int) -> tuple[int, int]:
+    """Rank of keys and of values in a budget, and the numbers that their head factors cache."""
+    if form == "static":
+        return 1, 0
+    rank = min(2, groups)
+    return rank, 2 * rank * groups
+
+
+def smallest_budget(form: str, groups: int) -> int:
+    """Numbers per token and layer that `divide_features` needs: two features for each rank of the
+    keys, one for each of the values, and the head factors."""
+    rank, head_factors = ranks_and_head_factors(form, groups)
+    return head_factors + 3 * rank
+
+
 def divide_features(
     floats: int, form: str, groups: int, head_dim: int
 ) -> tuple[int, int, int, int]:
     """(rank_k, width_k, rank_v, width_v) that fill a budget, half for keys and half for values."""
-    if form == "static":
-        rank, head_factors = 1, 0
-    else:
-        rank = min(2, groups)
-        head_factors = 2 * rank * groups
-    minimum = head_factors + 3 * rank
+    rank, head_factors = ranks_and_head_factors(form, groups)
+    minimum = smallest_budget(form, groups)
     if floats < minimum:
         raise UserError(
             f"a budget of {floats} numbers per token and layer is too small: "
