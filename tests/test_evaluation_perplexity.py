@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import datasets
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from tpa_convert.calibration.text import Text
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import (
     Perplexity,
@@ -19,7 +21,6 @@ from tpa_convert.evaluation import (
     geometric_mean,
     logits,
     perplexity,
-    perplexity_by_source,
 )
 
 
@@ -117,18 +118,64 @@ def test_blocks_by_source(tiny_tokenizer, streamed: bool) -> None:
     assert set(blocks["y"].unique().tolist()) == {a + 1}
 
 
-def test_perplexity_by_source(tiny_llama, tiny_tokenizer) -> None:
-    model = tiny_llama()
-    result = perplexity_by_source(model, tiny_tokenizer, documents(), block_length=10)
-    blocks = blocks_by_source(tiny_tokenizer, documents(), block_length=10)
-    assert result == {name: perplexity(model, part) for name, part in blocks.items()}
+def test_plain_documents_are_one_text(tiny_tokenizer) -> None:
     unnamed = documents().remove_columns("source")
-    assert list(perplexity_by_source(model, tiny_tokenizer, unnamed, block_length=10)) == ["text"]
+    assert list(blocks_by_source(tiny_tokenizer, unnamed, block_length=10)) == ["text"]
 
 
-def test_a_source_without_enough_text_is_named(tiny_tokenizer) -> None:
-    with pytest.raises(UserError, match="y: the text has only 91 tokens"):
-        blocks_by_source(tiny_tokenizer, documents(), block_length=100)
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", ["https://x/{}", "{}"])
+def test_a_column_of_addresses_is_no_column_of_sources(
+    tiny_tokenizer, name: str, streamed: bool
+) -> None:
+    """Too little text of each, or enough of each but too many to tell apart."""
+    length, count = (9, 10) if "x" in name else (60, 21)
+    columns = {"text": ["a" * length] * count, "source": [name.format(i) for i in range(count)]}
+    rows = datasets.Dataset.from_dict(columns)
+    text = Text("valid", rows.to_iterable_dataset() if streamed else rows)
+    blocks = blocks_by_source(tiny_tokenizer, [text], block_length=50, max_blocks=100)
+    assert {name: len(part) for name, part in blocks.items()} == {
+        "valid": (length + 1) * count // 50
+    }
+
+
+def test_a_text_that_is_too_short_is_named(tiny_tokenizer) -> None:
+    with pytest.raises(UserError, match="valid: the text has only 193 tokens"):
+        blocks_by_source(tiny_tokenizer, [Text("valid", documents())], block_length=200)
+
+
+def test_the_same_source_in_two_texts_is_measured_in_both(tiny_tokenizer) -> None:
+    texts = [Text("one", documents()), Text("two", documents())]
+    blocks = blocks_by_source(tiny_tokenizer, texts, block_length=10)
+    assert list(blocks) == ["one: x", "one: y", "two: x", "two: y"]
+
+
+def test_a_stream_leaves_room_for_the_texts_after_it(tiny_tokenizer, monkeypatch) -> None:
+    module = importlib.import_module("tpa_convert.evaluation.perplexity")  # not the function
+    monkeypatch.setattr(module, "STREAMED_DOCUMENTS", 2)
+    texts = [
+        Text("hub", documents().remove_columns("source").to_iterable_dataset()),
+        Text("more", documents().to_iterable_dataset()),
+    ]
+    blocks = blocks_by_source(tiny_tokenizer, texts, block_length=10)
+    assert {name: len(part) for name, part in blocks.items()} == {"hub": 19, "x": 5, "y": 9}
+
+
+def test_only_a_text_in_several_files_is_sampled(tiny_tokenizer) -> None:
+    letters = [chr(97 + i) for i in range(20)]
+    rows = datasets.Dataset.from_dict({"text": [letter * 9 for letter in letters]})
+    ids = [tiny_tokenizer(letter)["input_ids"][-1] for letter in letters]
+    for source in (None, "x"):
+        named = rows.add_column("source", [source] * 20) if source else rows
+
+        def first_ids(several_files: bool, named: datasets.Dataset = named) -> list[int]:
+            texts = [Text("t", named, several_files)]
+            (blocks,) = blocks_by_source(tiny_tokenizer, texts, 10, max_blocks=4).values()
+            return blocks[:, 0].tolist()
+
+        assert first_ids(False) == ids[:4]
+        assert max(first_ids(True)) > max(ids[:4])
+        assert first_ids(True) == first_ids(True)
 
 
 def test_geometric_mean() -> None:

@@ -206,6 +206,16 @@ def test_table_fits_a_terminal_and_needs_no_color(report) -> None:
     assert "some" in text  # the prompt
 
 
+def test_names_are_not_read_as_markup(report) -> None:
+    names = ["data[train]", "a[/b]"]
+    rows = tuple(replace(report.rows[0], name=name) for name in names)
+    models = ("source", "[red]")
+    rows = tuple(replace(row, values=dict.fromkeys(models, 1.0)) for row in rows)
+    text = render(replace(report, models=models, rows=rows, samples=dict.fromkeys(models, "x")))
+    assert all(name in text for name in names)
+    assert text.count("[red]") == 2  # a column and a sample
+
+
 def test_many_models_take_several_tables(report) -> None:
     names = ["source", *(f"converted-{i}" for i in range(5))]
     rows = tuple(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import yaml
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tpa_convert import run as run_module
+from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted
+from tpa_convert.recipe import SourceOptions
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +165,93 @@ def test_eval_names_columns_after_directories(
     assert (tmp_path / "half" / "README.md").read_text() == card  # unless --write-card
 
 
+@pytest.fixture
+def half(source: Path, tmp_path: Path) -> Path:
+    """A converted model."""
+    out = tmp_path / "half"
+    assert tpa_convert("convert", source, *CONVERT, "--out", out).exit_code == 0
+    return out
+
+
+EVAL = ["--no-speed", "--prompt", ""]
+
+
+def test_eval_of_models_from_different_sources(source: Path, half: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    another_source = save_source(tmp_path / "another_source", seed=1)
+    assert tpa_convert("convert", another_source, *CONVERT, "--out", other).exit_code == 0
+    message = error_of(tpa_convert("eval", half, other, *EVAL))
+    assert f"{other} was converted from another source than {half}" in message
+    for named, stranger in ((source, other), (another_source, half)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")  # by default the second of two is left out
+            result = tpa_convert("eval", half, other, *EVAL, "--against", named)
+        assert result.exit_code == 0, result.output
+        assert f"is not the model that {stranger} was converted from" in result.stderr
+        assert result.stderr.count("is not the model that") == 1
+
+
+def test_a_directory_called_source_is_not_the_source(half: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    copy = shutil.copytree(half, tmp_path / "source")
+    assert tpa_convert("eval", half, copy, *EVAL, "--json", report).exit_code == 0
+    models = json.loads(report.read_text())["models"]
+    assert models == ["source", *(f"{tmp_path.name}/{name}" for name in ("half", "source"))]
+
+
+def test_the_card_of_the_current_directory_has_its_name(
+    half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    title = (half / "README.md").read_text().partition("\n# ")[2].splitlines()[0]
+    monkeypatch.chdir(half)
+    assert tpa_convert("eval", ".", *EVAL, "--write-card").exit_code == 0
+    card = (half / "README.md").read_text()
+    assert "half" in title
+    assert f"\n# {title}\n" in card
+
+
+def test_eval_measures_all_files_of_a_directory(half: Path, tmp_path: Path) -> None:
+    texts, report = tmp_path / "texts", tmp_path / "report.json"
+    for name, letter in (("a/valid.txt", "a"), ("b/valid.txt", "b"), ("b/z.txt", "c")):
+        (texts / name).parent.mkdir(parents=True, exist_ok=True)
+        (texts / name).write_text("\f".join([letter * 99] * 20))
+    limits = ["--block-length", 32, "--max-blocks", 8, "--json", report]
+    arguments = ["--text", texts / "a" / "valid.txt", "--text", texts / "b" / "valid.txt"]
+    assert tpa_convert("eval", half, *EVAL, *arguments, *limits).exit_code == 0
+    rows = {r["name"]: r["values"] for r in json.loads(report.read_text())["rows"]}
+    a, b = (rows[str(texts / name / "valid.txt")]["source"] for name in "ab")
+    assert a != pytest.approx(b)
+    assert tpa_convert("eval", half, *EVAL, "--text", texts, *limits).exit_code == 0
+    rows = {r["name"]: r["values"] for r in json.loads(report.read_text())["rows"]}
+    assert rows["texts"]["source"] != pytest.approx(a)
+
+
 def test_eval_with_missing_text(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "half"
     assert tpa_convert("convert", source, *CONVERT, "--out", out).exit_code == 0
     assert "no such file" in error_of(tpa_convert("eval", out, "--text", "./nowhere.txt"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (None, True),
+        ("main", True),
+        ("20240612", True),  # a tag, for all we know
+        ("a1b2c3d", True),
+        ("A1B2C3D4" * 5, True),
+        ("a1b2c3e", False),
+        ("0" * 39 + "a", False),
+    ],
+)
+def test_another_commit_is_not_mistaken_for_finished(
+    tmp_path: Path, asked: str | None, kept: bool
+) -> None:
+    record = {"source": {"id": "owner/model", "revision": "a1b2c3d4" * 5}}
+    (tmp_path / "tpa_convert.json").write_text(json.dumps(record))
+    source = SourceOptions(model="owner/model", revision=asked)
+    if kept:
+        assert run_module._finished(tmp_path, {}, source)
+        return
+    with pytest.raises(UserError, match=r"was made with another source\.revision"):
+        run_module._finished(tmp_path, {}, source)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,7 @@ from tpa_convert.calibration import tokens as tokens_module
 from tpa_convert.calibration.text import (
     default_calibration_documents,
     load_documents,
+    load_texts,
     token_blocks,
 )
 from tpa_convert.errors import UserError
@@ -105,6 +108,26 @@ def test_several_specs_are_told_apart(tmp_path: Path) -> None:
     assert documents[:] == {"text": ["n", "m"], "source": ["news", "inbox"]}
 
 
+@pytest.mark.parametrize("names", [("a/valid.txt", "b/valid.txt"), ("w.en.txt", "w.de.txt")])
+def test_specs_of_the_same_short_name_are_told_apart(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("words")
+    assert list(load_documents(paths)["source"]) == list(map(str, paths))
+
+
+def test_texts_know_of_how_many_files_they_are(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "sub/b.txt", "sub/c.txt"):
+        (tmp_path / name).write_text("words")
+    texts = load_texts([tmp_path / "a.txt", tmp_path / "sub", f"{tmp_path}/sub/b*"])
+    assert [text.several_files for text in texts] == [False, True, False]
+    assert [text.name for text in texts[:2]] == ["a", "sub"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -116,6 +139,9 @@ def test_several_specs_are_told_apart(tmp_path: Path) -> None:
         ("a.csv", b"", "no text in|cannot read"),
         ("a.jsonl", b'{"body": "x"}\n', "no column 'text' .* it has body"),
         ("a.jsonl", b'{"text": [1]}\n', "does not hold text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 1}\n', "Column.*text.* changed .* in row 1"),
+        ("a.jsonl", b'{"text": true}\n{"text": "x"}\n', "Column.*text.* changed .* in row 1"),
+        ("a.json", b'[{"text": "x"}, {"text": 1}]', "column text"),
         ("a.jsonl", b"not json\n", "cannot read"),
         ("a.txt", b"\xff\xfe\xff", "cannot read"),
         ("a.txt.xz", b"\xfd7zXZ\0broken", "cannot read"),
@@ -129,6 +155,28 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: st
     with pytest.raises(UserError, match=message) as error:
         load_documents(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("first", [b'{"text": "x"}\n', b'{"text": "x"}\n{"text": 1}\n'])
+def test_strings_and_numbers_in_several_files(tmp_path: Path, first: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(first)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "x"}\n{"text": 1}\n')
+    with pytest.raises(UserError, match=r"text.* changed from string to number"):
+        load_documents(tmp_path)
+
+
+def test_strings_and_numbers_beyond_what_is_read_at_once(tmp_path: Path) -> None:
+    row = json.dumps({"text": "words " * 20_000}).encode() + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(row * 100 + b'{"text": "x"}\n{"text": 1}\n')
+    with pytest.raises(UserError, match=r"text.* changed from string to number"):
+        load_documents(tmp_path / "a.jsonl")
+
+
+def test_json_in_parquet_is_no_text(tmp_path: Path) -> None:
+    column = pa.array(['"quoted"', "1"], pa.string()).cast(pa.json_(pa.string()))
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="does not hold text"):
+        load_documents(tmp_path / "a.parquet")
 
 
 def test_bad_places(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for name in ("datasets", "huggingface_hub", "httpx", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, and shown as ours
 
 
 class TokenSpeed(ProgressColumn):
@@ -156,7 +156,7 @@ def track(items: Iterable[Any], description: str, *, tokens: int = 0) -> Iterato
             err_console.print(f"{description}: {_speed(done, time.perf_counter() - start)}")
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         *([TokenSpeed(tokens)] if tokens else []),

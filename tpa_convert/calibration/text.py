@@ -12,8 +12,10 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,6 +24,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.config import ZSTANDARD_AVAILABLE
+from datasets.packaged_modules.json.json import JsonConfig
 from huggingface_hub import HfApi
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +43,25 @@ BUILDERS = {
 }
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 FORMATS = "txt, md, jsonl, json, csv or parquet, also .gz, .xz, .zst or .bz2"
+# Where a column of strings holds even one number, newer versions of `datasets` give all of it as
+# JSON, with quotes and escapes, and past the first 10 MB even under the type of strings. None makes
+# them refuse such a column, as older versions do.
+STRICT_JSON = {"on_mixed_types": None} if hasattr(JsonConfig, "on_mixed_types") else {}
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one spec names.
+
+    Attributes:
+        name: the short name of the spec; the whole spec where several have the same short name.
+        documents: rows with a string column `text` and perhaps a string `source`.
+        several_files: whether they come from more than one local file, one after the other.
+    """
+
+    name: str
+    documents: Documents
+    several_files: bool = False
 
 
 def load_documents(
@@ -63,20 +85,36 @@ def load_documents(
     Raises:
         UserError: missing or unreadable file, unknown dataset, no such column, or no text at all.
     """
-    specs = [spec] if isinstance(spec, str | Path) else list(spec)
-    if not specs:
-        raise UserError("no text given: name a file, a directory or a dataset")
-    parts = []
-    for one in map(str, specs):
-        part = _load_one(one, text_column, split)
-        if len(specs) > 1 and "source" not in (part.column_names or []):
-            part = _with_source(part, _short_name(one))
-        parts.append(part)
-    if len(parts) == 1:
-        return parts[0]
+    texts = load_texts(spec, text_column=text_column, split=split)
+    if len(texts) == 1:
+        return texts[0].documents
+    parts = [
+        text.documents
+        if "source" in (text.documents.column_names or [])
+        else _with_source(text.documents, text.name)
+        for text in texts
+    ]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [_as_stream(part) for part in parts]
     return datasets.concatenate_datasets(parts)
+
+
+def load_texts(
+    spec: str | Path | Sequence[str | Path], *, text_column: str = "text", split: str = "train"
+) -> list[Text]:
+    """Like `load_documents`, with the documents of each spec on their own."""
+    specs = [str(spec)] if isinstance(spec, str | Path) else list(map(str, spec))
+    if not specs:
+        raise UserError("no text given: name a file, a directory or a dataset")
+    names = distinct_names(list(map(_short_name, specs)), specs)
+    return [
+        _load_one(one, name, text_column, split) for one, name in zip(specs, names, strict=True)
+    ]
+
+
+def distinct_names(short: Sequence[str], whole: Sequence[str]) -> Sequence[str]:
+    """The short names; the whole ones where short names are the same."""
+    return short if len(set(short)) == len(short) else whole
 
 
 def token_blocks(
@@ -134,10 +172,10 @@ def default_calibration_documents() -> Dataset:
 # ------------------------------------------------------------------------------- loading
 
 
-def _load_one(spec: str, text_column: str, split: str) -> Documents:
+def _load_one(spec: str, name: str, text_column: str, split: str) -> Text:
     files = local_files(spec)
     if files is None:
-        return _load_hub(spec, text_column, split)
+        return Text(name, _load_hub(spec, text_column, split))
     tables: list[pa.Table] = []
     by_builder: dict[str, list[str]] = {}
     for file in files:
@@ -149,7 +187,7 @@ def _load_one(spec: str, text_column: str, split: str) -> Documents:
     documents = Dataset(pa.concat_tables([table.select(columns) for table in tables]))
     if documents.num_rows == 0:
         raise UserError(f"no text in {spec}: give a file with text in it")
-    return documents
+    return Text(name, documents, several_files=len(files) > 1)
 
 
 def local_files(spec: str) -> list[Path] | None:
@@ -191,9 +229,13 @@ def read_files(builder: str, files: Sequence[str], spec: str) -> pa.Table:
         spec: what the user named, for error messages.
 
     Raises:
-        UserError: unreadable or empty files.
+        UserError: unreadable or empty files, or a column of json that mixes types.
     """
-    options = {"sample_by": "document"} if builder == "text" else {}
+    options: dict[str, Any] = {}
+    if builder == "text":
+        options = {"sample_by": "document"}
+    elif builder == "json":
+        options = STRICT_JSON
     if not ZSTANDARD_AVAILABLE and any(file.endswith(".zst") for file in files):
         raise UserError(f"{spec} is compressed with zstd: pip install zstandard")
     # data_files are patterns to `datasets`: a "[" in a file name must not act as one.
@@ -235,9 +277,15 @@ def _document_table(builder: str, files: list[str], spec: str, text_column: str)
     if "source" in table.column_names:
         columns["source"] = table["source"]
     try:
-        return _nonempty(pa.table({k: c.cast(pa.large_string()) for k, c in columns.items()}))
+        return _nonempty(pa.table({name: _as_strings(c) for name, c in columns.items()}))
     except pa.ArrowException as error:
         raise UserError(f"column {text_column!r} of {spec} does not hold text") from error
+
+
+def _as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if isinstance(column.type, pa.BaseExtensionType):  # a cast gives what it stores, such as JSON
+        raise pa.ArrowTypeError(f"{column.type} is no text")
+    return column.cast(pa.large_string())
 
 
 def _nonempty(table: pa.Table) -> pa.Table:

@@ -18,7 +18,6 @@ from tpa_convert.evaluation.perplexity import (
     compare,
     geometric_mean,
     perplexity,
-    perplexity_by_source,
 )
 from tpa_convert.evaluation.report import EvaluationReport, Row
 from tpa_convert.evaluation.run import evaluate
@@ -47,6 +46,5 @@ __all__ = [
     "multiple_choice",
     "paired_drop",
     "perplexity",
-    "perplexity_by_source",
     "run_tasks",
 ]

@@ -185,7 +185,7 @@ class EvaluationReport:
                     table.add_row()
                 section = row.section
                 table.add_row(Text(section, style="bold"))
-            table.add_row(f"  {row.name}", *self._cells(row, models))
+            table.add_row(Text(f"  {row.name}"), *self._cells(row, models))
         return table
 
     def _sample_table(self) -> Table:
@@ -199,7 +199,7 @@ class EvaluationReport:
         table.add_column(overflow="fold")
         table.add_row("prompt", Text(self.prompt or "", style="italic"))
         for name, sample in self.samples.items():
-            table.add_row(name, Text(" ".join(sample.split())))
+            table.add_row(Text(name), Text(" ".join(sample.split())))
         return table
 
     def _notes(self) -> list[str]:

@@ -12,7 +12,8 @@ from torch import LongTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.text import Documents
+from tpa_convert.calibration.text import Text, distinct_names
+from tpa_convert.calibration.tokens import Documents
 from tpa_convert.evaluation.cache import cache_bytes
 from tpa_convert.evaluation.harness import run_tasks
 from tpa_convert.evaluation.multiple_choice import (
@@ -36,7 +37,7 @@ def evaluate(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    texts: Documents | None = None,
+    texts: Documents | Sequence[Text] | None = None,
     choices: Sequence[str | Path] = (),
     tasks: Sequence[str] = (),
     speed: bool | SpeedSettings = True,
@@ -53,7 +54,8 @@ def evaluate(
 
     Args:
         models: by column name; the first is the source, to which the others are compared.
-        texts: documents for perplexity and agreement (see `load_documents`), one row per `source`.
+        texts: for perplexity and agreement (see `load_texts`), a row per source (see
+            `blocks_by_source`).
         choices: multiple-choice files (see `load_questions`).
         tasks: tasks of lm-evaluation-harness by name.
         speed: False leaves the speed out.
@@ -127,9 +129,7 @@ def evaluate(
 
 def _task_names(paths: Sequence[str | Path]) -> dict[str, str | Path]:
     """Short names of files; whole paths where the short names are the same."""
-    names = [task_name(path) for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+    names = distinct_names([task_name(path) for path in paths], list(map(str, paths)))
     return dict(zip(names, paths, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
 from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.text import load_documents
+from tpa_convert.calibration.text import load_texts
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation import evaluate as evaluate_models
@@ -35,19 +36,37 @@ def evaluate(
         directories: one or more outputs of `convert` and `heal`; each becomes a column.
         against: the source; by default the one recorded in the first directory.
         write_card: add the results to the directories' tpa_convert.json and README.md.
+
+    Raises:
+        UserError: directories converted from different sources, without `against`; see
+            `sources.source_of` and `evaluation.evaluate` for the others.
     """
     if isinstance(directories, str | Path):
         directories = [directories]
-    provenances = {Path(d): read_provenance(d) for d in directories}
+    provenances = {Path(d).resolve(): read_provenance(d) for d in directories}
     first, provenance = next(iter(provenances.items()))
     place = usable_device(device)
     texts = None
     if options.text:
-        texts = load_documents(options.text, text_column=options.text_column, split=options.split)
+        texts = load_texts(options.text, text_column=options.text_column, split=options.split)
     # Half precision is what a GPU serves in, and what a CPU is slow in.
     saved = named_dtype(provenance["convert"]["plan"]["dtype"])
     dtype = saved if place.startswith("cuda") else torch.float32
+    if against is None:
+        others = _with_another_source(provenances, provenance["source"]["sha256"])
+        if others:
+            raise UserError(
+                f"{others[0]} was converted from another source than {first}: evaluate it on its "
+                "own, or name the source to compare both with (--against)"
+            )
     source = source_of(first, provenance, against, device=place, dtype=dtype)
+    for directory in _with_another_source(provenances, source.reference.sha256):
+        if directory != first:  # of which `source_of` has warned
+            warnings.warn(
+                f"{source.reference.id} is not the model that {directory} was converted from "
+                "(its weights differ)",
+                stacklevel=2,
+            )
     models: dict[str, PreTrainedModel] = {"source": source.model}
     for name, directory in _column_names(provenances).items():
         models[name], _ = load_converted(directory, dtype=dtype, device=place)
@@ -116,11 +135,17 @@ def generate(
     return tokenizer.decode(new_tokens, skip_special_tokens=True)
 
 
+def _with_another_source(provenances: Mapping[Path, Mapping[str, Any]], sha256: str) -> list[Path]:
+    """The directories whose models were not converted from the source of this digest."""
+    return [d for d, record in provenances.items() if record["source"]["sha256"] != sha256]
+
+
 def _column_names(directories: Mapping[Path, Mapping[str, Any]]) -> dict[str, Path]:
-    """`converted` and `healed` where that tells them apart, otherwise the directories' names."""
+    """`converted` and `healed` where that tells them apart, otherwise the ends of the directories'
+    paths, as short as they can be. The name `source` is the source's."""
     names = ["healed" if "heal" in record else "converted" for record in directories.values()]
-    if len(set(names)) < len(names):
-        names = [directory.name for directory in directories]
-    if len(set(names)) < len(names):
-        names = [str(directory) for directory in directories]
+    parts = 0
+    while len({"source", *names}) <= len(names):
+        parts += 1
+        names = [str(Path(*directory.parts[-parts:])) for directory in directories]
     return dict(zip(names, directories, strict=True))
