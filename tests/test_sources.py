@@ -72,6 +72,16 @@ class TestLoading:
         edit_config(directory, attn_implementation=attention, _attn_implementation=attention)
         assert load_source(directory).model.config._attn_implementation == "sdpa"
 
+    def test_a_config_without_a_type_has_that_of_the_weights(
+        self, tiny_checkpoint: Callable[..., Path]
+    ) -> None:
+        directory = tiny_checkpoint(make_tiny_llama().bfloat16())
+        path = directory / "config.json"
+        config = json.loads(path.read_text())
+        del config["dtype"]
+        path.write_text(json.dumps(config))
+        assert read_source_config(directory).dtype == torch.bfloat16
+
     def test_reference_says_where_it_came_from(self, tiny_checkpoint: Callable[..., Path]) -> None:
         directory = tiny_checkpoint()
         reference = load_source(directory).reference

@@ -77,7 +77,11 @@ Seed = Annotated[
 ]
 DType = Annotated[
     FloatType | None,
-    option("--dtype", "Type of the output's weights. [dim]\\[default: the source's][/]", OUTPUT),
+    option(
+        "--dtype",
+        "Type of the output's weights. [dim]\\[default: the source's; float32 for GGUF][/]",
+        OUTPUT,
+    ),
 ]
 
 # ------------------------------------------------------------------------------- output

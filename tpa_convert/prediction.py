@@ -52,8 +52,13 @@ class Prediction:
         }
 
 
-def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
+def predict(
+    config: PreTrainedConfig, options: ConvertOptions, *, trust_remote_code: bool = False
+) -> Prediction:
     """Plan the conversion of a model with this config, and count what follows.
+
+    Args:
+        trust_remote_code: whether the model's own code may run, to count its parameters.
 
     Raises:
         UserError: an impossible budget, or an architecture that cannot be converted.
@@ -98,7 +103,9 @@ def predict(config: PreTrainedConfig, options: ConvertOptions) -> Prediction:
     except ValueError as error:  # shapes that do not go together
         raise UserError(str(error)) from error
     with torch.device("meta"):
-        source = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        source = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
         converted = TPAForCausalLM(tpa_config)
     return Prediction(
         plan=plan,

@@ -176,7 +176,7 @@ class ConvertOptions(CacheBudget, CalibrationOptions):
     """Optimiser steps of the refinement per layer."""
 
     dtype: FloatType | None = None
-    """Type of the output's weights; by default the source's."""
+    """Type of the output's weights; by default the source's, float32 for GGUF."""
 
     @model_validator(mode="after")
     def _check(self) -> ConvertOptions:

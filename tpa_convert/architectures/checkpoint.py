@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -143,6 +144,14 @@ class Checkpoint:
                 ) from error
             if any(dtype.startswith("F8") for dtype in dtypes):
                 raise self.error(_quantized_message("fp8"))
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """Type of the first weight of a safetensors checkpoint; None if it has no files here."""
+        if self.gguf_file is not None or not any(self.directory.glob("*.safetensors")):
+            return None
+        with safe_open(self.weight_files()[0], framework="pt") as file:
+            name = next(iter(file.keys()))
+            return file.get_slice(name)[:0].dtype
 
     def _check_gguf(self, path: Path) -> None:
         if not is_gguf_available():

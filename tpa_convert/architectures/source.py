@@ -122,6 +122,8 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedC
         architecture_of(config)
     except UserError as error:
         raise checkpoint.error(str(error)) from error
+    if config.dtype is None:
+        config.dtype = checkpoint.stored_dtype()
     return config
 
 

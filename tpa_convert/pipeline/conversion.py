@@ -47,7 +47,7 @@ def preview(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
     config = read_source_config(
         where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
     )
-    return predict(config, options)
+    return predict(config, options, trust_remote_code=where.trust_remote_code)
 
 
 def convert(
