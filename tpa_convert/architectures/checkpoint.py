@@ -146,9 +146,14 @@ class Checkpoint:
                 raise self.error(_quantized_message("fp8"))
 
     def stored_dtype(self) -> torch.dtype | None:
-        """Type of the first weight of a safetensors checkpoint; None if it has no files here."""
+        """Type of the first weight of a safetensors checkpoint; None if it has no files here.
+
+        Raises:
+            UserError: as `check_weight_files`.
+        """
         if self.gguf_file is not None or not any(self.directory.glob("*.safetensors")):
             return None
+        self.check_weight_files()
         with safe_open(self.weight_files()[0], framework="pt") as file:
             name = next(iter(file.keys()))
             return file.get_slice(name)[:0].dtype
