@@ -665,7 +665,7 @@ def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: P
     assert report.losses[-1][1] < 0.8 * report.losses[0][1]
     options = replace(options, hidden_weight=0.1)
     with pytest.raises(
-        UserError, match=r"2 layers of width 32, the source 3 .* 48; set hidden_wei"
+        UserError, match=r"2 layers of width 32, the source 3 .* 48; set `hidden_wei"
     ):
         heal(student, teacher, None, blocks, settings=options, output_dir=tmp_path / "other")
 

@@ -140,7 +140,7 @@ def test_the_panel_shows_where_the_run_is(width: int) -> None:
     assert "0:33 left" in drawn
     assert "learning rate 5.0e-04" in drawn
     if width >= 80:
-        assert "perplexity 21.00, source 20.00, ×1.050  top-1 88.1%" in drawn
+        assert "perplexity 21.00 (source 20.00)  KL 0.0500  top-1 88.1%" in drawn
         assert "nats per token" in drawn
     assert "stopping" not in drawn
     panel.stop_request.requested = True

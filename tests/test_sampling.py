@@ -202,7 +202,10 @@ def test_text_is_sampled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--block-length", 48], "tokens_per_step must be a multiple of the block length 48, not"),
+        (
+            ["--block-length", 48],
+            "--tokens-per-step must be a multiple of the block length 48",
+        ),
         (["--sampled-tokens", 200], "224 tokens to sample are too many: the run trains on 128"),
         (["--sampled-tokens", 97, "--text", "a.txt"], "128, and some are for the text"),
     ],

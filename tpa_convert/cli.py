@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -390,19 +389,9 @@ def main() -> None:
 
 
 def _section(section: type[S], ctx: typer.Context, **values: Any) -> S:
-    """Fill a recipe section from the options of the same names; errors name the options."""
+    """Fill a recipe section from the options of the same names."""
     options = {name: value for name, value in ctx.params.items() if name in section.model_fields}
-    try:
-        return validated(section, {**options, **values})
-    except UserError as error:
-        # A name stands in backticks, or in front: not every "text" in a message is an option.
-        names = "|".join(options)
-        spelled = re.sub(
-            rf"`({names})`|^({names})(?=:| is missing)",
-            lambda match: "--" + match[0].strip("`").replace("_", "-"),
-            str(error),
-        )
-        raise UserError(spelled) from None
+    return validated(section, {**options, **values})
 
 
 @contextmanager

@@ -129,7 +129,7 @@ DryRun = Annotated[
     bool,
     flag(
         "--dry-run",
-        "Print the plan and the predicted cache, then stop; reads no weights, writes nothing.",
+        "Print the plan and the predicted cache, then stop; reads no weights, writes no model.",
         OUTPUT,
     ),
 ]
@@ -400,7 +400,9 @@ ValidText = Annotated[
         metavar="PATH|DATASET",
     ),
 ]
-Tokens = Annotated[int, option("--tokens", "Tokens to train on.", TRAINING, metavar="N")]
+Tokens = Annotated[
+    int, option("--tokens", "Tokens to train on, rounded up to whole steps.", TRAINING, metavar="N")
+]
 TrainingLength = Annotated[
     int, option("--block-length", "Tokens per sequence.", TRAINING, metavar="N")
 ]
@@ -426,7 +428,13 @@ LearningRate = Annotated[
     float, option("--learning-rate", "Peak rate of everything else.", TRAINING, metavar="X")
 ]
 WarmupSteps = Annotated[
-    int, option("--warmup-steps", "Steps in which the rates rise.", TRAINING, metavar="N")
+    int,
+    option(
+        "--warmup-steps",
+        "Steps in which the rates rise, at most a quarter of all.",
+        TRAINING,
+        metavar="N",
+    ),
 ]
 Trainable = Annotated[
     Literal["all", "attention", "lora"],
@@ -477,8 +485,8 @@ StopAt = Annotated[
     float | None,
     option(
         "--stop-at",
-        "Stop early once --valid-text says that perplexity is within this share of the source's: "
-        "0.02 is two percent.",
+        "Stop early once the divergence on --valid-text stands for at most this rise of "
+        "perplexity, exp(KL) − 1: 0.02 is two percent.",
         TRAINING,
         metavar="X",
     ),

@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -64,11 +65,24 @@ class Commands(TyperGroup):
                 raise typer.Exit(INTERRUPTED) from None
             fail(f"interrupted: {str(stop) or 'no unfinished output was left'}", INTERRUPTED)
         except UserError as error:
-            fail(f"{_label('error:', 'red')} {error}", 1)
+            command = self.commands.get(ctx.invoked_subcommand)
+            names = [option.name for option in command.params] if command else []
+            fail(f"{_label('error:', 'red')} {spell_options(str(error), names)}", 1)
         except Exception as error:
             if hasattr(error, "exit_code"):
                 raise  # a usage error, which Typer shows
             fail(f"{_label('error:', 'red')} {_explain(error)}", 1)
+
+
+def spell_options(message: str, names: Iterable[str]) -> str:
+    """Writes `name` as --name. A name stands in backticks, or in front: not every "text" in a
+    message is an option."""
+    any_name = "|".join(names)
+    return re.sub(
+        rf"`({any_name})`|^({any_name})(?=:| is missing)",
+        lambda match: "--" + match[0].strip("`").replace("_", "-"),
+        message,
+    )
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -296,7 +310,7 @@ def show_healing(result: HealingResult) -> None:
         if points:
             table.add_row(name, *(shown(points[end][1]) for end in (0, -1)))
 
-    row("loss on training text", report.losses, "{:.4f}".format)
+    row("loss on training text, first and last steps", report.losses, "{:.4f}".format)
     row("KL from the source, held-out text", report.valid_losses, "{:.4f}".format)
     source = report.source_perplexity
     if source is not None:
@@ -307,9 +321,10 @@ def show_healing(result: HealingResult) -> None:
     console.print(table)
     if report.recovered:
         console.print(f"Stopped early, after {report.steps} steps: recovered as far as asked.")
+    resumed = f" (this time from step {report.resumed_from} on)" if report.resumed_from else ""
     speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
     console.print(
-        f"Healed on {report.tokens:,} tokens in {duration(report.seconds)}{speed}.",
+        f"Healed on {report.tokens:,} tokens{resumed} in {duration(report.seconds)}{speed}.",
         soft_wrap=True,
     )
     console.print(f"Picture: {result.chart}", soft_wrap=True)

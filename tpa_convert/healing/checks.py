@@ -53,7 +53,7 @@ def check_step(tokens_per_step: int, block_length: int) -> None:
     """
     if tokens_per_step % block_length:
         raise UserError(
-            f"tokens_per_step must be a multiple of the block length {block_length}, "
+            f"`tokens_per_step` must be a multiple of the block length {block_length}, "
             f"not {tokens_per_step}"
         )
 
@@ -76,7 +76,7 @@ def hidden_weight_for(
         one, other = (f"{depth} layers of width {width}" for depth, width in shapes)
         raise UserError(
             f"cannot match hidden states: the converted model has {one}, the source {other}; set "
-            "hidden_weight to 0"
+            "`hidden_weight` to 0"
         )
     return 0.0
 
@@ -89,7 +89,7 @@ def memory_errors(batch_size: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory with {batch_size} sequences per forward pass: "
-            "lower batch_size or turn gradient_checkpointing on"
+            "lower `batch_size` or turn `gradient_checkpointing` on"
         ) from error
 
 

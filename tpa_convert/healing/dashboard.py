@@ -33,7 +33,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class Dashboard(TrainerCallback):
-    """Steps, losses, perplexity against the source's, speed and memory of a run, as it goes.
+    """Steps, losses, perplexity beside the source's, speed and memory of a run, as it goes.
 
     Args:
         speedometer: measures tokens per second.
@@ -80,6 +80,8 @@ class Dashboard(TrainerCallback):
             self.peak = one and one * args.world_size
         for logs in state.log_history:  # of a run that is resumed
             self._note(logs)
+        if state.global_step and not self.is_live:
+            self._print(["continued from its checkpoint"])
         if self.is_live:
             self.live = Live(get_renderable=self.panel, console=self.console, refresh_per_second=2)
             self.live.start()
@@ -170,7 +172,8 @@ class Dashboard(TrainerCallback):
         logs = self.held_out
         value, source = logs[VALID_PERPLEXITY], logs[SOURCE_PERPLEXITY]
         return [
-            f"perplexity {value:.2f}, source {source:.2f}, ×{value / source:.3f}",
+            f"perplexity {value:.2f} (source {source:.2f})",
+            f"KL {logs[VALID_LOSS]:.4f}",
             f"top-1 {logs[VALID_AGREEMENT]:.1%}",
         ]
 

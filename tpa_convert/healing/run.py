@@ -334,7 +334,7 @@ def _training_arguments(
     if blocks_per_step % count:
         raise UserError(
             f"a step has {blocks_per_step} blocks, which {count} processes cannot share "
-            "equally: change tokens_per_step"
+            "equally: change `tokens_per_step`"
         )
     blocks_per_device = blocks_per_step // count
     limit = settings.batch_size or smallest(
