@@ -148,7 +148,9 @@ def test_predicted_bytes_are_those_of_a_live_cache(family: str) -> None:
         assert predicted == measured / tokens.shape[1]
     assert prediction.source_parameters == model.num_parameters()
     assert prediction.parameters == converted.num_parameters()
-    with pytest.raises(UserError, match="rank_q is at most the number of query heads, 4"):
+    with pytest.raises(
+        UserError, match="`rank_q` is at most the number of query heads, 4: give less"
+    ):
         predict(config, ConvertOptions(kv_ratio=0.5, form="linear", rank_q=5))
 
 

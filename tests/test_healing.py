@@ -409,7 +409,7 @@ def test_bad_input_is_a_user_error(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     offloaded = HealingSettings(**(asdict(SETTINGS) | {"offload_teacher": True}))
-    with pytest.raises(UserError, match="leave out offload_teacher"):
+    with pytest.raises(UserError, match="leave out `offload_teacher`"):
         attempt(model, model, None, blocks, settings=offloaded)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -625,7 +625,7 @@ def test_a_run_stops_early_when_it_has_recovered(random_tokens: Any, tmp_path: P
     assert early.valid_loss_after == pytest.approx(wanted, rel=1e-4)
     assert [step for step, _ in early.losses] == list(range(1, 31))
 
-    with pytest.raises(UserError, match="stop_at needs held-out text"):
+    with pytest.raises(UserError, match="`stop_at` needs held-out text"):
         heal(
             teacher,
             teacher,

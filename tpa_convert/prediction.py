@@ -70,7 +70,7 @@ def predict(
     whole_heads = METHODS[options.method].whole_heads
     heads = llama_config["num_attention_heads"]
     if options.rank_q is not None and options.rank_q > heads:
-        raise UserError(f"rank_q is at most the number of query heads, {heads}: give less")
+        raise UserError(f"`rank_q` is at most the number of query heads, {heads}: give less")
     if options.plan is not None:
         plan = load_plan(options.plan, llama_config).with_gauge(options.gauge)
         if whole_heads:
@@ -92,7 +92,7 @@ def predict(
             if not tucker_ranks(width, groups, head_dim):
                 raise UserError(
                     f"the tucker method cannot make {width} value features of up to {groups} heads "
-                    f"with up to {head_dim} features each: choose another budget or width_v"
+                    f"with up to {head_dim} features each: choose another budget or `width_v`"
                 )
     try:
         tpa_config = TPAConfig(

@@ -137,9 +137,9 @@ def heal(
     """
     settings = settings or HealingSettings()
     if settings.stop_at is not None and valid_blocks is None:
-        raise UserError("stop_at needs held-out text to judge by: give valid_text")
+        raise UserError("`stop_at` needs held-out text to judge by: give `valid_text`")
     if settings.offload_teacher and sharding():
-        raise UserError("FSDP shards the source already: leave out offload_teacher")
+        raise UserError("FSDP shards the source already: leave out `offload_teacher`")
     check_models(student, teacher)
     settings = replace(
         settings, hidden_weight=hidden_weight_for(student, teacher, settings.hidden_weight)
