@@ -104,6 +104,31 @@ def task_table(
     tasks = {task_name(file): load_questions(file, limit) for file in sorted(files)}
     sizes = [f"{name} ({len(questions)})" for name, questions in tasks.items()]
     choice_table("accuracy, %", models, tokenizer, dict(zip(sizes, tasks.values(), strict=True)))
+    question_table(models, tokenizer, tasks)
+
+
+def question_table(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Sequence[Question]],
+    batch_size: int = 64,
+) -> None:
+    """KL from the first model on the text of questions with their right choices: with far less
+    noise than accuracy, how near a model stays to its source on tasks."""
+    found: dict[str, list[float]] = {name: [] for name in list(models)[1:]}
+    for questions in tasks.values():
+        texts = [f"{q.query} {q.choices[q.gold]}" for q in questions]
+        rows = [torch.tensor(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+        ids = pad_sequence(rows, batch_first=True)
+        counted = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        _, agreements = compare(models, ids, counted=counted, batch_size=batch_size)
+        for name, agreement in agreements.items():
+            found[name].append(agreement.kl)
+    print(f"\n| KL on questions | {' | '.join(tasks)} | mean |")
+    print("|---" * (len(tasks) + 2) + "|")
+    for name, values in found.items():
+        cells = " | ".join(f"{value:.4f}" for value in values)
+        print(f"| {name} | {cells} | {fmean(values):.4f} |", flush=True)
 
 
 def choice_table(

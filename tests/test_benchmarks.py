@@ -197,6 +197,26 @@ def test_chat(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
     assert len(set(quality.CHAT_PROMPTS.read_text().splitlines())) == 40
 
 
+def test_divergence_on_questions(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
+    questions = [
+        quality.Question("What is it?", ("a cat", "a dog"), 1),
+        quality.Question("And where?", ("far away from here", "there"), 0),
+    ]
+    models = {"source": tiny_llama(), "same": tiny_llama(), "other": tiny_llama("mqa")}
+    quality.question_table(models, tiny_tokenizer, {"quiz": questions, "half": questions[:1]})
+    output = capsys.readouterr().out
+    assert cells(output, "same") == ["0.0000"] * 3
+    sums, counts = [], []
+    for text in ("What is it? a dog", "And where? far away from here"):
+        row = torch.tensor([tiny_tokenizer(text)["input_ids"]])
+        one, other = (models[n](row).logits[0, :-1].log_softmax(-1) for n in ("source", "other"))
+        sums.append((one.exp() * (one - other)).sum().item())
+        counts.append(row.shape[1] - 1)
+    quiz, half = sum(sums) / sum(counts), sums[0] / counts[0]
+    expected = [quiz, half, (quiz + half) / 2]
+    assert [float(cell) for cell in cells(output, "other")] == pytest.approx(expected, abs=1e-4)
+
+
 def test_scores_by_position(monkeypatch, random_tokens) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     quality = importlib.import_module("quality")
@@ -219,10 +239,11 @@ def test_quality(model, texts, monkeypatch, capsys, tmp_path) -> None:
     options += ["--lengths", "150", "200", "--answer-tokens", "2"]
     output = output_of("quality", options, monkeypatch, capsys)
     assert "| accuracy, % | quiz (4) | mean | drop |" in output
+    assert "| KL on questions | quiz | mean |" in output
     assert "| perplexity at tokens | 0–32 | 32–256 |" in output
     assert "| needles found, % of 10 | 150 tokens | 200 tokens | mean | drop |" in output
     assert "nan" not in output
-    assert output.count("| small |") == 3
+    assert output.count("| small |") == 4
     assert "no chat template" in output
 
 
