@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -425,4 +426,6 @@ def test_agreement_of_the_exact_plan(measured) -> None:
     plan = plan_measured(sensitivity, config, 32, multiple_of=2)
     assert predicted_loss(plan, sensitivity) == 0
     model = convert_model(source, plan, moments)
-    assert agreement(source.model, model, blocks).kl < 1e-9
+    # In fp64: rounding in fp32 alone amounts to more on some processors.
+    exact, converted = copy.deepcopy(source.model).double(), model.double()
+    assert agreement(exact, converted, blocks).kl < 1e-9

@@ -16,6 +16,10 @@ def chunk_positions(model: PreTrainedModel) -> int:
     return max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
 
 
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def split_head(
     model: PreTrainedModel,
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -30,18 +34,18 @@ def split_head(
 
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is None or head is None or decoder is model:
-        return full, Tensor.float
+        return full, _at_least_fp32
 
     def hidden(ids: Tensor) -> Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     def logits(features: Tensor) -> Tensor:
-        return head(features).float()
+        return _at_least_fp32(head(features))
 
     with torch.inference_mode():
         probe = torch.arange(4, device=model.device)[None]
         states = hidden(probe)
         if states.shape[-1] != head.weight.shape[-1]:
-            return full, Tensor.float
-        plain = torch.allclose(logits(states), full(probe).float(), rtol=1e-2, atol=1e-2)
-    return (hidden, logits) if plain else (full, Tensor.float)
+            return full, _at_least_fp32
+        plain = torch.allclose(logits(states), _at_least_fp32(full(probe)), rtol=1e-2, atol=1e-2)
+    return (hidden, logits) if plain else (full, _at_least_fp32)
