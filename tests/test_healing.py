@@ -47,6 +47,7 @@ from tpa_convert.healing import (
 )
 from tpa_convert.healing import run as healing_run
 from tpa_convert.healing.callbacks import GracefulStop
+from tpa_convert.healing.checkpoints import newest_checkpoint
 from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
 from tpa_convert.healing.objective import default_chunk_tokens
 from tpa_convert.healing.trainer import (
@@ -447,6 +448,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(random_tokens: Any, tmp_path: P
             output_dir=tmp_path,
             progress=False,
         )
+
+
+def test_a_run_that_leaves_its_source_stops(random_tokens: Any, tmp_path: Path) -> None:
+    teacher = make_tiny_llama()
+    changes = {"attention_learning_rate": 0.1, "learning_rate": 0.1, "save_steps": 2}
+    far = replace(SETTINGS, tokens=40 * 64, **changes)
+    with pytest.raises(UserError, match=r"loss rose from 0\.\d+ to 0\.\d+ by step \d+: use lower"):
+        heal(
+            copy.deepcopy(teacher),
+            teacher,
+            None,
+            random_tokens(8, 16),
+            settings=far,
+            output_dir=tmp_path,
+            progress=False,
+        )
+    assert newest_checkpoint(tmp_path / "checkpoints") is not None  # nothing saved is lost
 
 
 def test_block_forward_needs_no_mask_and_changes_nothing(random_tokens: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 from types import FrameType
@@ -26,6 +27,8 @@ VALID_PERPLEXITY = "eval_perplexity"
 SOURCE_PERPLEXITY = "eval_source_perplexity"
 VALID_AGREEMENT = "eval_agreement"
 
+WATCHED_STEPS = 10  # over which a loss is averaged before it is judged
+
 
 class Intervals(TrainerCallback):
     """Logs and saves as often as was asked for now: a checkpoint brings its own run's intervals."""
@@ -41,12 +44,11 @@ class Intervals(TrainerCallback):
 
 
 class Speedometer(TrainerCallback):
-    """Measures tokens per second between logged losses; stops a run whose loss is not finite."""
+    """Measures tokens per second between logged losses."""
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
         self.marks: list[tuple[int, float]] = []  # (step, time); reading the loss synchronises
-        self.loss = math.nan
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -55,6 +57,25 @@ class Speedometer(TrainerCallback):
             return None
         (first_step, start), (last_step, end) = self.marks[0], self.marks[-1]
         return (last_step - first_step) * self.tokens_per_step / (end - start)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            self.marks.append((state.global_step, time.perf_counter()))
+
+
+class LossGuard(TrainerCallback):
+    """Stops a run whose loss is not finite, or far above where it began.
+
+    The gradient of a skewed divergence vanishes for a student that is far off, so that a run that
+    once left does not come back by itself.
+    """
 
     def on_step_end(
         self,
@@ -76,12 +97,18 @@ class Speedometer(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        self.loss = logs["loss"]
-        self.marks.append((state.global_step, time.perf_counter()))
-        if not math.isfinite(self.loss):
+        if not math.isfinite(logs["loss"]):
             raise UserError(
-                f"the healing loss is {self.loss} at step {state.global_step}: "
+                f"the healing loss is {logs['loss']} at step {state.global_step}: "
                 "use lower learning rates"
+            )
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        window = math.ceil(WATCHED_STEPS / args.logging_steps)
+        first, last = losses[0], statistics.fmean(losses[-window:])
+        if last > 2 * first + 0.25:
+            raise UserError(
+                f"the healing loss rose from {first:.3f} to {last:.3f} by step "
+                f"{state.global_step}: use lower learning rates"
             )
 
 

@@ -31,6 +31,7 @@ from tpa_convert.healing.callbacks import (
     VALID_PERPLEXITY,
     GracefulStop,
     Intervals,
+    LossGuard,
     Speedometer,
     Validation,
 )
@@ -132,7 +133,7 @@ def heal(
 
     Raises:
         UserError: models that do not fit together, checkpoints of another run, too little memory or
-            disk space, no text, a loss that is not finite.
+            disk space, no text, a loss that is not finite or far above where it began.
         HealingInterrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     settings = settings or HealingSettings()
@@ -235,6 +236,7 @@ def _train(
         callbacks=[
             Intervals(),
             speedometer,
+            LossGuard(),
             *([dashboard] if dashboard else []),
             *trackers(settings.log_to, checkpoints.parent / LOGS),
             stop,
