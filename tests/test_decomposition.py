@@ -20,7 +20,12 @@ from tpa_convert.decomposition import (
     data_free_moments,
     decompose_latent_keys,
 )
-from tpa_convert.decomposition.factors import symmetric_power, to_complex_pairs, to_half_split
+from tpa_convert.decomposition.factors import (
+    symmetric_power,
+    to_complex_pairs,
+    to_half_split,
+    with_unit_gauge,
+)
 from tpa_convert.decomposition.gauge import allocate_components, value_metric
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.decomposition.tensor import cp_factors, head_svd, whiten
@@ -234,6 +239,22 @@ def test_full_width_is_exact(layer, method) -> None:
     values = values_of(decompose_values(method, layer, 24), layer)
     torch.testing.assert_close(keys, layer.keys)
     torch.testing.assert_close(values, layer.values)
+
+
+def test_a_unit_gauge_changes_no_key_and_no_value(layer) -> None:
+    keys, values = decompose_keys("gauge", layer, 12), decompose_values("gauge", layer, 12)
+    unit_keys, unit_values = with_unit_gauge(keys), with_unit_gauge(values)
+    torch.testing.assert_close(keys_of(unit_keys, layer), keys_of(keys, layer))
+    torch.testing.assert_close(values_of(unit_values, layer), values_of(values, layer))
+    assert not torch.allclose(unit_values.gauge, values.gauge)
+    for factors in (unit_keys, unit_values):
+        norm = factors.gauge.abs().square().flatten(0, -2).sum(0)
+        torch.testing.assert_close(norm, torch.ones_like(norm))
+
+
+def test_a_component_without_a_gauge_stays_without_one() -> None:
+    factors = with_unit_gauge(ValueFactors(normal(2, 5, seed=0), torch.zeros(3, 4, 2)))
+    assert not factors.gauge.any()
 
 
 @pytest.mark.parametrize("hidden", [10, 40], ids=["rank-deficient", "full rank"])

@@ -21,7 +21,7 @@ from tpa_convert.decomposition import (
     data_free_moments,
     decompose_latent_keys,
 )
-from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
+from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split, with_unit_gauge
 from tpa_convert.decomposition.gauge import value_metric
 from tpa_convert.decomposition.tensor import head_svd
 from tpa_convert.errors import UserError
@@ -136,11 +136,11 @@ def convert_layer(
         basis = data_free_moments(weights)
         metric = torch.eye(metric.shape[-1], dtype=metric.dtype).expand_as(metric)
     functional = (moments or basis).constant_functional
-    values = decompose.decompose_values(weights, basis, shape.width_v, metric)
+    values = with_unit_gauge(decompose.decompose_values(weights, basis, shape.width_v, metric))
     if shape.latent_keys:
-        latent = decompose_latent_keys(weights, basis, shape.width_k)
+        latent = with_unit_gauge(decompose_latent_keys(weights, basis, shape.width_k))
         return attention_parameters(weights, latent, values, shape, functional), shape.rank_k
-    keys = decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k)
+    keys = with_unit_gauge(decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k))
     rank = shape.rank_k if shape.contextual else int(keys.rotary_pair.bincount().max())
     return attention_parameters(weights, keys, values, shape, functional, rank_q), rank
 

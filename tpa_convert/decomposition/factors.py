@@ -9,7 +9,8 @@ p key components (pairs), w value width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -87,6 +88,22 @@ class ValueFactors:
     feature: Tensor
     gauge: Tensor
     head_factor: Tensor | None = None
+
+
+Factors = TypeVar("Factors", KeyFactors, LatentKeyFactors, ValueFactors)
+
+
+def with_unit_gauge(factors: Factors) -> Factors:
+    """The same map with each component's gauge over all heads of unit norm.
+
+    Components are only defined up to a factor that the gauge takes back. Optimisers with one rate
+    for all weights (Adam) need it to be one that leaves the features and what the gauge is folded
+    into at the scale of the source's projections: what whitening leaves has features tens of times
+    too large, which then hardly move, beside gauges that move with abandon.
+    """
+    norm = torch.linalg.vector_norm(factors.gauge.flatten(0, -2), dim=0)
+    norm = torch.where(norm > 0, norm, 1.0)
+    return replace(factors, feature=factors.feature * norm[:, None], gauge=factors.gauge / norm)
 
 
 def to_complex_pairs(x: Tensor, dim: int) -> Tensor:
