@@ -219,7 +219,7 @@ def heal(
     block_length: o.TrainingLength = 1024,
     tokens_per_step: o.TokensPerStep = 32 * 1024,
     batch_size: o.TrainingBatch = None,
-    attention_learning_rate: o.AttentionLearningRate = 3e-4,
+    attention_learning_rate: o.AttentionLearningRate = 6e-4,
     learning_rate: o.LearningRate = 1e-4,
     warmup_steps: o.WarmupSteps = 40,
     trainable: o.Trainable = "all",

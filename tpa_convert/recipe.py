@@ -239,7 +239,7 @@ class HealOptions(Section):
     """Tokens per optimiser step."""
     batch_size: PositiveInt | None = None
     """Sequences per forward pass; by default chosen for the device."""
-    attention_learning_rate: PositiveFloat = 3e-4
+    attention_learning_rate: PositiveFloat = 6e-4
     """Peak learning rate of the attention layers, which were converted."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of everything else."""

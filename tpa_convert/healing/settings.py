@@ -55,7 +55,7 @@ class HealingSettings:
     block_length: int = 1024
     tokens_per_step: int = 32 * 1024
     batch_size: int | None = None
-    attention_learning_rate: float = 3e-4
+    attention_learning_rate: float = 6e-4
     learning_rate: float = 1e-4
     warmup_steps: int = 40
     trainable: Literal["all", "attention", "lora"] = "all"
