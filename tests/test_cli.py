@@ -322,7 +322,7 @@ def test_heal_warns_where_it_harms(converted: Path, text: Path, tmp_path: Path) 
     valid = tmp_path / "valid.txt"
     valid.write_text("Held-out text, word by word. " * 100)
     options = ["--text", text, "--valid-text", valid, "--out", tmp_path / "healed"]
-    rates = ["--learning-rate", "1", "--attention-learning-rate", "1"]
+    rates = ["--learning-rate", "0.02", "--attention-learning-rate", "0.02"]
     result = tpa_convert("heal", converted, *options, *HEAL, *rates)
     assert result.exit_code == 0, result.output
     assert re.search(

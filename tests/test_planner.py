@@ -21,6 +21,7 @@ from tpa_convert.planner import plan_measured, predicted_loss
 from tpa_convert.planning import Budget, Plan, load_plan, plan_to_yaml, plan_uniform, plan_widths
 from tpa_convert.planning.cost import largest_context, plan_cost, rebuilding_per_byte, source_cost
 from tpa_convert.sensitivity import POSITION_STRIDE, measure_sensitivity
+from tpa_convert.terminal import show_layers
 
 
 @pytest.fixture(scope="module")
@@ -429,3 +430,23 @@ def test_agreement_of_the_exact_plan(measured) -> None:
     # In fp64: rounding in fp32 alone amounts to more on some processors.
     exact, converted = copy.deepcopy(source.model).double(), model.double()
     assert agreement(exact, converted, blocks).kl < 1e-9
+
+
+def test_an_uneven_plan_is_shown_as_a_table(capsys) -> None:
+    def layer(width_k: int, width_v: int, gauge: str = "absorbed") -> LayerShape:
+        return LayerShape("static", gauge, 1, 1, width_k, width_v, "latent")
+
+    show_layers([layer(8, 16)] * 12)
+    assert " ".join(capsys.readouterr().out.split()) == (
+        "layers 0-11: static head factors, gauge absorbed; latent key width 8, value width 16"
+    )
+    show_layers([layer(8, 16), *[layer(24, 16, "applied")] * 2, layer(8, 16), *[layer(4, 4)] * 7])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[:3] == [
+        ["layer", *map(str, range(10))],
+        ["latent", "key", "width", "8", "24", "24", "8", *"444444"],
+        ["value", "width", "16", "16", "16", "16", *"444444"],
+    ]
+    assert lines[3] == ["layer", "10"]
+    assert " ".join(lines[-2]) == "layers 0, 3-10: static head factors, gauge absorbed"
+    assert " ".join(lines[-1]) == "layers 1-2: static head factors, gauge applied"

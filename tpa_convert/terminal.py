@@ -5,7 +5,6 @@ Results go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
@@ -39,10 +38,12 @@ from tpa_convert.export.output import is_disk_full
 if TYPE_CHECKING:
     import torch
 
+    from tpa_convert.modeling import LayerShape
     from tpa_convert.pipeline import HealingResult, PlanningResult
     from tpa_convert.planning import Plan
     from tpa_convert.prediction import Prediction
 
+LAYERS_ACROSS = 10  # in the table of an uneven plan
 INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
@@ -203,18 +204,49 @@ def show_plan(prediction: Prediction) -> None:
             f"{after / before:.1%}",
         )
     console.print(table)
-    start = 0
-    for shape, layers in itertools.groupby(plan.layers):
-        end = start + len(list(layers))
-        where = f"layers {start}-{end - 1}" if end > start + 1 else f"layer {start}"
-        console.print(
-            f"{where}: {shape.form} head factors, gauge {shape.gauge}; "
-            f"{'latent ' if shape.latent_keys else ''}"
-            f"keys {_width(shape.width_k, shape.rank_k, shape.contextual)}, "
-            f"values {_width(shape.width_v, shape.rank_v, shape.contextual)}"
-        )
-        start = end
+    show_layers(plan.layers)
     _show_rebuilding(plan, prediction.cache_dtype)
+
+
+def show_layers(layers: Sequence[LayerShape]) -> None:
+    """One line on layers that are all alike; else their numbers in a table, ten layers across."""
+    first = layers[0]
+    key = "latent key" if first.latent_keys else "key"
+    rows = {
+        f"{key} width": [layer.width_k for layer in layers],
+        "value width": [layer.width_v for layer in layers],
+    }
+    if first.contextual:  # the rank of a static layer follows from its decomposition
+        rows["key rank"] = [layer.rank_k for layer in layers]
+        rows["value rank"] = [layer.rank_v for layer in layers]
+    if len(set(zip(*rows.values(), strict=True))) > 1:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column()
+        for _ in range(LAYERS_ACROSS):
+            table.add_column(justify="right", no_wrap=True)
+        for start in range(0, len(layers), LAYERS_ACROSS):
+            across = range(start, min(start + LAYERS_ACROSS, len(layers)))
+            table.add_row("layer", *map(str, across), style="dim")
+            for name, numbers in rows.items():
+                table.add_row(name, *(str(numbers[i]) for i in across))
+            table.add_row()
+        console.print(table)
+        widths = ""
+    else:
+        widths = "; " + ", ".join(f"{name} {numbers[0]}" for name, numbers in rows.items())
+    kinds: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        kinds.setdefault(f"{layer.form} head factors, gauge {layer.gauge}", []).append(i)
+    for kind, where in kinds.items():
+        console.print(f"{'layers' if len(where) > 1 else 'layer'} {_ranges(where)}: {kind}{widths}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 3-5 for 1, 3, 4, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
 
 
 def _show_rebuilding(plan: Plan, cache_dtype: torch.dtype) -> None:
@@ -291,11 +323,6 @@ def show_planning(result: PlanningResult) -> None:
 
 def _times(ratio: float) -> str:
     return f"×{ratio:.3f}" if ratio < 10 else f"×{ratio:.1f}" if ratio < 100 else f"×{ratio:.0f}"
-
-
-def _width(width: int, rank: int, contextual: bool) -> str:
-    # the rank of a static layer follows from its decomposition, so a plan cannot know it
-    return f"width {width} rank {rank}" if contextual else f"width {width}"
 
 
 def show_healing(result: HealingResult) -> None:
