@@ -273,7 +273,7 @@ def test_latent_keys_are_planned_and_converted(tmp_path, text) -> None:
         assert {layer["form"] for layer in candidate["layers"]} == {"static"}
     converted = tpa_convert("convert", source, "--plan", plan, "--out", tmp_path / "small")
     assert converted.exit_code == 0, converted.output
-    assert "latent keys" in converted.stdout
+    assert "latent key width" in converted.stdout
     assert "every step rebuilds the keys" in converted.stdout
     assert "every step rebuilds the keys" in result.stdout
 
