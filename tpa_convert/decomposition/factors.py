@@ -99,7 +99,7 @@ def with_unit_gauge(factors: Factors) -> Factors:
     Components are only defined up to a factor that the gauge takes back. Optimisers with one rate
     for all weights (Adam) need it to be one that leaves the features and what the gauge is folded
     into at the scale of the source's projections: what whitening leaves has features tens of times
-    too large, which then hardly move, beside gauges that move with abandon.
+    too large, which then hardly move, beside gauges that move too far.
     """
     norm = torch.linalg.vector_norm(factors.gauge.flatten(0, -2), dim=0)
     norm = torch.where(norm > 0, norm, 1.0)
