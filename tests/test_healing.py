@@ -454,7 +454,7 @@ def test_a_run_that_leaves_its_source_stops(random_tokens: Any, tmp_path: Path) 
     teacher = make_tiny_llama()
     changes = {"attention_learning_rate": 0.1, "learning_rate": 0.1, "save_steps": 2}
     far = replace(SETTINGS, tokens=40 * 64, **changes)
-    with pytest.raises(UserError, match=r"loss rose from 0\.\d+ to 0\.\d+ by step \d+: use lower"):
+    with pytest.raises(UserError, match=r"loss rose from 0\.\d+ to 0\.\d+ by step \d+ \("):
         heal(
             copy.deepcopy(teacher),
             teacher,

@@ -192,7 +192,7 @@ MaxIncrease = Annotated[
 ]
 MultipleOf = Annotated[
     int,
-    option("--multiple-of", "Uneven widths are multiples of this.", PLANNING, metavar="N"),
+    option("--multiple-of", "Measured widths are multiples of this.", PLANNING, metavar="N"),
 ]
 Memory = Annotated[
     float | None,

@@ -98,8 +98,8 @@ def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of:
     if kv_floats < least_floats(multiple_of):
         raise UserError(
             f"widths in multiples of {multiple_of} need a budget of at least "
-            f"{least_floats(multiple_of)} numbers per token and layer: give smaller multiples or "
-            "a larger budget"
+            f"{least_floats(multiple_of)} numbers per token and layer: lower --multiple-of or "
+            "give a larger budget"
         )
 
 
@@ -259,7 +259,7 @@ def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increas
     if not kept:
         best = min(math.expm1(candidate.kl) for candidate in candidates)
         raise UserError(
-            f"no budget on the curve keeps the loss within {max_increase:.1%} (the best loses "
-            f"{best:.1%}): allow more with --max-increase, or refine and heal"
+            f"no budget on the curve keeps the loss within {100 * max_increase:.3g}% (the best loses "
+            f"{100 * best:.3g}%): allow more with --max-increase, or refine and heal"
         )
     return min(kept, key=lambda i: (candidates[i].plan.kv_floats, candidates[i].kl))

@@ -108,7 +108,7 @@ class LossGuard(TrainerCallback):
         if last > 2 * first + 0.25:
             raise UserError(
                 f"the healing loss rose from {first:.3f} to {last:.3f} by step "
-                f"{state.global_step}: use lower learning rates"
+                f"{state.global_step} (mean of the last steps): use lower learning rates"
             )
 
 

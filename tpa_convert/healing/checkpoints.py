@@ -96,7 +96,7 @@ def check_run(path: Path, run: dict[str, Any], checkpoint: Path | None) -> None:
         if differing:
             raise UserError(
                 f"{checkpoint} belongs to a run with different {', '.join(differing)}: "
-                "repeat that run's settings, or start anew without resuming"
+                "repeat that run's settings, or start anew with --no-resume"
             )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(run, indent=2) + "\n")

@@ -45,15 +45,20 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no plan at {path}: make one with tpa-convert plan --out {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the plan {path}: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise UserError(f"{path} is not a plan: make one with tpa-convert plan") from None
     if not isinstance(values, dict) or not set(FIELDS) <= set(values) | {"key_cache"}:
-        raise UserError(f"{path} is not a plan: it needs {', '.join(FIELDS)}")
+        raise UserError(
+            f"{path} is not a plan, which has {', '.join(FIELDS)}: make one with tpa-convert plan"
+        )
     values.setdefault("key_cache", "rotated")  # plans written before there was another
     for name in ("num_key_value_heads", "head_dim"):
         if values.get(name) != llama_config[name]:
             raise UserError(
-                f"{path} is for a model with {name} {values.get(name)}, not {llama_config[name]}"
+                f"{path} is for a model with {name} {values.get(name)}, not {llama_config[name]}: "
+                "make one for this model with tpa-convert plan"
             )
     layers = llama_config["num_hidden_layers"]
     columns = {
