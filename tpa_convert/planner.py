@@ -259,7 +259,7 @@ def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increas
     if not kept:
         best = min(math.expm1(candidate.kl) for candidate in candidates)
         raise UserError(
-            f"no budget on the curve keeps the loss within {100 * max_increase:.3g}% (the best loses "
-            f"{100 * best:.3g}%): allow more with --max-increase, or refine and heal"
+            f"no budget on the curve keeps the loss within {100 * max_increase:.3g}% (the best "
+            f"loses {100 * best:.3g}%): allow more with --max-increase, or refine and heal"
         )
     return min(kept, key=lambda i: (candidates[i].plan.kv_floats, candidates[i].kl))
