@@ -450,3 +450,24 @@ def test_an_uneven_plan_is_shown_as_a_table(capsys) -> None:
     assert lines[3] == ["layer", "10"]
     assert " ".join(lines[-2]) == "layers 0, 3-10: static head factors, gauge absorbed"
     assert " ".join(lines[-1]) == "layers 1-2: static head factors, gauge applied"
+
+
+def test_a_plan_of_two_forms_shows_the_ranks_it_knows(capsys) -> None:
+    show_layers(
+        [
+            LayerShape("static", "absorbed", 1, 1, 8, 16, "latent"),
+            LayerShape("affine", "absorbed", 2, 4, 24, 16),
+        ]
+    )
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:5] == [
+        "layer 0 1",
+        "key width 8 24",
+        "value width 16 16",
+        "key rank – 2",
+        "value rank – 4",
+    ]
+    assert lines[-2:] == [
+        "layer 0: static head factors, gauge absorbed, latent keys",
+        "layer 1: affine head factors, gauge absorbed, rotated keys",
+    ]

@@ -210,15 +210,16 @@ def show_plan(prediction: Prediction) -> None:
 
 def show_layers(layers: Sequence[LayerShape]) -> None:
     """One line on layers that are all alike; else their numbers in a table, ten layers across."""
-    first = layers[0]
-    key = "latent key" if first.latent_keys else "key"
-    rows = {
+    kept_as = {layer.key_cache for layer in layers}
+    key = "latent key" if kept_as == {"latent"} else "key"
+    rows: dict[str, list[int | None]] = {
         f"{key} width": [layer.width_k for layer in layers],
         "value width": [layer.width_v for layer in layers],
     }
-    if first.contextual:  # the rank of a static layer follows from its decomposition
-        rows["key rank"] = [layer.rank_k for layer in layers]
-        rows["value rank"] = [layer.rank_v for layer in layers]
+    if any(layer.contextual for layer in layers):
+        # the rank of a static layer follows from its decomposition, so a plan cannot know it
+        rows["key rank"] = [layer.rank_k if layer.contextual else None for layer in layers]
+        rows["value rank"] = [layer.rank_v if layer.contextual else None for layer in layers]
     if len(set(zip(*rows.values(), strict=True))) > 1:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column()
@@ -228,7 +229,7 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
             across = range(start, min(start + LAYERS_ACROSS, len(layers)))
             table.add_row("layer", *map(str, across), style="dim")
             for name, numbers in rows.items():
-                table.add_row(name, *(str(numbers[i]) for i in across))
+                table.add_row(name, *(str(numbers[i] or "–") for i in across))
             table.add_row()
         console.print(table)
         widths = ""
@@ -236,7 +237,10 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
         widths = "; " + ", ".join(f"{name} {numbers[0]}" for name, numbers in rows.items())
     kinds: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        kinds.setdefault(f"{layer.form} head factors, gauge {layer.gauge}", []).append(i)
+        kind = f"{layer.form} head factors, gauge {layer.gauge}"
+        if len(kept_as) > 1:
+            kind += f", {layer.key_cache} keys"
+        kinds.setdefault(kind, []).append(i)
     for kind, where in kinds.items():
         console.print(f"{'layers' if len(where) > 1 else 'layer'} {_ranges(where)}: {kind}{widths}")
 

@@ -30,6 +30,11 @@ VALID_AGREEMENT = "eval_agreement"
 WATCHED_STEPS = 10  # over which a loss is averaged before it is judged
 
 
+def curve(state: TrainerState, name: str) -> tuple[tuple[int, float], ...]:
+    """(step, value) of all that was logged under a name."""
+    return tuple((entry["step"], entry[name]) for entry in state.log_history if name in entry)
+
+
 class Intervals(TrainerCallback):
     """Logs and saves as often as was asked for now: a checkpoint brings its own run's intervals."""
 
@@ -102,7 +107,7 @@ class LossGuard(TrainerCallback):
                 f"the healing loss is {logs['loss']} at step {state.global_step}: "
                 "use lower learning rates"
             )
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        losses = [loss for _, loss in curve(state, "loss")]
         window = math.ceil(WATCHED_STEPS / args.logging_steps)
         first, last = losses[0], statistics.fmean(losses[-window:])
         if last > 2 * first + 0.25:

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -34,6 +33,7 @@ from tpa_convert.healing.callbacks import (
     LossGuard,
     Speedometer,
     Validation,
+    curve,
 )
 from tpa_convert.healing.checkpoints import (
     check_disk,
@@ -289,18 +289,13 @@ def _train(
         peak_memory_bytes=(
             torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
         ),
-        losses=_curve(end, "loss"),
-        valid_losses=_curve(end, VALID_LOSS),
-        valid_perplexities=_curve(end, VALID_PERPLEXITY),
-        valid_agreements=_curve(end, VALID_AGREEMENT),
-        source_perplexity=next((value for _, value in _curve(end, SOURCE_PERPLEXITY)), None),
+        losses=curve(end, "loss"),
+        valid_losses=curve(end, VALID_LOSS),
+        valid_perplexities=curve(end, VALID_PERPLEXITY),
+        valid_agreements=curve(end, VALID_AGREEMENT),
+        source_perplexity=next((value for _, value in curve(end, SOURCE_PERPLEXITY)), None),
         recovered=recovered,
     )
-
-
-def _curve(state: TrainerState, name: str) -> tuple[tuple[int, float], ...]:
-    """(step, value) of all that was logged under a name."""
-    return tuple((entry["step"], entry[name]) for entry in state.log_history if name in entry)
 
 
 def _blocks(
