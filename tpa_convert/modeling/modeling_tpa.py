@@ -41,6 +41,15 @@ def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return x * cos + rotate_half(x) * sin
 
 
+CACHE_NAMES = ("past_key_values", "cache")  # transformers renamed it in 5.24
+
+
+def given_cache(arguments: dict, pop: bool = False) -> Cache | None:
+    """The cache among keyword arguments, whatever it is called there; `pop` takes it out."""
+    found = [arguments.pop(n, None) if pop else arguments.get(n) for n in CACHE_NAMES]
+    return next((cache for cache in found if cache is not None), None)
+
+
 def cached_positions(
     cache: Cache,
     hidden_states: torch.Tensor,
@@ -190,12 +199,13 @@ class TPAAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         cached_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As LlamaAttention's; `cached_position_embeddings` are those of everything in the cache
-        after this call, [b, t, d], which latent keys need if there was something before."""
+        after this call, [b, t, d], which latent keys need if there was something before. The cache
+        comes under the name that the installed transformers has for it (`CACHE_NAMES`)."""
+        cache = given_cache(kwargs, pop=True)
         input_shape = hidden_states.shape[:-1]
         table = self.rotary_table(position_embeddings)
         key_table = table if self.shape.latent_keys else self.component_table(table)
@@ -211,8 +221,8 @@ class TPAAttention(nn.Module):
         if self.shape.contextual:
             key = torch.cat((self.k_head_factor(hidden_states).unsqueeze(1), key), dim=-1)
             value = torch.cat((self.v_head_factor(hidden_states).unsqueeze(1), value), dim=-1)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         implementation = self.config._attn_implementation
         weights = None
@@ -460,22 +470,21 @@ class TPAModel(TPAPreTrainedModel, LlamaModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        if past_key_values is not None and "latent" in self.config.key_cache:
+        cache = given_cache(kwargs)
+        if cache is not None and "latent" in self.config.key_cache:
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None
             kwargs["cached_position_embeddings"] = self.rotary_emb(
                 inputs_embeds,
-                cached_positions(past_key_values, inputs_embeds, position_ids, attention_mask),
+                cached_positions(cache, inputs_embeds, position_ids, attention_mask),
             )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -491,18 +500,19 @@ class TPAForCausalLM(TPAPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         # Where a text outgrows longrope's short factors, what is cached was made with the wrong
         # ones: it is computed again, as in Phi-3.
         rope = self.config.rope_parameters
-        if past_key_values is not None and rope["rope_type"] == "longrope":
+        cache = given_cache(kwargs)
+        if cache is not None and rope["rope_type"] == "longrope":
             limit = rope["original_max_position_embeddings"]
-            if past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
-                past_key_values = None
+            if cache.get_seq_length() <= limit < input_ids.shape[1]:
+                given_cache(kwargs, pop=True)
                 if "next_sequence_length" in kwargs:
                     kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
 
