@@ -24,15 +24,15 @@ from smollm2 import Table, load, parser, train_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.architectures import Source
-from tpa_convert.architectures.attention import attention_weights
 from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion import convert_model
-from tpa_convert.planner import plan_between, plan_measured, predicted_loss
-from tpa_convert.planning import Budget, Plan, plan_uniform, plan_widths
-from tpa_convert.refinement import RefinementSettings, refine
-from tpa_convert.refit import refit
-from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.planning.search import plan_between, plan_measured, predicted_loss
+from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivity
+from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
+from tpa_convert.refinement.least_squares import refit
+from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.sources import Source
+from tpa_convert.sources.attention import attention_weights
 
 
 @dataclass

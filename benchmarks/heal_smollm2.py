@@ -23,11 +23,11 @@ from settings import given_settings
 from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor
 
-from tpa_convert.architectures import Source
 from tpa_convert.calibration.moments import Moments, collect_moments
-from tpa_convert.conversion import convert_model
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.modeling import TPAForCausalLM
-from tpa_convert.refinement import RefinementSettings, refine
+from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.sources import Source
 
 
 def refined(

@@ -35,10 +35,10 @@ from settings import given_settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
-from tpa_convert.healing import run as healing_run
-from tpa_convert.healing.distributed import processes, smallest
-from tpa_convert.healing.flops import flops_per_token
-from tpa_convert.healing.hardware import peak_flops
+from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training.distributed import processes, smallest
+from tpa_convert.healing.training.flops import flops_per_token
+from tpa_convert.healing.training.hardware import peak_flops
 from tpa_convert.modeling import TPAConfig, TPAForCausalLM
 
 DEVICE = "cuda"

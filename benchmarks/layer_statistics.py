@@ -14,10 +14,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tpa_convert.architectures import Source
 from tpa_convert.calibration import moments as package
 from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
+from tpa_convert.sources import Source
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import collect_moments
-from tpa_convert.conversion import convert_model
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.healing import DistillationTrainer, HealingSettings
-from tpa_convert.healing import run as healing_run
-from tpa_convert.refinement import RefinementSettings, refine
+from tpa_convert.healing.training import run as healing_run
+from tpa_convert.refinement.regression import RefinementSettings, refine
 
 
 def reverse_kl(student_logits_CV: Tensor, teacher_logits_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from typing import Any
 from smollm2 import Table, load, parser, train_blocks
 
 from tpa_convert.calibration.moments import collect_moments
-from tpa_convert.conversion import convert_model
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.decomposition import METHODS
-from tpa_convert.planning import Budget, plan_uniform
+from tpa_convert.plans import Budget, plan_uniform
 
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(("gauge", {"kv_floats": n}, {}) for n in (256, 192, 128)),

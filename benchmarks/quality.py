@@ -25,7 +25,6 @@ from torch.nn.functional import kl_div, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tpa_convert.calibration.text import load_documents
 from tpa_convert.evaluation import (
     Accuracy,
     Question,
@@ -35,9 +34,10 @@ from tpa_convert.evaluation import (
     multiple_choice,
     paired_drop,
 )
-from tpa_convert.evaluation.logits import chunk_positions, split_head
-from tpa_convert.evaluation.multiple_choice import task_name
+from tpa_convert.evaluation.metrics.multiple_choice import task_name
 from tpa_convert.export.save import load_converted
+from tpa_convert.forward.logits import chunk_positions, split_head
+from tpa_convert.text.read import load_documents
 
 EDGES = (0, 32, 256, 512, 1024, 2048, 4096, 8192)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -19,13 +19,13 @@ from settings import given_settings
 from smollm2 import Table, load, parser, plan_of, train_blocks
 from torch import nn
 
-from tpa_convert.architectures import Source
 from tpa_convert.calibration.moments import collect_moments
-from tpa_convert.calibration.text import load_documents
-from tpa_convert.conversion import convert_model
-from tpa_convert.evaluation.perplexity import blocks_by_source
-from tpa_convert.refinement import RefinementSettings, refine
-from tpa_convert.sensitivity import LayerSensitivity, measure_sensitivity
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.evaluation.texts import blocks_by_source
+from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivity
+from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.sources import Source
+from tpa_convert.text.read import load_documents
 
 
 def shorten(source: Source, layers: int) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from machine import device_name, versions
 
-from tpa_convert.architectures import load_source
-from tpa_convert.healing.sampling import sample_blocks
+from tpa_convert.healing.training.sampling import sample_blocks
+from tpa_convert.sources import load_source
 
 
 def main() -> None:

@@ -25,14 +25,15 @@ import torch
 from machine import device_name, versions
 from torch import Tensor
 
-from tpa_convert.architectures import Source, load_source
-from tpa_convert.calibration.text import default_calibration_documents, load_documents, token_blocks
-from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
+from tpa_convert.evaluation.texts import blocks_by_source
+from tpa_convert.forward.comparison import compare, geometric_mean
+from tpa_convert.forward.divergence import Divergence
 from tpa_convert.healing import HealingSettings, heal
-from tpa_convert.healing.objective import Divergence
-from tpa_convert.planner import plan_between, plan_measured
-from tpa_convert.planning import Budget, Plan, load_plan, plan_uniform
-from tpa_convert.sensitivity import LayerSensitivity
+from tpa_convert.planning.search import plan_between, plan_measured
+from tpa_convert.planning.sensitivity import LayerSensitivity
+from tpa_convert.plans import Budget, Plan, load_plan, plan_uniform
+from tpa_convert.sources import Source, load_source
+from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

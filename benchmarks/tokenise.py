@@ -15,9 +15,9 @@ import re
 
 import numpy as np
 
-from tpa_convert.architectures import load_source
-from tpa_convert.calibration.packing import packed_blocks
-from tpa_convert.calibration.text import load_documents
+from tpa_convert.sources import load_source
+from tpa_convert.text.packing import packed_blocks
+from tpa_convert.text.read import load_documents
 
 
 def main() -> None:

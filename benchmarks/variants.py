@@ -12,10 +12,8 @@ import torch
 from layer_statistics import Statistics, of_inputs
 from torch import Tensor
 
-from tpa_convert.architectures import Source
-from tpa_convert.architectures.attention import attention_weights
 from tpa_convert.calibration.moments import MomentAccumulator, Moments
-from tpa_convert.conversion import convert_layer, convert_model
+from tpa_convert.conversion.model import convert_layer, convert_model
 from tpa_convert.decomposition import AttentionWeights, KeyFactors, ValueFactors
 from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
 from tpa_convert.decomposition.gauge import (
@@ -28,8 +26,10 @@ from tpa_convert.decomposition.gauge import (
     value_metric,
 )
 from tpa_convert.modeling import TPAForCausalLM
-from tpa_convert.planning import Plan
-from tpa_convert.refinement import StreamPair
+from tpa_convert.plans import Plan
+from tpa_convert.refinement.regression import StreamPair
+from tpa_convert.sources import Source
+from tpa_convert.sources.attention import attention_weights
 
 Change = Callable[[AttentionWeights, Statistics, int, int], AttentionWeights]
 

@@ -8,7 +8,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
-from tpa_convert.cli import app
+from tpa_convert.cli.commands import app
 
 CONVERT = ["--kv-ratio", "0.5", "--calibration-blocks", "2", "--block-length", "32"]
 """A conversion of the tiny model that takes a second."""

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from tpa_convert.architectures import Source, SourceReference, architecture_of
 from tpa_convert.calibration.moments import Moments, collect_moments
-from tpa_convert.conversion import convert_model
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.families import architecture_of
 from tpa_convert.modeling import Form, Gauge, KeyCache, TPAForCausalLM
-from tpa_convert.planning import Budget, plan_uniform
+from tpa_convert.plans import Budget, plan_uniform
+from tpa_convert.sources import Source, SourceReference
 
 
 def source_of(model: PreTrainedModel) -> Source:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
-from tpa_convert.healing import run as healing_run
+from tpa_convert.healing.training import run as healing_run
 
 STEPS = 6
 

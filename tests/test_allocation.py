@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tpa_convert.planning.allocation import allocate, interpolate_loss, lower_convex_envelope
+from tpa_convert.plans.allocation import allocate, interpolate_loss, lower_convex_envelope
 
 values = st.lists(st.floats(0, 100), min_size=1, max_size=6)
 falling = values.map(lambda x: torch.tensor(sorted(x, reverse=True), dtype=torch.float64))

@@ -29,12 +29,12 @@ from transformers import (
 
 from tests.conftest import HEAD_SHAPES
 from tests.conversions import convert_tiny, source_of
-from tpa_convert.architectures import Architecture, architecture_of, register_architecture
-from tpa_convert.conversion import convert_model
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
-from tpa_convert.planning import Budget, plan_uniform
-from tpa_convert.prediction import predict
-from tpa_convert.recipe import ConvertOptions
+from tpa_convert.families import Architecture, architecture_of, register_architecture
+from tpa_convert.options.recipe import ConvertOptions
+from tpa_convert.pipeline.prediction import predict
+from tpa_convert.plans import Budget, plan_uniform
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -241,7 +241,7 @@ def test_windows_that_never_act_are_accepted(config: PreTrainedConfig) -> None:
 def test_tpa_is_refused_and_unknown_types_can_be_registered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tpa_convert.architectures.architecture._REGISTRY", {})
+    monkeypatch.setattr("tpa_convert.families.family._REGISTRY", {})
 
     class OtherConfig(LlamaConfig):
         model_type = "other"

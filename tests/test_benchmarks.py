@@ -15,7 +15,7 @@ import torch
 
 from tests.command_line import CONVERT, save_source, tpa_convert
 from tests.conftest import make_tiny_llama
-from tpa_convert.planning import plan_to_yaml, plan_widths
+from tpa_convert.plans import plan_to_yaml, plan_widths
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -269,7 +269,7 @@ def test_quality(model, texts, monkeypatch, capsys, tmp_path) -> None:
 
 def test_objectives(model, texts, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    run = importlib.import_module("tpa_convert.healing.run")
+    run = importlib.import_module("tpa_convert.healing.training.run")
     monkeypatch.setattr(run, "DistillationTrainer", run.DistillationTrainer)  # to be put back
     options = ["--run", "16:latent", "--calibration-blocks", "2", "--refine-steps", "1"]
     options += ["--heal-tokens", "10", "--rows", "forward|0.3$|Jensen|labels|states|outputs"]

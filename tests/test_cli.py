@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
-from tpa_convert import terminal
-from tpa_convert.cli import app
+from tpa_convert.cli import terminal
+from tpa_convert.cli.commands import app
 
 
 @pytest.fixture(scope="module")
@@ -522,5 +522,5 @@ def test_importing_the_package_registers_the_model() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     run_python(
         "import sys; sys.argv = ['/usr/bin/tpa-convert'];"
-        "import tpa_convert.cli; assert 'torch' not in sys.modules"
+        "import tpa_convert.cli.commands; assert 'torch' not in sys.modules"
     )

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tpa_convert.architectures import Source, load_source
 from tpa_convert.calibration.moments import Moments, collect_moments
-from tpa_convert.calibration.text import default_calibration_documents, load_documents, token_blocks
-from tpa_convert.conversion import convert_model
-from tpa_convert.evaluation.perplexity import perplexity
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.forward.comparison import perplexity
 from tpa_convert.modeling import Form, TPAForCausalLM
-from tpa_convert.planning import Budget, plan_uniform
+from tpa_convert.plans import Budget, plan_uniform
+from tpa_convert.sources import Source, load_source
+from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "embedded_model"
 

@@ -16,12 +16,12 @@ from tpa_convert.evaluation import (
     Drop,
     Question,
     evaluate,
-    harness,
     load_questions,
     multiple_choice,
     paired_drop,
     run_tasks,
 )
+from tpa_convert.evaluation.metrics import harness
 
 QUESTIONS = [
     Question("The sky is", ("blue", "a kind of stone", "wet"), 0),

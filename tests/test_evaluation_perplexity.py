@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from tpa_convert.calibration.text import Text
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import (
     Perplexity,
@@ -19,9 +18,10 @@ from tpa_convert.evaluation import (
     blocks_by_source,
     compare,
     geometric_mean,
-    logits,
     perplexity,
 )
+from tpa_convert.forward import logits
+from tpa_convert.text.read import Text
 
 
 def reference_log_p(model, blocks):
@@ -151,7 +151,7 @@ def test_the_same_source_in_two_texts_is_measured_in_both(tiny_tokenizer) -> Non
 
 
 def test_a_stream_leaves_room_for_the_texts_after_it(tiny_tokenizer, monkeypatch) -> None:
-    module = importlib.import_module("tpa_convert.evaluation.perplexity")  # not the function
+    module = importlib.import_module("tpa_convert.evaluation.texts")
     monkeypatch.setattr(module, "STREAMED_DOCUMENTS", 2)
     texts = [
         Text("hub", documents().remove_columns("source").to_iterable_dataset()),

@@ -25,7 +25,7 @@ from tpa_convert.evaluation import (
     measure_speed,
     multiple_choice,
 )
-from tpa_convert.evaluation import speed as speed_module
+from tpa_convert.evaluation.metrics import speed as speed_module
 from tpa_convert.evaluation.report import format_ratio, format_value
 
 TEXTS = datasets.Dataset.from_dict(

@@ -20,10 +20,10 @@ from transformers import (
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
-from tpa_convert.architectures.attention import attention_weights
-from tpa_convert.conversion import attention_parameters, convert_layer
+from tpa_convert.conversion.model import attention_parameters, convert_layer
 from tpa_convert.decomposition.factors import KeyFactors, ValueFactors, to_complex_pairs
 from tpa_convert.modeling import Gauge, LayerShape, TPAConfig, TPAForCausalLM
+from tpa_convert.sources.attention import attention_weights
 
 TOLERANCE = 1e-4
 

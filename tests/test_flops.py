@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny
-from tpa_convert.healing.flops import flops_per_token
+from tpa_convert.healing.training.flops import flops_per_token
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -242,9 +242,9 @@ def test_per_layer_shapes_survive_saving(tiny_llama, tmp_path) -> None:
     from dataclasses import replace
 
     from tests.conversions import source_of, tiny_moments
-    from tpa_convert.conversion import convert_model
+    from tpa_convert.conversion.model import convert_model
     from tpa_convert.modeling import LayerShape
-    from tpa_convert.planning import Plan
+    from tpa_convert.plans import Plan
 
     source = source_of(tiny_llama("gqa"))
     first = LayerShape("static", "absorbed", 1, 1, 8, 4)

@@ -36,6 +36,8 @@ from transformers import (
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny
 from tpa_convert.errors import UserError
+from tpa_convert.forward.divergence import default_chunk_tokens
+from tpa_convert.forward.passes import CAUSAL_SDPA, block_forward
 from tpa_convert.healing import (
     HealingInterrupted,
     HealingReport,
@@ -45,17 +47,16 @@ from tpa_convert.healing import (
     parameter_groups,
     skewed_kl,
 )
-from tpa_convert.healing import run as healing_run
-from tpa_convert.healing.callbacks import GracefulStop
-from tpa_convert.healing.checkpoints import newest_checkpoint
-from tpa_convert.healing.data import BlockDataset, blocks_that_fit, collate, largest_divisor
-from tpa_convert.healing.objective import default_chunk_tokens
-from tpa_convert.healing.trainer import (
-    CAUSAL_SDPA,
-    block_forward,
-    final_hidden_states,
-    modules_to_compile,
+from tpa_convert.healing.monitoring.callbacks import GracefulStop
+from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training.checkpoints import newest_checkpoint
+from tpa_convert.healing.training.data import (
+    BlockDataset,
+    blocks_that_fit,
+    collate,
+    largest_divisor,
 )
+from tpa_convert.healing.training.trainer import final_hidden_states, modules_to_compile
 
 SETTINGS = HealingSettings(
     tokens=12 * 64,

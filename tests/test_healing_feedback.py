@@ -17,12 +17,14 @@ from transformers import TrainerState
 
 from tests.conftest import make_tiny_llama
 from tpa_convert.errors import UserError
-from tpa_convert.evaluation.perplexity import compare
-from tpa_convert.healing import HealingReport, HealingSettings, comparison, heal, trackers
-from tpa_convert.healing.callbacks import GracefulStop, Speedometer
-from tpa_convert.healing.comparison import Comparison, chunked_comparison
-from tpa_convert.healing.dashboard import Dashboard, sparkline
-from tpa_convert.healing.hardware import peak_flops
+from tpa_convert.forward.comparison import compare
+from tpa_convert.healing import HealingReport, HealingSettings, heal
+from tpa_convert.healing.loss import comparison
+from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
+from tpa_convert.healing.monitoring import trackers
+from tpa_convert.healing.monitoring.callbacks import GracefulStop, Speedometer
+from tpa_convert.healing.monitoring.dashboard import Dashboard, sparkline
+from tpa_convert.healing.training.hardware import peak_flops
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tests.conftest import make_tiny_llama
 from tpa_convert.healing import HealingReport, HealingSettings, heal
-from tpa_convert.healing import run as healing_run
+from tpa_convert.healing.training import run as healing_run
 
 STEPS, INTERVAL, KILLED_AT = 12, 3, 8
 

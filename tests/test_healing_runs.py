@@ -17,10 +17,10 @@ from tests.conftest import make_tiny_llama
 from tests.test_healing import SETTINGS, StopAt, perturbed, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted, HealingSettings, heal
-from tpa_convert.healing import run as healing_run
-from tpa_convert.healing.checkpoints import check_disk
-from tpa_convert.healing.data import BlockDataset
-from tpa_convert.healing.trainer import CHANNEL_FLOOR, DistillationTrainer
+from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training.checkpoints import check_disk
+from tpa_convert.healing.training.data import BlockDataset
+from tpa_convert.healing.training.trainer import CHANNEL_FLOOR, DistillationTrainer
 
 
 def change_trainer(monkeypatch: pytest.MonkeyPatch, *callbacks: TrainerCallback) -> None:

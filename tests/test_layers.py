@@ -22,7 +22,8 @@ def documented_order() -> list[str]:
 
 def module_of(path: Path) -> str:
     """The row of the table a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    row = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "cli" if row == "__main__" else row
 
 
 def absolute_imports(source: str, package: str) -> set[str]:

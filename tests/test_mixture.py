@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
-from tpa_convert.calibration.mixture import load_mixture, mixture_blocks
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingReport, HealingSettings, heal
+from tpa_convert.text.mixture import load_mixture, mixture_blocks
 
 TOKENIZER = make_tiny_tokenizer()
 

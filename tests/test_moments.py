@@ -16,10 +16,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.conversions import random_blocks, source_of
 from tpa_convert.calibration.moments import Moments, collect_moments
-from tpa_convert.conversion import convert_model
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.decomposition import LayerMoments
 from tpa_convert.errors import UserError
-from tpa_convert.planning import Budget, plan_uniform
+from tpa_convert.plans import Budget, plan_uniform
 
 BLOCKS = random_blocks(count=5, length=14, seed=3)
 GROUPS, HEADS, HEAD_DIM, PAIRS = 2, 4, 8, 4

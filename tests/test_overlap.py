@@ -11,10 +11,10 @@ import datasets
 import pytest
 
 from tests.command_line import CONVERT, error_of, save_source, tpa_convert
-from tpa_convert.calibration.overlap import load_local, refuse_seen_documents
 from tpa_convert.errors import UserError
-from tpa_convert.recipe import Recipe, validated
-from tpa_convert.run import run
+from tpa_convert.options.recipe import Recipe, validated
+from tpa_convert.pipeline.run import run
+from tpa_convert.text.overlap import load_local, refuse_seen_documents
 
 SENTENCES = [f"Sentence number {i} of a text that is long enough to count." for i in range(9)]
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_tiny_tokenizer
-from tpa_convert.calibration import tokens as tokens_module
-from tpa_convert.calibration.packing import pack, packed_blocks
+from tpa_convert.text import tokens as tokens_module
+from tpa_convert.text.packing import pack, packed_blocks
 
 TOKENIZER = make_tiny_tokenizer()
 

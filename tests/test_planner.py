@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.command_line import error_of, save_source, tpa_convert
 from tests.conversions import random_blocks, source_of, tiny_moments
-from tpa_convert.conversion import convert_model
+from tpa_convert.cli.terminal import show_layers
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
-from tpa_convert.evaluation.perplexity import agreement
+from tpa_convert.forward.comparison import agreement
 from tpa_convert.modeling import LayerShape
-from tpa_convert.planner import plan_measured, predicted_loss
-from tpa_convert.planning import Budget, Plan, load_plan, plan_to_yaml, plan_uniform, plan_widths
-from tpa_convert.planning.cost import largest_context, plan_cost, rebuilding_per_byte, source_cost
-from tpa_convert.sensitivity import POSITION_STRIDE, measure_sensitivity
-from tpa_convert.terminal import show_layers
+from tpa_convert.planning.search import plan_measured, predicted_loss
+from tpa_convert.planning.sensitivity import POSITION_STRIDE, measure_sensitivity
+from tpa_convert.plans import Budget, Plan, load_plan, plan_to_yaml, plan_uniform, plan_widths
+from tpa_convert.plans.cost import largest_context, plan_cost, rebuilding_per_byte, source_cost
 
 
 @pytest.fixture(scope="module")

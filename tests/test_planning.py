@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import Form, LayerShape, TPAConfig
-from tpa_convert.planning import Budget, Plan, plan_uniform
+from tpa_convert.plans import Budget, Plan, plan_uniform
 
 GROUPS, HEAD_DIM, LAYERS = 3, 8, 4
 SOURCE_FLOATS = 2 * GROUPS * HEAD_DIM  # 48

@@ -9,8 +9,8 @@ import pytest
 
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingSettings
+from tpa_convert.options.recipe import ConvertOptions, HealOptions, Recipe, load_recipe, validated
 from tpa_convert.pipeline.healing import TEXT_OPTIONS
-from tpa_convert.recipe import ConvertOptions, HealOptions, Recipe, load_recipe, validated
 
 MINIMAL = "source: some/model\nconvert: {kv_ratio: 0.5}\n"
 

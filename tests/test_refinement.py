@@ -7,7 +7,7 @@ import torch
 
 from tests.conversions import convert_tiny, random_blocks
 from tpa_convert.errors import UserError
-from tpa_convert.refinement import RefinementSettings, refine, relative_error
+from tpa_convert.refinement.regression import RefinementSettings, refine, relative_error
 
 SETTINGS = RefinementSettings(steps=40, batch_size=8, learning_rate=3e-3, valid_share=0.25)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.conversions import convert_tiny, random_blocks
 from tpa_convert.errors import UserError
-from tpa_convert.refit import Products, refit, ridge_change
+from tpa_convert.refinement.least_squares import Products, refit, ridge_change
 
 
 def regression(tokens: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,10 +15,10 @@ from transformers import StaticCache
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tests.conftest import make_tiny_llama
-from tpa_convert import terminal
+from tpa_convert.cli import terminal
 from tpa_convert.errors import UserError
-from tpa_convert.healing.chat import chat_script
-from tpa_convert.healing.sampling import GROUPED_SDPA, sample_blocks
+from tpa_convert.healing.training.chat import chat_script
+from tpa_convert.healing.training.sampling import GROUPED_SDPA, sample_blocks
 
 
 class Tokenizer:

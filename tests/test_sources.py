@@ -19,9 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.utils import logging
 
 from tests.conftest import make_tiny_llama
-from tpa_convert.architectures import checkpoint as checkpoint_module
-from tpa_convert.architectures import load_source, read_source_config
 from tpa_convert.errors import UserError
+from tpa_convert.sources import checkpoint as checkpoint_module
+from tpa_convert.sources import load_source, read_source_config
 
 
 @pytest.fixture(autouse=True)

@@ -17,14 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tpa_convert.calibration import tokens as tokens_module
-from tpa_convert.calibration.text import (
+from tpa_convert.errors import UserError
+from tpa_convert.text import tokens as tokens_module
+from tpa_convert.text.read import (
     default_calibration_documents,
     load_documents,
     load_texts,
     token_blocks,
 )
-from tpa_convert.errors import UserError
 
 TEXTS = ["one\n\ntwo\n", 'three, "four"']
 

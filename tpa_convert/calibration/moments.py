@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tpa_convert.architectures import Source
-from tpa_convert.architectures.attention import attention_weights
-from tpa_convert.architectures.layers import run_layer
 from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.errors import UserError
-
-
-class Track(Protocol):
-    """Shows progress over items, and how many `tokens` a second it makes if an item has some."""
-
-    def __call__(
-        self, items: Iterable[Any], description: str, *, tokens: int = 0
-    ) -> Iterable[Any]: ...
-
-
-def no_tracking(items: Iterable[Any], description: str, *, tokens: int = 0) -> Iterable[Any]:
-    """Iterates without showing progress."""
-    return items
+from tpa_convert.forward.layers import run_layer
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.sources import Source
+from tpa_convert.sources.attention import attention_weights
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Evaluation: what a converted model keeps of its source, and what it saves."""
 
-from tpa_convert.evaluation.cache import CacheBytes, cache_bytes
-from tpa_convert.evaluation.harness import TaskResult, run_tasks
-from tpa_convert.evaluation.multiple_choice import (
+from tpa_convert.evaluation.metrics.cache import CacheBytes, cache_bytes
+from tpa_convert.evaluation.metrics.harness import TaskResult, run_tasks
+from tpa_convert.evaluation.metrics.multiple_choice import (
     Accuracy,
     Drop,
     Question,
@@ -10,18 +10,18 @@ from tpa_convert.evaluation.multiple_choice import (
     multiple_choice,
     paired_drop,
 )
-from tpa_convert.evaluation.perplexity import (
+from tpa_convert.evaluation.metrics.speed import Speed, SpeedSettings, measure_speed
+from tpa_convert.evaluation.report import EvaluationReport, Row
+from tpa_convert.evaluation.run import evaluate
+from tpa_convert.evaluation.texts import blocks_by_source
+from tpa_convert.forward.comparison import (
     Agreement,
     Perplexity,
     agreement,
-    blocks_by_source,
     compare,
     geometric_mean,
     perplexity,
 )
-from tpa_convert.evaluation.report import EvaluationReport, Row
-from tpa_convert.evaluation.run import evaluate
-from tpa_convert.evaluation.speed import Speed, SpeedSettings, measure_speed
 
 __all__ = [
     "Accuracy",

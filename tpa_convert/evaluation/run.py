@@ -11,21 +11,22 @@ import transformers
 from torch import LongTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.text import Text, distinct_names
-from tpa_convert.calibration.tokens import Documents
-from tpa_convert.evaluation.cache import cache_bytes
-from tpa_convert.evaluation.harness import run_tasks
-from tpa_convert.evaluation.multiple_choice import (
+from tpa_convert.evaluation.metrics.cache import cache_bytes
+from tpa_convert.evaluation.metrics.harness import run_tasks
+from tpa_convert.evaluation.metrics.multiple_choice import (
     Accuracy,
     load_questions,
     multiple_choice,
     paired_drop,
     task_name,
 )
-from tpa_convert.evaluation.perplexity import blocks_by_source, compare, geometric_mean
+from tpa_convert.evaluation.metrics.speed import SpeedSettings, fitting_prompt, measure_speed
 from tpa_convert.evaluation.report import EvaluationReport, Row
-from tpa_convert.evaluation.speed import SpeedSettings, fitting_prompt, measure_speed
+from tpa_convert.evaluation.texts import blocks_by_source
+from tpa_convert.forward.comparison import compare, geometric_mean
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.text.read import Text, distinct_names
+from tpa_convert.text.tokens import Documents
 
 PROMPT_TOKENS = 24  # of the evaluation text, where no prompt is given
 DEFAULT_PROMPT = "Once upon a time"

@@ -1,9 +1,9 @@
 """Distillation of a converted model from its source."""
 
-from tpa_convert.healing.objective import chunked_divergence, forward_kl, skewed_kl
-from tpa_convert.healing.run import HealingInterrupted, HealingReport, heal
-from tpa_convert.healing.settings import HealingSettings
-from tpa_convert.healing.trainer import DistillationTrainer, parameter_groups
+from tpa_convert.forward.divergence import chunked_divergence, forward_kl, skewed_kl
+from tpa_convert.healing.training.run import HealingInterrupted, HealingReport, heal
+from tpa_convert.healing.training.settings import HealingSettings
+from tpa_convert.healing.training.trainer import DistillationTrainer, parameter_groups
 
 __all__ = [
     "DistillationTrainer",

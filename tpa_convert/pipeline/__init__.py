@@ -1,12 +1,12 @@
 """The steps of the command line as a Python API: plan, convert, heal, evaluate, generate.
 
     from tpa_convert import pipeline
-    from tpa_convert.recipe import ConvertOptions, HealOptions
+    from tpa_convert.options.recipe import ConvertOptions, HealOptions
 
     pipeline.convert("HuggingFaceTB/SmolLM2-135M", "small", ConvertOptions(kv_ratio=0.5))
     pipeline.heal("small", "healed", HealOptions(text=["essays.jsonl"]))
 
-All of them in a row, from a recipe: `tpa_convert.run`. Every function raises
+All of them in a row, from a recipe: `tpa_convert.pipeline.run`. Every function raises
 `UserError` for what a user can put right, and writes whole outputs or none.
 """
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tpa_convert.architectures import Source
-from tpa_convert.calibration.moments import Moments, Track, collect_moments
-from tpa_convert.calibration.text import default_calibration_documents, load_documents, token_blocks
+from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.export.output import atomic_file
-from tpa_convert.recipe import CalibrationOptions
+from tpa_convert.options.recipe import CalibrationOptions
+from tpa_convert.progress import Track
+from tpa_convert.sources import Source
+from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
 
 
 def calibration_blocks(source: Source, options: CalibrationOptions) -> Tensor:

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from tpa_convert.architectures import read_source_config
-from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.conversion import convert_model
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_directory, check_output
 from tpa_convert.export.save import save_converted, stamp
+from tpa_convert.options.recipe import ConvertOptions, SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
-from tpa_convert.prediction import Prediction, predict
-from tpa_convert.recipe import ConvertOptions, SourceOptions
-from tpa_convert.refinement import RefinementSettings, refine
-from tpa_convert.refit import refit
-from tpa_convert.sources import load, source_options
+from tpa_convert.pipeline.prediction import Prediction, predict
+from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.refinement.least_squares import refit
+from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.sources import read_source_config
 
 
 @dataclass(frozen=True)

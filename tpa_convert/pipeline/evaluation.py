@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
-from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.text import load_texts
+from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation import evaluate as evaluate_models
 from tpa_convert.export.save import load_converted, read_provenance, stamp, write_provenance
-from tpa_convert.prediction import named_dtype
-from tpa_convert.recipe import EvaluateOptions, SourceOptions
-from tpa_convert.sources import source_of, usable_device
+from tpa_convert.options.recipe import EvaluateOptions, SourceOptions
+from tpa_convert.pipeline.selection import source_of, usable_device
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.text.read import load_texts
 
 
 def evaluate(

@@ -12,26 +12,26 @@ from typing import Any
 
 import torch
 
-from tpa_convert.calibration.mixture import load_mixture
-from tpa_convert.calibration.moments import Track, no_tracking
-from tpa_convert.calibration.overlap import load_local, refuse_seen_documents
-from tpa_convert.calibration.text import load_documents, token_blocks
-from tpa_convert.charts import healing_chart
+from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_file, check_output
 from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
 from tpa_convert.healing import HealingReport, HealingSettings
 from tpa_convert.healing import heal as heal_model
-from tpa_convert.healing.distributed import processes
-from tpa_convert.healing.run import LOGS
+from tpa_convert.healing.training.distributed import processes
+from tpa_convert.healing.training.run import LOGS
+from tpa_convert.options.recipe import HealOptions, SourceOptions
+from tpa_convert.pipeline.selection import source_of
 from tpa_convert.pipeline.training_text import (
     blocks_of_text,
     has_sampled_blocks,
     training_blocks,
 )
-from tpa_convert.prediction import named_dtype
-from tpa_convert.recipe import HealOptions, SourceOptions
-from tpa_convert.sources import source_of
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.reporting.charts import healing_chart
+from tpa_convert.text.mixture import load_mixture
+from tpa_convert.text.overlap import load_local, refuse_seen_documents
+from tpa_convert.text.read import load_documents, token_blocks
 
 # The rest are settings.
 TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens", "sampled_chat_tokens"}

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from tpa_convert.architectures import architecture_of, read_source_config
-from tpa_convert.calibration.moments import Track, no_tracking
+from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
+from tpa_convert.families import architecture_of
+from tpa_convert.options.recipe import BUDGETS, PlanOptions, SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
-from tpa_convert.planner import Candidate, PlanReport, check_multiples, search
-from tpa_convert.planning import Budget, plan_to_yaml, plan_uniform
-from tpa_convert.planning.cost import largest_context
-from tpa_convert.planning.plan import floats_of_budget
-from tpa_convert.prediction import named_dtype
-from tpa_convert.recipe import BUDGETS, PlanOptions, SourceOptions
-from tpa_convert.refinement import RefinementSettings
-from tpa_convert.sources import load, source_options
+from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.planning.search import Candidate, PlanReport, check_multiples, search
+from tpa_convert.plans import Budget, plan_to_yaml, plan_uniform
+from tpa_convert.plans.cost import largest_context
+from tpa_convert.plans.plan import floats_of_budget
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.refinement.regression import RefinementSettings
+from tpa_convert.sources import read_source_config
 
 CURVE = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # shares of the source's cache that are measured too
 

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpa_convert.architectures import Source
-from tpa_convert.calibration.mixture import Mixture, mixture_blocks
-from tpa_convert.calibration.moments import Track
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
 from tpa_convert.healing import HealingSettings
-from tpa_convert.healing.checks import check_step
-from tpa_convert.healing.distributed import processes
-from tpa_convert.healing.sampling import sample_blocks
-from tpa_convert.recipe import HealOptions
+from tpa_convert.healing.training.checks import check_step
+from tpa_convert.healing.training.distributed import processes
+from tpa_convert.healing.training.sampling import sample_blocks
+from tpa_convert.options.recipe import HealOptions
+from tpa_convert.progress import Track
+from tpa_convert.sources import Source
+from tpa_convert.text.mixture import Mixture, mixture_blocks
 
 
 def blocks_of_text(options: HealOptions, settings: HealingSettings) -> int:

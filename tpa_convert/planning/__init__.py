@@ -1,6 +1,0 @@
-"""From a cache budget to the ranks and widths of every layer, and what they cost."""
-
-from tpa_convert.planning.plan import Budget, Plan, plan_uniform, plan_widths
-from tpa_convert.planning.plan_file import load_plan, plan_to_yaml
-
-__all__ = ["Budget", "Plan", "load_plan", "plan_to_yaml", "plan_uniform", "plan_widths"]

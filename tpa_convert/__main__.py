@@ -1,0 +1,5 @@
+"""`python -m tpa_convert`."""
+
+from tpa_convert.cli.commands import main
+
+main()

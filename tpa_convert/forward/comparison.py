@@ -1,0 +1,139 @@
+"""Perplexity, and how closely a converted model agrees with its source, in one pass over a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tpa_convert.errors import UserError
+from tpa_convert.forward.logits import chunk_positions, split_head
+from tpa_convert.progress import Track, no_tracking
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Negative log-likelihood of a text.
+
+    Attributes:
+        nll_per_token: nats, mean over the predicted tokens.
+        tokens: number of predicted tokens (all but the first of each block).
+    """
+
+    nll_per_token: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll_per_token) if self.nll_per_token < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a model's next-token distributions agree with those of its source.
+
+    Attributes:
+        kl: KL(source || model), nats, mean over tokens.
+        top1: share of tokens at which both hold the same token for the likeliest, 0 to 1.
+        tokens: number of predicted tokens.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+
+
+def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> Perplexity:
+    """Perplexity of `model` on token blocks.
+
+    Args:
+        blocks: token ids [N, L], L >= 2; each block is predicted on its own, without its first
+            token. Log-probabilities are computed in fp32 whatever the model's dtype.
+        batch_size: blocks per forward pass.
+    """
+    return compare({"model": model}, blocks, batch_size=batch_size)[0]["model"]
+
+
+def agreement(
+    source: PreTrainedModel, model: PreTrainedModel, blocks: Tensor, batch_size: int = 8
+) -> Agreement:
+    """Agreement of `model` with `source` on token blocks [N, L]."""
+    models = {"source": source, "model": model}
+    return compare(models, blocks, batch_size=batch_size)[1]["model"]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm; for perplexities this weighs all texts alike."""
+    logs = [math.log(value) for value in values]
+    return math.exp(math.fsum(logs) / len(logs))
+
+
+@torch.inference_mode()
+def compare(
+    models: Mapping[str, PreTrainedModel],
+    blocks: Tensor,
+    *,
+    counted: Tensor | None = None,
+    batch_size: int = 8,
+    track: Track = no_tracking,
+    description: str = "Perplexity",
+) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
+    """Perplexity of all models, and the agreement of all but the first with the first.
+
+    Args:
+        models: by name; the first is the source.
+        blocks: token ids [N, L], L >= 2; shorter texts are padded on the right.
+        counted: bool [N, L], the tokens whose predictions count; by default all. The first of a
+            block is never predicted.
+        track: shows progress, called as `track(batches, description)`.
+
+    Raises:
+        UserError: blocks of a single token, or models with different vocabularies.
+    """
+    if blocks.ndim != 2 or blocks.shape[1] < 2 or len(blocks) == 0:
+        raise UserError(f"perplexity needs blocks of at least 2 tokens, not {list(blocks.shape)}")
+    sizes = {m.config.get_text_config().vocab_size for m in models.values()}
+    if len(sizes) > 1:
+        raise UserError(f"the models have different vocabularies: {sorted(sizes)} tokens")
+    halves = {name: split_head(model.eval()) for name, model in models.items()}
+    source = next(iter(models))
+    device = models[source].device
+    step = chunk_positions(models[source])
+    nll = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
+    kl, same = {n: v.clone() for n, v in nll.items()}, {n: v.clone() for n, v in nll.items()}
+
+    counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted
+    counted = counted[:, 1:]
+    batches = list(zip(blocks.split(batch_size), counted.split(batch_size), strict=True))
+    for batch, wanted in track(batches, description):
+        targets = batch[:, 1:][wanted].to(device)
+        features = {}
+        for name, (body, _) in halves.items():
+            states = body(batch.to(models[name].device))
+            features[name] = states[:, :-1][wanted.to(states.device)].split(step)
+        for i, target in enumerate(targets.split(step)):
+            reference = None
+            for name, (_, head) in halves.items():
+                logits = head(features[name][i]).to(device)
+                log_p = F.log_softmax(logits, dim=-1)
+                nll[name] += F.nll_loss(log_p, target, reduction="sum")
+                if reference is None:
+                    reference = log_p
+                    top, weights = log_p.argmax(-1), log_p.exp()
+                else:
+                    kl[name] += (weights * (reference - log_p)).sum(dtype=torch.float64)
+                    same[name] += (log_p.argmax(-1) == top).sum()
+
+    tokens = int(counted.sum())
+    texts = {name: Perplexity(value.item() / tokens, tokens) for name, value in nll.items()}
+    others = [name for name in models if name != source]
+    agreements = {
+        name: Agreement(kl[name].item() / tokens, same[name].item() / tokens, tokens)
+        for name in others
+    }
+    return texts, agreements

@@ -1,0 +1,119 @@
+"""What a conversion would give, from the source's config alone, on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from tpa_convert.decomposition import METHODS
+from tpa_convert.decomposition.tensor import tucker_ranks
+from tpa_convert.dtypes import dtype_name, named_dtype
+from tpa_convert.errors import UserError
+from tpa_convert.families import architecture_of
+from tpa_convert.modeling import TPAConfig, TPAForCausalLM
+from tpa_convert.options.recipe import BUDGETS, RANKS, ConvertOptions
+from tpa_convert.plans import Budget, Plan, load_plan, plan_uniform
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan and what follows from it.
+
+    Attributes:
+        plan: ranks and widths of every layer.
+        dtype: of the weights to be written.
+        cache_dtype: in which the bytes are counted.
+        source_kv_bytes, kv_bytes: cached per token by the whole model, before and after.
+        source_parameters, parameters: before and after; tied ones count once.
+    """
+
+    plan: Plan
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    source_kv_bytes: int
+    kv_bytes: int
+    source_parameters: int
+    parameters: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `layers` has one entry per layer."""
+        return {
+            "dtype": dtype_name(self.dtype),
+            "cache_dtype": dtype_name(self.cache_dtype),
+            "source_kv_floats": self.plan.source_kv_floats,
+            "kv_floats": self.plan.kv_floats,
+            "source_kv_bytes": self.source_kv_bytes,
+            "kv_bytes": self.kv_bytes,
+            "source_parameters": self.source_parameters,
+            "parameters": self.parameters,
+            "layers": [asdict(layer) for layer in self.plan.layers],
+        }
+
+
+def predict(
+    config: PreTrainedConfig, options: ConvertOptions, *, trust_remote_code: bool = False
+) -> Prediction:
+    """Plan the conversion of a model with this config, and count what follows.
+
+    Args:
+        trust_remote_code: whether the model's own code may run, to count its parameters.
+
+    Raises:
+        UserError: an impossible budget, or an architecture that cannot be converted.
+    """
+    architecture = architecture_of(config)
+    dtype = named_dtype(options.dtype) if options.dtype else config.dtype or torch.float32
+    cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else dtype
+    llama_config = architecture.llama_config(config)
+    whole_heads = METHODS[options.method].whole_heads
+    heads = llama_config["num_attention_heads"]
+    if options.rank_q is not None and options.rank_q > heads:
+        raise UserError(f"`rank_q` is at most the number of query heads, {heads}: give less")
+    if options.plan is not None:
+        plan = load_plan(options.plan, llama_config).with_gauge(options.gauge)
+        if whole_heads:
+            raise UserError(f"the {options.method} method keeps whole heads: leave out --plan")
+    else:
+        plan = plan_uniform(
+            llama_config,
+            Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)}),
+            form=options.form,
+            gauge=options.gauge,
+            whole_heads=whole_heads,
+            cache_dtype=cache_dtype,
+            rank_q=options.rank_q,
+            key_cache=options.key_cache,
+        )
+    if options.method == "tucker":
+        groups, head_dim = plan.num_key_value_heads, plan.head_dim
+        for width in {layer.width_v for layer in plan.layers}:
+            if not tucker_ranks(width, groups, head_dim):
+                raise UserError(
+                    f"the tucker method cannot make {width} value features of up to {groups} heads "
+                    f"with up to {head_dim} features each: choose another budget or `width_v`"
+                )
+    try:
+        tpa_config = TPAConfig(
+            **llama_config,
+            **plan.config_fields(),
+            attention_scale=architecture.attention_scale(config),
+        )
+    except ValueError as error:  # shapes that do not go together
+        raise UserError(str(error)) from error
+    with torch.device("meta"):
+        source = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
+        converted = TPAForCausalLM(tpa_config)
+    return Prediction(
+        plan=plan,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        source_kv_bytes=plan.source_kv_floats * len(plan.layers) * cache_dtype.itemsize,
+        kv_bytes=round(plan.kv_bytes(cache_dtype)),
+        source_parameters=source.num_parameters(),
+        parameters=converted.num_parameters(),
+    )

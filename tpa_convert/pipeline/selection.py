@@ -1,0 +1,77 @@
+"""Which source a command means, and on which device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpa_convert.errors import UserError
+from tpa_convert.options.recipe import SourceOptions
+from tpa_convert.sources import Source, load_source
+
+
+def source_options(source: str | SourceOptions) -> SourceOptions:
+    """A plain string is a model without a revision."""
+    return source if isinstance(source, SourceOptions) else SourceOptions(model=source)
+
+
+def load(source: SourceOptions, device: str, dtype: torch.dtype = torch.float32) -> Source:
+    """`load_source` with the options of a recipe. Raises what it raises."""
+    return load_source(
+        source.model,
+        revision=source.revision,
+        dtype=dtype,
+        device=usable_device(device),
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def usable_device(name: str) -> str:
+    """The device of this name; `auto` is a GPU if there is one. Raises UserError for others."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} cannot be used here: try --device cpu") from error
+    return name
+
+
+def source_of(
+    directory: str | Path,
+    provenance: Mapping[str, Any],
+    named: str | SourceOptions | None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Source:
+    """The source of a converted model: the one a user names, or else the recorded one.
+
+    The recorded one must be unchanged; a named one may be another model, with a warning.
+    """
+    record = provenance["source"]
+    where = SourceOptions(model=record["id"], revision=record["revision"])
+    try:
+        source = load(source_options(named or where), device, dtype)
+    except UserError as error:
+        if named is not None:
+            raise
+        raise UserError(
+            f"the source recorded in {directory} cannot be loaded ({error}); name it yourself"
+        ) from error
+    if source.reference.sha256 != record["sha256"]:
+        if named is None:
+            raise UserError(
+                f"{record['id']} has changed since {directory} was converted from it (its weights' "
+                "sha256 differs): name the right source, or convert again"
+            )
+        warnings.warn(
+            f"{source.reference.id} is not the model that {directory} was converted from "
+            "(its weights differ)",
+            stacklevel=3,
+        )
+    return source

@@ -1,0 +1,266 @@
+"""Chooses widths by measurement: plans at several budgets, predicted and measured, and the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tpa_convert.calibration.moments import Moments
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.errors import UserError
+from tpa_convert.forward.comparison import compare
+from tpa_convert.modeling import Form, Gauge, KeyCache
+from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivity
+from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
+from tpa_convert.plans.allocation import allocate
+from tpa_convert.plans.cost import Cost, plan_cost, source_cost
+from tpa_convert.plans.plan import smallest_budget
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.sources import Source
+
+Split = Literal["uniform", "halfway", "measured"]
+CONTEXTUAL: tuple[Form, ...] = ("affine", "linear")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and what it does to the model on held-out calibration text.
+
+    Attributes:
+        budget: numbers per token and layer that the plan had to keep to.
+        plan: shapes of the layers.
+        form: of all layers.
+        split: `uniform` over layers and between keys and values, by `measured` sensitivity, or
+            `halfway` between the two.
+        predicted_kl: sum of the losses of all parts, nats per token; None for contextual forms.
+        kl: measured, KL(source ‖ model) in nats per token.
+        perplexity_ratio: measured, to the source's.
+        cost: of the attention layers, at the report's context.
+    """
+
+    budget: float
+    plan: Plan
+    form: Form
+    split: Split
+    predicted_kl: float | None
+    kl: float
+    perplexity_ratio: float
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Everything that was measured, and which candidate was chosen.
+
+    Attributes:
+        candidates: by falling budget; at each, the uniform plan first.
+        chosen: index of the best candidate at the wanted budget.
+        sensitivity: of every layer.
+        source_cost: of the source's attention layers.
+        source_perplexity: on the same text.
+        context: tokens that `decode_flops` and `prefill_flops` are counted at.
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    sensitivity: tuple[LayerSensitivity, ...]
+    source_cost: Cost
+    source_perplexity: float
+    context: int
+
+    @property
+    def plan(self) -> Plan:
+        """The chosen one."""
+        return self.candidates[self.chosen].plan
+
+
+def least_floats(multiple_of: int) -> int:
+    """Numbers per token and layer that `plan_measured` needs: one multiple for each part."""
+    return 2 * multiple_of
+
+
+def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
+    """Refuses what `plan_measured` could not fill, before anything is measured for it.
+
+    Raises:
+        UserError: a budget too small for one multiple a part, or multiples that do not fit.
+    """
+    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    if multiple_of < 2 or multiple_of % 2 or width % multiple_of:
+        raise UserError(
+            f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
+        )
+    if kv_floats < least_floats(multiple_of):
+        raise UserError(
+            f"widths in multiples of {multiple_of} need a budget of at least "
+            f"{least_floats(multiple_of)} numbers per token and layer: lower --multiple-of or "
+            "give a larger budget"
+        )
+
+
+def plan_measured(
+    sensitivity: Sequence[LayerSensitivity],
+    llama_config: dict[str, Any],
+    kv_floats: float,
+    multiple_of: int = 8,
+    key_cache: KeyCache = "rotated",
+) -> Plan:
+    """Static widths that minimise the sum of the parts' losses within a budget.
+
+    Args:
+        sensitivity: of every layer.
+        kv_floats: numbers cached per token and layer, mean over layers.
+        multiple_of: of which every width is a multiple; even.
+        key_cache: the kind of keys that the sensitivity is of.
+
+    Raises:
+        UserError: a budget too small for one multiple a part, or multiples that do not fit.
+    """
+    check_multiples(llama_config, kv_floats, multiple_of)
+    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    grid = torch.arange(multiple_of, width + 1, multiple_of)
+    curves = [part.loss(grid) for layer in sensitivity for part in (layer.keys, layer.values)]
+    units = min(int(kv_floats * len(sensitivity)) // multiple_of, len(curves) * len(grid))
+    widths = [multiple_of * count for count in allocate(curves, units)]
+    pairs = list(zip(widths[::2], widths[1::2], strict=True))
+    return plan_widths(pairs, llama_config, key_cache=key_cache)
+
+
+def plan_between(first: Plan, second: Plan, llama_config: dict[str, Any]) -> Plan:
+    """Static widths halfway between two plans of the same keys, rounded down (keys to even
+    widths)."""
+    widths = [
+        ((a.width_k + b.width_k) // 4 * 2, (a.width_v + b.width_v) // 2)
+        for a, b in zip(first.layers, second.layers, strict=True)
+    ]
+    return plan_widths(widths, llama_config, key_cache=first.layers[0].key_cache)
+
+
+def predicted_loss(plan: Plan, sensitivity: Sequence[LayerSensitivity]) -> float:
+    """Sum of the losses of all parts of a static plan, nats per token."""
+    return math.fsum(
+        part.loss(torch.tensor(width)).item()
+        for shape, layer in zip(plan.layers, sensitivity, strict=True)
+        for part, width in ((layer.keys, shape.width_k), (layer.values, shape.width_v))
+    )
+
+
+def search(
+    source: Source,
+    moments: Moments,
+    blocks: Tensor,
+    *,
+    kv_floats: float | None,
+    max_increase: float,
+    curve: Sequence[float],
+    gauge: Gauge | Literal["auto"] = "auto",
+    multiple_of: int = 8,
+    key_cache: KeyCache = "rotated",
+    context: int = 4096,
+    refinement: tuple[Tensor, RefinementSettings] | None = None,
+    track: Track = no_tracking,
+) -> PlanReport:
+    """Measures sensitivities and candidate plans, and chooses.
+
+    Args:
+        source: a model in fp32.
+        moments: of the source on calibration text.
+        blocks: token ids [N, length] that the moments have not seen.
+        kv_floats: the wanted budget; the best candidate there is chosen, contextual forms included
+            where they fit. None chooses the smallest cache that keeps `max_increase`.
+        max_increase: accepted rise of perplexity as a share (0.1 is ten percent), told from the
+            divergence: exp(KL) − 1.
+        curve: further budgets to measure; those too small for `multiple_of` are left out.
+        gauge: where it goes in static plans.
+        multiple_of: of which uneven widths are multiples.
+        key_cache: of all static plans. With latent keys there are no others.
+        context: tokens to count arithmetic at.
+        refinement: text and settings to refine every candidate with before it is measured, for a
+            model that is going to be refined: what the closed form can spare is not what
+            refinement can.
+
+    Raises:
+        UserError: an impossible budget, or no budget on the curve that keeps `max_increase`.
+    """
+    llama_config = source.architecture.llama_config(source.model.config)
+    wanted = [] if kv_floats is None else [kv_floats]
+    fitting = [floats for floats in curve if floats >= least_floats(multiple_of)]
+    budgets = sorted({*fitting, *wanted}, reverse=True)
+    # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
+    few = blocks[: max(1, len(blocks) // 4)]
+    sensitivity = measure_sensitivity(source, moments, few, key_cache=key_cache, track=track)
+    contextual = CONTEXTUAL if key_cache == "rotated" else ()
+
+    plans: list[tuple[float, Plan, Form, Split]] = []
+    for floats in budgets:
+        uniform = plan_uniform(llama_config, Budget(kv_floats=floats), key_cache=key_cache)
+        uneven = plan_measured(sensitivity, llama_config, floats, multiple_of, key_cache)
+        between = plan_between(uniform, uneven, llama_config)
+        splits: tuple[tuple[Plan, Split], ...] = (
+            (uniform, "uniform"),
+            (between, "halfway"),
+            (uneven, "measured"),
+        )
+        for plan, split in splits:
+            plans.append((floats, plan.with_gauge(gauge), "static", split))
+        if floats == kv_floats:
+            for form in contextual:
+                if floats < smallest_budget(form, llama_config["num_key_value_heads"]):
+                    continue
+                plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
+                plans.append((floats, plan, form, "uniform"))
+
+    candidates = []
+    source_perplexity = math.nan
+    for budget, plan, form, split in track(plans, "measuring plans"):
+        model = convert_model(source, plan, moments).to(source.model.device)
+        if refinement is not None:
+            refine(source.model, model, *refinement)
+        scores, agreements = compare({"source": source.model, "model": model}, blocks)
+        source_perplexity = scores["source"].perplexity
+        candidates.append(
+            Candidate(
+                budget,
+                plan,
+                form,
+                split,
+                predicted_loss(plan, sensitivity) if form == "static" else None,
+                agreements["model"].kl,
+                scores["model"].perplexity / source_perplexity,
+                plan_cost(plan, llama_config, context),
+            )
+        )
+    return PlanReport(
+        tuple(candidates),
+        choose(candidates, kv_floats, max_increase),
+        tuple(sensitivity),
+        source_cost(llama_config, context),
+        source_perplexity,
+        context,
+    )
+
+
+def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increase: float) -> int:
+    """Index of the best candidate; see `search`.
+
+    Uniform plans win ties, being easier on kernels and compilers.
+    """
+    indices = range(len(candidates))
+    if kv_floats is not None:
+        fitting = [i for i in indices if candidates[i].budget == kv_floats]
+        return min(fitting, key=lambda i: candidates[i].kl)
+    # By the divergence: on a short text the perplexity itself may happen to fall.
+    kept = [i for i in indices if math.expm1(candidates[i].kl) <= max_increase]
+    if not kept:
+        best = min(math.expm1(candidate.kl) for candidate in candidates)
+        raise UserError(
+            f"no budget on the curve keeps the loss within {100 * max_increase:.3g}% (the best "
+            f"loses {100 * best:.3g}%): allow more with --max-increase, or refine and heal"
+        )
+    return min(kept, key=lambda i: (candidates[i].plan.kv_floats, candidates[i].kl))

@@ -1,0 +1,148 @@
+"""What a plan costs beside its cache: parameters and arithmetic of the attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tpa_convert.modeling import LayerShape
+from tpa_convert.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of all attention layers together; an FLOP is a multiplication or an addition.
+
+    Attributes:
+        cached_floats: numbers cached per token.
+        parameters: weights of the attention layers, biases left out.
+        decode_flops: for one more token after `context` cached ones.
+        prefill_flops: for a prompt of `context` tokens.
+    """
+
+    cached_floats: int
+    parameters: int
+    decode_flops: int
+    prefill_flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.cached_floats + other.cached_floats,
+            self.parameters + other.parameters,
+            self.decode_flops + other.decode_flops,
+            self.prefill_flops + other.prefill_flops,
+        )
+
+
+def source_cost(llama_config: Mapping[str, Any], context: int) -> Cost:
+    """Cost of the attention layers of the source."""
+    heads, groups = llama_config["num_attention_heads"], llama_config["num_key_value_heads"]
+    width = llama_config["head_dim"]
+    layer = _cost(
+        llama_config["hidden_size"],
+        cached=2 * groups * width,
+        projected=2 * (heads + groups) * width,
+        query_heads=heads,
+        decode_widths=(width, width),
+        prefill_widths=(width, width),
+        gauge=0,
+        context=context,
+    )
+    return _times(layer, llama_config["num_hidden_layers"])
+
+
+def plan_cost(plan: Plan, llama_config: Mapping[str, Any], context: int) -> Cost:
+    """Cost of the attention layers of a plan (with dense queries)."""
+    total = Cost(0, 0, 0, 0)
+    for shape in plan.layers:
+        total += _layer_cost(shape, llama_config, context)
+    return total
+
+
+def _layer_cost(shape: LayerShape, llama_config: Mapping[str, Any], context: int) -> Cost:
+    heads, groups = llama_config["num_attention_heads"], llama_config["num_key_value_heads"]
+    head_dim = llama_config["head_dim"]
+    widths = (shape.width_k, shape.width_v)
+    absorbed = shape.gauge == "absorbed"
+    query, output = widths if absorbed else (head_dim, head_dim)
+    cached = shape.cached_floats(groups)
+    gauge = groups * head_dim * shape.width_v if shape.gauge == "applied" else 0
+    rebuilding = 0
+    if shape.latent_keys:
+        query = head_dim
+        widths = (head_dim, shape.width_v)
+        rebuilding = groups * head_dim * shape.width_k
+        gauge += rebuilding
+    elif shape.gauge == "applied":
+        gauge += groups * shape.width_k
+    return _cost(
+        llama_config["hidden_size"],
+        cached=cached,
+        projected=heads * (query + output) + cached,
+        query_heads=heads,
+        decode_widths=widths,
+        prefill_widths=widths if absorbed else (head_dim, head_dim),
+        gauge=gauge,
+        rebuilding=rebuilding,
+        context=context,
+    )
+
+
+def _cost(
+    hidden_size: int,
+    *,
+    cached: int,
+    projected: int,
+    query_heads: int,
+    decode_widths: tuple[int, int],
+    prefill_widths: tuple[int, int],
+    gauge: int,
+    context: int,
+    rebuilding: int = 0,
+) -> Cost:
+    """Cost of one layer.
+
+    Args:
+        projected: outputs of the query, factor and output projections, each times `hidden_size`.
+        decode_widths, prefill_widths: numbers per key and per value that a query head reads.
+        gauge: parameters of a gauge that is applied at run time.
+        rebuilding: of them, those that every decoding step applies to every cached token.
+    """
+    parameters = hidden_size * projected + gauge
+    scores = 2 * query_heads * context
+    return Cost(
+        cached_floats=cached,
+        parameters=parameters,
+        decode_flops=2 * (parameters + rebuilding * context) + scores * sum(decode_widths),
+        # causal: half of all pairs of positions
+        prefill_flops=2 * parameters * context + scores * sum(prefill_widths) * context // 2,
+    )
+
+
+def _times(cost: Cost, count: int) -> Cost:
+    return Cost(*(value * count for value in vars(cost).values()))
+
+
+def rebuilding_per_byte(plan: Plan, cache_dtype: torch.dtype) -> float:
+    """Operations that rebuild latent keys at every step, for each byte cached; 0 without them.
+
+    A GPU hides them behind its reading while they stay well below its own ratio of arithmetic to
+    bandwidth, about 300 for bfloat16 on an H100.
+    """
+    head_width = plan.num_key_value_heads * plan.head_dim
+    rebuilt = sum(2 * head_width * shape.width_k for shape in plan.layers if shape.latent_keys)
+    return rebuilt / plan.kv_bytes(cache_dtype)
+
+
+def largest_context(memory: float, weight_bytes: float, kv_bytes: float, batch: int) -> int:
+    """Tokens a sequence that fit beside the weights; 0 if not even those do.
+
+    Args:
+        memory: bytes in all. Activations are not counted.
+        kv_bytes: cached per token by the whole model.
+        batch: sequences at once.
+    """
+    return max(0, int((memory - weight_bytes) / (kv_bytes * batch)))

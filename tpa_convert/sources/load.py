@@ -1,0 +1,263 @@
+"""Loading a source model with transformers, after checks that give an answer before a long wait."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from tpa_convert.errors import UserError
+from tpa_convert.families.family import ALREADY_TPA, Architecture, architecture_of
+from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
+
+
+@dataclass(frozen=True)
+class SourceReference:
+    """Enough to find a source again and to know that it is the same; `asdict` of it is JSON.
+
+    Attributes:
+        id: what `load_source` takes: a Hub id, or an absolute path.
+        revision: commit of the Hub repository, None for local files.
+        sha256: of the weight files' content in the order of their names.
+        gguf_file: name of the GGUF file, None for safetensors.
+    """
+
+    id: str
+    revision: str | None
+    sha256: str
+    gguf_file: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pretrained model to be converted, in eval mode and without gradients."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    reference: SourceReference
+
+
+def load_source(
+    spec: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Source:
+    """Loads a model, its tokenizer and what is known of its architecture.
+
+    Args:
+        spec: a Hub id, a directory, or a `.gguf` file (de-quantised while loading).
+        revision: branch, tag or commit; for Hub ids only.
+        dtype: of all parameters.
+        device: where they end up.
+        trust_remote_code: whether Python code in the checkpoint may run.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, incomplete, quantised, pickled, not finite,
+            or of a kind that cannot be converted.
+    """
+    checkpoint = find_checkpoint(spec, revision=revision, trust_remote_code=trust_remote_code)
+    config = _read_config(checkpoint, trust_remote_code)
+    checkpoint.check_weight_files()
+    model = _load_model(checkpoint, config, dtype, trust_remote_code)
+    _check_finite(checkpoint, model)
+    reference = SourceReference(
+        checkpoint.id, checkpoint.revision, checkpoint.sha256(), checkpoint.gguf_file
+    )
+    return Source(
+        model=model.to(device).eval().requires_grad_(False),
+        tokenizer=_load_tokenizer(checkpoint, config, trust_remote_code),
+        architecture=architecture_of(model.config),
+        reference=reference,
+    )
+
+
+def read_source_config(
+    spec: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a model that can be converted, without touching its weights.
+
+    Raises:
+        UserError: as `load_source`, for what the config alone can tell.
+    """
+    checkpoint = find_checkpoint(
+        spec, revision=revision, weights=False, trust_remote_code=trust_remote_code
+    )
+    return _read_config(checkpoint, trust_remote_code)
+
+
+def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
+    if checkpoint.gguf_file is not None:
+        checkpoint.check_weight_files()
+        location: dict[str, Any] = {"gguf_file": checkpoint.gguf_file}
+    else:
+        raw = checkpoint.read_config()
+        checkpoint.refuse_quantized(raw)
+        _refuse_unreadable_type(checkpoint, raw, trust_remote_code)
+        location = {}
+    with _quiet(), _transformers_errors(checkpoint):
+        config = AutoConfig.from_pretrained(
+            checkpoint.directory, trust_remote_code=trust_remote_code, **location
+        )
+    try:
+        architecture_of(config)
+    except UserError as error:
+        raise checkpoint.error(str(error)) from error
+    if config.dtype is None:
+        config.dtype = checkpoint.stored_dtype()
+    return config
+
+
+def _refuse_unreadable_type(
+    checkpoint: Checkpoint, raw: dict[str, Any], trust_remote_code: bool
+) -> None:
+    """Errors about the model type that transformers would bury in a paragraph."""
+    model_type = raw.get("model_type")
+    if not model_type:
+        raise checkpoint.error(
+            'config.json names no "model_type"; re-save the model with save_pretrained'
+        )
+    if model_type == "tpa":
+        raise checkpoint.error(ALREADY_TPA)  # before its config class, which may not be registered
+    if model_type in transformers.CONFIG_MAPPING:
+        return
+    if "auto_map" not in raw:
+        raise checkpoint.error(
+            f"model type {model_type!r} is unknown to transformers {transformers.__version__}; "
+            "upgrade transformers, or use a Llama-style model"
+        )
+    if not trust_remote_code:
+        raise checkpoint.error(
+            f"model type {model_type!r} comes with its own code; if you trust it, allow it with "
+            "--trust-remote-code"
+        )
+
+
+def _load_model(
+    checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    location = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+    with _quiet(), _transformers_errors(checkpoint):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            config=config,
+            dtype=dtype,
+            use_safetensors=None if location else True,
+            attn_implementation="sdpa",  # causal without a mask, as `run_layer` needs it
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **location,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise checkpoint.error(
+            f"{len(missing)} of the model's tensors are not in the weight files (the first: "
+            f"{missing[0]}); download them again, or check that config.json belongs to them"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        warnings.warn(
+            f"{checkpoint.spec}: {len(unexpected)} tensors in the weight files have no place in "
+            f"the model and are left out (the first: {unexpected[0]})",
+            stacklevel=3,
+        )
+    _forget_quantization(model)
+    return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A model read from GGUF holds plain floats, but remembers a quantiser that cannot be saved."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+def _load_tokenizer(
+    checkpoint: Checkpoint, config: PreTrainedConfig, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    location = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.directory, trust_remote_code=trust_remote_code, **location
+            )
+    except Exception as error:
+        raise checkpoint.error(
+            "the tokenizer cannot be loaded; put the tokenizer's files (tokenizer.json, "
+            f"tokenizer_config.json) beside the weights ({type(error).__name__})"
+        ) from error
+    if location:
+        # Some releases of transformers (5.17) take the first special token of a GGUF for the last.
+        for name in ("bos", "eos", "pad"):
+            index = getattr(config, f"{name}_token_id", None)
+            if isinstance(index, int):
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
+    return tokenizer
+
+
+@torch.no_grad()
+def _check_finite(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            continue
+        # Minimum and maximum carry NaN along and need no temporary tensor of the same size.
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(parameter)):
+            raise checkpoint.error(
+                f"{name} contains NaN or infinity; the checkpoint is damaged or was trained to "
+                "divergence: download it again or use another one"
+            )
+
+
+@contextlib.contextmanager
+def _transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Whatever transformers raises over a bad checkpoint, as one line that names the checkpoint."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = "GGUF file" if checkpoint.gguf_file is not None else "checkpoint"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(reason) > 300:
+            reason = reason[:300] + "..."
+        raise checkpoint.error(
+            f"transformers cannot load this {what} ({reason}); check that it is complete and that "
+            "its config fits its weights"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' log and bars: what matters in them is raised or warned about here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader draws its bar past transformers' switch.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,347 @@
+"""Text in, token blocks out: documents from files or the Hub, cut into blocks of token ids.
+
+Local files are read through the builders of `datasets` into memory, without its disk cache, so
+nothing is written anywhere. Hub datasets are streamed: calibration needs a few hundred documents,
+not a download of the whole corpus.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.config import ZSTANDARD_AVAILABLE
+from datasets.packaged_modules.json.json import JsonConfig
+from huggingface_hub import HfApi
+from torch import LongTensor
+from transformers import PreTrainedTokenizerBase
+
+from tpa_convert.errors import UserError
+from tpa_convert.text.tokens import Documents, token_documents
+
+BUILDERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
+FORMATS = "txt, md, jsonl, json, csv or parquet, also .gz, .xz, .zst or .bz2"
+# Where a column of strings holds even one number, newer versions of `datasets` give all of it as
+# JSON, with quotes and escapes, and past the first 10 MB even under the type of strings. None makes
+# them refuse such a column, as older versions do.
+STRICT_JSON = {"on_mixed_types": None} if hasattr(JsonConfig, "on_mixed_types") else {}
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one spec names.
+
+    Attributes:
+        name: the short name of the spec; the whole spec where several have the same short name.
+        documents: rows with a string column `text` and perhaps a string `source`.
+        several_files: whether they come from more than one local file, one after the other.
+    """
+
+    name: str
+    documents: Documents
+    several_files: bool = False
+
+
+def load_documents(
+    spec: str | Path | Sequence[str | Path], *, text_column: str = "text", split: str = "train"
+) -> Documents:
+    """Load documents as rows with a string column `text` and, where known, a string `source`.
+
+    Args:
+        spec: a local file (txt, md, jsonl, json, csv, parquet, also compressed with .gz, .xz, .zst
+            or .bz2), a directory of such files (read recursively), a glob, or a dataset on the Hub
+            as "name" or "name:config". A text file is one document, or several separated by form
+            feeds. Several specs are concatenated; those without a `source` column are then told
+            apart by name.
+        text_column: the column that holds the text.
+        split: the split of a Hub dataset; local files have only one.
+
+    Returns:
+        An in-memory `Dataset` for local files; a streamed `IterableDataset` for one Hub dataset.
+        When files and Hub datasets are mixed, all of them are streamed.
+
+    Raises:
+        UserError: missing or unreadable file, unknown dataset, no such column, or no text at all.
+    """
+    texts = load_texts(spec, text_column=text_column, split=split)
+    if len(texts) == 1:
+        return texts[0].documents
+    parts = [
+        text.documents
+        if "source" in (text.documents.column_names or [])
+        else _with_source(text.documents, text.name)
+        for text in texts
+    ]
+    if any(isinstance(part, IterableDataset) for part in parts):
+        parts = [_as_stream(part) for part in parts]
+    return datasets.concatenate_datasets(parts)
+
+
+def load_texts(
+    spec: str | Path | Sequence[str | Path], *, text_column: str = "text", split: str = "train"
+) -> list[Text]:
+    """Like `load_documents`, with the documents of each spec on their own."""
+    specs = [str(spec)] if isinstance(spec, str | Path) else list(map(str, spec))
+    if not specs:
+        raise UserError("no text given: name a file, a directory or a dataset")
+    names = distinct_names(list(map(_short_name, specs)), specs)
+    return [
+        _load_one(one, name, text_column, split) for one, name in zip(specs, names, strict=True)
+    ]
+
+
+def distinct_names(short: Sequence[str], whole: Sequence[str]) -> Sequence[str]:
+    """The short names; the whole ones where short names are the same."""
+    return short if len(set(short)) == len(short) else whole
+
+
+def token_blocks(
+    documents: Documents | Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    max_blocks: int | None = None,
+    seed: int | None = None,
+) -> LongTensor:
+    """Tokenise documents and cut them into blocks; every block is full, the rest is dropped.
+
+    Documents are joined by the EOS token (if the tokenizer has one); no other special tokens are
+    added. Reading and tokenising stop once `max_blocks` are full. With a seed the order of the
+    documents is shuffled, and long ones are first cut into pieces of 64 Ki characters, so that a
+    small sample covers the corpus; a `Dataset` is then read completely (a few seconds for 200 MB),
+    an `IterableDataset` is shuffled in a buffer of 10 000 documents.
+
+    Args:
+        documents: rows with a `text` column (see `load_documents`), or plain strings.
+        block_length: tokens in a block.
+        max_blocks: upper limit on the number of blocks; None takes the whole corpus.
+        seed: None keeps the order.
+
+    Returns:
+        int64 token ids, shape [N, block_length], N >= 1.
+
+    Raises:
+        UserError: no text, or too little to fill one block.
+    """
+    tokens = token_documents(documents, tokenizer, block_length, max_blocks, seed)
+    flat = np.concatenate(tokens)
+    blocks = len(flat) // block_length
+    flat = flat[: blocks * block_length]
+    return torch.from_numpy(flat).view(blocks, block_length).long()  # type: ignore[return-value]
+
+
+def default_calibration_documents() -> Dataset:
+    """The short text that ships with the package, used when no calibration text is given.
+
+    Raises:
+        UserError: the installation lacks the file.
+    """
+    packaged = resources.files("tpa_convert.calibration") / "default.txt.xz"
+    with resources.as_file(packaged) as path:
+        if not path.is_file():
+            raise UserError(
+                "the packaged calibration text is missing: reinstall tpa-convert, "
+                "or name a text with --calibration"
+            )
+        documents = load_documents(path)
+    assert isinstance(documents, Dataset)
+    return documents
+
+
+# ------------------------------------------------------------------------------- loading
+
+
+def _load_one(spec: str, name: str, text_column: str, split: str) -> Text:
+    files = local_files(spec)
+    if files is None:
+        return Text(name, _load_hub(spec, text_column, split))
+    tables: list[pa.Table] = []
+    by_builder: dict[str, list[str]] = {}
+    for file in files:
+        by_builder.setdefault(_builder(file) or "", []).append(str(file))
+    for builder, names in by_builder.items():
+        tables.append(_document_table(builder, names, spec, text_column))
+    with_source = all("source" in table.column_names for table in tables)
+    columns = ["text", "source"] if with_source else ["text"]
+    documents = Dataset(pa.concat_tables([table.select(columns) for table in tables]))
+    if documents.num_rows == 0:
+        raise UserError(f"no text in {spec}: give a file with text in it")
+    return Text(name, documents, several_files=len(files) > 1)
+
+
+def local_files(spec: str) -> list[Path] | None:
+    """The files a spec names, or None if it can only be a dataset on the Hub."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if _builder(path) is None:
+            raise UserError(f"cannot tell the format of {spec}: rename it to one of {FORMATS}")
+        return [path]
+    if path.is_dir():
+        files = [f for f in sorted(path.rglob("*")) if f.is_file() and _builder(f)]
+        if not files:
+            raise UserError(f"no text in {spec}: the directory has no file of type {FORMATS}")
+        return files
+    if any(character in spec for character in "*?["):
+        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+        files = [f for f in matches if f.is_file() and _builder(f)]
+        if not files:
+            raise UserError(f"no file matches {spec}: check the pattern (files of type {FORMATS})")
+        return files
+    looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    if looks_like_path or _builder(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:.+)?", spec):
+        raise UserError(f"no such file: {spec} (check the path)")
+    return None
+
+
+def _builder(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def read_files(builder: str, files: Sequence[str], spec: str) -> pa.Table:
+    """Read files of one format into memory, decompressing them where needed.
+
+    Args:
+        builder: a builder of `datasets`: text, json, csv or parquet. With text, a file is a row.
+        spec: what the user named, for error messages.
+
+    Raises:
+        UserError: unreadable or empty files, or a column of json that mixes types.
+    """
+    options: dict[str, Any] = {}
+    if builder == "text":
+        options = {"sample_by": "document"}
+    elif builder == "json":
+        options = STRICT_JSON
+    if not ZSTANDARD_AVAILABLE and any(file.endswith(".zst") for file in files):
+        raise UserError(f"{spec} is compressed with zstd: pip install zstandard")
+    # data_files are patterns to `datasets`: a "[" in a file name must not act as one.
+    escaped = [glob.escape(file) for file in files]
+    try:
+        # Streaming keeps the data out of the disk cache; only lock files go to the directory.
+        with _no_progress_bars(), tempfile.TemporaryDirectory() as scratch:
+            stream = load_dataset(
+                builder,
+                data_files=escaped,
+                split="train",
+                streaming=True,
+                cache_dir=scratch,
+                **options,
+            )
+            tables = list(stream.with_format("arrow").iter(batch_size=1000))
+    except StopIteration:  # from the builder of json, which looks for a first row
+        tables = []
+    except Exception as error:  # the builders raise many kinds; all mean: this file cannot be read
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise UserError(f"cannot read {spec} as {builder}: {reason}") from error
+    if not tables:
+        raise UserError(f"no text in {spec}: the file is empty")
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _document_table(builder: str, files: list[str], spec: str, text_column: str) -> pa.Table:
+    """Documents of one format: an arrow table with `text` and perhaps `source`."""
+    table = read_files(builder, files, spec)
+    if builder == "text":
+        parts = [part for text in table["text"].to_pylist() for part in text.split("\f")]
+        return _nonempty(pa.table({"text": pa.array(parts, pa.large_string())}))
+    if text_column not in table.column_names:
+        raise UserError(
+            f"no column {text_column!r} in {spec}: it has {', '.join(table.column_names)}; "
+            "choose one with --text-column"
+        )
+    columns = {"text": table[text_column]}
+    if "source" in table.column_names:
+        columns["source"] = table["source"]
+    try:
+        return _nonempty(pa.table({name: _as_strings(c) for name, c in columns.items()}))
+    except pa.ArrowException as error:
+        raise UserError(f"column {text_column!r} of {spec} does not hold text") from error
+
+
+def _as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if isinstance(column.type, pa.BaseExtensionType):  # a cast gives what it stores, such as JSON
+        raise pa.ArrowTypeError(f"{column.type} is no text")
+    return column.cast(pa.large_string())
+
+
+def _nonempty(table: pa.Table) -> pa.Table:
+    return table.filter(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table["text"])), 0))
+
+
+def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
+    name, _, config = spec.partition(":")
+    try:
+        # One quick request first: without a network `datasets` retries for half a minute.
+        HfApi().dataset_info(name, timeout=20)
+        with _no_progress_bars():
+            stream = load_dataset(name, config or None, split=split, streaming=True)
+            columns = stream.column_names or list(next(iter(stream)))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{spec} is neither a file here nor a dataset that can be read from the Hub "
+            f"({reason}): check the spelling and the connection"
+        ) from error
+    if text_column not in columns:
+        raise UserError(
+            f"no column {text_column!r} in {spec}: it has {', '.join(columns)}; "
+            "choose one with --text-column"
+        )
+    if text_column != "text":
+        stream = stream.remove_columns([c for c in ("text",) if c in columns])
+        stream = stream.rename_column(text_column, "text")
+    return stream.select_columns(["text", "source"] if "source" in columns else ["text"])
+
+
+def _as_stream(documents: Documents) -> IterableDataset:
+    """A stream of plain strings: streams of different string types cannot be concatenated."""
+    if isinstance(documents, Dataset):
+        documents = documents.to_iterable_dataset()
+    features = {name: Value("string") for name in documents.column_names or ()}
+    return documents.cast(Features(features)) if features else documents
+
+
+def _with_source(documents: Documents, name: str) -> Documents:
+    if isinstance(documents, Dataset):
+        column = pa.array([name] * len(documents), pa.large_string())
+        return Dataset(documents.data.table.append_column("source", column))
+    return documents.map(lambda row: {"source": name})
+
+
+def _short_name(spec: str) -> str:
+    return re.split(r"[.:]", Path(spec).name)[0] or spec
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    enabled = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bars()
