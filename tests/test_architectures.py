@@ -32,7 +32,7 @@ from tests.conversions import convert_tiny, source_of
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.families import Architecture, architecture_of, register_architecture
-from tpa_convert.options.recipe import ConvertOptions
+from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.pipeline.prediction import predict
 from tpa_convert.plans import Budget, plan_uniform
 

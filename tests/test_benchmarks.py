@@ -269,7 +269,7 @@ def test_quality(model, texts, monkeypatch, capsys, tmp_path) -> None:
 
 def test_objectives(model, texts, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    run = importlib.import_module("tpa_convert.healing.training.run")
+    run = importlib.import_module("tpa_convert.healing.training.preparation")
     monkeypatch.setattr(run, "DistillationTrainer", run.DistillationTrainer)  # to be put back
     options = ["--run", "16:latent", "--calibration-blocks", "2", "--refine-steps", "1"]
     options += ["--heal-tokens", "10", "--rows", "forward|0.3$|Jensen|labels|states|outputs"]

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from tpa_convert.healing import (
     skewed_kl,
 )
 from tpa_convert.healing.monitoring.callbacks import GracefulStop
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 from tpa_convert.healing.training.checkpoints import newest_checkpoint
 from tpa_convert.healing.training.data import (
     BlockDataset,
@@ -169,14 +169,14 @@ def test_loss_of_the_trainer_equals_plain_distillation(
 
     rates = {"attention_learning_rate": 1e-2, "learning_rate": 3e-3}
     groups = parameter_groups(reference, **rates, weight_decay=0.1)
-    optimizer = torch.optim.AdamW(groups, betas=healing_run.ADAM_BETAS)
+    optimizer = torch.optim.AdamW(groups, betas=preparation.ADAM_BETAS)
     targets, target_states = layer_outputs(teacher, blocks)
     # Of two steps, half a cosine (the rates) and a line (the weight) leave the same.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 2)
     divergences = []
     for left in (1.0, 0.5):
         logits, states = layer_outputs(reference, blocks)
-        divergence = loss = plain_kl(logits, targets, 2.0, HealingSettings.skew)
+        divergence = loss = plain_kl(logits, targets, 2.0, HealingSettings().skew)
         for state, target in zip(states, target_states, strict=True):
             missed = (state - target).square().mean((0, 1)) / target.var((0, 1), correction=0)
             loss = loss + left * hidden_weight * missed.mean() / len(states)
@@ -226,7 +226,7 @@ def test_a_perturbed_copy_heals(
     teacher = make_tiny_llama()
     student = perturbed(teacher, seed=0)
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    options = asdict(SETTINGS) | {
+    options = dict(SETTINGS) | {
         "tokens": 60 * 64,
         "gradient_checkpointing": gradient_checkpointing,
     }
@@ -274,7 +274,7 @@ class StopAt(TrainerCallback):
 def run(output_dir: Path, blocks: Tensor, **changes: Any) -> tuple[HealingReport, Any]:
     teacher = make_tiny_llama()
     student = perturbed(teacher, seed=0)
-    options = HealingSettings(**(asdict(SETTINGS) | changes))
+    options = HealingSettings(**(dict(SETTINGS) | changes))
     report = heal(
         student, teacher, None, blocks, settings=options, output_dir=output_dir, progress=False
     )
@@ -292,13 +292,13 @@ def test_an_interrupted_run_resumes_on_the_same_curve(
 
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        trainer = healing_run.DistillationTrainer
+        trainer = preparation.DistillationTrainer
 
         def interrupted_trainer(**kwargs: Any) -> Any:
             kwargs["callbacks"].append(StopAt(7, number))
             return trainer(**kwargs)
 
-        patch.setattr(healing_run, "DistillationTrainer", interrupted_trainer)
+        patch.setattr(preparation, "DistillationTrainer", interrupted_trainer)
         with pytest.raises(HealingInterrupted, match="step 8 of 12"):
             run(tmp_path / "parts", blocks)
     assert signal.getsignal(number) is handler
@@ -335,7 +335,7 @@ def test_checkpoints_of_another_run_are_refused(random_tokens: Any, tmp_path: Pa
         make_tiny_llama(),
         None,
         random_tokens(8, 16, seed=1),
-        settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 64})),
+        settings=HealingSettings(**(dict(SETTINGS) | {"tokens": 64})),
         output_dir=tmp_path,
         resume=False,
         progress=False,
@@ -410,7 +410,7 @@ def test_bad_input_is_a_user_error(
         attempt(model, softcapped, None, blocks)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    offloaded = HealingSettings(**(asdict(SETTINGS) | {"offload_teacher": True}))
+    offloaded = HealingSettings(**(dict(SETTINGS) | {"offload_teacher": True}))
     with pytest.raises(UserError, match="leave out `offload_teacher`"):
         attempt(model, model, None, blocks, settings=offloaded)
     assert not (tmp_path / "checkpoints").exists()
@@ -428,7 +428,7 @@ def test_documents_are_tokenised(tmp_path: Path) -> None:
         make_tiny_llama(),
         tokenizer,
         documents,
-        settings=HealingSettings(**(asdict(SETTINGS) | changes)),
+        settings=HealingSettings(**(dict(SETTINGS) | changes)),
         output_dir=tmp_path,
         progress=False,
     )
@@ -454,7 +454,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(random_tokens: Any, tmp_path: P
 def test_a_run_that_leaves_its_source_stops(random_tokens: Any, tmp_path: Path) -> None:
     teacher = make_tiny_llama()
     changes = {"attention_learning_rate": 0.1, "learning_rate": 0.1, "save_steps": 2}
-    far = replace(SETTINGS, tokens=40 * 64, **changes)
+    far = SETTINGS.model_copy(update={"tokens": 40 * 64, **changes})
     with pytest.raises(UserError, match=r"loss rose from 0\.\d+ to 0\.\d+ by step \d+ \("):
         heal(
             copy.deepcopy(teacher),
@@ -579,7 +579,7 @@ def test_layers_of_different_shapes_are_compiled_together(
     for compiled in (False, True):
         copied = copy.deepcopy(student)
         options = HealingSettings(
-            **asdict(SETTINGS) | {"tokens": 4 * 64, "torch_compile": compiled, "hidden_weight": 0.5}
+            **dict(SETTINGS) | {"tokens": 4 * 64, "torch_compile": compiled, "hidden_weight": 0.5}
         )
         folder = tmp_path / str(compiled)
         report = heal(
@@ -621,7 +621,7 @@ def test_a_run_stops_early_when_it_has_recovered(random_tokens: Any, tmp_path: P
     valid = random_tokens(8, 16, seed=9)
 
     def healed(name: str, **changes: Any) -> HealingReport:
-        options = asdict(SETTINGS) | {"tokens": 60 * 64, "valid_steps": 10} | changes
+        options = dict(SETTINGS) | {"tokens": 60 * 64, "valid_steps": 10} | changes
         return heal(
             perturbed(teacher, seed=0),
             teacher,
@@ -667,7 +667,7 @@ def test_only_the_attention_is_trained_if_asked(random_tokens: Any, tmp_path: Pa
 def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: Path) -> None:
     teacher = make_tiny_llama("mha", seed=4, hidden_size=48, num_hidden_layers=3, head_dim=12)
     student, blocks = make_tiny_llama(), random_tokens(40, 16)
-    options = HealingSettings(**(asdict(SETTINGS) | {"tokens": 40 * 64, "torch_compile": False}))
+    options = HealingSettings(**(dict(SETTINGS) | {"tokens": 40 * 64, "torch_compile": False}))
     student_logits, teacher_logits = (m(blocks[:4]).logits[:, :-1] for m in (student, teacher))
     expected = plain_kl(student_logits, teacher_logits, 1.0)
     report = heal(
@@ -682,7 +682,7 @@ def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: P
     )
     assert report.valid_loss_before == pytest.approx(expected.item(), rel=1e-4)
     assert report.losses[-1][1] < 0.8 * report.losses[0][1]
-    options = replace(options, hidden_weight=0.1)
+    options = options.model_copy(update={"hidden_weight": 0.1})
     with pytest.raises(
         UserError, match=r"2 layers of width 32, the source 3 .* 48; set `hidden_wei"
     ):
@@ -701,9 +701,9 @@ def test_an_offloaded_teacher_teaches_the_same(
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             devices.extend(p.device.type for p in teacher.model.layers.parameters())
 
-    trainer = healing_run.DistillationTrainer
+    trainer = preparation.DistillationTrainer
     monkeypatch.setattr(
-        healing_run,
+        preparation,
         "DistillationTrainer",
         lambda **kwargs: trainer(**{**kwargs, "callbacks": [*kwargs["callbacks"], Look()]}),
     )
@@ -714,7 +714,7 @@ def test_an_offloaded_teacher_teaches_the_same(
             teacher,
             None,
             blocks,
-            settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 3 * 64} | changes)),
+            settings=HealingSettings(**(dict(SETTINGS) | {"tokens": 3 * 64} | changes)),
             output_dir=tmp_path / name,
             progress=False,
         )
@@ -748,7 +748,7 @@ def test_lora_trains_the_attention_and_adapters_that_end_merged(
 
     seen: dict[str, Any] = {}
     with monkeypatch.context() as patch:
-        trainer = healing_run.DistillationTrainer
+        trainer = preparation.DistillationTrainer
 
         def interrupted_trainer(**kwargs: Any) -> Any:
             kwargs["callbacks"].append(StopAt(6, signal.SIGTERM))
@@ -757,7 +757,7 @@ def test_lora_trains_the_attention_and_adapters_that_end_merged(
                 seen.update({names[id(p)]: group["lr"] for p in group["params"]})
             return trainer(**kwargs)
 
-        patch.setattr(healing_run, "DistillationTrainer", interrupted_trainer)
+        patch.setattr(preparation, "DistillationTrainer", interrupted_trainer)
         with pytest.raises(HealingInterrupted):
             run(tmp_path / "parts", blocks, **settings)
     layer = "model.layers.0."
@@ -787,7 +787,7 @@ def test_heals_on_a_gpu_in_bfloat16(random_tokens: Any, tmp_path: Path) -> None:
         teacher,
         None,
         random_tokens(64, 16),
-        settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 60 * 64, "batch_size": None})),
+        settings=HealingSettings(**(dict(SETTINGS) | {"tokens": 60 * 64, "batch_size": None})),
         output_dir=tmp_path,
         valid_blocks=random_tokens(8, 16, seed=9),
         progress=False,

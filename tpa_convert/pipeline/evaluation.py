@@ -15,7 +15,8 @@ from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation import evaluate as evaluate_models
 from tpa_convert.export.save import load_converted, read_provenance, stamp, write_provenance
-from tpa_convert.options.recipe import EvaluateOptions, SourceOptions
+from tpa_convert.options.evaluation import EvaluateOptions, GenerateOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.selection import source_of, usable_device
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.text.read import load_texts
@@ -98,36 +99,38 @@ def evaluate(
 def generate(
     directory: str | Path,
     prompt: str,
+    options: GenerateOptions | None = None,
     *,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
     device: str = "auto",
     stream: bool = False,
 ) -> str:
     """Continue `prompt` with a converted model.
 
     Args:
-        temperature: 0 takes the likeliest token each time.
+        options: length of the continuation, and how to choose tokens.
         stream: also print the text to standard output while it comes.
 
     Returns:
         The continuation, without the prompt.
     """
+    options = options or GenerateOptions()
     place = usable_device(device)
     model, tokenizer = load_converted(directory, device=place)
     inputs = tokenizer(prompt, return_tensors="pt").to(place)
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("the prompt is empty: give some text to continue")
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        set_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    if options.temperature > 0:
+        set_seed(options.seed)
+        sampling = {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+        }
     output = model.generate(
         **inputs,
         **sampling,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
     )

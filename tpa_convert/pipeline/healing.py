@@ -16,11 +16,12 @@ from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_file, check_output
 from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
-from tpa_convert.healing import HealingReport, HealingSettings
+from tpa_convert.healing import HealingReport
 from tpa_convert.healing import heal as heal_model
 from tpa_convert.healing.training.distributed import processes
-from tpa_convert.healing.training.run import LOGS
-from tpa_convert.options.recipe import HealOptions, SourceOptions
+from tpa_convert.healing.training.preparation import LOGS
+from tpa_convert.options.healing import HealOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.selection import source_of
 from tpa_convert.pipeline.training_text import (
     blocks_of_text,
@@ -33,8 +34,6 @@ from tpa_convert.text.mixture import load_mixture
 from tpa_convert.text.overlap import load_local, refuse_seen_documents
 from tpa_convert.text.read import load_documents, token_blocks
 
-# The rest are settings.
-TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens", "sampled_chat_tokens"}
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
 LOSS_CHART = "loss.png"  # in the healed model's directory, and shown by its card
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
@@ -86,8 +85,7 @@ def heal(
     state = processes()
     provenance = read_provenance(directory)
     out = check_output(out, overwrite)
-    settings = HealingSettings(**options.model_dump(exclude=TEXT_OPTIONS))
-    text_blocks = blocks_of_text(options, settings)
+    text_blocks = blocks_of_text(options)
     mixture = load_mixture(options.text_shares, text_column=options.text_column)
     refuse_seen_documents(
         {name: documents for name, (documents, _) in mixture.items()},
@@ -117,7 +115,7 @@ def heal(
             teacher.model,
             tokenizer,
             training_blocks(options, text_blocks, teacher, mixture, checkpoints, track),
-            settings=settings,
+            settings=options,
             output_dir=checkpoints,
             resume=resume,
             valid_blocks=valid_blocks,
@@ -142,7 +140,7 @@ def heal(
     healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
     with atomic_directory(out, overwrite) as target:
         save_converted(student, tokenizer, target, out.name, healed)
-        healing_chart(report, settings.tokens_per_step, target / LOSS_CHART)
+        healing_chart(report, options.tokens_per_step, target / LOSS_CHART)
         if (checkpoints / LOGS).is_dir():
             shutil.copytree(checkpoints / LOGS, target / LOGS)
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -11,7 +11,9 @@ import torch
 from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.families import architecture_of
-from tpa_convert.options.recipe import BUDGETS, PlanOptions, SourceOptions
+from tpa_convert.options.conversion import BUDGETS
+from tpa_convert.options.planning import PlanOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.selection import load, source_options
 from tpa_convert.planning.search import Candidate, PlanReport, check_multiples, search

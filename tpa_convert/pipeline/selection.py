@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpa_convert.errors import UserError
-from tpa_convert.options.recipe import SourceOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.sources import Source, load_source
 
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
-from tpa_convert.healing.training.settings import HIDDEN_WEIGHT
 from tpa_convert.healing.training.trainer import final_hidden_states
+
+HIDDEN_WEIGHT = 10.0  # of models with equally many layers of one width
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
