@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.command_line import error_of, save_source, tpa_convert
 from tests.conversions import random_blocks, source_of, tiny_moments
-from tpa_convert.cli.terminal import show_layers
+from tpa_convert.cli.tables import show_layers
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import agreement

@@ -112,16 +112,19 @@ def _columns(
 
     The source is there once, whether or not the user names it among the models.
     """
-    models: dict[str, PreTrainedModel] = {SOURCE: source.model} if source else {}
+    found: list[tuple[Subject, PreTrainedModel]] = []
     tokenizer = source.tokenizer if source else None
-    for name, subject in column_names(measured, taken=list(models)).items():
+    for subject in measured:
         loaded = subject.load(dtype, device)
         if not isinstance(loaded, Source):
-            models[name] = loaded
+            found.append((subject, loaded))
+            tokenizer = tokenizer or subject.tokenizer()
         elif source is None or loaded.reference.sha256 != source.reference.sha256:
-            models[name] = loaded.model
-        if tokenizer is None:
-            tokenizer = loaded.tokenizer if isinstance(loaded, Source) else subject.tokenizer()
+            found.append((subject, loaded.model))
+            tokenizer = tokenizer or loaded.tokenizer
+    models: dict[str, PreTrainedModel] = {SOURCE: source.model} if source else {}
+    names = column_names([subject for subject, _ in found], taken=list(models))
+    models |= {name: model for name, (_, model) in zip(names, found, strict=True)}
     refuse_other_vocabularies(models)
     assert tokenizer is not None
     return models, tokenizer

@@ -64,7 +64,8 @@ class Subject:
     @property
     def parts(self) -> tuple[str, ...]:
         """Of its path or Hub id, to tell it from others."""
-        return Path(self.directory or self.place).parts
+        path = Path(self.place).expanduser()
+        return path.resolve().parts if path.exists() else path.parts
 
     def load(self, dtype: torch.dtype, device: str) -> PreTrainedModel | Source:
         """A converted model, or a whole source for any other."""
@@ -102,18 +103,21 @@ def subjects(models: str | Path | Sequence[str | Path]) -> list[Subject]:
     return list(found.values())
 
 
-def column_names(measured: Sequence[Subject], taken: Sequence[str] = ()) -> dict[str, Subject]:
+def column_names(measured: Sequence[Subject], taken: Sequence[str] = ()) -> list[str]:
     """`converted`, `healed` or the name of the directory where that tells the models apart,
     otherwise the ends of their paths, as short as they can be.
 
     Args:
         taken: names of other columns.
     """
-    names, count = [subject.kind for subject in measured], 0
-    while len({*taken, *names}) < len(taken) + len(names):
-        count += 1
-        names = [str(Path(*subject.parts[-count:])) for subject in measured]
-    return dict(zip(names, measured, strict=True))
+
+    def distinct(names: list[str]) -> bool:
+        return len({*taken, *names}) == len(taken) + len(names)
+
+    longest = max((len(subject.parts) for subject in measured), default=0)
+    ends = ([str(Path(*s.parts[-count:])) for s in measured] for count in range(1, longest + 1))
+    numbered = [f"{i}: {subject.place}" for i, subject in enumerate(measured, start=1)]
+    return next(filter(distinct, ([s.kind for s in measured], *ends)), numbered)
 
 
 def refuse_other_vocabularies(models: dict[str, PreTrainedModel]) -> None:
