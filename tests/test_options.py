@@ -259,6 +259,7 @@ def test_commands_to_copy_break_between_words(width: int) -> None:
     joined = " ".join(line.strip().removesuffix("\\").strip() for line in lines)
     assert joined == command.strip()
     assert any('"Once upon a time"' in line for line in lines)
+    assert not any(line.removesuffix(" \\").endswith(("-tokens", "--top-p")) for line in lines)
 
 
 def test_words_between_commands_break_without_a_mark() -> None:

@@ -274,8 +274,8 @@ def test_latent_keys_are_planned_and_converted(tmp_path, text) -> None:
     converted = tpa_convert("convert", source, "--plan", plan, "--out", tmp_path / "small")
     assert converted.exit_code == 0, converted.output
     assert "latent key width" in converted.stdout
-    assert "every step rebuilds the keys" in converted.stdout
-    assert "every step rebuilds the keys" in result.stdout
+    assert "Every step rebuilds the keys" in converted.stdout
+    assert "Every step rebuilds the keys" in result.stdout
 
 
 def test_the_same_command_makes_the_same_plan(tmp_path, text) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,8 +64,13 @@ def command(*words: str, name: str | None = None) -> Callable[[Callable], Callab
     """Makes a command of a function of sections; `words` are an example of its use."""
 
     def register(function: Callable) -> Callable:
+        @wraps(function)
+        def started(**sections: Any) -> None:
+            quiet_libraries()  # only now, since it imports them
+            function(**sections)
+
         epilog = example(" ".join(("tpa-convert", *words)))
-        app.command(name, cls=Command, epilog=epilog)(of_sections(function))
+        app.command(name, cls=Command, epilog=epilog)(of_sections(started))
         return function
 
     return register
@@ -95,7 +101,6 @@ def top(
     """
     if ctx.invoked_subcommand != "heal" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("only `tpa-convert heal` shares its work between processes")
-    quiet_libraries()
 
 
 @command("plan HuggingFaceTB/SmolLM2-135M --memory 24 --out plan.yaml")
@@ -259,7 +264,8 @@ def run(files: RunFiles) -> None:
     if result.evaluation is not None:
         console.print(result.evaluation)
     kept = " and ".join(str(d) for d in (result.converted, result.healed) if d is not None)
-    show_next(f"The models are in {kept}.", *(steps.next_steps or "").rstrip().splitlines())
+    further = ["", *steps.next_steps.rstrip().splitlines()] if steps.next_steps else []
+    show_next(f"The models are in {kept}.", *further)
 
 
 def main() -> None:

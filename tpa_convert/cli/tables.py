@@ -98,8 +98,8 @@ def _show_rebuilding(plan: Plan, cache_dtype: torch.dtype) -> None:
     if operations:
         unit = str(cache_dtype).removeprefix("torch.")
         console.print(
-            f"every step rebuilds the keys of the context: {operations:.0f} operations per cached "
-            f"byte ({unit}); an H100 has time for about 300 while it reads one"
+            f"Every step rebuilds the keys of the context: {operations:.0f} operations per cached "
+            f"byte ({unit}); an H100 has time for about 300 while it reads one."
         )
 
 

@@ -33,6 +33,7 @@ from tpa_convert.errors import UserError
 from tpa_convert.export.output import is_disk_full
 
 PROGRAM = "tpa-convert "
+WORD = r'(?:"[^"]*"|\S)+'  # perhaps with blanks between quotes
 INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
@@ -198,7 +199,7 @@ def fitted(line: str, width: int) -> str:
     further, end = (indent + "    ", " \\") if is_command else (indent, "")
     lines: list[str] = []
     current = ""
-    for word in re.findall(r'(?:"[^"]*"|\S)+', line):
+    for word in re.findall(rf"--\S+ (?!-){WORD}|{WORD}", line):  # an option with its value
         if not current:
             current = indent + word
         elif len(current) + 1 + len(word) + len(end) <= width:
