@@ -123,7 +123,7 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
     # Other packages' warnings are for their developers; ours are for the user.
-    if Path(filename).is_relative_to(Path(__file__).parent):
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
         typer.echo(f"{_label('warning:', 'yellow')} {message}", err=True)
 
 

@@ -157,7 +157,7 @@ def default_calibration_documents() -> Dataset:
     Raises:
         UserError: the installation lacks the file.
     """
-    packaged = resources.files("tpa_convert.calibration") / "default.txt.xz"
+    packaged = resources.files("tpa_convert.text") / "default.txt.xz"
     with resources.as_file(packaged) as path:
         if not path.is_file():
             raise UserError(
