@@ -14,7 +14,7 @@ from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.errors import UserError
-from tpa_convert.forward.layers import run_layer
+from tpa_convert.forward.walk import ATTENTION, DecoderWalk
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source
 from tpa_convert.sources.attention import attention_weights
@@ -185,6 +185,7 @@ def collect_moments(
     *,
     batch_size: int = 4,
     query_stride: int = 4,
+    attention: str = ATTENTION,
     track: Track = no_tracking,
 ) -> Moments:
     """Moments of every layer of `source` on `blocks`, one layer in flight at a time.
@@ -194,31 +195,20 @@ def collect_moments(
         blocks: token ids, int64 [N, length].
         batch_size: blocks per step.
         query_stride: distance of the positions taken as queries.
+        attention: name of the attention module in a layer.
         track: shows progress over the layers, called as `track(layers, description)`.
     """
-    decoder = source.model.model
-    device = decoder.embed_tokens.weight.device
     state = source.architecture.llama_state_dict(source.model)
-    batches = [decoder.embed_tokens(batch.to(device)) for batch in blocks.split(batch_size)]
-    positions = torch.arange(blocks.shape[1], device=device)[None]
-    position_embeddings = decoder.rotary_emb(batches[0], positions)
-    cos, sin = (table[0, :, : table.shape[-1] // 2].float() for table in position_embeddings)
-    rotation = torch.complex(cos, sin)
-
+    walk = DecoderWalk(source.model, blocks, batch_size, attention)
     layers = []
-    for i, layer in enumerate(track(decoder.layers, "calibrating")):
+    for i in track(range(len(walk.layers)), "calibrating"):
         weights = attention_weights(source, state, i, dtype=torch.float32)
         accumulator = MomentAccumulator(weights, query_stride)
-        captured: list[Tensor] = []
-        hook = layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs, captured=captured: captured.append(
-                kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            ),
-            with_kwargs=True,
-        )
-        for b, hidden in enumerate(batches):
-            batches[b] = run_layer(layer, hidden, positions, position_embeddings)
-            accumulator.update(captured.pop().float(), rotation, offset=b % query_stride)
-        hook.remove()
+        for b, call in enumerate(walk.observe(i)):
+            cos, sin = (
+                table[0, :, : table.shape[-1] // 2].float()
+                for table in call.keywords["position_embeddings"]
+            )
+            accumulator.update(call.hidden.float(), torch.complex(cos, sin), b % query_stride)
         layers.append(accumulator.finish())
     return Moments(layers, source.reference.sha256, blocks.numel())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_layer
@@ -22,7 +23,8 @@ from tpa_convert.decomposition.gauge import (
 )
 from tpa_convert.decomposition.latent import latent_components
 from tpa_convert.forward.divergence import chunked_divergence
-from tpa_convert.forward.layers import run_layer
+from tpa_convert.forward.head import logit_finish
+from tpa_convert.forward.walk import ATTENTION, DecoderWalk
 from tpa_convert.modeling import KeyCache, TPAConfig
 from tpa_convert.modeling.modeling_tpa import TPAAttention
 from tpa_convert.plans import plan_widths
@@ -70,45 +72,45 @@ class LayerSensitivity:
     values: PartSensitivity
 
 
-class _Body:
-    """Decoder layers of the source on a few token blocks, from any layer on."""
+class _Losses:
+    """Divergence from the source where another attention stands in for that of one of its layers.
 
-    def __init__(self, source: Source, blocks: Tensor):
-        self.decoder = source.model.model
-        self.head = source.model.get_output_embeddings().weight
-        device = self.head.device
+    Its walk's states enter the layer in question.
+    """
+
+    def __init__(self, source: PreTrainedModel, blocks: Tensor, attention: str):
         size = max(1, BATCH_TOKENS // blocks.shape[1])
-        self.batches = [self.decoder.embed_tokens(b.to(device)) for b in blocks.split(size)]
-        self.positions = torch.arange(blocks.shape[1], device=device)[None]
-        self.rotary = self.decoder.rotary_emb(self.batches[0], self.positions)
-        self.final = [self.run(batch, 0) for batch in self.batches]
-
-    def step(self, hidden: Tensor, layer: int) -> Tensor:
-        return run_layer(self.decoder.layers[layer], hidden, self.positions, self.rotary)
+        self.walk = DecoderWalk(source, blocks, size, attention)
+        self.head, self.finish = source.get_output_embeddings().weight, logit_finish(source)
+        self.final = [self.run(self.walk.states[batch], 0) for batch in self.walk.batches]
 
     def run(self, hidden: Tensor, start: int) -> Tensor:
-        for layer in range(start, len(self.decoder.layers)):
-            hidden = self.step(hidden, layer)
-        return self.decoder.norm(hidden[:, ::POSITION_STRIDE])
+        """What the output head sees at some positions where [b, L, D] enters layer `start`."""
+        for index in range(start, len(self.walk.layers)):
+            hidden = self.walk.run(index, hidden)
+        return self.walk.final(hidden[:, ::POSITION_STRIDE])
 
-    def loss_with(self, attention: nn.Module, layer: int) -> float:
-        """KL from the source when `attention` stands in for that of `layer`."""
-        module = self.decoder.layers[layer]
-        original = module.self_attn
-        module.self_attn = attention.to(self.head.device)
+    def with_attention(self, attention: nn.Module, index: int) -> float:
+        """KL from the source when `attention` stands in for that of layer `index`."""
+        layer, name = self.walk.layers[index], self.walk.attention_name
+        original = self.walk.attention(index)
+        setattr(layer, name, attention.to(self.head.device))
         try:
             total = 0.0
-            for hidden, final in zip(self.batches, self.final, strict=True):
-                output = self.run(hidden, layer)
-                mean = chunked_divergence(output, self.head, final, self.head).item()
+            for batch, final in zip(self.walk.batches, self.final, strict=True):
+                hidden = self.run(self.walk.states[batch], index)
+                mean = chunked_divergence(
+                    hidden,
+                    self.head,
+                    final,
+                    self.head,
+                    student_finish=self.finish,
+                    teacher_finish=self.finish,
+                ).item()
                 total += mean * len(hidden)
         finally:
-            module.self_attn = original
-        return total / sum(len(hidden) for hidden in self.batches)
-
-    def advance(self, layer: int) -> None:
-        """Takes the batches, inputs of `layer`, to the next one."""
-        self.batches = [self.step(hidden, layer) for hidden in self.batches]
+            setattr(layer, name, original)
+        return total / len(self.walk.states)
 
 
 @torch.no_grad()
@@ -118,6 +120,7 @@ def measure_sensitivity(
     blocks: Tensor,
     *,
     key_cache: KeyCache = "rotated",
+    attention: str = ATTENTION,
     track: Track = no_tracking,
 ) -> list[LayerSensitivity]:
     """Sensitivity of every layer of `source`, on text that the moments have not seen.
@@ -130,6 +133,7 @@ def measure_sensitivity(
         moments: of the source on calibration text.
         blocks: token ids, int64 [N, length].
         key_cache: which kind of keys is narrowed.
+        attention: name of the attention module in a layer.
         track: shows progress over the layers.
     """
     llama_config = source.architecture.llama_config(source.model.config)
@@ -148,12 +152,14 @@ def measure_sensitivity(
     narrow_values = [config(width, narrow) for narrow in widths]
     state = source.architecture.llama_state_dict(source.model)
     state = {name: tensor.cpu() for name, tensor in state.items() if "self_attn" in name}
-    body = _Body(source, blocks)
+    losses = _Losses(source.model, blocks, attention)
     report = []
     for i in track(range(len(moments.layers)), "measuring sensitivity"):
         weights, layer_moments = attention_weights(source, state, i), moments.layers[i]
         key_losses, value_losses = (
-            tuple(body.loss_with(_attention(c, i, weights, layer_moments), i) for c in configs)
+            tuple(
+                losses.with_attention(_attention(c, i, weights, layer_moments), i) for c in configs
+            )
             for configs in (narrow_keys, narrow_values)
         )
         latent = key_cache == "latent"
@@ -166,7 +172,7 @@ def measure_sensitivity(
                 PartSensitivity(value_error, 1, widths, value_losses),
             )
         )
-        body.advance(i)
+        losses.walk.advance(i)
     return report
 
 
