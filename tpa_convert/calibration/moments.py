@@ -14,6 +14,7 @@ from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.errors import UserError
+from tpa_convert.forward.walk import DecoderWalk
 from tpa_convert.modeling import pair_table
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source
@@ -219,25 +220,18 @@ def collect_moments(
         query_stride: distance of the positions taken as queries.
         track: shows progress over the layers, called as `track(layers, description)`.
     """
-    decoder, names = source.model.get_decoder(), source.architecture.names
-    device = decoder.embed_tokens.weight.device
+    names = source.architecture.names
+    walk = DecoderWalk(source.model, blocks, batch_size, names.attention)
     layers = []
-    for i, layer in enumerate(track(decoder.layers, "calibrating")):
-        attention = getattr(layer, names.attention)
-        weights = attention_weights(attention, names, source.model.config, i, torch.float32)
-        accumulator = MomentAccumulator(weights, query_stride)
-        captured: list[dict[str, Any]] = []
-        hook = attention.register_forward_pre_hook(
-            lambda _, args, kwargs, captured=captured: captured.append(kwargs), with_kwargs=True
+    for i in track(range(len(walk.layers)), "calibrating"):
+        weights = attention_weights(
+            walk.attention(i), names, source.model.config, i, dtype=torch.float32
         )
-        for b, batch in enumerate(blocks.split(batch_size)):
-            source.model(batch.to(device), use_cache=False)
-            kwargs = captured.pop()
-            pairs = weights.key.shape[1] // 2
-            cos, sin = (t[0, 0].float() for t in pair_table(kwargs["position_embeddings"], pairs))
-            accumulator.update(
-                kwargs["hidden_states"].float(), torch.complex(cos, sin), offset=b % query_stride
-            )
-        hook.remove()
+        accumulator = MomentAccumulator(weights, query_stride)
+        pairs = weights.key.shape[1] // 2
+        for b, call in enumerate(walk.observe(i)):
+            cos, sin = pair_table(call.keywords["position_embeddings"], pairs)
+            rotation = torch.complex(cos[0, 0].float(), sin[0, 0].float())
+            accumulator.update(call.hidden.float(), rotation, b % query_stride)
         layers.append(accumulator.finish())
     return Moments(layers, source.reference.sha256, blocks.numel())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpa_convert.decomposition import (
     METHODS,
@@ -20,7 +21,7 @@ from tpa_convert.decomposition import (
 from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split, with_unit_gauge
 from tpa_convert.decomposition.gauge import value_metric
 from tpa_convert.decomposition.tensor import head_svd
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import AttentionNames, LayerShape, TPAAttention
 
 
 def absorbed_query(weights: AttentionWeights, factors: KeyFactors) -> Tensor:
@@ -144,3 +145,33 @@ def convert_layer(
         if not shape.contextual:
             shape = replace(shape, rank_k=int(counts.max()))
     return attention_parameters(weights, keys, values, shape, functional), shape
+
+
+def query_norm_parameters(attention: nn.Module, names: AttentionNames) -> dict[str, Tensor]:
+    """Parameters of the norm of the queries, which stays the source's own."""
+    norm = getattr(attention, names.query_norm, None)
+    if norm is None:
+        return {}
+    return {f"q_norm.{key}": tensor for key, tensor in norm.state_dict().items()}
+
+
+def attention_module(
+    source: nn.Module,
+    names: AttentionNames,
+    config: Any,
+    layer_idx: int,
+    parameters: dict[str, Tensor],
+) -> TPAAttention:
+    """The converted attention of one layer by itself, in fp32 and eval mode.
+
+    Args:
+        source: the attention that it takes the place of.
+        config: of the converted model.
+        parameters: as `convert_layer` gives them.
+    """
+    with torch.device("meta"):
+        attention = TPAAttention(config, layer_idx, source, names)
+    state = parameters | query_norm_parameters(source, names)
+    expected = attention.state_dict().keys()
+    attention.load_state_dict({name: state[name].float() for name in expected}, assign=True)
+    return attention.eval()

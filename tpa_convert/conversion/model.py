@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.layer import convert_layer
+from tpa_convert.conversion.layer import convert_layer, query_norm_parameters
 from tpa_convert.errors import UserError
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Track, no_tracking
@@ -78,7 +78,7 @@ def convert_model(
             whiten=whiten,
             rank_limit_k=plan.rank_limit_k,
         )
-        parameters |= _query_norm(layers[i], architecture.names.query_norm)
+        parameters |= query_norm_parameters(layers[i], architecture.names)
         state |= {
             attention_prefixes[i] + name: tensor.to("cpu", dtype).contiguous()
             for name, tensor in parameters.items()
@@ -127,11 +127,3 @@ def build(
 def has_tied_head(model: PreTrainedModel) -> bool:
     """Whether the loaded head is the embedding. The config may claim it of a head of its own."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def _query_norm(attention: nn.Module, name: str) -> dict[str, Tensor]:
-    """Parameters of the norm of the queries, which stays the source's own."""
-    norm = getattr(attention, name, None)
-    if norm is None:
-        return {}
-    return {f"q_norm.{key}": tensor for key, tensor in norm.state_dict().items()}

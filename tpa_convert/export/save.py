@@ -73,7 +73,7 @@ def save_converted(
     write_provenance(directory, name, provenance)
 
 
-def auto_map(causal_lm: type) -> dict[str, str]:
+def auto_map(causal_lm: Any) -> dict[str, str]:
     """Where transformers finds the classes of a converted model in its directory."""
     classes = {
         "AutoConfig": causal_lm.config_class,

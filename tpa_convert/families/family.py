@@ -28,7 +28,7 @@ class Architecture:
     """
 
     model_type: str
-    causal_lm: type
+    causal_lm: Any
     key_norm: bool = False
 
     @property
@@ -37,12 +37,12 @@ class Architecture:
         return self.model_class.attention_names
 
     @property
-    def config_class(self) -> type:
+    def config_class(self) -> Any:
         """Config of the converted models."""
         return self.causal_lm.config_class
 
     @property
-    def model_class(self) -> type:
+    def model_class(self) -> Any:
         """The converted decoder without its head."""
         return self.causal_lm.decoder_class
 

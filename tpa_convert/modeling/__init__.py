@@ -5,6 +5,8 @@ others hold what families share. Whatever is saved brings these files along, so 
 this package is not installed.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import legacy, tpa_gemma3_text, tpa_llama, tpa_mistral, tpa_phi3, tpa_qwen2, tpa_qwen3
@@ -20,7 +22,7 @@ from .tpa_model import TPAModelMixin
 from .tpa_rotary import pair_table
 
 
-def register(causal_lm: type) -> None:
+def register(causal_lm: Any) -> None:
     """Makes a family's models known to the Auto classes, and their code part of exports."""
     config, decoder = causal_lm.config_class, causal_lm.decoder_class
     config.register_for_auto_class()

@@ -59,8 +59,8 @@ class TPAConfig(LlamaConfig):
         for i in range(self.num_hidden_layers):
             values = {name: getattr(self, name) for name in SHAPE_FIELDS}
             values = {n: v[i] if isinstance(v, list) else v for n, v in values.items()}
-            gauge = values.pop("gauge")
-            key_gauge = "applied" if values["key_cache"] == "latent" else gauge
+            gauge: Any = values.pop("gauge")
+            key_gauge: Any = "applied" if values["key_cache"] == "latent" else gauge
             pairs = None
             if i in rotary_pairs and gauge != "none":
                 counts = rotary_pairs[i].bincount(minlength=self.head_dim // 2)
@@ -103,7 +103,7 @@ class TPAForCausalLM(LlamaForCausalLM):
         )
 
 
-def _model_class(config: TPAConfig) -> type:
+def _model_class(config: TPAConfig) -> Any:
     """Biases on queries, keys and values alone are what Qwen2 has."""
     qwen = config.attention_bias and not config.attention_output_bias
     return TPAQwen2ForCausalLM if qwen else TPALlamaForCausalLM

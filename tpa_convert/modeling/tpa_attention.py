@@ -82,14 +82,14 @@ class TPAAttention(nn.Module):
     of the source whose place it takes.
     """
 
-    def __init__(self, config: Any, layer_idx: int, source: nn.Module, names: AttentionNames):
+    def __init__(self, config: Any, layer_idx: int, source: Any, names: AttentionNames):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.shape = shape = LayerShape(**config.tpa_layers[layer_idx])
         self.num_heads = heads = config.num_attention_heads
         self.num_key_value_heads = groups = config.num_key_value_heads
         self.head_dim = head_dim = source_head_dim(config)
-        self.scaling = source.scaling
+        self.scaling: float = source.scaling
         self.attention_dropout = source.attention_dropout
         self.is_causal = source.is_causal
         self.sliding_window = sliding_window(source, config, layer_idx)
@@ -100,7 +100,7 @@ class TPAAttention(nn.Module):
         key_norm = getattr(source, names.key_norm, None)
         if (key_norm is not None) != shape.key_norm:
             raise ValueError(f"layer {layer_idx}: key_norm must be {key_norm is not None}")
-        keys = RotatedKeys
+        keys: type[RotatedKeys | LatentKeys] = RotatedKeys
         if shape.latent_keys or shape.contextual:
             keys = LatentKeys if shape.latent_keys else ContextualKeys
         self.keys = keys(
@@ -216,12 +216,12 @@ class TPAAttention(nn.Module):
             key, value = unfold(key, widths[0]), unfold(value, widths[1])
         if self.shape.latent_keys and not stock:
             starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+            assert positions is not None, "continuous batching gives positions"
             slots = paged_positions(*starts, positions, key.shape[2])
         if slots is not None and key.shape[2] != table[0].shape[2]:
             assert self.rotary_emb is not None, "set by replace_attention"
-            embeddings = self.rotary_emb(hidden_states, slots)
-            embeddings = tuple(part.to(hidden_states.device) for part in embeddings)
-            table = pair_table(embeddings, self.head_dim // 2)
+            cos, sin = (p.to(hidden_states.device) for p in self.rotary_emb(hidden_states, slots))
+            table = pair_table((cos, sin), self.head_dim // 2)
         return key, value, table
 
     def cache_grid(self, cache: Any) -> tuple[int, int] | None:
@@ -266,11 +266,10 @@ class TPAAttention(nn.Module):
             key, heads = keys.expand(packed_key, table), keys.heads
         else:
             query, key, heads = keys.component_queries(query), packed_key, 1
-        head_factors = self.shape.key_head_factors(self.num_key_value_heads)
-        if head_factors or self.shape.contextual:
-            scores = keys.scores(query, packed_key) * self.scaling
-            weights = masked_softmax(scores, attention_mask)
-            return values.output(values.mix(weights, packed_value))
+            if keys.shape.key_head_factors(keys.heads):
+                scores = keys.scores(query, packed_key) * self.scaling
+                weights = masked_softmax(scores, attention_mask)
+                return values.output(values.mix(weights, packed_value))
         # The query heads that share keys take the place of query positions.
         mixed = nn.functional.scaled_dot_product_attention(
             query.reshape(len(query), heads, -1, query.shape[-1]),
@@ -282,7 +281,7 @@ class TPAAttention(nn.Module):
         return values.output(mixed.flatten(1, 2).unsqueeze(2))
 
 
-def replace_attention(decoder: nn.Module, names: AttentionNames) -> None:
+def replace_attention(decoder: Any, names: AttentionNames) -> None:
     """Puts Tensor Product Attention in every layer of a decoder of transformers, in place.
 
     The layers know the decoder's rotary embedding, since latent keys are rotated where they are
@@ -309,7 +308,7 @@ class LayerRotary:
         return self.module(x, positions, **self.arguments)
 
 
-def sliding_window(source: nn.Module, config: Any, layer_idx: int) -> int | None:
+def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
     """Tokens that a layer of the source attends to, None for all."""
     if hasattr(source, "sliding_window"):
         return source.sliding_window
@@ -319,7 +318,7 @@ def sliding_window(source: nn.Module, config: Any, layer_idx: int) -> int | None
     return getattr(config, "sliding_window", None)
 
 
-def norm_epsilon(norm: nn.Module) -> float:
+def norm_epsilon(norm: Any) -> float:
     """What a norm of the source adds to the mean square; families call it one of two names."""
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
@@ -352,7 +351,7 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -154,8 +154,14 @@ class TPAConfigMixin:
     base_model_tp_plan = None
     base_model_pp_plan = None
 
+    # What the family's config has.
+    tpa_layers: Any
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
         layers = self.tpa_layers
         if layers is None:
             width = self.num_key_value_heads * source_head_dim(self)

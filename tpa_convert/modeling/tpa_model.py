@@ -1,6 +1,6 @@
 """What all converted models share, whatever their family."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import initialization as init
@@ -13,6 +13,7 @@ class TPAModelMixin:
     """A decoder, or a model with a decoder inside, whose attention is Tensor Product Attention."""
 
     attention_names: ClassVar[AttentionNames] = AttentionNames()
+    _can_record_outputs: ClassVar[dict[str, Any] | None]
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -24,7 +25,7 @@ class TPAModelMixin:
         replace_attention(self, self.attention_names)
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, PairGauge):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, HeadGauge):

@@ -1,7 +1,7 @@
 """Rotary position embedding (RoPE) on pairs of features, and the positions of what is cached.
 
 Features are half-split: of 2 P features, p and p + P are the pair p. Tables of cosines and sines
-have one entry for each pair. Letters: b batch, s new tokens, t cached tokens, f rotary pairs of a head.
+have one entry for each pair. Letters: b batch, s new tokens, t cached tokens, f rotary pairs.
 """
 
 import torch

@@ -15,7 +15,7 @@ LEAST_NORM_WEIGHT = 1e-4  # of the largest; keys are divided by it
 
 
 def attention_weights(
-    attention: nn.Module,
+    attention: Any,
     names: AttentionNames,
     config: Any,
     layer_idx: int,
@@ -96,7 +96,7 @@ def half_split_order(head_dim: int, rotated: int) -> list[int] | None:
 
 
 def _projections(
-    attention: nn.Module,
+    attention: Any,
     names: AttentionNames,
     heads: int,
     groups: int,
@@ -123,7 +123,7 @@ def _projections(
     return list(parts[0].split(rows)) if names.fused is not None else parts
 
 
-def _with_bias(projection: nn.Module) -> Tensor:
+def _with_bias(projection: Any) -> Tensor:
     weight = projection.weight
     bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias
     return torch.cat((weight, bias[:, None]), dim=1)
