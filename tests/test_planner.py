@@ -375,7 +375,9 @@ def test_moments_of_another_source_are_refused_before_anything_is_measured(
     moments = tmp_path / "moments.safetensors"
     first = planned(save_source(tmp_path / "first"), text, "--save-moments", moments)
     assert moments.is_file(), first.output
-    monkeypatch.setattr("tpa_convert.planning.search.measure_sensitivity", None)  # must not be called
+    monkeypatch.setattr(
+        "tpa_convert.planning.search.measure_sensitivity", None
+    )  # must not be called
     other = save_source(tmp_path / "other", seed=1)
     message = error_of(planned(other, text, "--moments", moments))
     assert message == f"error: {moments} was made from another source: leave out --moments"
@@ -395,7 +397,7 @@ def test_results_are_saved_before_they_are_shown(tmp_path, text, monkeypatch) ->
     assert all(path.is_file() for path in files)
     for path in files:
         path.unlink()
-    monkeypatch.setattr("tpa_convert.charts.planning_chart", fail)
+    monkeypatch.setattr("tpa_convert.reporting.charts.planning_chart", fail)
     assert planned(source, text, *options).exit_code == 1
     assert [path.is_file() for path in files] == [True, False, True]
 
