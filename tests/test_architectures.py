@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tests.conversions import convert_tiny, source_of
+from tests.generated import generated, telling
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.families import Architecture, architecture_of, register_architecture
@@ -113,13 +114,11 @@ def test_generation_beyond_the_length_of_training(family: str, key_cache: str) -
     width = 2 * model.config.hidden_size // 4
     converted = convert_tiny(model, width_k=width, width_v=width, key_cache=key_cache)
     tokens = torch.arange(3, 13)[None]
-
-    def generated(one: Any, **options: Any) -> torch.Tensor:
+    for one in (model, converted):
         one.generation_config.eos_token_id = None
-        return one.generate(tokens, max_new_tokens=40, do_sample=False, **options)
-
-    assert torch.equal(generated(converted), generated(model))
-    assert torch.equal(generated(converted), generated(converted, use_cache=False))
+    expected = telling(model, tokens, 40)
+    assert torch.equal(generated(converted, tokens, 40), expected)
+    assert torch.equal(generated(converted, tokens, 40, use_cache=False), expected)
 
 
 def test_widths_that_tucker_cannot_make() -> None:

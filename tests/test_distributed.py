@@ -87,9 +87,7 @@ def test_the_command_line_writes_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tpa_convert("convert", source, "--out", small, *CONVERT).exit_code == 0
     options = ["--tokens", 256, "--tokens-per-step", 64, "--block-length", 32]
     options += ["--sampled-tokens", 64, "--valid-text", save_text(tmp_path / "valid.txt")]
-    output = launch(
-        "tpa_convert.cli.commands", "heal", small, "--text", text, "--out", healed, *options
-    )
+    output = launch("tpa_convert", "heal", small, "--text", text, "--out", healed, *options)
     assert output.count("Healed on 256 tokens") == 1
     assert output.count("Wrote") == 1
     record = json.loads((healed / "tpa_convert.json").read_text())

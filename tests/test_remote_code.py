@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tests.conversions import convert_tiny, random_blocks, source_of
+from tests.generated import generated, telling
 from tpa_convert.export.save import save_converted
 
 CONVERSIONS = {
@@ -139,16 +140,13 @@ def tokens() -> torch.Tensor:
     return random_blocks(count=2, length=9)
 
 
-def greedy(model: PreTrainedModel) -> torch.Tensor:
-    return model.generate(tokens(), max_new_tokens=NEW_TOKENS, do_sample=False)
-
-
 @torch.no_grad()
 def test_loads_with_the_package_and_trusts_no_code(saved) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(saved.directory)
     assert type(loaded) is type(saved.model)
     assert torch.equal(loaded(tokens()).logits, saved.model(tokens()).logits)
-    assert torch.equal(greedy(loaded), greedy(saved.model))
+    expected = telling(saved.model, tokens(), NEW_TOKENS)
+    assert torch.equal(generated(loaded, tokens(), NEW_TOKENS), expected)
     decoder = AutoModel.from_pretrained(saved.directory)
     assert type(decoder) is type(saved.model.model)
     hidden = saved.model.model(tokens()).last_hidden_state
@@ -162,7 +160,8 @@ def test_loads_without_the_package(saved, without_the_package) -> None:
     assert loaded["cached_floats"] == saved.model.config.cached_floats
     assert torch.equal(loaded["logits"], saved.model(tokens()).logits)
     assert torch.equal(loaded["hidden"], saved.model.model(tokens()).last_hidden_state)
-    assert torch.equal(loaded["generated"], greedy(saved.model))
+    expected = telling(saved.model, tokens(), NEW_TOKENS)
+    assert torch.equal(loaded["generated"], torch.cat((tokens(), expected), dim=1))
     assert loaded["text"] == make_tiny_tokenizer()("a b")["input_ids"]
 
 

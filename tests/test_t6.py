@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from tpa_convert.modeling.modeling_tpa import TPAAttention
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.conversions import convert_tiny
 from tpa_convert.errors import UserError
 from tpa_convert.export.t6 import export_t6_attention, import_t6_attention
+from tpa_convert.modeling import LayerShape, TPAAttention
+from tpa_convert.modeling.tpa_llama import TPALlamaConfig, TPALlamaModel
 
 HIDDEN = 20
 TOLERANCE = 1e-5

@@ -51,6 +51,15 @@ def head_factor_parameters(
     return {f"{name}.weight": len(head_factor) * head_factor.flatten().outer(functional)}
 
 
+def by_rotary_pair(keys: KeyFactors) -> KeyFactors:
+    """The same factors with their components in the order of the rotary pairs, as a layer counts
+    them."""
+    order = keys.rotary_pair.argsort(stable=True)
+    return KeyFactors(
+        keys.feature[order], keys.gauge[:, order], keys.rotary_pair[order], keys.head_factor
+    )
+
+
 def attention_parameters(
     weights: AttentionWeights,
     keys: KeyFactors | LatentKeyFactors,
@@ -140,6 +149,7 @@ def convert_layer(
         return attention_parameters(weights, latent, values, shape, functional), shape
     keys = with_unit_gauge(decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k))
     if shape.key_gauge != "none":
+        keys = by_rotary_pair(keys)
         counts = keys.rotary_pair.bincount(minlength=weights.key.shape[1] // 2)
         shape = replace(shape, key_pairs=" ".join(map(str, counts.tolist())))
         if not shape.contextual:
