@@ -375,7 +375,9 @@ def test_moments_of_another_source_are_refused_before_anything_is_measured(
     moments = tmp_path / "moments.safetensors"
     first = planned(save_source(tmp_path / "first"), text, "--save-moments", moments)
     assert moments.is_file(), first.output
-    monkeypatch.setattr("tpa_convert.planning.search.measure_sensitivity", None)  # must not be called
+    monkeypatch.setattr(
+        "tpa_convert.planning.search.measure_sensitivity", None
+    )  # must not be called
     other = save_source(tmp_path / "other", seed=1)
     message = error_of(planned(other, text, "--moments", moments))
     assert message == f"error: {moments} was made from another source: leave out --moments"

@@ -24,6 +24,11 @@ from tpa_convert.forward.stand_in import arguments_at, named_arguments, standing
 ATTENTION = "self_attn"  # the attribute of a layer that holds its attention in most families
 
 
+def attention_modules(model: PreTrainedModel, attention: str = ATTENTION) -> list[nn.Module]:
+    """The attention modules of all layers, each the attribute of that name."""
+    return [getattr(layer, attention) for layer in model.get_decoder().layers]
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of a layer's attention.
