@@ -32,7 +32,7 @@ def damaged(model: Any, amount: float = 0.3) -> Any:
 
 @pytest.mark.parametrize("family", list(MODELS))
 def test_the_sum_is_found_where_there_is_one(family) -> None:
-    """Not where the output is normed first (Gemma 3) or the MLP runs beside it (Cohere)."""
+    """Not where the output is normed first (Gemma 3) or the MLP runs beside it (Cohere, Phi)."""
     model = MODELS[family]()
     walk = DecoderWalk(model, BLOCKS, batch_size=4)
     for index, layer in enumerate(model.model.layers):
@@ -116,7 +116,7 @@ def test_a_llama_is_refined_towards_the_very_streams_of_earlier_versions(tiny_ll
         assert torch.equal(pair.model.states, stream)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "cohere"])
+@pytest.mark.parametrize("family", ["gemma3", "cohere", "phi"])
 def test_without_a_sum_the_target_is_the_sources_own_output(family) -> None:
     source = MODELS[family]()
     pair = StreamPair(source, damaged(source), BLOCKS, 4)

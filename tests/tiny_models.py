@@ -17,6 +17,8 @@ from transformers import (
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -42,13 +44,15 @@ GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def random_model(family: type[PreTrainedModel], config: Any, seed: int = 0) -> Any:
-    """In fp32 and eval mode, with norms that are no identity."""
+    """In fp32 and eval mode, with norms that are no identity and biases that are not zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family(config)
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.data += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+            elif name.endswith("bias"):
+                parameter.data.normal_(std=0.2)
     return model.eval().requires_grad_(False)
 
 
@@ -79,6 +83,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "mistral": lambda seed=0: random_model(
         MistralForCausalLM, MistralConfig(**SIZES, head_dim=8, sliding_window=WINDOW), seed
     ),
+    "phi": lambda seed=0: random_model(PhiForCausalLM, PhiConfig(**SIZES), seed),
     "phi3": lambda seed=0: random_model(Phi3ForCausalLM, Phi3Config(**SIZES), seed),
 }
 """Each takes a seed: 3 layers, hidden size 32, vocabulary 128."""

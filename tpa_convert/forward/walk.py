@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -180,7 +181,7 @@ class DecoderWalk:
         time, because a vocabulary can be large."""
         head, finish = self.model.get_output_embeddings(), logit_finish(self.model)
         for chunk in hidden.flatten(0, 1).split(chunk_positions(self.model)):
-            product = head(self.final(chunk[None])[0])
+            product = F.linear(self.final(chunk[None])[0], head.weight)
             yield product if finish is None else finish(product)
 
 
