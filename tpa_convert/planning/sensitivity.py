@@ -6,15 +6,16 @@ own share of the loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.model import convert_layer
-from tpa_convert.decomposition import AttentionWeights, LayerMoments
+from tpa_convert.conversion.layer import attention_module, convert_layer
+from tpa_convert.decomposition import LayerMoments
 from tpa_convert.decomposition.gauge import (
     key_components,
     truncation_errors,
@@ -24,9 +25,8 @@ from tpa_convert.decomposition.gauge import (
 from tpa_convert.decomposition.latent import latent_components
 from tpa_convert.forward.divergence import chunked_divergence
 from tpa_convert.forward.head import logit_finish
-from tpa_convert.forward.walk import ATTENTION, DecoderWalk
-from tpa_convert.modeling import KeyCache, TPAConfig
-from tpa_convert.modeling.modeling_tpa import TPAAttention
+from tpa_convert.forward.walk import DecoderWalk
+from tpa_convert.modeling import KeyCache
 from tpa_convert.plans import plan_widths
 from tpa_convert.plans.allocation import interpolate_loss
 from tpa_convert.progress import Track, no_tracking
@@ -120,7 +120,6 @@ def measure_sensitivity(
     blocks: Tensor,
     *,
     key_cache: KeyCache = "rotated",
-    attention: str = ATTENTION,
     track: Track = no_tracking,
 ) -> list[LayerSensitivity]:
     """Sensitivity of every layer of `source`, on text that the moments have not seen.
@@ -133,32 +132,31 @@ def measure_sensitivity(
         moments: of the source on calibration text.
         blocks: token ids, int64 [N, length].
         key_cache: which kind of keys is narrowed.
-        attention: name of the attention module in a layer.
         track: shows progress over the layers.
     """
     llama_config = source.architecture.llama_config(source.model.config)
     width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
     widths = tuple(max(2, round(share * width / 2) * 2) for share in SHARES)
 
-    def config(width_k: int, width_v: int) -> TPAConfig:
-        pairs = [(width_k, width_v)] * len(moments.layers)
-        plan = plan_widths(pairs, llama_config, key_cache=key_cache)
-        scale = source.architecture.attention_scale(source.model.config)
-        result = TPAConfig(**llama_config, **plan.config_fields(), attention_scale=scale)
-        result._attn_implementation = "sdpa"
-        return result
+    architecture, model = source.architecture, source.model
 
+    def config(width_k: int, width_v: int) -> Any:
+        plan = plan_widths([(width_k, width_v)] * len(layers), llama_config, key_cache=key_cache)
+        return architecture.tpa_config(model.config, [asdict(shape) for shape in plan.layers])
+
+    layers = moments.layers
     narrow_keys = [config(narrow, width) for narrow in widths]
     narrow_values = [config(width, narrow) for narrow in widths]
-    state = source.architecture.llama_state_dict(source.model)
-    state = {name: tensor.cpu() for name, tensor in state.items() if "self_attn" in name}
-    losses = _Losses(source.model, blocks, attention)
+    losses = _Losses(model, blocks, architecture.names.attention)
     report = []
-    for i in track(range(len(moments.layers)), "measuring sensitivity"):
-        weights, layer_moments = attention_weights(source, state, i), moments.layers[i]
+    for i in track(range(len(layers)), "measuring sensitivity"):
+        original, layer_moments = losses.walk.attention(i), layers[i]
+        weights = attention_weights(original, architecture.names, model.config, i)
+
         key_losses, value_losses = (
             tuple(
-                losses.with_attention(_attention(c, i, weights, layer_moments), i) for c in configs
+                losses.with_attention(_narrowed(source, original, c, i, layer_moments), i)
+                for c in configs
             )
             for configs in (narrow_keys, narrow_values)
         )
@@ -176,16 +174,18 @@ def measure_sensitivity(
     return report
 
 
-def _attention(
-    config: TPAConfig, layer: int, weights: AttentionWeights, moments: LayerMoments
-) -> TPAAttention:
-    """The converted attention of one layer, in fp32 on the CPU."""
-    state, _ = convert_layer(
-        weights, moments, config.layer_shape(layer), method="gauge", whiten=True
-    )
-    with torch.device("meta"):
-        attention = TPAAttention(config, layer)
-    expected = attention.state_dict().keys()
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    attention.load_state_dict({k: state[k] for k in expected}, assign=True)
-    return attention.eval()
+def _narrowed(
+    source: Source, original: nn.Module, config: Any, index: int, moments: LayerMoments
+) -> nn.Module:
+    """The converted attention of layer `index`, in fp32.
+
+    Args:
+        original: the source's attention of that layer.
+        config: of the converted model; learns the rotary pairs of the layer's components.
+    """
+    names = source.architecture.names
+    weights = attention_weights(original, names, source.model.config, index)
+    shape = config.layer_shape(index)
+    parameters, shape = convert_layer(weights, moments, shape, method="gauge", whiten=True)
+    config.tpa_layers[index] = asdict(shape)
+    return attention_module(original, names, config, index, parameters)
