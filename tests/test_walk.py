@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import random_blocks
-from tests.tiny_models import MODELS
+from tests.tiny_models import MODELS, SIZES, random_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward import logits as logits_module
 from tpa_convert.forward.head import final_hidden_states
@@ -116,6 +117,14 @@ def test_a_layer_of_another_model_in_its_place() -> None:
     model.model.layers[0] = other.model.layers[0]
     expected = model(BLOCKS, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(found, expected)
+
+
+def test_attention_of_another_name() -> None:
+    config = GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+    model = random_model(GPTNeoXForCausalLM, config)
+    walk = DecoderWalk(model, BLOCKS, batch_size=2, attention="attention")
+    assert error(walk, model) < 1e-5
+    assert walk.attention(0) is model.gpt_neox.layers[0].attention
 
 
 def test_layers_that_need_the_text_are_refused() -> None:

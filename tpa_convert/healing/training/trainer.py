@@ -19,7 +19,7 @@ from tpa_convert.forward.divergence import (
     hidden_distance,
 )
 from tpa_convert.forward.head import final_hidden_states, logit_finish, with_head_input
-from tpa_convert.forward.walk import ATTENTION, attention_modules
+from tpa_convert.forward.walk import attention_modules
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.training.distributed import gathered, set_wrapping, shard_frozen
 
@@ -32,9 +32,9 @@ def in_attention(name: str) -> bool:
     return "self_attn" in name.split(".")
 
 
-def attention_parameters(model: PreTrainedModel, attention: str = ATTENTION) -> set[nn.Parameter]:
-    """The parameters of all attention modules, see `attention_modules`."""
-    return {p for module in attention_modules(model, attention) for p in module.parameters()}
+def attention_parameters(model: PreTrainedModel) -> set[nn.Parameter]:
+    """The parameters of all attention modules."""
+    return {p for module in attention_modules(model) for p in module.parameters()}
 
 
 def parameter_groups(
@@ -43,14 +43,13 @@ def parameter_groups(
     attention_learning_rate: float,
     learning_rate: float,
     weight_decay: float,
-    attention: str = ATTENTION,
 ) -> list[dict[str, Any]]:
     """AdamW's groups: parameters of the attention and the rest, each with and without weight decay.
 
     Norms and biases (fewer than two dimensions) do not decay. Parameters without `requires_grad`
     are left out, as are empty groups.
     """
-    inside = attention_parameters(model, attention)
+    inside = attention_parameters(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
