@@ -222,7 +222,7 @@ def test_healing_lowers_the_loss(source, narrowed, tmp_path) -> None:
     def healed(teacher: PreTrainedModel, name: str) -> float:
         student = copy.deepcopy(narrowed)
         settings = HealingSettings(
-            tokens=40 * 256,
+            tokens=16 * 256,
             tokens_per_step=256,
             block_length=32,
             attention_learning_rate=3e-3,
@@ -241,9 +241,10 @@ def test_healing_lowers_the_loss(source, narrowed, tmp_path) -> None:
         )
         return divergence(source, student)
 
-    assert healed(source, "source") < before
+    # Another teacher leads elsewhere, or not as near.
+    assert healed(source, "source") < 0.92 * before
     other = MODELS[next(n for n in NAMES if MODELS[n]().config == source.config)](seed=8)
-    assert healed(other, "another") > before  # another teacher leads elsewhere
+    assert healed(other, "another") > 0.92 * before
 
 
 # ------------------------------------------------------------------ exports without the package
