@@ -1,23 +1,35 @@
-"""The benchmark scripts run, on a tiny model; what they print there means nothing."""
+"""What the benchmark scripts share, and the figures of whole runs against independent ones."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
-import sys
+import warnings
+from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from tests.command_line import CONVERT, save_source, tpa_convert
+from tests.benchmarks import MeasuredRow, benchmark, figures, record_rows, run_main
+from tests.command_line import save_source
 from tests.conftest import make_tiny_llama
-from tpa_convert.plans import plan_to_yaml, plan_widths
+from tests.conversions import source_of
+from tpa_convert.calibration.moments import collect_moments
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.decomposition import METHODS
+from tpa_convert.evaluation import blocks_by_source
+from tpa_convert.healing.training.sampling import sample_blocks
+from tpa_convert.planning.search import plan_between, plan_measured
+from tpa_convert.planning.sensitivity import measure_sensitivity
+from tpa_convert.plans import Budget, plan_to_yaml, plan_uniform, plan_widths
+from tpa_convert.sources import Source
+from tpa_convert.text.read import load_documents
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+WORDS = "A line of text to train and to measure on, again and again, as one does. "
 
 
 @pytest.fixture(scope="module")
@@ -25,284 +37,302 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_source(tmp_path_factory.mktemp("benchmarks") / "source")
 
 
+@pytest.fixture(scope="module")
+def source(model: Path) -> Source:
+    return benchmark("smollm2").load(str(model))
+
+
+@pytest.fixture(scope="module")
+def config(source: Source) -> dict[str, Any]:
+    return source.architecture.llama_config(source.model.config)
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
     """Arguments that name training text and held-out text of two sources."""
     train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
-    text = "Some text to train and to measure on, again and again. "
-    train.write_text(json.dumps({"text": text * 1000}) + "\n")
-    rows = [{"text": text * 100, "source": name} for name in ("news", "docs")]
+    documents = [WORDS[i:] + WORDS[:i] for i in range(len(WORDS))]
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    rows = [
+        {"text": WORDS.title() * 120, "source": "titles"},
+        {"text": WORDS * 120, "source": "long"},
+    ]
     valid.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["--train", str(train), "--valid", str(valid), "--valid-blocks", "1"]
 
 
-def output_of(
-    script: str,
-    arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> str:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    importlib.import_module(script).main()
-    return capsys.readouterr().out
+def check_row(row: MeasuredRow, source: Source, valid: str) -> float:
+    """Compares ratio and floats of a row with the model that it is about; returns its KL."""
+    blocks = blocks_by_source(source.tokenizer, load_documents(valid), 1024, 1)
+    found, reference = (figures(m, source.model, blocks) for m in (row.model, source.model))
+    ratios = [found.perplexities[name] / reference.perplexities[name] for name in blocks]
+    assert row.ratio == pytest.approx(prod(ratios) ** (1 / len(ratios)), rel=1e-4)
+    cached = getattr(row.model.config, "cached_floats", [2 * 2 * 8] * 2)
+    assert row.floats == sum(cached) / len(cached)
+    return found.kl
 
 
-def rows(output: str) -> dict[str, float]:
-    """Ratio to the source of every row of the tables with perplexities."""
-    found = re.findall(r"^\| (.+?) \| \d+ \|(?: [\d.]+ \|){2} ([\d.]+) \|", output, re.MULTILINE)
-    return {name: float(ratio) for name, ratio in found}
+# ------------------------------------------------------------------------------- what is shared
 
 
-def test_refinement(model, texts, monkeypatch, capsys, tmp_path) -> None:
-    questions = tmp_path / "quiz.jsonl"
-    questions.write_text(json.dumps({"query": "Some", "choices": ["text", "tests"], "gold": 0}))
-    runs = ["16:absorbed", "16:measured", "8+6", "16:latent:halfway", "24:affine"]
-    options = ["--runs", *runs, "--settings", "steps=2"]
-    options += ["--refine-blocks", "4", "--tasks", str(questions), "--layers", "1"]
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(importlib.import_module("smollm2"), "MULTIPLE_OF", 2)
-    output = output_of("refine_smollm2", [str(model), *texts, *options], monkeypatch, capsys)
-    found = rows(output)
-    assert found["source"] == 1
-    assert {"16:absorbed closed form", "16:measured refined steps=2"} <= found.keys()
-    assert "| quiz (1) |" in output
+def test_settings_are_keyword_arguments() -> None:
+    given = benchmark("settings").given_settings
+    assert given("") == {}
+    assert given('steps=300,learning_rate=1e-4,bf16=false,trainable="lora"') == {
+        "steps": 300,
+        "learning_rate": 1e-4,
+        "bf16": False,
+        "trainable": "lora",
+    }
 
 
-def test_healing(model, texts, monkeypatch, capsys, tmp_path) -> None:
-    options = ["--runs", "8+6", "16:latent", "--heal-tokens", "10", "--refine-blocks", "4"]
-    options += ["--refine-steps", "2"]
-    options += ["--settings", "seed=1,learning_rate=1e-4"]
-    options += ["--refined", str(tmp_path / "refined")]
-    arguments = [str(model), *texts, *options]
-    output = output_of("heal_smollm2", arguments, monkeypatch, capsys)
-    names = ("refined", "seed=1,learning_rate=1e-4 healed on 1e-05 M")
-    assert list(rows(output)) == ["source", *(f"{r} {n}" for r in options[1:3] for n in names)]
-    again = rows(output_of("heal_smollm2", arguments, monkeypatch, capsys))
-    healed = {name: row for name, row in rows(output).items() if "refined" not in name}
-    assert again == healed
-    assert re.search(r"tokens/s; held-out KL after 0 M [\d.]+, 0 M [\d.]+ -->", output)
+def test_a_row_has_the_figures_of_whole_logits(random_tokens, capsys) -> None:
+    """Texts of different sizes: perplexities count by text, KL and agreement by token."""
+    model, other = make_tiny_llama(seed=1), make_tiny_llama(seed=2)
+    blocks = {"one": random_tokens(2, 16, seed=1), "two": random_tokens(5, 16, seed=2)}
+    table = benchmark("smollm2").Table(source_of(model), blocks, {})
+    assert table.row("source", model, 32, 0.0) == pytest.approx(1)
+    ratio = table.row("other", other, 12.4, 3.14)
+    found, reference = (figures(m, model, blocks) for m in (other, model))
+    ratios = [found.perplexities[name] / reference.perplexities[name] for name in blocks]
+    assert ratio == pytest.approx((ratios[0] * ratios[1]) ** 0.5, rel=1e-4)
+    numbers = [f"{p:.2f}" for p in found.perplexities.values()]
+    numbers += [f"{ratio:.3f}", f"{found.kl:.3f}", f"{100 * found.top1:.1f}", "3.1"]
+    assert capsys.readouterr().out.splitlines()[1] == f"| other | 12 | {' | '.join(numbers)} |"
 
 
-def test_run_of_a_plan_file(model, texts, monkeypatch, capsys, tmp_path) -> None:
-    plan = tmp_path / "plan.yaml"
-    monkeypatch.syspath_prepend(str(FOLDER))
-    smollm2 = importlib.import_module("smollm2")
-    source = smollm2.load(str(model))
-    config = source.architecture.llama_config(source.model.config)
-    layers = [(8, 12)] + [(12, 8)] * (config["num_hidden_layers"] - 1)
-    uneven = plan_widths(layers, config, key_cache="latent")
-    plan.write_text(plan_to_yaml(uneven, {}))
-    assert smollm2.plan_of(str(plan), config) == uneven
-    assert smollm2.plan_of(f"{plan}:applied", config) == uneven.with_gauge("applied")
-    run, options = f"{plan}:applied", ["--refine-steps", "1", "--refine-blocks", "4"]
-    options += ["--heal-tokens", "10", "--refined", str(tmp_path / "refined")]
-    arguments = [str(model), *texts, "--runs", run, *options]
-    output = output_of("heal_smollm2", arguments, monkeypatch, capsys)
-    assert list(rows(output)) == ["source", f"{run} refined", f"{run} healed on 1e-05 M"]
-    assert [path.name for path in (tmp_path / "refined").iterdir()] == ["plan.yaml-applied-1"]
+def test_a_run_names_a_plan(source, config, random_tokens, tmp_path, monkeypatch) -> None:
+    smollm2 = benchmark("smollm2")
+    plan_of, tokens = smollm2.plan_of, random_tokens(4, 32, vocab_size=99)
+    assert plan_of("16", config) == plan_uniform(config, Budget(kv_floats=16))
+    widths = Budget(width_k=8, width_v=6)
+    latent = {"gauge": "applied", "key_cache": "latent"}
+    assert plan_of("8+6", config) == plan_uniform(config, widths)
+    assert plan_of("8+6:latent:applied", config) == plan_uniform(config, widths, **latent)
+    affine = plan_uniform(config, Budget(kv_floats=24), form="affine")
+    assert plan_of("24:affine", config) == affine
+
+    monkeypatch.setattr(smollm2, "MULTIPLE_OF", 2)
+    sensitivity = measure_sensitivity(source, collect_moments(source, tokens), tokens)
+    measured = plan_measured(sensitivity, config, 16, 2)
+    uniform = plan_uniform(config, Budget(kv_floats=16))
+    assert measured != uniform
+    assert plan_of("16:measured:applied", config, sensitivity) == measured.with_gauge("applied")
+    halfway = plan_between(uniform, measured, config)
+    assert plan_of("16:halfway", config, sensitivity) == halfway.with_gauge("auto")
+
+    path = tmp_path / "plan.yaml"
+    uneven = plan_widths([(8, 12), (12, 8)], config, key_cache="latent")
+    path.write_text(plan_to_yaml(uneven, {}))
+    assert plan_of(str(path), config) == uneven
+    assert plan_of(f"{path}:applied", config) == uneven.with_gauge("applied")
 
 
-def test_sampling(model, texts, monkeypatch, capsys, tmp_path) -> None:
+def test_token_files_are_joined_and_shuffled(source, tmp_path) -> None:
+    numbers = np.arange(60, dtype=np.uint16)
+    paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    np.save(paths[0], numbers[:20].reshape(2, 10))
+    np.save(paths[1], numbers[20:].reshape(4, 10))
+    train_blocks, both = benchmark("smollm2").train_blocks, ",".join(map(str, paths))
+    blocks = train_blocks(both, source, 5)
+    assert blocks.dtype == torch.int64
+    assert sorted(blocks.tolist()) == numbers.reshape(-1, 5).tolist()
+    assert blocks.tolist() != numbers.reshape(-1, 5).tolist()
+    assert torch.equal(train_blocks(both, source, 5, 7), blocks[:7])
+
+
+def test_tokenising_keeps_what_a_pattern_leaves(model, tmp_path, monkeypatch, capsys) -> None:
+    text = tmp_path / "text.jsonl"
+    documents = ["p" * 9, "q" * 9, "p" * 4 + "r" * 5, "r" * 9]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    tokenizer = benchmark("smollm2").load(str(model)).tokenizer
+    for options, kept in (
+        ([], {"p", "q", "r"}),
+        (["--only", "q|r"], {"p", "q", "r"}),
+        (["--without", "p"], {"q", "r"}),
+        (["--only", "r", "--without", "p"], {"r"}),
+    ):
+        run_main("tokenise", monkeypatch, model, text, tmp_path / "out", "--length", 10, *options)
+        blocks = np.load(tmp_path / "out.npy")
+        assert set(tokenizer.decode(blocks.flatten(), skip_special_tokens=True)) == kept
+        assert f"{len(blocks)} of 4 documents, {blocks.size} tokens" in capsys.readouterr().out
+
+
+def test_rows_of_the_one_shot_table_fit_the_model() -> None:
+    """SmolLM2's shape; every row caches what its budget says."""
+    config = make_tiny_llama(
+        hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64
+    ).config
+    fields = source_of(make_tiny_llama()).architecture.llama_config(config)
+    rows = benchmark("one_shot_smollm2").ROWS
+    assert {budget.get("kv_floats") for _, budget, _ in rows} == {256, 192, 128, None}
+    for _, budget, settings in rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            plan = plan_uniform(
+                fields,
+                Budget(**budget),
+                form=settings.get("form", "static"),
+                whole_heads=METHODS[settings.get("method", "gauge")].whole_heads,
+            )
+        # at full rank, with a head factor for each of 3 heads and 3 ranks
+        assert plan.kv_floats == budget.get("kv_floats", 2 * 3 * (64 + 3))
+
+
+def test_sampled_text_is_saved(model, source, tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "sampled.npy"
-    output = output_of(
-        "sample_smollm2", [str(model), str(out), "--tokens", "40"], monkeypatch, capsys
-    )
-    assert "1,024 tokens in" in output
-    blocks = np.load(out)
-    assert blocks.shape == (1, 1024)
-    assert len(np.unique(blocks)) > 10
+    options = ["--tokens", 40, "--length", 16, "--seed", 3]
+    run_main("sample_smollm2", monkeypatch, model, out, *options)
+    same = make_tiny_llama().to(torch.bfloat16)
+    expected = sample_blocks(same, source.tokenizer, 40, 16, seed=3)
+    assert np.load(out).tolist() == expected.tolist()
+    assert len(expected.unique()) > 10
+    assert f"48 tokens in {out}" in capsys.readouterr().out
 
 
-def test_ablation(model, texts, monkeypatch, capsys) -> None:
-    options = ["--floats", "16", "--calibration-blocks", "4", "--block-length", "64"]
-    options += ["--sensitivity-blocks", "2", "--refine-at", "16", "--refine-steps", "1"]
-    options += ["--refine-blocks", "4"]
-    output = output_of(
-        "ablation_smollm2",
-        [str(model), *texts, *options, "--rows", "^(?!refined)|gauge applied"],
-        monkeypatch,
-        capsys,
-    )
-    found = rows(output)
-    ablation = sys.modules["ablation_smollm2"]
-    assert set(ablation.BASELINES) <= found.keys()
-    assert {"+ widths by sensitivity", "+ both", "refined: gauge applied"} <= found.keys()
-    verdicts = re.findall(r"\| (keep|drop|mixed) \|$", output, re.MULTILINE)
-    assert len(verdicts) >= len(ablation.BASELINES)
+# ------------------------------------------------------------------------------- the ablation
 
 
-@pytest.mark.parametrize(("shape", "hidden_size"), [("135m", 72), ("1b", 256)])
-def test_throughput(shape: str, hidden_size: int, monkeypatch, capsys) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    throughput = importlib.import_module("heal_throughput")
-    small = {"intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
-    small["hidden_size"] = hidden_size
-    monkeypatch.setitem(throughput.SHAPES, shape, throughput.SHAPES[shape] | small)
-    monkeypatch.setattr(throughput, "LENGTH", 8)
-    arguments = ["--shape", shape, "--no-loss", "--variants", "b8-eager", "--steps", "3"]
-    arguments += ["--settings", "seed=1", "seed=2"]
-    output = output_of("heal_throughput", arguments, monkeypatch, capsys)
-    pattern = r"^\| 8 \| nothing \| seed=\d \| [\d,]+ \| (?:[\d.]+|nan)% .* \| (1: .*) \|$"
-    curves = re.findall(pattern, output, re.MULTILINE)
-    assert len(curves) == 2
-    assert curves[0] != curves[1]
-    for losses in curves:
-        assert [entry.split(":")[0] for entry in losses.split(", ")] == ["1", "2", "3"]
+def test_verdicts() -> None:
+    verdict = benchmark("ablation_smollm2").verdict
+    assert verdict([1.1, 1.3], [1.2, 1.4]) == "keep"
+    assert verdict([1.3, 1.5], [1.2, 1.4]) == "drop"
+    assert verdict([1.2, 1.4], [1.2, 1.4]) == "drop"  # no gain is no reason
+    assert verdict([1.1, 1.5], [1.2, 1.4]) == "mixed"
 
 
-@pytest.fixture
-def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("quality")
-
-
-def cells(output: str, row: str) -> list[str]:
-    """The cells of a row of a printed table."""
-    line = next(line for line in output.splitlines() if line.startswith(f"| {row} |"))
-    return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
-
-def test_needles(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
-    filler = "Words upon words, and nothing to find in them. " * 3
-    questions = quality.needle_questions(tiny_tokenizer, filler, 200, per_depth=2, seed=1)
-    assert len(questions) == 2 * len(quality.DEPTHS)
-    for depth, question in zip(quality.DEPTHS * 2, questions, strict=True):
-        assert len(set(question.choices)) == quality.CHOICES
-        right = f"is {question.choices[question.gold]}."
-        assert question.query.count(right) == 1
-        assert sum(question.query.count(choice) for choice in question.choices) == 1
-        length = len(f"{question.query} {question.choices[0]}")
-        assert 200 - quality.SLACK - 2 <= length <= 200  # one token a character
-        asked = question.query.rindex("\n\nThe secret")
-        needle = len(f"\n\nThe secret number of the old mill {right}\n\n")
-        place = question.query.index("\n\nThe secret") / (asked - needle)
-        assert place == pytest.approx(depth, abs=0.1)
-    again = quality.needle_questions(tiny_tokenizer, filler, 200, per_depth=2, seed=1)
-    assert again == questions
-
-    models = {"source": tiny_llama(), "converted": tiny_llama("mqa")}
-    quality.needle_table(models, tiny_tokenizer, filler, (150, 200), per_depth=1)
-    output = capsys.readouterr().out
-    assert "150 tokens | 200 tokens | mean | drop |" in output
-    accuracies = [float(cell) for cell in cells(output, "converted")[:3]]
-    assert accuracies[2] == pytest.approx(sum(accuracies[:2]) / 2)
-    assert re.fullmatch(r"-?[\d.]+ ± [\d.]+", cells(output, "converted")[3])
-
-
-def test_chat(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
-    tiny_tokenizer.chat_template = (
-        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    source, prompts = tiny_llama(), ["Hello?", "What is that over there?"]
-    ids, answers = quality.source_answers(source, tiny_tokenizer, prompts, max_new_tokens=5)
-    for prompt, row, answer in zip(prompts, ids, answers, strict=True):
-        start = len(f"user: {prompt}\nassistant: ")
-        assert tiny_tokenizer.decode(row[:start]) == f"user: {prompt}\nassistant: "
-        count = int(answer.sum())
-        assert 1 <= count <= 5
-        assert answer[start : start + count].all()
-        # greedy: each token is the likeliest one, whatever is padded behind it
-        logits = source(row[None]).logits[0]
-        assert torch.equal(logits.argmax(-1)[start - 1 : start - 1 + count], row[answer])
-
-    models = {"source": source, "same": tiny_llama(), "other": tiny_llama("mqa")}
-    quality.chat_table(models, tiny_tokenizer, prompts, max_new_tokens=5)
-    output = capsys.readouterr().out
-    assert "| chat, 2 answers, " in output
-    assert cells(output, "same")[:2] == ["0.0000", "100.0"]
-    assert cells(output, "same")[3] == "×1.000"
-    assert float(cells(output, "other")[0]) > 0
-    assert len(set(quality.CHAT_PROMPTS.read_text().splitlines())) == 40
-
-
-def test_divergence_on_questions(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
-    questions = [
-        quality.Question("What is it?", ("a cat", "a dog"), 1),
-        quality.Question("And where?", ("far away from here", "there"), 0),
+def test_the_summary_shows_gains_on_the_reference(capsys) -> None:
+    summary = {"plain": [(1.25, 3.0), (2.0, 1.0)], "+ trick": [(1.0, 7.4), (1.9, 0.2)]}
+    benchmark("ablation_smollm2").show(summary, "plain", [24, 16])
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "| | 24 | 16 | gain % | seconds | verdict |",
+        "|---|---|---|---|---|---|",
+        "| plain | 1.250 | 2.000 | +0.0 / +0.0 | 3 |  |",
+        "| + trick | 1.000 | 1.900 | +20.0 / +5.0 | 7 | keep |",
+        "",
     ]
-    models = {"source": tiny_llama(), "same": tiny_llama(), "other": tiny_llama("mqa")}
-    quality.question_table(models, tiny_tokenizer, {"quiz": questions, "half": questions[:1]})
-    output = capsys.readouterr().out
-    assert cells(output, "same") == ["0.0000"] * 3
-    sums, counts = [], []
-    for text in ("What is it? a dog", "And where? far away from here"):
-        row = torch.tensor([tiny_tokenizer(text)["input_ids"]])
-        one, other = (models[n](row).logits[0, :-1].log_softmax(-1) for n in ("source", "other"))
-        sums.append((one.exp() * (one - other)).sum().item())
-        counts.append(row.shape[1] - 1)
-    quiz, half = sum(sums) / sum(counts), sums[0] / counts[0]
-    expected = [quiz, half, (quiz + half) / 2]
-    assert [float(cell) for cell in cells(output, "other")] == pytest.approx(expected, abs=1e-4)
 
 
-def test_scores_by_position(monkeypatch, random_tokens) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    quality = importlib.import_module("quality")
-    source, other = make_tiny_llama(seed=1), make_tiny_llama(seed=2)
-    blocks = random_tokens(3, 20)
-    predicted, expected = (m(blocks).logits[:, :-1].log_softmax(-1) for m in (other, source))
-    loss, divergence = quality.scores_by_position(other, source, blocks)
-    picked = predicted.gather(-1, blocks[:, 1:, None])[..., 0]
-    torch.testing.assert_close(loss.float(), -picked.mean(0))
-    kl = (expected.exp() * (expected - predicted)).sum(-1).mean(0)
-    torch.testing.assert_close(divergence.float(), kl)
+def test_every_row_is_made_at_every_budget() -> None:
+    ablation, made = benchmark("ablation_smollm2"), []
 
+    class Table:
+        def row(self, name: str, model: Any, floats: float, seconds: float) -> float:
+            made.append((name, model, floats))
+            return 10 * floats + len(made)
 
-def test_quality(model, texts, monkeypatch, capsys, tmp_path) -> None:
-    converted, questions = tmp_path / "small", tmp_path / "quiz.jsonl"
-    assert tpa_convert("convert", model, *CONVERT, "--out", converted).exit_code == 0
-    lines = [{"query": "Some", "choices": ["text", "tests"], "gold": i % 2} for i in range(4)]
-    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = [str(model), str(converted), "--valid", texts[3], "--tasks", str(questions)]
-    options += ["--lengths", "150", "200", "--answer-tokens", "2"]
-    output = output_of("quality", options, monkeypatch, capsys)
-    assert "| accuracy, % | quiz (4) | mean | drop |" in output
-    assert "| KL on questions | quiz | mean |" in output
-    assert "| perplexity at tokens | 0–32 | 32–256 |" in output
-    assert "| needles found, % of 10 | 150 tokens | 200 tokens | mean | drop |" in output
-    assert "nan" not in output
-    assert output.count("| small |") == 4
-    assert "no chat template" in output
-
-
-def test_objectives(model, texts, monkeypatch, capsys) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    run = importlib.import_module("tpa_convert.healing.training.preparation")
-    monkeypatch.setattr(run, "DistillationTrainer", run.DistillationTrainer)  # to be put back
-    options = ["--run", "16:latent", "--calibration-blocks", "2", "--refine-steps", "1"]
-    options += ["--heal-tokens", "10", "--rows", "forward|0.3$|Jensen|labels|states|outputs"]
-    output = output_of("objectives_smollm2", [str(model), *texts, *options], monkeypatch, capsys)
-    names = [
-        "forward KL",
-        "skewed KL, 0.3",
-        "Jensen-Shannon",
-        "hard labels, 0.1",
-        "hard labels, 0.3",
+    bench = SimpleNamespace()
+    rows = {name: ((lambda b, n, name=name: (name, n)), None) for name in ("first", "second")}
+    summary = ablation.run(Table(), bench, rows, [24, 16])
+    assert made == [
+        ("first", ("first", 24), 24),
+        ("second", ("second", 24), 24),
+        ("first", ("first", 16), 16),
+        ("second", ("second", 16), 16),
     ]
-    names += ["no hidden states", "hidden states, 10", "attention outputs"]
-    healed = [f"{name} healed on 1e-05 M" for name in names]
-    assert list(rows(output)) == ["source", "refined", *healed]
+    assert {name: [ratio for ratio, _ in cells] for name, cells in summary.items()} == {
+        "first": [241, 163],
+        "second": [242, 164],
+    }
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
-def test_gradients_of_divergences(name: str, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    divergence = getattr(importlib.import_module("objectives_smollm2"), name)
-    student, teacher = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0))
-    value, gradient = divergence(student.requires_grad_(), teacher)
-    torch.testing.assert_close(gradient, torch.autograd.grad(value, student)[0])
-    assert value > 0
-    assert divergence(teacher, teacher)[0].abs() < 1e-5
+def test_a_share_of_the_budget_goes_to_the_keys() -> None:
+    ablation = benchmark("ablation_smollm2")
+    shape = {"hidden_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+    tiny = make_tiny_llama("mha", **shape | {"num_attention_heads": 4})
+    bench = ablation.Bench(
+        None, source_of(tiny).architecture.llama_config(tiny.config), None, None, []
+    )
+    plan = bench.split(40, 5 / 8)
+    assert [(layer.width_k, layer.width_v) for layer in plan.layers] == [(24, 16)] * 2
+    assert bench.uniform(40).kv_floats == 40
 
 
-def test_hard_labels(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    objectives = importlib.import_module("objectives_smollm2")
-    logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    labels = torch.tensor([3, -1, 0, 10])
-    value, gradient = objectives.cross_entropy(logits, labels)
-    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+# ------------------------------------------------------------------------------- whole runs
+
+
+def logits(model: Any, blocks: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(blocks).logits
+
+
+def test_refinement(model, source, config, texts, monkeypatch) -> None:
+    """The closed form is the package's; refining it brings its predictions nearer."""
+    rows, tables = record_rows(monkeypatch), {}
+    script, smollm2 = benchmark("refine_smollm2"), benchmark("smollm2")
+    monkeypatch.setattr(script, "task_table", lambda *arguments: tables.update(tasks=arguments))
+    monkeypatch.setattr(script, "position_table", lambda *arguments: tables.update(at=arguments))
+    options = ["--runs", "16:applied", "12:latent", "--settings", "steps=8", "steps=1"]
+    options += ["--refine-blocks", "2", "--tasks", "quiz.jsonl", "--positions"]
+    run_main("refine_smollm2", monkeypatch, model, *texts, *options)
+    kinds = ("closed form", "refined steps=8", "refined steps=1")
+    runs = ("16:applied", "12:latent")
+    assert [row.name for row in rows] == ["source", *(f"{r} {k}" for r in runs for k in kinds)]
+    kl = {row.name: check_row(row, source, texts[3]) for row in rows}
+    assert kl["source"] < 1e-6
+
+    blocks = smollm2.train_blocks(texts[1], source, 1024, 2)
+    moments = collect_moments(source, blocks)
+    expected = logits(source.model, blocks)
+    models = {row.name: row.model for row in rows}
+    for run in runs:
+        closed, long, short = (logits(models[f"{run} {kind}"], blocks) for kind in kinds)
+        converted = convert_model(source, smollm2.plan_of(run, config), moments)
+        torch.testing.assert_close(closed, logits(converted, blocks), atol=1e-4, rtol=1e-4)
+        errors = [(found - expected).square().mean() for found in (long, short, closed)]
+        assert errors[0] < errors[1] <= errors[2]
+
+    # What the other tables compare is the model of the last setting.
+    compared, tokenizer, files = tables["tasks"]
+    assert list(compared) == ["source", *(f"{run} refined" for run in runs)]
+    for run in runs:
+        last = logits(models[f"{run} refined steps=1"], blocks)
+        assert torch.equal(logits(compared[f"{run} refined"], blocks), last)
+    assert files == ["quiz.jsonl"]
+    assert tokenizer.get_vocab() == source.tokenizer.get_vocab()
+    assert tables["at"][0] is compared
+    assert {name: part.shape for name, part in tables["at"][1].items()} == {
+        "titles": (1, 8192),
+        "long": (1, 8192),
+    }
+
+
+def test_a_shortened_source() -> None:
+    source = source_of(make_tiny_llama(num_hidden_layers=3))
+    tokens = torch.arange(3, 40)[None]
+    states = source.model(tokens, output_hidden_states=True).hidden_states
+    benchmark("refine_smollm2").shorten(source, 2)
+    shortened = source.model(tokens).logits
+    expected = source.model.lm_head(source.model.model.norm(states[2]))
+    torch.testing.assert_close(shortened, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_healing(model, source, texts, monkeypatch, tmp_path) -> None:
+    """Healed models are nearer than the refined ones, which another run takes from their folder."""
+    rows, kept = record_rows(monkeypatch), tmp_path / "refined"
+    script = benchmark("heal_smollm2")
+    changes = "tokens_per_step=512,batch_size=8,warmup_steps=2,attention_learning_rate=1e-2"
+    settings = [f"seed={seed},{changes}" for seed in (0, 1)]
+    options = ["--runs", "12:latent", "--refine-blocks", "4", "--refine-steps", "2"]
+    options += ["--length", "64", "--heal-tokens", "10240", "--refined", str(kept)]
+    arguments = [model, *texts, *options, "--settings"]
+    run_main("heal_smollm2", monkeypatch, *arguments, *settings)
+    healed = [f"12:latent {setting} healed on 0.01024 M" for setting in settings]
+    assert [row.name for row in rows] == ["source", "12:latent refined", *healed]
+    kl = [check_row(row, source, texts[3]) for row in rows]
+    assert kl[0] < 1e-6
+    assert max(kl[2:]) < kl[1]
+    assert kl[2] != kl[3]  # another seed, another order of the text
+    training = {"training": benchmark("smollm2").train_blocks(texts[1], source, 64)}
+    start, *ends = (figures(row.model, source.model, training).kl for row in rows[1:])
+    assert max(ends) < 0.8 * start
+
+    first = dict(rows[-1].model.named_parameters())
+    rows.clear()
+    monkeypatch.setattr(script, "convert_model", None)  # must not be called
+    run_main("heal_smollm2", monkeypatch, *arguments, settings[1])
+    assert [row.name for row in rows] == ["source", healed[1]]
+    for name, parameter in rows[-1].model.named_parameters():
+        torch.testing.assert_close(parameter, first[name], rtol=1e-4, atol=1e-6)
+    assert [path.name for path in kept.iterdir()] == ["12-latent-2"]

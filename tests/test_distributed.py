@@ -60,7 +60,8 @@ def check_runs(directory: Path, reference: Path) -> Iterator[tuple[str, dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
-    """Interrupted and resumed, with a tied output head and without, in full and with adapters."""
+    """Interrupted and resumed, with a tied output head and without, in full and with adapters, with
+    logits as the head leaves them and soft-capped."""
     launch("tests.healing_worker", tmp_path, "--interrupt", *(["--fsdp"] if fsdp else []))
     for name, report in check_runs(tmp_path, tmp_path / "one"):
         assert report["resumed_from"] == 3
@@ -87,9 +88,7 @@ def test_the_command_line_writes_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tpa_convert("convert", source, "--out", small, *CONVERT).exit_code == 0
     options = ["--tokens", 256, "--tokens-per-step", 64, "--block-length", 32]
     options += ["--sampled-tokens", 64, "--valid-text", save_text(tmp_path / "valid.txt")]
-    output = launch(
-        "tpa_convert.cli.commands", "heal", small, "--text", text, "--out", healed, *options
-    )
+    output = launch("tpa_convert", "heal", small, "--text", text, "--out", healed, *options)
     assert output.count("Healed on 256 tokens") == 1
     assert output.count("Wrote") == 1
     record = json.loads((healed / "tpa_convert.json").read_text())

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import make_tiny_llama
-from tests.test_healing import SETTINGS, StopAt, perturbed, run
+from tests.healing import SETTINGS, StopAt, perturbed, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted, HealingSettings, heal
 from tpa_convert.healing.training import preparation

@@ -74,9 +74,7 @@ def test_streams_and_files_are_mixed(letters, monkeypatch: pytest.MonkeyPatch) -
             yield {"text": "s" * 9}
 
     stream = datasets.IterableDataset.from_generator(endless)
-    monkeypatch.setattr(
-        "tpa_convert.calibration.text._load_hub", lambda name, column, split: stream
-    )
+    monkeypatch.setattr("tpa_convert.text.read._load_hub", lambda name, column, split: stream)
     for share in (None, 1.0):  # a stream has no size, so equal shares are what no shares mean
         blocks = mixed({"owner/corpus": share, letters("a", 8): share}, 10)
         assert shares(blocks) == {"s": 5, "a": 5}

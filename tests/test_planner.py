@@ -17,7 +17,7 @@ from tpa_convert.cli.tables import show_layers
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import agreement
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import Gauge, LayerShape
 from tpa_convert.planning.search import plan_measured, predicted_loss
 from tpa_convert.planning.sensitivity import POSITION_STRIDE, measure_sensitivity
 from tpa_convert.plans import Budget, Plan, load_plan, plan_to_yaml, plan_uniform, plan_widths
@@ -165,7 +165,12 @@ def test_largest_context() -> None:
 
 
 def llama_config(layers: int = 3) -> dict[str, int]:
-    return {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": layers}
+    return {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_hidden_layers": layers,
+        "key_norm": False,
+    }
 
 
 @pytest.mark.parametrize("key_cache", ["rotated", "latent"])
@@ -375,7 +380,9 @@ def test_moments_of_another_source_are_refused_before_anything_is_measured(
     moments = tmp_path / "moments.safetensors"
     first = planned(save_source(tmp_path / "first"), text, "--save-moments", moments)
     assert moments.is_file(), first.output
-    monkeypatch.setattr("tpa_convert.planner.measure_sensitivity", None)  # must not be called
+    monkeypatch.setattr(
+        "tpa_convert.planning.search.measure_sensitivity", None
+    )  # must not be called
     other = save_source(tmp_path / "other", seed=1)
     message = error_of(planned(other, text, "--moments", moments))
     assert message == f"error: {moments} was made from another source: leave out --moments"
@@ -390,12 +397,12 @@ def test_results_are_saved_before_they_are_shown(tmp_path, text, monkeypatch) ->
         raise BrokenPipeError
 
     with monkeypatch.context() as patch:
-        patch.setattr("tpa_convert.cli.show_planning", fail)
+        patch.setattr("tpa_convert.cli.commands.show_planning", fail)
         assert planned(source, text, *options).exit_code == 1
     assert all(path.is_file() for path in files)
     for path in files:
         path.unlink()
-    monkeypatch.setattr("tpa_convert.charts.planning_chart", fail)
+    monkeypatch.setattr("tpa_convert.reporting.charts.planning_chart", fail)
     assert planned(source, text, *options).exit_code == 1
     assert [path.is_file() for path in files] == [True, False, True]
 
@@ -433,8 +440,8 @@ def test_agreement_of_the_exact_plan(measured) -> None:
 
 
 def test_an_uneven_plan_is_shown_as_a_table(capsys) -> None:
-    def layer(width_k: int, width_v: int, gauge: str = "absorbed") -> LayerShape:
-        return LayerShape("static", gauge, 1, 1, width_k, width_v, "latent")
+    def layer(width_k: int, width_v: int, gauge: Gauge = "absorbed") -> LayerShape:
+        return LayerShape("static", "applied", gauge, 1, 1, width_k, width_v, "latent")
 
     show_layers([layer(8, 16)] * 12)
     assert " ".join(capsys.readouterr().out.split()) == (
@@ -455,8 +462,8 @@ def test_an_uneven_plan_is_shown_as_a_table(capsys) -> None:
 def test_a_plan_of_two_forms_shows_the_ranks_it_knows(capsys) -> None:
     show_layers(
         [
-            LayerShape("static", "absorbed", 1, 1, 8, 16, "latent"),
-            LayerShape("affine", "absorbed", 2, 4, 24, 16),
+            LayerShape("static", "applied", "absorbed", 1, 1, 8, 16, "latent"),
+            LayerShape("affine", "absorbed", "absorbed", 2, 4, 24, 16),
         ]
     )
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
