@@ -200,8 +200,15 @@ def test_bad_plans_are_told_apart(tmp_path, change, message) -> None:
 def test_files_that_are_no_plan(tmp_path, text) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="plan"):
+    with pytest.raises(UserError, match=r"plan\.yaml is not a plan.*: make one with"):
         load_plan(path, llama_config())
+
+
+def test_no_file_at_all(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no plan at .*nowhere\.yaml: make one"):
+        load_plan(tmp_path / "nowhere.yaml", llama_config())
+    with pytest.raises(UserError, match=r"cannot read the plan .*: Is a directory"):
+        load_plan(tmp_path, llama_config())
 
 
 # ------------------------------------------------------------------------------- command
