@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.families import architecture_of
-from tpa_convert.modeling import Form, Gauge, KeyCache, TPAForCausalLM
+from tpa_convert.modeling import Form, Gauge, KeyCache
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.sources import Source, SourceReference
 
@@ -42,7 +42,7 @@ def convert_tiny(
     key_cache: KeyCache = "rotated",
     moments: Moments | None = None,
     **budget: Any,
-) -> TPAForCausalLM:
+) -> PreTrainedModel:
     """Converts a tiny model; `budget` is what `Budget` takes, the full width by default."""
     source = source_of(model)
     llama_config = source.architecture.llama_config(model.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -14,27 +15,29 @@ from transformers import (
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
-from tpa_convert.conversion.model import attention_parameters, convert_layer
+from tpa_convert.conversion.layer import attention_parameters, convert_layer
+from tpa_convert.conversion.model import build
 from tpa_convert.decomposition.factors import KeyFactors, ValueFactors, to_complex_pairs
-from tpa_convert.modeling import Gauge, LayerShape, TPAConfig, TPAForCausalLM
+from tpa_convert.modeling import Gauge, LayerShape
 from tpa_convert.sources.attention import attention_weights
 
 TOLERANCE = 1e-4
 
 
-def max_difference(source: LlamaForCausalLM, converted: TPAForCausalLM) -> float:
+def max_difference(source: LlamaForCausalLM, converted: PreTrainedModel) -> float:
     tokens = random_blocks(count=2, length=33, seed=1)
     with torch.no_grad():
         return (source(tokens).logits - converted(tokens).logits).abs().max().item()
 
 
-def with_gauge(source_model, gauge: Gauge, maps) -> TPAForCausalLM:
+def with_gauge(source_model, gauge: Gauge, maps) -> PreTrainedModel:
     """A full-width static model whose gauge is chosen by `maps(num_heads, head_dim)`.
 
     `maps` gives, for keys, an invertible complex [f, g, g] (per rotary pair) and for values an
@@ -45,21 +48,26 @@ def with_gauge(source_model, gauge: Gauge, maps) -> TPAForCausalLM:
     groups, head_dim = fields["num_key_value_heads"], fields["head_dim"]
     width, pairs = groups * head_dim, head_dim // 2
     key_map, value_map = maps(groups, head_dim)
-    shape = LayerShape("static", gauge, groups, groups, width, width)
-    config = TPAConfig(
-        **fields,
-        form="static",
-        gauge=gauge,
-        rank_k=groups,
-        rank_v=groups,
-        width_k=width,
-        width_v=width,
+    key_gauge = "applied" if fields["key_norm"] else gauge
+    shape = LayerShape(
+        "static",
+        key_gauge,
+        gauge,
+        groups,
+        groups,
+        width,
+        width,
+        key_norm=fields["key_norm"],
+        key_pairs=" ".join([str(groups)] * pairs),
     )
-    model = TPAForCausalLM(config).eval()
-    state = source.architecture.llama_state_dict(source_model)
+    config = source.architecture.tpa_config(
+        source_model.config, [asdict(shape)] * len(source_model.model.layers)
+    )
+    state = source_model.state_dict()
     parameters = {name: tensor for name, tensor in state.items() if "self_attn" not in name}
-    for i in range(config.num_hidden_layers):
-        weights = attention_weights(source, state, i)
+    for i, source_layer in enumerate(source_model.model.layers):
+        names = source.architecture.names
+        weights = attention_weights(source_layer.self_attn, names, source_model.config, i)
         key_pairs = to_complex_pairs(weights.key, 1)
         keys = KeyFactors(
             feature=torch.einsum("fpg,gfx->fpx", key_map, key_pairs).flatten(0, 1),
@@ -71,10 +79,8 @@ def with_gauge(source_model, gauge: Gauge, maps) -> TPAForCausalLM:
             gauge=torch.linalg.inv(value_map).unflatten(0, (groups, head_dim)),
         )
         layer = attention_parameters(weights, keys, values, shape, torch.zeros(0))
-        parameters |= {f"model.layers.{i}.self_attn.{k}": v for k, v in layer.items()}
-    expected = model.state_dict()
-    model.load_state_dict({k: v for k, v in parameters.items() if k in expected})
-    return model
+        parameters |= {f"model.layers.{i}.self_attn.{k}": v.float() for k, v in layer.items()}
+    return build(source.architecture.causal_lm, config, parameters, source_model)
 
 
 def identity_maps(groups: int, head_dim: int):
@@ -107,7 +113,7 @@ def test_a_stray_conjugate_would_be_seen(tiny_llama) -> None:
 
     converted = with_gauge(source, "applied", random_maps)
     for name, parameter in converted.named_parameters():
-        if name.endswith("key_gauge"):
+        if name.endswith("keys.gauge.weight"):
             parameter.data[:, 1] *= -1
     assert max_difference(source, converted) > 100 * TOLERANCE
 
@@ -138,7 +144,7 @@ def test_the_constant_part_of_latent_keys_costs_no_cache(tiny_llama) -> None:
     converted = convert_tiny(source, key_cache="latent", width_k=1, width_v=16)
     assert max_difference(source, converted) < TOLERANCE
     for layer in converted.model.layers:
-        layer.self_attn.key_offset.data.zero_()
+        layer.self_attn.keys.gauge.offset.data.zero_()
     assert max_difference(source, converted) > 100 * TOLERANCE
 
 
@@ -198,7 +204,7 @@ def test_output_bias_and_attention_scale_are_kept(tiny_llama) -> None:
     """Llama's attention_bias puts a bias on o too; and c is the source's at another key width."""
     source = tiny_llama("gqa", attention_bias=True)
     assert max_difference(source, convert_tiny(source)) < TOLERANCE
-    assert convert_tiny(source, kv_floats=14).config.attention_scale == 8**-0.5
+    assert convert_tiny(source, kv_floats=14).model.layers[0].self_attn.scaling == 8**-0.5
 
 
 @pytest.mark.parametrize("scaling", ["llama3", "yarn", "linear", "dynamic"])
@@ -266,13 +272,13 @@ def test_factored_queries_keep_what_heads_share() -> None:
     heads = attention.q_proj.weight.data.unflatten(0, (4, -1))
     heads[2], heads[3] = -2 * heads[0], 0.5 * heads[1]
     source = source_of(model)
-    weights = attention_weights(source, source.architecture.llama_state_dict(model), 0)
+    weights = attention_weights(attention, source.architecture.names, model.config, 0)
     moments = tiny_moments(model).layers[0]
-    shape = LayerShape("affine", "none", 4, 4, 32, 32)
+    shape = LayerShape("affine", "none", "none", 4, 4, 32, 32)
 
     def missed(rank: int) -> float:
         parameters, _ = convert_layer(
-            weights, moments, shape, method="svd", whiten=True, rank_q=rank
+            weights, moments, replace(shape, rank_q=rank), method="svd", whiten=True
         )
         head_factor = parameters["q_proj.head_factor.bias"].unflatten(0, (rank, 4))
         feature = parameters["q_proj.feature_factor.weight"].unflatten(0, (rank, -1))

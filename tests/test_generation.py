@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from tests.conversions import convert_tiny, random_blocks
 from tests.generated import generated, make_caches_forget, telling
-from tpa_convert.modeling import TPAForCausalLM
+from tpa_convert.modeling import pair_table
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "static absorbed": {"kv_floats": 14, "gauge": "absorbed"},
@@ -35,9 +35,9 @@ SPEAKING: dict[str, Any] = {"initializer_range": 0.3, "seed": 3}
 
 
 @pytest.fixture(params=list(LAYOUTS))
-def converted(request: pytest.FixtureRequest, tiny_llama) -> TPAForCausalLM:
+def converted(request: pytest.FixtureRequest, tiny_llama) -> PreTrainedModel:
     model = convert_tiny(tiny_llama("gqa", **SPEAKING), **LAYOUTS[request.param])
-    if model.config.form[0] == "affine":  # head factors that do depend on the token
+    if model.config.layer_shape(0).form == "affine":  # head factors that do depend on the token
         for name, parameter in model.named_parameters():
             if name.endswith("head_factor.weight"):
                 torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_the_live_cache_is_as_small_as_the_config_says(converted) -> None:
     for layer, floats in zip(cache.layers, converted.config.cached_floats, strict=True):
         nbytes = layer.keys.nbytes + layer.values.nbytes
         assert nbytes == floats * tokens.numel() * 4
-        assert floats < 2 * 2 * 8 or "linear" in converted.config.form
+        assert floats < 2 * 2 * 8 or converted.config.layer_shape(0).form == "linear"
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -170,8 +170,9 @@ def test_latent_keys_refuse_positions_of_the_last_token_only(tiny_llama) -> None
     cache = model(tokens, use_cache=True).past_key_values
     hidden = model.model.embed_tokens(tokens[:, -1:])
     last = model.model.rotary_emb(hidden, torch.tensor([[tokens.shape[1]]]))
-    with pytest.raises(ValueError, match="need cached_position_embeddings"):
-        model.model.layers[0].self_attn(hidden, last, past_key_values=cache)
+    attention = model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match="need the positions of everything cached"):
+        attention.keys.expand(cache.layers[0].keys, pair_table(last, 4))
 
 
 def test_assisted_and_prompt_lookup(converted, tiny_llama) -> None:
@@ -242,16 +243,15 @@ def test_cache_offload(converted, implementation) -> None:
 
 
 def test_per_layer_shapes_survive_saving(tiny_llama, tmp_path) -> None:
-    from dataclasses import replace
-
     from tests.conversions import source_of, tiny_moments
     from tpa_convert.conversion.model import convert_model
     from tpa_convert.modeling import LayerShape
     from tpa_convert.plans import Plan
 
     source = source_of(tiny_llama("gqa"))
-    first = LayerShape("static", "absorbed", 1, 1, 8, 4)
-    plan = Plan([first, replace(first, form="affine", gauge="applied", width_k=12)], 2, 8)
+    first = LayerShape("static", "absorbed", "absorbed", 1, 1, 8, 4)
+    second = LayerShape("affine", "applied", "applied", 1, 1, 12, 4)
+    plan = Plan([first, second], 2, 8)
     model = convert_model(source, plan, tiny_moments(source.model))
     tokens = prompt()
     expected = telling(model, tokens, NEW, use_cache=False)
@@ -259,4 +259,4 @@ def test_per_layer_shapes_survive_saving(tiny_llama, tmp_path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.cached_floats == [12, 12 + 4 + 4]
     assert torch.equal(generated(loaded, tokens, NEW), expected)
-    assert copy.deepcopy(loaded.config).width_k == [8, 12]
+    assert [shape.width_k for shape in copy.deepcopy(loaded.config).layer_shapes] == [8, 12]

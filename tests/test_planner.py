@@ -17,7 +17,7 @@ from tpa_convert.cli.terminal import show_layers
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import agreement
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import Gauge, LayerShape
 from tpa_convert.planning.search import plan_measured, predicted_loss
 from tpa_convert.planning.sensitivity import POSITION_STRIDE, measure_sensitivity
 from tpa_convert.plans import Budget, Plan, load_plan, plan_to_yaml, plan_uniform, plan_widths
@@ -165,7 +165,12 @@ def test_largest_context() -> None:
 
 
 def llama_config(layers: int = 3) -> dict[str, int]:
-    return {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": layers}
+    return {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_hidden_layers": layers,
+        "key_norm": False,
+    }
 
 
 @pytest.mark.parametrize("key_cache", ["rotated", "latent"])
@@ -443,8 +448,8 @@ def test_agreement_of_the_exact_plan(measured) -> None:
 
 
 def test_an_uneven_plan_is_shown_as_a_table(capsys) -> None:
-    def layer(width_k: int, width_v: int, gauge: str = "absorbed") -> LayerShape:
-        return LayerShape("static", gauge, 1, 1, width_k, width_v, "latent")
+    def layer(width_k: int, width_v: int, gauge: Gauge = "absorbed") -> LayerShape:
+        return LayerShape("static", "applied", gauge, 1, 1, width_k, width_v, "latent")
 
     show_layers([layer(8, 16)] * 12)
     assert " ".join(capsys.readouterr().out.split()) == (
@@ -465,8 +470,8 @@ def test_an_uneven_plan_is_shown_as_a_table(capsys) -> None:
 def test_a_plan_of_two_forms_shows_the_ranks_it_knows(capsys) -> None:
     show_layers(
         [
-            LayerShape("static", "absorbed", 1, 1, 8, 16, "latent"),
-            LayerShape("affine", "absorbed", 2, 4, 24, 16),
+            LayerShape("static", "applied", "absorbed", 1, 1, 8, 16, "latent"),
+            LayerShape("affine", "absorbed", "absorbed", 2, 4, 24, 16),
         ]
     )
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import Form, LayerShape, TPAConfig
+from tpa_convert.modeling import Form, LayerShape
+from tpa_convert.modeling.tpa_llama import TPALlamaConfig
 from tpa_convert.plans import Budget, Plan, plan_uniform
 
 GROUPS, HEAD_DIM, LAYERS = 3, 8, 4
@@ -26,6 +28,7 @@ def fields(groups: int = GROUPS, head_dim: int = HEAD_DIM, layers: int = LAYERS)
         "head_dim": head_dim,
         "num_hidden_layers": layers,
         "hidden_size": 2 * groups * head_dim,
+        "key_norm": False,
     }
 
 
@@ -99,16 +102,16 @@ def test_whole_heads(floats, ranks) -> None:
 
 def test_whole_contextual_heads_have_no_gauge_and_pay_for_head_factors() -> None:
     shape = shape_of(plan("linear", whole_heads=True, kv_floats=2 * (8 + 3)))
-    assert shape.gauge == "none"
+    assert (shape.key_gauge, shape.value_gauge) == ("none", "none")
     assert (shape.rank_k, shape.rank_v) == (1, 1)
     with pytest.raises(UserError, match=r"too small.*at least 22$"):
         plan("linear", whole_heads=True, kv_floats=21)
 
 
 def test_the_gauge_is_absorbed_until_the_projections_would_grow() -> None:
-    assert shape_of(plan(width_k=8, width_v=8)).gauge == "absorbed"
-    assert shape_of(plan(width_k=10, width_v=4)).gauge == "applied"
-    assert shape_of(plan(width_k=4, width_v=9)).gauge == "applied"
+    assert shape_of(plan(width_k=8, width_v=8)).key_gauge == "absorbed"
+    assert shape_of(plan(width_k=10, width_v=4)).key_gauge == "applied"
+    assert shape_of(plan(width_k=4, width_v=9)).value_gauge == "applied"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,8 @@ def test_never_above_the_budget_and_as_the_config_counts(
     cost = head_dim + contextual
     assume(floats >= (2 * cost if whole_heads else 2 * rank * contextual + 3 * rank))
     plan = plan_uniform(source, Budget(kv_floats=floats), form=form, whole_heads=whole_heads)
-    config = TPAConfig(**source, **plan.config_fields())
+    del source["key_norm"]
+    config = TPALlamaConfig(**source, tpa_layers=[asdict(layer) for layer in plan.layers])
     assert config.cached_floats == [plan.kv_floats] * layers
     assert plan.kv_floats <= floats
     most = 2 * groups * cost if whole_heads else floats

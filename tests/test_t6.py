@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tests.conversions import convert_tiny
 from tpa_convert.errors import UserError
 from tpa_convert.export.t6 import export_t6_attention, import_t6_attention
-from tpa_convert.modeling import TPAConfig
-from tpa_convert.modeling.modeling_tpa import TPAAttention
+from tpa_convert.modeling import LayerShape, TPAAttention
+from tpa_convert.modeling.tpa_llama import TPALlamaConfig, TPALlamaModel
 
 HIDDEN = 20
 TOLERANCE = 1e-5
@@ -82,20 +83,26 @@ def random_t6_weights(
 def imported_attention(
     weights: dict[str, Tensor], heads: int, head_dim: int, rank_q: int | None, **ranks: int
 ) -> TPAAttention:
-    config = TPAConfig(
+    layer = LayerShape(
+        "linear",
+        "none",
+        "none",
+        **ranks,
+        **{f"width_{name[-1]}": rank * head_dim for name, rank in ranks.items()},
+        rank_q=rank_q,
+    )
+    config = TPALlamaConfig(
+        vocab_size=4,
         hidden_size=HIDDEN,
+        intermediate_size=4,
         num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=head_dim,
-        form="linear",
-        gauge="none",
-        rank_q=rank_q,
-        **ranks,
-        **{f"width_{name[-1]}": rank * head_dim for name, rank in ranks.items()},
+        tpa_layers=asdict(layer),
     )
     config._attn_implementation = "sdpa"
-    attention = TPAAttention(config, layer_idx=0)
+    attention = TPALlamaModel(config).layers[0].self_attn
     attention.load_state_dict(
         import_t6_attention(weights, num_attention_heads=heads, head_dim=head_dim), strict=True
     )
@@ -162,8 +169,7 @@ def test_import_keeps_dtypes_and_needs_no_output_projection(dtype) -> None:
     del weights["c_proj.weight"]
     imported = import_t6_attention(weights, num_attention_heads=3, head_dim=4)
     assert "o_proj.weight" not in imported
-    assert {v.dtype for k, v in imported.items() if k != "rotary_pair"} == {dtype}
-    assert imported["rotary_pair"].tolist() == [0, 1, 0, 1]
+    assert {tensor.dtype for tensor in imported.values()} == {dtype}
 
 
 def linear_attention(model) -> TPAAttention:
@@ -198,7 +204,7 @@ def test_export_of_a_converted_layer_computes_the_same(tiny_llama, shape, rank_q
 def test_another_attention_scale_goes_into_the_queries(rank_q) -> None:
     weights = random_t6_weights(2, 4, rank_q, 2, 1)
     attention = imported_attention(weights, 2, 4, rank_q, rank_k=2, rank_v=1)
-    attention.scaling = attention.config.attention_scale = 1.7
+    attention.scaling = 1.7
     assert_same_function(attention, export_t6_attention(attention))
 
 

@@ -14,7 +14,8 @@ from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
 from tpa_convert.errors import UserError
-from tpa_convert.forward.layers import run_layer
+from tpa_convert.forward.walk import DecoderWalk
+from tpa_convert.modeling import pair_table
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source
 from tpa_convert.sources.attention import attention_weights
@@ -103,11 +104,17 @@ class MomentAccumulator:
         query = torch.einsum("bsx,hdx->bhsd", inputs[:, positions], weights.query)
         key = torch.einsum("btx,gdx->btgd", inputs, weights.key)
         value = torch.einsum("btx,gdx->btgd", inputs, weights.value).flatten(2)
+        query = query if weights.query_norm is None else weights.query_norm(query)
+        scale = (
+            torch.ones_like(key[..., :1])
+            if weights.key_norm is None
+            else (weights.key_norm.scale(key))
+        )
 
         query_pairs = to_complex_pairs(query, -1) * rotation[positions]
         key_pairs = to_complex_pairs(key, -1) * rotation[:, None]
-        attention = self.attention(query_pairs, key_pairs, positions)
-        self.add_all(inputs, query_pairs, key_pairs, key, value, attention)
+        attention = self.attention(query_pairs, scale * key_pairs, positions)
+        self.add_all(inputs, query_pairs, key_pairs, key, scale, value, attention)
         self.queries += attention.shape[0] * attention.shape[2]
 
     def add_all(
@@ -116,6 +123,7 @@ class MomentAccumulator:
         query_pairs: Tensor,
         key_pairs: Tensor,
         key: Tensor,
+        scale: Tensor,
         value: Tensor,
         attention: Tensor,
     ) -> None:
@@ -125,6 +133,7 @@ class MomentAccumulator:
             inputs: homogeneous, [b, t, D + 1].
             query_pairs, key_pairs: rotated, complex [b, h, s, f] and [b, t, g, f].
             key: before rotation, [b, t, g, d].
+            scale: of the norm of the keys, [b, t, g, 1]; ones without one.
             value: all heads together, [b, t, g d].
             attention: p, [b, h, s, t].
         """
@@ -132,16 +141,22 @@ class MomentAccumulator:
         mean_attention = attention.mean(1)
         token_weight = mean_attention.sum(1)[..., None, None]  # [b, t, 1, 1]
 
+        # What a token's keys count by: the norm scales each head, a component only all heads.
+        token_scale = scale.square().mean(2, keepdim=True).sqrt()  # [b, t, 1, 1]
+        key_pairs, scaled_key = token_scale * key_pairs, (token_scale * key).flatten(2)
         mean_pairs = torch.einsum("bst,btgf->bsgf", mean_attention.to(key_pairs.dtype), key_pairs)
         self.add("pair_covariance", covariance_of_pairs(key_pairs, token_weight * key_pairs))
         self.add("pair_covariance", -covariance_of_pairs(mean_pairs, mean_pairs))
-        key = key.flatten(2)
-        mean_key = (mean_attention @ key).flatten(0, 1)
-        weighted_key = (token_weight[..., 0] * key).flatten(0, 1)
-        self.add("key_mean", weighted_key.sum(0))
-        self.add("key_covariance", weighted_key.mT @ key.flatten(0, 1) - mean_key.mT @ mean_key)
+        mean_key = (mean_attention @ scaled_key).flatten(0, 1)
+        weighted_key = (token_weight[..., 0] * scaled_key).flatten(0, 1)
+        moment = weighted_key.mT @ scaled_key.flatten(0, 1)
+        self.add("key_covariance", moment - mean_key.mT @ mean_key)
+        weighted_scale = token_weight * token_scale
+        self.add("key_mean", (weighted_scale[..., 0] * scaled_key).sum((0, 1)))
+        self.add("key_weight", (weighted_scale * token_scale).sum())
         energy = query_pairs.abs().square().sum((0, 2)).unflatten(0, (-1, weights.heads_per_group))
         self.add("query_energy", energy.sum(1))
+        self.add("head_weight", (token_weight * scale.square()).sum((0, 1)))  # [g, 1]
         mixed = (attention @ value[:, None]).flatten(0, 2)
         heads = attention.shape[1]
         self.add("value_covariance", mixed.mT @ mixed / heads)
@@ -149,17 +164,26 @@ class MomentAccumulator:
         self.add("input_moment", weighted_inputs.mT @ inputs.flatten(0, 1))
 
     def attention(self, query_pairs: Tensor, key_pairs: Tensor, positions: Tensor) -> Tensor:
-        """Causal attention weights p, [b, h, s, t], float32."""
+        """Causal attention weights p, [b, h, s, t], float32, within the layer's window."""
         query = torch.view_as_real(query_pairs).flatten(-2)
         key = torch.view_as_real(key_pairs).flatten(-2).transpose(1, 2)
         key = key.repeat_interleave(self.weights.heads_per_group, dim=1)
         scores = query @ key.mT * self.weights.scale
-        future = torch.arange(scores.shape[-1], device=scores.device) > positions[:, None]
-        return scores.masked_fill_(future, -torch.inf).softmax(-1)
+        if self.weights.softcap is not None:
+            scores = self.weights.softcap * torch.tanh(scores / self.weights.softcap)
+        distance = positions[:, None] - torch.arange(scores.shape[-1], device=scores.device)
+        hidden = distance < 0
+        if self.weights.window is not None:
+            hidden |= distance >= self.weights.window
+        return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
 
     def finish(self) -> LayerMoments:
         """The moments: sums over the number of queries."""
         means = {name: total.cpu() / self.queries for name, total in self.sums.items()}
+        key_weight = means.pop("key_weight")
+        means["key_mean"] = means["key_mean"] / key_weight
+        # Heads whose norm scales them more than others weigh more in the scores.
+        means["query_energy"] = means["query_energy"] * (means.pop("head_weight") / key_weight)
         second_moment = means.pop("input_moment")  # homogeneous: the last column is the mean
         functional, residual = constant_functional(second_moment[:-1, :-1], second_moment[:-1, -1])
         return LayerMoments(**means, constant_functional=functional, constant_residual=residual)
@@ -196,29 +220,18 @@ def collect_moments(
         query_stride: distance of the positions taken as queries.
         track: shows progress over the layers, called as `track(layers, description)`.
     """
-    decoder = source.model.model
-    device = decoder.embed_tokens.weight.device
-    state = source.architecture.llama_state_dict(source.model)
-    batches = [decoder.embed_tokens(batch.to(device)) for batch in blocks.split(batch_size)]
-    positions = torch.arange(blocks.shape[1], device=device)[None]
-    position_embeddings = decoder.rotary_emb(batches[0], positions)
-    cos, sin = (table[0, :, : table.shape[-1] // 2].float() for table in position_embeddings)
-    rotation = torch.complex(cos, sin)
-
+    names = source.architecture.names
+    walk = DecoderWalk(source.model, blocks, batch_size, names.attention)
     layers = []
-    for i, layer in enumerate(track(decoder.layers, "calibrating")):
-        weights = attention_weights(source, state, i, dtype=torch.float32)
-        accumulator = MomentAccumulator(weights, query_stride)
-        captured: list[Tensor] = []
-        hook = layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs, captured=captured: captured.append(
-                kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            ),
-            with_kwargs=True,
+    for i in track(range(len(walk.layers)), "calibrating"):
+        weights = attention_weights(
+            walk.attention(i), names, source.model.config, i, dtype=torch.float32
         )
-        for b, hidden in enumerate(batches):
-            batches[b] = run_layer(layer, hidden, positions, position_embeddings)
-            accumulator.update(captured.pop().float(), rotation, offset=b % query_stride)
-        hook.remove()
+        accumulator = MomentAccumulator(weights, query_stride)
+        pairs = weights.key.shape[1] // 2
+        for b, call in enumerate(walk.observe(i)):
+            cos, sin = pair_table(call.keywords["position_embeddings"], pairs)
+            rotation = torch.complex(cos[0, 0].float(), sin[0, 0].float())
+            accumulator.update(call.hidden.float(), rotation, b % query_stride)
         layers.append(accumulator.finish())
     return Moments(layers, source.reference.sha256, blocks.numel())

@@ -237,7 +237,7 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
         widths = "; " + ", ".join(f"{name} {numbers[0]}" for name, numbers in rows.items())
     kinds: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        kind = f"{layer.form} head factors, gauge {layer.gauge}"
+        kind = f"{layer.form} head factors, gauge {layer.value_gauge}"
         if len(kept_as) > 1:
             kind += f", {layer.key_cache} keys"
         kinds.setdefault(kind, []).append(i)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tpa_convert.decomposition import gauge, tensor
 from tpa_convert.decomposition.factors import (
     AttentionWeights,
+    HeadNorm,
     KeyFactors,
     LatentKeyFactors,
     ValueFactors,
@@ -34,6 +35,7 @@ METHODS = {
 __all__ = [
     "METHODS",
     "AttentionWeights",
+    "HeadNorm",
     "KeyFactors",
     "LatentKeyFactors",
     "LayerMoments",

@@ -17,16 +17,44 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """An RMS norm over each head (QK-norm): γ ⊙ x / √(mean x² + ε).
+
+    Args:
+        weight: γ, [d], nowhere zero.
+        eps: ε.
+    """
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension of x [..., d]."""
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+    def scale(self, weighted: Tensor) -> Tensor:
+        """The factor [..., 1] that normalises γ ⊙ x, which is given: 1 / √(mean x² + ε)."""
+        return ((weighted / self.weight).square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> HeadNorm:
+        """The same norm elsewhere."""
+        return replace(self, weight=self.weight.to(device, dtype))
+
+
+@dataclass(frozen=True)
 class AttentionWeights:
-    """The projections of one attention layer.
+    """The projections of one attention layer, rotary pairs half-split over the whole head.
 
     Args:
         query: [h, d, D + 1].
-        key: [g, d, D + 1].
+        key: [g, d, D + 1]; of keys that are normalised γ ⊙ W_K, the norm's weight folded in.
         value: [g, d, D + 1].
         output: [D, h, d].
         output_bias: [D], or None.
         scale: factor on the scores before softmax.
+        query_norm, key_norm: of models with QK-norm. `query` does not hold the weight of its norm.
+        window: tokens that a query attends to, its own included; None for all.
+        softcap: c of scores c tanh(score / c), or None.
     """
 
     query: Tensor
@@ -35,6 +63,10 @@ class AttentionWeights:
     output: Tensor
     output_bias: Tensor | None
     scale: float
+    query_norm: HeadNorm | None = None
+    key_norm: HeadNorm | None = None
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def heads_per_group(self) -> int:

@@ -24,11 +24,6 @@ from tpa_convert.errors import UserError
 from tpa_convert.export.card import render_card
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_tpa.TPAConfig",
-    "AutoModel": "modeling_tpa.TPAModel",
-    "AutoModelForCausalLM": "modeling_tpa.TPAForCausalLM",
-}
 PACKAGES = ("torch", "transformers", "safetensors", "tensorly", "datasets", "accelerate")
 
 Provenance = dict[str, Any]
@@ -72,10 +67,22 @@ def save_converted(
                 f"{parameter_name} holds numbers that are not finite in "
                 f"{str(parameter.dtype).removeprefix('torch.')}: convert with --dtype bfloat16"
             )
-    model.config.auto_map = dict(AUTO_MAP)
+    model.config.auto_map = auto_map(type(model))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     write_provenance(directory, name, provenance)
+
+
+def auto_map(causal_lm: Any) -> dict[str, str]:
+    """Where transformers finds the classes of a converted model in its directory."""
+    classes = {
+        "AutoConfig": causal_lm.config_class,
+        "AutoModel": causal_lm.decoder_class,
+        "AutoModelForCausalLM": causal_lm,
+    }
+    return {
+        auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()
+    }
 
 
 def load_converted(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tpa_convert.errors import UserError
-from tpa_convert.modeling.modeling_tpa import TPAAttention
+from tpa_convert.modeling import TPAAttention
 
 T6_ROPE_THETA = 10000.0
 KEY_VALUE_NAMES = {f"c_qkv.W_{factor}_{name}.weight" for factor in "AB" for name in "kv"}
@@ -39,7 +39,7 @@ def import_t6_attention(
 ) -> dict[str, Tensor]:
     """State dict of a `TPAAttention` that computes what T6's attention does with `weights`.
 
-    It belongs to a layer of form `linear` and gauge `none` with `num_key_value_heads =
+    It belongs to a layer of form `linear` and gauges `none` with `num_key_value_heads =
     num_attention_heads`, `rank_k`, `rank_v` (and `rank_q`) as the shapes say, no biases, the scale
     `head_dim ** -0.5` and plain RoPE of base 10000.
 
@@ -47,7 +47,7 @@ def import_t6_attention(
         weights: as in the module's docstring, of any dtype. The output projection may be absent.
         num_attention_heads, head_dim: T6's `n_head` and `head_dim`.
 
-    Returns: parameters and the `rotary_pair` buffer; dtypes and devices as in `weights`.
+    Returns: parameters; dtypes and devices as in `weights`.
 
     Raises:
         UserError: names or shapes are not those of a T6 attention module.
@@ -76,11 +76,10 @@ def import_t6_attention(
     # Ours is one half-split vector over all components: [2, R, d / 2] instead of [R, 2, d / 2].
     key = key.unflatten(0, (-1, 2, head_dim // 2)).transpose(0, 1).flatten(0, 2)
     output = {
-        "k_head_factor.weight": head_factor("k"),
-        "k_feature_factor.weight": key,
-        "v_head_factor.weight": head_factor("v"),
-        "v_feature_factor.weight": feature_factor("v"),
-        "rotary_pair": torch.arange(len(key) // 2, device=key.device) % (head_dim // 2),
+        "keys.head_factor.weight": head_factor("k"),
+        "keys.feature_factor.weight": key,
+        "values.head_factor.weight": head_factor("v"),
+        "values.feature_factor.weight": feature_factor("v"),
     }
     if dense:
         output["q_proj.weight"] = _conjugate(weights["c_qkv.c_q.weight"], head_dim)
@@ -118,31 +117,31 @@ def export_t6_attention(attention: TPAAttention) -> dict[str, Tensor]:
             stacklevel=2,
         )
     state = attention.state_dict()
-    groups, head_dim = config.num_key_value_heads, config.head_dim
-    rescale = config.attention_scale * head_dim**0.5
-    if config.attention_scale == head_dim**-0.5:  # exactly 1, whatever the rounding
+    groups, head_dim = attention.num_key_value_heads, attention.head_dim
+    rescale = attention.scaling * head_dim**0.5
+    if attention.scaling == head_dim**-0.5:  # exactly 1, whatever the rounding
         rescale = 1.0
 
     def replicated(name: str, rank: int) -> Tensor:
         head = state[f"{name}.weight"].unflatten(0, (rank, groups))
-        head = head.repeat_interleave(config.num_attention_heads // groups, dim=1)
+        head = head.repeat_interleave(attention.num_heads // groups, dim=1)
         return _swap(head.flatten(0, 1), rank, -1)
 
-    key = state["k_feature_factor.weight"]
+    key = state["keys.feature_factor.weight"]
     key = key.unflatten(0, (2, shape.rank_k, head_dim // 2)).transpose(0, 1).flatten(0, 2)
     output = {
-        "c_qkv.W_A_k.weight": replicated("k_head_factor", shape.rank_k),
+        "c_qkv.W_A_k.weight": replicated("keys.head_factor", shape.rank_k),
         "c_qkv.W_B_k.weight": _conjugate(key, head_dim),
-        "c_qkv.W_A_v.weight": replicated("v_head_factor", shape.rank_v),
-        "c_qkv.W_B_v.weight": state["v_feature_factor.weight"],
+        "c_qkv.W_A_v.weight": replicated("values.head_factor", shape.rank_v),
+        "c_qkv.W_B_v.weight": state["values.feature_factor.weight"],
         OUTPUT_NAME: state["o_proj.weight"],
     }
-    if config.rank_q is None:
+    if shape.rank_q is None:
         output["c_qkv.c_q.weight"] = _conjugate(state["q_proj.weight"] * rescale, head_dim)
     else:
         head = state["q_proj.head_factor.weight"]
         feature = state["q_proj.feature_factor.weight"] * rescale
-        output["c_qkv.W_A_q.weight"] = _swap(head, config.rank_q, -1)
+        output["c_qkv.W_A_q.weight"] = _swap(head, shape.rank_q, -1)
         output["c_qkv.W_B_q.weight"] = _conjugate(feature, head_dim)
     return output
 
@@ -154,13 +153,17 @@ def _obstacle(attention: TPAAttention) -> str | None:
         return "its head factors are constant, T6's depend on the token; convert with --form linear"
     if shape.form == "affine":
         return "affine head factors have a bias, T6 has none; convert with --form linear"
-    if shape.gauge != "none":
+    if shape.key_norm:
+        return "its keys are normalised (QK-norm), those of T6 are not"
+    if "none" not in (shape.key_gauge, shape.value_gauge):
         return (
-            f"T6 cannot hold its gauge ({shape.gauge}); convert with --form linear --method svd, "
-            "which needs none"
+            f"T6 cannot hold its gauge ({shape.value_gauge}); convert with --form linear --method "
+            "svd, which needs none"
         )
-    if config.attention_bias or config.attention_output_bias:
+    if any(name.endswith("bias") for name in attention.state_dict()):
         return "its projections have biases, as those of its source, and T6 has none"
+    if attention.sliding_window is not None or attention.softcap is not None:
+        return "its source attends in a window or caps its scores, T6 does neither"
     rope_type = config.rope_parameters["rope_type"]
     if rope_type != "default":
         return f"its RoPE is scaled ({rope_type}), T6 knows plain RoPE only"

@@ -5,14 +5,25 @@ from __future__ import annotations
 from tpa_convert.families.family import (
     Architecture,
     architecture_of,
+    is_tpa,
     register_architecture,
 )
-from tpa_convert.families.llama import LLAMA
-from tpa_convert.families.mistral import MISTRAL
-from tpa_convert.families.phi3 import PHI3
-from tpa_convert.families.qwen2 import QWEN2
+from tpa_convert.modeling.tpa_gemma3_text import TPAGemma3ForCausalLM
+from tpa_convert.modeling.tpa_llama import TPALlamaForCausalLM
+from tpa_convert.modeling.tpa_mistral import TPAMistralForCausalLM
+from tpa_convert.modeling.tpa_phi3 import TPAPhi3ForCausalLM
+from tpa_convert.modeling.tpa_qwen2 import TPAQwen2ForCausalLM
+from tpa_convert.modeling.tpa_qwen3 import TPAQwen3ForCausalLM
 
-for _architecture in (LLAMA, MISTRAL, PHI3, QWEN2):
+FAMILIES = (
+    Architecture("llama", TPALlamaForCausalLM),
+    Architecture("mistral", TPAMistralForCausalLM),
+    Architecture("qwen2", TPAQwen2ForCausalLM),
+    Architecture("phi3", TPAPhi3ForCausalLM),
+    Architecture("qwen3", TPAQwen3ForCausalLM, key_norm=True),
+    Architecture("gemma3_text", TPAGemma3ForCausalLM, key_norm=True),
+)
+for _architecture in FAMILIES:
     register_architecture(_architecture)
 
-__all__ = ["Architecture", "architecture_of", "register_architecture"]
+__all__ = ["FAMILIES", "Architecture", "architecture_of", "is_tpa", "register_architecture"]

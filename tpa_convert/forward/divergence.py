@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tpa_convert.forward.head import Finish
+
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(student logits [C, V], teacher logits [C, V]) -> sum over tokens (fp32 scalar), gradient of that
 sum with respect to the student's logits [C, V]."""
@@ -101,6 +103,27 @@ def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, compiled: bool) ->
     return 1 << (tokens.bit_length() - 1)
 
 
+def finished_divergence(
+    student_product_CV: Tensor,
+    teacher_product_CV: Tensor,
+    divergence: Divergence,
+    student_finish: Finish | None,
+    teacher_finish: Finish | None,
+) -> tuple[Tensor, Tensor]:
+    """As `Divergence`, of what the models make of the products of their heads; the gradient is with
+    respect to the student's product."""
+    if teacher_finish is not None:
+        teacher_product_CV = teacher_finish(teacher_product_CV)
+    if student_finish is None:
+        return divergence(student_product_CV, teacher_product_CV)
+    with torch.enable_grad():
+        product_CV = student_product_CV.detach().requires_grad_()
+        logits_CV = student_finish(product_CV)
+    value, grad_CV = divergence(logits_CV.detach(), teacher_product_CV)
+    (grad_CV,) = torch.autograd.grad(logits_CV, product_CV, grad_CV)
+    return value, grad_CV
+
+
 class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -111,6 +134,8 @@ class _ChunkedDivergence(torch.autograd.Function):
         teacher_weight_VE: Tensor,
         divergence: Divergence,
         chunk_tokens: int,
+        student_finish: Finish | None,
+        teacher_finish: Finish | None,
     ) -> Tensor:
         # The gradients are known as soon as a chunk's logits are, so they are made here and the
         # backward pass only scales them; the logits of no chunk outlive it.
@@ -125,8 +150,12 @@ class _ChunkedDivergence(torch.autograd.Function):
         for start in range(0, len(student_hidden_ND), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             hidden_CD = student_hidden_ND[chunk]
-            value, grad_CV = divergence(
-                hidden_CD @ weight_VD.mT, teacher_hidden_NE[chunk] @ teacher_weight_VE.mT
+            value, grad_CV = finished_divergence(
+                hidden_CD @ weight_VD.mT,
+                teacher_hidden_NE[chunk] @ teacher_weight_VE.mT,
+                divergence,
+                student_finish,
+                teacher_finish,
             )
             total += value
             if grad_hidden is not None:
@@ -147,7 +176,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def chunked_divergence(
@@ -158,8 +187,10 @@ def chunked_divergence(
     *,
     divergence: Divergence = forward_kl,
     chunk_tokens: int | None = None,
+    student_finish: Finish | None = None,
+    teacher_finish: Finish | None = None,
 ) -> Tensor:
-    """Mean divergence per token between the logits `hidden @ weight.T` of two models.
+    """Mean divergence per token between the logits `finish(hidden @ weight.T)` of two models.
 
     Logits exist for one chunk of tokens at a time, in the dtype of the hidden states; sums and the
     gradient of `student_weight` are fp32. Differentiable (once) with respect to the student.
@@ -171,7 +202,9 @@ def chunked_divergence(
         teacher_weight: [V, E].
         divergence: what to compute from a chunk's logits.
         chunk_tokens: tokens of a chunk; by default, what keeps the memory in use beyond the
-            arguments and the gradients below 640 MiB.
+            arguments and the gradients below 640 MiB (half as much again with a finish).
+        student_finish, teacher_finish: what the models do to the products of their heads, as
+            `logit_finish` says; its graph exists for one chunk at a time too.
 
     Returns: fp32 scalar.
     """
@@ -186,4 +219,6 @@ def chunked_divergence(
         teacher_weight.detach(),
         divergence,
         chunk_tokens,
+        student_finish,
+        teacher_finish,
     )

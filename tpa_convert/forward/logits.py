@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tpa_convert.forward.head import final_hidden_states, logit_finish
+
 CHUNK_ELEMENTS = 1 << 24  # logits held at once, per model: 64 MiB in fp32
 
 
@@ -25,27 +27,17 @@ def split_head(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """A model as two functions: token ids [b, t] -> features [b, t, ...], features -> fp32 logits.
 
-    The features are the final hidden states, and the second function is the output head. A model
-    that changes its logits after the head (soft-capping, scaling) has its logits as features.
+    The features are what the output head sees. A model without such a head has its logits as
+    features.
     """
-
-    def full(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits
-
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is None or head is None or decoder is model:
-        return full, _at_least_fp32
-
-    def hidden(ids: Tensor) -> Tensor:
-        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return lambda ids: model(input_ids=ids, use_cache=False).logits, _at_least_fp32
+    with torch.inference_mode():
+        finish = logit_finish(model)
 
     def logits(features: Tensor) -> Tensor:
-        return _at_least_fp32(head(features))
+        product = head(features)
+        return _at_least_fp32(product if finish is None else finish(product))
 
-    with torch.inference_mode():
-        probe = torch.arange(4, device=model.device)[None]
-        states = hidden(probe)
-        if states.shape[-1] != head.weight.shape[-1]:
-            return full, _at_least_fp32
-        plain = torch.allclose(logits(states), _at_least_fp32(full(probe)), rtol=1e-2, atol=1e-2)
-    return (hidden, logits) if plain else (full, _at_least_fp32)
+    return lambda ids: final_hidden_states(model, ids), logits

@@ -11,23 +11,44 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Full blocks need no mask but causality. Under its own name, SDPA is called with `is_causal` and
-# transformers builds no mask for it: building one costs a device synchronisation in every forward
-# pass and, under torch.compile, a [batch, 1, length, length] mask that rules flash kernels out.
+# Full blocks need no mask but causality and, in some layers, a window. Under its own name, SDPA is
+# called with `is_causal` and transformers builds no mask for it: building one costs a device
+# synchronisation in every forward pass and, under torch.compile, a [batch, 1, length, length] mask
+# that rules flash kernels out.
 CAUSAL_SDPA = "tpa_convert_causal_sdpa"
 
 
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Whether a query attends to a position: itself and the `window` - 1 before, bool
+    [1, 1, length, length]."""
+    attended = torch.ones(length, length, dtype=torch.bool, device=device)
+    return attended.tril_().triu_(1 - window)[None, None]
+
+
 def causal_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA for keys and values of different widths, which flash kernels refuse: zeros even them."""
+    """Causal SDPA, within `sliding_window` positions where that is shorter than the block.
+
+    Keys and values of different widths are evened with zeros, since flash kernels refuse them.
+    """
+    length = query.shape[2]
+    if sliding_window is not None and sliding_window < length:
+        attention_mask = window_mask(length, sliding_window, query.device)
     width = value.shape[-1]
     even = max(key.shape[-1], width)
     query, key, value = (
         nn.functional.pad(x, (0, even - x.shape[-1])) if x.shape[-1] < even else x
         for x in (query, key, value)
     )
-    output, _ = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output[..., :width], None
 
 

@@ -13,7 +13,6 @@ from tpa_convert.decomposition.tensor import tucker_ranks
 from tpa_convert.dtypes import dtype_name, named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.families import architecture_of
-from tpa_convert.modeling import TPAConfig, TPAForCausalLM
 from tpa_convert.options.recipe import BUDGETS, RANKS, ConvertOptions
 from tpa_convert.plans import Budget, Plan, load_plan, plan_uniform
 
@@ -96,18 +95,14 @@ def predict(
                     f"with up to {head_dim} features each: choose another budget or `width_v`"
                 )
     try:
-        tpa_config = TPAConfig(
-            **llama_config,
-            **plan.config_fields(),
-            attention_scale=architecture.attention_scale(config),
-        )
+        tpa_config = architecture.tpa_config(config, [asdict(layer) for layer in plan.layers])
     except ValueError as error:  # shapes that do not go together
         raise UserError(str(error)) from error
     with torch.device("meta"):
         source = AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
         )
-        converted = TPAForCausalLM(tpa_config)
+        converted = architecture.causal_lm(tpa_config)
     return Prediction(
         plan=plan,
         dtype=dtype,

@@ -6,14 +6,16 @@ own share of the loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.model import convert_layer
-from tpa_convert.decomposition import AttentionWeights, LayerMoments
+from tpa_convert.conversion.layer import attention_module, convert_layer
+from tpa_convert.decomposition import LayerMoments
 from tpa_convert.decomposition.gauge import (
     key_components,
     truncation_errors,
@@ -22,9 +24,9 @@ from tpa_convert.decomposition.gauge import (
 )
 from tpa_convert.decomposition.latent import latent_components
 from tpa_convert.forward.divergence import chunked_divergence
-from tpa_convert.forward.layers import run_layer
-from tpa_convert.modeling import KeyCache, TPAConfig
-from tpa_convert.modeling.modeling_tpa import TPAAttention
+from tpa_convert.forward.head import logit_finish
+from tpa_convert.forward.walk import DecoderWalk
+from tpa_convert.modeling import KeyCache
 from tpa_convert.plans import plan_widths
 from tpa_convert.plans.allocation import interpolate_loss
 from tpa_convert.progress import Track, no_tracking
@@ -70,45 +72,45 @@ class LayerSensitivity:
     values: PartSensitivity
 
 
-class _Body:
-    """Decoder layers of the source on a few token blocks, from any layer on."""
+class _Losses:
+    """Divergence from the source where another attention stands in for that of one of its layers.
 
-    def __init__(self, source: Source, blocks: Tensor):
-        self.decoder = source.model.model
-        self.head = source.model.get_output_embeddings().weight
-        device = self.head.device
+    Its walk's states enter the layer in question.
+    """
+
+    def __init__(self, source: PreTrainedModel, blocks: Tensor, attention: str):
         size = max(1, BATCH_TOKENS // blocks.shape[1])
-        self.batches = [self.decoder.embed_tokens(b.to(device)) for b in blocks.split(size)]
-        self.positions = torch.arange(blocks.shape[1], device=device)[None]
-        self.rotary = self.decoder.rotary_emb(self.batches[0], self.positions)
-        self.final = [self.run(batch, 0) for batch in self.batches]
-
-    def step(self, hidden: Tensor, layer: int) -> Tensor:
-        return run_layer(self.decoder.layers[layer], hidden, self.positions, self.rotary)
+        self.walk = DecoderWalk(source, blocks, size, attention)
+        self.head, self.finish = source.get_output_embeddings().weight, logit_finish(source)
+        self.final = [self.run(self.walk.states[batch], 0) for batch in self.walk.batches]
 
     def run(self, hidden: Tensor, start: int) -> Tensor:
-        for layer in range(start, len(self.decoder.layers)):
-            hidden = self.step(hidden, layer)
-        return self.decoder.norm(hidden[:, ::POSITION_STRIDE])
+        """What the output head sees at some positions where [b, L, D] enters layer `start`."""
+        for index in range(start, len(self.walk.layers)):
+            hidden = self.walk.run(index, hidden)
+        return self.walk.final(hidden[:, ::POSITION_STRIDE])
 
-    def loss_with(self, attention: nn.Module, layer: int) -> float:
-        """KL from the source when `attention` stands in for that of `layer`."""
-        module = self.decoder.layers[layer]
-        original = module.self_attn
-        module.self_attn = attention.to(self.head.device)
+    def with_attention(self, attention: nn.Module, index: int) -> float:
+        """KL from the source when `attention` stands in for that of layer `index`."""
+        layer, name = self.walk.layers[index], self.walk.attention_name
+        original = self.walk.attention(index)
+        setattr(layer, name, attention.to(self.head.device))
         try:
             total = 0.0
-            for hidden, final in zip(self.batches, self.final, strict=True):
-                output = self.run(hidden, layer)
-                mean = chunked_divergence(output, self.head, final, self.head).item()
+            for batch, final in zip(self.walk.batches, self.final, strict=True):
+                hidden = self.run(self.walk.states[batch], index)
+                mean = chunked_divergence(
+                    hidden,
+                    self.head,
+                    final,
+                    self.head,
+                    student_finish=self.finish,
+                    teacher_finish=self.finish,
+                ).item()
                 total += mean * len(hidden)
         finally:
-            module.self_attn = original
-        return total / sum(len(hidden) for hidden in self.batches)
-
-    def advance(self, layer: int) -> None:
-        """Takes the batches, inputs of `layer`, to the next one."""
-        self.batches = [self.step(hidden, layer) for hidden in self.batches]
+            setattr(layer, name, original)
+        return total / len(self.walk.states)
 
 
 @torch.no_grad()
@@ -136,24 +138,26 @@ def measure_sensitivity(
     width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
     widths = tuple(max(2, round(share * width / 2) * 2) for share in SHARES)
 
-    def config(width_k: int, width_v: int) -> TPAConfig:
-        pairs = [(width_k, width_v)] * len(moments.layers)
-        plan = plan_widths(pairs, llama_config, key_cache=key_cache)
-        scale = source.architecture.attention_scale(source.model.config)
-        result = TPAConfig(**llama_config, **plan.config_fields(), attention_scale=scale)
-        result._attn_implementation = "sdpa"
-        return result
+    architecture, model = source.architecture, source.model
 
+    def config(width_k: int, width_v: int) -> Any:
+        plan = plan_widths([(width_k, width_v)] * len(layers), llama_config, key_cache=key_cache)
+        return architecture.tpa_config(model.config, [asdict(shape) for shape in plan.layers])
+
+    layers = moments.layers
     narrow_keys = [config(narrow, width) for narrow in widths]
     narrow_values = [config(width, narrow) for narrow in widths]
-    state = source.architecture.llama_state_dict(source.model)
-    state = {name: tensor.cpu() for name, tensor in state.items() if "self_attn" in name}
-    body = _Body(source, blocks)
+    losses = _Losses(model, blocks, architecture.names.attention)
     report = []
-    for i in track(range(len(moments.layers)), "measuring sensitivity"):
-        weights, layer_moments = attention_weights(source, state, i), moments.layers[i]
+    for i in track(range(len(layers)), "measuring sensitivity"):
+        original, layer_moments = losses.walk.attention(i), layers[i]
+        weights = attention_weights(original, architecture.names, model.config, i)
+
         key_losses, value_losses = (
-            tuple(body.loss_with(_attention(c, i, weights, layer_moments), i) for c in configs)
+            tuple(
+                losses.with_attention(_narrowed(source, original, c, i, layer_moments), i)
+                for c in configs
+            )
             for configs in (narrow_keys, narrow_values)
         )
         latent = key_cache == "latent"
@@ -166,20 +170,22 @@ def measure_sensitivity(
                 PartSensitivity(value_error, 1, widths, value_losses),
             )
         )
-        body.advance(i)
+        losses.walk.advance(i)
     return report
 
 
-def _attention(
-    config: TPAConfig, layer: int, weights: AttentionWeights, moments: LayerMoments
-) -> TPAAttention:
-    """The converted attention of one layer, in fp32 on the CPU."""
-    state, _ = convert_layer(
-        weights, moments, config.layer_shape(layer), method="gauge", whiten=True
-    )
-    with torch.device("meta"):
-        attention = TPAAttention(config, layer)
-    expected = attention.state_dict().keys()
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    attention.load_state_dict({k: state[k] for k in expected}, assign=True)
-    return attention.eval()
+def _narrowed(
+    source: Source, original: nn.Module, config: Any, index: int, moments: LayerMoments
+) -> nn.Module:
+    """The converted attention of layer `index`, in fp32.
+
+    Args:
+        original: the source's attention of that layer.
+        config: of the converted model; learns the rotary pairs of the layer's components.
+    """
+    names = source.architecture.names
+    weights = attention_weights(original, names, source.model.config, index)
+    shape = config.layer_shape(index)
+    parameters, shape = convert_layer(weights, moments, shape, method="gauge", whiten=True)
+    config.tpa_layers[index] = asdict(shape)
+    return attention_module(original, names, config, index, parameters)

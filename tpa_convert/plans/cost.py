@@ -65,26 +65,29 @@ def plan_cost(plan: Plan, llama_config: Mapping[str, Any], context: int) -> Cost
 def _layer_cost(shape: LayerShape, llama_config: Mapping[str, Any], context: int) -> Cost:
     heads, groups = llama_config["num_attention_heads"], llama_config["num_key_value_heads"]
     head_dim = llama_config["head_dim"]
-    widths = (shape.width_k, shape.width_v)
-    absorbed = shape.gauge == "absorbed"
-    query, output = widths if absorbed else (head_dim, head_dim)
     cached = shape.cached_floats(groups)
-    gauge = groups * head_dim * shape.width_v if shape.gauge == "applied" else 0
-    rebuilding = 0
+    norms = 0 if shape.contextual else shape.key_head_factors(groups)
+    query = key = shape.width_k
+    expanded_key, rebuilding, gauge = shape.width_k, 0, 0
+    if shape.key_gauge != "absorbed":
+        query = expanded_key = head_dim
     if shape.latent_keys:
-        query = head_dim
-        widths = (head_dim, shape.width_v)
-        rebuilding = groups * head_dim * shape.width_k
-        gauge += rebuilding
-    elif shape.gauge == "applied":
-        gauge += groups * shape.width_k
+        key = head_dim
+        rebuilding = gauge = groups * head_dim * shape.width_k
+    elif shape.key_gauge == "applied":
+        gauge = groups * shape.width_k
+    output = shape.width_v
+    if shape.value_gauge != "absorbed":
+        output = head_dim
+    if shape.value_gauge == "applied":
+        gauge += groups * head_dim * shape.width_v
     return _cost(
         llama_config["hidden_size"],
         cached=cached,
-        projected=heads * (query + output) + cached,
+        projected=heads * (query + output) + cached - norms,
         query_heads=heads,
-        decode_widths=widths,
-        prefill_widths=widths if absorbed else (head_dim, head_dim),
+        decode_widths=(key, shape.width_v),
+        prefill_widths=(expanded_key, output),
         gauge=gauge,
         rebuilding=rebuilding,
         context=context,

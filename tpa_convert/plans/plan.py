@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,14 +50,12 @@ class Plan:
         layers: one shape per layer.
         num_key_value_heads, head_dim: of the source.
         rank_limit_k: most components on one rotary pair of a static layer, None for no limit.
-        rank_q: rank of factored queries, None for dense ones.
     """
 
     layers: list[LayerShape]
     num_key_value_heads: int
     head_dim: int
     rank_limit_k: int | None = None
-    rank_q: int | None = None
 
     @property
     def kv_floats(self) -> float:
@@ -78,13 +76,20 @@ class Plan:
         """The same widths with the gauge of every layer in one place; `auto` changes nothing."""
         if gauge == "auto":
             return self
-        return replace(self, layers=[replace(layer, gauge=gauge) for layer in self.layers])
+        layers = [
+            replace(
+                layer,
+                key_gauge=layer.key_gauge if stays_applied(layer) else gauge,
+                value_gauge=gauge,
+            )
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers)
 
-    def config_fields(self) -> dict[str, Any]:
-        """Keyword arguments for `TPAConfig`: a list over layers for each field of `LayerShape`."""
-        shapes = [asdict(layer) for layer in self.layers]
-        fields: dict[str, Any] = {name: [shape[name] for shape in shapes] for name in shapes[0]}
-        return {**fields, "rank_q": self.rank_q}
+
+def stays_applied(shape: LayerShape) -> bool:
+    """Whether the gauge of the keys cannot be absorbed, wherever that of the values is."""
+    return shape.latent_keys or shape.key_norm
 
 
 def floats_of_budget(
@@ -154,7 +159,8 @@ def plan_uniform(
             rank_k, rank_v = -(-width_k // head_dim), -(-width_v // head_dim)
         else:
             divide = divide_heads if whole_heads else divide_features
-            rank_k, width_k, rank_v, width_v = divide(int(floats), form, groups, head_dim)
+            norms = groups if llama_config["key_norm"] and form == "static" else 0
+            rank_k, width_k, rank_v, width_v = divide(int(floats) - norms, form, groups, head_dim)
 
     if whole_heads and (width_k % head_dim or width_v % head_dim):
         raise UserError(
@@ -172,11 +178,19 @@ def plan_uniform(
             f"rank_k={rank_limit_k} leaves room for a width_k of at most "
             f"{rank_limit_k * head_dim}, not {width_k}"
         )
+    shape = LayerShape(
+        form,
+        *places_of_gauges(gauge, width_k, width_v, llama_config, key_cache),
+        rank_k,
+        rank_v,
+        width_k,
+        width_v,
+        key_cache,
+        key_norm=llama_config["key_norm"],
+        rank_q=rank_q,
+    )
     if whole_heads and form != "static":
-        layer_gauge: Gauge = "none"
-    else:
-        layer_gauge = place_of_gauge(gauge, width_k, width_v, head_dim, key_cache)
-    shape = LayerShape(form, layer_gauge, rank_k, rank_v, width_k, width_v, key_cache)
+        shape = replace(shape, key_gauge="none", value_gauge="none")
     problem = shape.problem(head_dim)
     if problem:
         raise UserError(problem)
@@ -185,7 +199,6 @@ def plan_uniform(
         groups,
         head_dim,
         rank_limit_k=rank_limit_k,
-        rank_q=rank_q,
     )
     if plan.kv_floats >= source_floats:
         warnings.warn(
@@ -208,29 +221,37 @@ def plan_widths(
     layers = [
         LayerShape(
             "static",
-            place_of_gauge(gauge, width_k, width_v, head_dim, key_cache),
+            *places_of_gauges(gauge, width_k, width_v, llama_config, key_cache),
             -(-width_k // head_dim),
             -(-width_v // head_dim),
             width_k,
             width_v,
             key_cache,
+            key_norm=llama_config["key_norm"],
         )
         for width_k, width_v in widths
     ]
     return Plan(layers, groups, head_dim)
 
 
-def place_of_gauge(
-    gauge: Gauge | Literal["auto"], width_k: int, width_v: int, head_dim: int, key_cache: KeyCache
-) -> Gauge:
-    """`auto` is absorbed while that makes neither the queries nor the output projection grow.
+def places_of_gauges(
+    gauge: Gauge | Literal["auto"],
+    width_k: int,
+    width_v: int,
+    llama_config: dict[str, Any],
+    key_cache: KeyCache,
+) -> tuple[Gauge, Gauge]:
+    """Where the gauges of keys and of values go.
 
-    That of latent keys is never absorbed, so their width does not matter.
+    `auto` is absorbed while that makes neither the queries nor the output projection grow. That of
+    latent keys, and of keys that are normalised, is always applied, so that their width does not
+    matter.
     """
-    if gauge != "auto":
-        return gauge
-    widest = width_v if key_cache == "latent" else max(width_k, width_v)
-    return "absorbed" if widest <= head_dim else "applied"
+    applied = key_cache == "latent" or llama_config["key_norm"]
+    widest = width_v if applied else max(width_k, width_v)
+    if gauge == "auto":
+        gauge = "absorbed" if widest <= llama_config["head_dim"] else "applied"
+    return ("applied" if applied else gauge), gauge
 
 
 def outright(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ from tpa_convert.errors import UserError
 from tpa_convert.modeling import LayerShape
 from tpa_convert.plans.plan import Plan
 
-FIELDS = tuple(field.name for field in fields(LayerShape))
+# What a conversion finds out is no part of a plan.
+FIELDS = tuple(field.name for field in fields(LayerShape) if field.name != "key_pairs")
+STRINGS = ("form", "key_gauge", "value_gauge", "key_cache")
+OPTIONAL = {
+    field.name: field.default for field in fields(LayerShape) if field.default is not MISSING
+}
 HEADER = "# A plan of tpa-convert, for `tpa-convert convert SOURCE --plan FILE`.\n"
 
 
@@ -49,11 +54,15 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError):
         raise UserError(f"{path} is not a plan: make one with tpa-convert plan") from None
-    if not isinstance(values, dict) or not set(FIELDS) <= set(values) | {"key_cache"}:
+    if not isinstance(values, dict):
+        values = {}
+    if "gauge" in values:  # plans written before keys and values had one each
+        values = {**values, **_both_gauges(values)}
+    if not set(FIELDS) <= set(values) | set(OPTIONAL):
         raise UserError(
             f"{path} is not a plan, which has {', '.join(FIELDS)}: make one with tpa-convert plan"
         )
-    values.setdefault("key_cache", "rotated")  # plans written before there was another
+    values = {**OPTIONAL, "key_norm": llama_config["key_norm"], **values}
     for name in ("num_key_value_heads", "head_dim"):
         if values.get(name) != llama_config[name]:
             raise UserError(
@@ -71,13 +80,13 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
                 f"{path}: {name} has {len(column)} entries for {layers} layers; is the plan for "
                 "another model?"
             )
-        wanted = str if name in ("form", "gauge", "key_cache") else int
-        if not all(isinstance(entry, wanted) for entry in column):
+        wanted = str if name in STRINGS else int
+        if not all(isinstance(entry, wanted) or entry == OPTIONAL.get(name) for entry in column):
             raise UserError(f"{path}: {name} holds something that is no {wanted.__name__}")
     width = values["num_key_value_heads"] * values["head_dim"]
     shapes = []
     for i, row in enumerate(zip(*columns.values(), strict=True)):
-        shape = LayerShape(*row)
+        shape = LayerShape(**dict(zip(columns, row, strict=True)))
         problem = shape.problem(values["head_dim"])
         if problem is None and max(shape.width_k, shape.width_v) > width:
             problem = f"widths above the source's {width}"
@@ -85,3 +94,10 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
             raise UserError(f"{path}, layer {i}: {problem}")
         shapes.append(shape)
     return Plan(shapes, values["num_key_value_heads"], values["head_dim"])
+
+
+def _both_gauges(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The gauges of keys and of values in a plan that has one for both."""
+    gauge = values["gauge"]
+    latent = values.get("key_cache") == "latent"
+    return {"key_gauge": "applied" if latent else gauge, "value_gauge": gauge}

@@ -1,8 +1,7 @@
 """Least squares of the output projections behind the converted layers: closed form, no optimiser.
 
-As in `refinement`, layers go in order, inputs come from the converted layers below, and the target
-is the source's residual stream after attention. Only W_O changes, so one pass over the text is
-enough.
+As in `regression`, layers go in order, and inputs come from the converted layers below. Only W_O
+changes, so one pass over the text is enough.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
 from tpa_convert.forward.passes import block_forward
-from tpa_convert.modeling import TPAForCausalLM
-from tpa_convert.modeling.modeling_tpa import TPADecoderLayer
+from tpa_convert.forward.walk import ATTENTION, DecoderWalk, first
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.refinement.regression import LayerRefinement, StreamPair
+from tpa_convert.refinement.regression import LayerRefinement
+from tpa_convert.refinement.streams import StreamPair, Target
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean energy of an input
 VALID_SHARE = 1 / 8
@@ -72,9 +71,10 @@ def ridge_change(
 @torch.no_grad()
 def refit(
     source: PreTrainedModel,
-    model: TPAForCausalLM,
+    model: PreTrainedModel,
     blocks: Tensor,
     *,
+    attention: str = ATTENTION,
     track: Track = no_tracking,
 ) -> list[LayerRefinement]:
     """Refits W_O of every layer of `model` in place; both models are fp32 and on the same device.
@@ -83,6 +83,7 @@ def refit(
         source: what `model` was converted from.
         model: the converted model.
         blocks: token ids [N, length], N >= 2; an eighth of them is held out to choose the damping.
+        attention: name of the attention module in a layer of either.
         track: shows progress over the layers.
 
     Raises:
@@ -91,30 +92,32 @@ def refit(
     if len(blocks) < 2:
         raise UserError("a refit needs at least two calibration sequences: give more text")
     held_out = max(1, round(VALID_SHARE * len(blocks)))
-    streams = StreamPair(source, model, blocks, BATCH_SIZE)
     report = []
-    layers = cast(list[TPADecoderLayer], list(model.model.layers))
     with block_forward(model):
-        pairs = list(zip(source.model.layers, layers, strict=True))
-        for source_layer, layer in track(pairs, "refitting"):
-            target, scale = streams.target(source_layer)
-            valid = _products(layer, streams, target, scale, range(held_out))
-            train = _products(layer, streams, target, scale, range(held_out, len(blocks)))
+        streams = StreamPair(source, model, blocks, BATCH_SIZE, attention)
+        walk = streams.model
+        for index in track(range(len(walk.layers)), "refitting"):
+            target = streams.target(index)
+            valid = _products(walk, index, target, range(held_out))
+            train = _products(walk, index, target, range(held_out, len(blocks)))
             change, before, after = ridge_change(train, valid)
-            projection = layer.self_attn.o_proj
-            projection.weight += change.mT.to(projection.weight)
+            weight = _output_projection(walk, index).weight
+            weight += change.mT.to(weight)
             tokens = held_out * blocks.shape[1]
             report.append(LayerRefinement(before.item() / tokens, after.item() / tokens))
-            streams.advance(layer)
+            walk.advance(index)
     return report
 
 
-def _products(
-    layer: TPADecoderLayer, streams: StreamPair, target: Tensor, scale: Tensor, blocks: range
-) -> Products:
-    """Of the regression of what the layer's output lacks on the input of its W_O."""
+def _output_projection(walk: DecoderWalk, index: int) -> nn.Linear:
+    """W_O of a converted layer."""
+    return cast(nn.Linear, walk.attention(index).o_proj)
+
+
+def _products(walk: DecoderWalk, index: int, target: Target, blocks: range) -> Products:
+    """Of the regression of what the attention's output lacks on the input of its W_O."""
     captured: list[Tensor] = []
-    hook = layer.self_attn.o_proj.register_forward_pre_hook(
+    hook = _output_projection(walk, index).register_forward_pre_hook(
         lambda _, arguments: captured.append(arguments[0])
     )
     gram: Tensor | float = 0.0
@@ -122,12 +125,11 @@ def _products(
     energy: Tensor | float = 0.0
     for start in range(blocks.start, blocks.stop, BATCH_SIZE):
         batch = slice(start, min(start + BATCH_SIZE, blocks.stop))
-        output, _ = layer.self_attn(
-            layer.input_layernorm(streams.stream[batch]), position_embeddings=streams.rotary
-        )
-        weight = scale[batch].flatten(0, 1).rsqrt()
+        hidden, keywords = walk.attention_input(index, walk.states[batch])
+        output = first(walk.attention(index)(hidden, **keywords))
+        weight = target.scale[batch].flatten(0, 1).rsqrt()
         heads = captured.pop().flatten(0, 1) * weight
-        lack = (target[batch] - output).flatten(0, 1) * weight
+        lack = (target.output[batch] - output).flatten(0, 1) * weight
         # products in the streams' own precision, sums in double
         gram = gram + (heads.mT @ heads).double()
         cross = cross + (heads.mT @ lack).double()

@@ -2,39 +2,142 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from tpa_convert.decomposition import AttentionWeights
-from tpa_convert.sources.load import Source
+import torch
+from torch import Tensor, nn
+
+from tpa_convert.decomposition import AttentionWeights, HeadNorm
+from tpa_convert.errors import UserError
+from tpa_convert.modeling import AttentionNames, norm_epsilon, sliding_window, source_head_dim
+
+LEAST_NORM_WEIGHT = 1e-4  # of the largest; keys are divided by it
 
 
 def attention_weights(
-    source: Source, state: dict[str, Tensor], layer: int, dtype: torch.dtype = torch.float64
+    attention: Any,
+    names: AttentionNames,
+    config: Any,
+    layer_idx: int,
+    dtype: torch.dtype = torch.float64,
 ) -> AttentionWeights:
-    """Weights of `layer`, biases as a last column.
+    """Weights of a source's attention module, biases as a last column.
+
+    Rotary pairs are made half-split over the whole head: the pair p is (p, p + d/2), whatever the
+    source rotates. Of keys that are normalised, the norm's weight γ is folded in.
 
     Args:
-        source: the loaded source.
-        state: its parameters under Llama names (`Architecture.llama_state_dict`).
+        attention: of layer `layer_idx` of the source.
+        config: of the source.
         dtype: of the result.
+
+    Raises:
+        UserError: projections whose shapes do not fit the config.
     """
-    config = source.architecture.llama_config(source.model.config)
-    head_dim = config["head_dim"]
-    prefix = f"model.layers.{layer}.self_attn."
-
-    def heads(name: str) -> Tensor:
-        weight = state[f"{prefix}{name}.weight"].to(dtype)
-        bias = state.get(f"{prefix}{name}.bias")
-        bias = weight.new_zeros(len(weight)) if bias is None else bias.to(dtype)
-        return torch.cat((weight, bias[:, None]), dim=1).unflatten(0, (-1, head_dim))
-
-    output_bias = state.get(f"{prefix}o_proj.bias")
-    return AttentionWeights(
-        query=heads("q_proj"),
-        key=heads("k_proj"),
-        value=heads("v_proj"),
-        output=state[f"{prefix}o_proj.weight"].to(dtype).unflatten(1, (-1, head_dim)),
-        output_bias=None if output_bias is None else output_bias.to(dtype),
-        scale=source.architecture.attention_scale(source.model.config),
+    head_dim = source_head_dim(config)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    order = half_split_order(head_dim, rotated_dims(config, head_dim, layer_idx))
+    query, key, value = (
+        part.to(dtype).unflatten(0, (-1, head_dim))
+        for part in _projections(attention, names, heads, groups, head_dim, layer_idx)
     )
+    output = getattr(attention, names.output)
+    query_norm = _head_norm(getattr(attention, names.query_norm, None), head_dim, dtype)
+    key_norm = _head_norm(getattr(attention, names.key_norm, None), head_dim, dtype)
+    if key_norm is not None:
+        key = key * key_norm.weight[:, None]
+    if order is not None:
+        if query_norm is not None or key_norm is not None:
+            raise UserError(
+                f"layer {layer_idx} rotates a part of each head and normalises it, which is not "
+                "supported yet"
+            )
+        query, key = query[:, order], key[:, order]
+    return AttentionWeights(
+        query=query,
+        key=key,
+        value=value,
+        output=output.weight.to(dtype).unflatten(1, (-1, head_dim)),
+        output_bias=None if output.bias is None else output.bias.to(dtype),
+        scale=attention.scaling,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        window=sliding_window(attention, config, layer_idx),
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+    )
+
+
+def rotated_dims(config: Any, head_dim: int, layer_idx: int) -> int:
+    """How many of a head's dimensions the source rotates."""
+    rope = config.rope_parameters
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer_idx] in rope:
+        rope = rope[kinds[layer_idx]]
+    share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    return head_dim if share is None else int(head_dim * share)
+
+
+def half_split_order(head_dim: int, rotated: int) -> list[int] | None:
+    """Order of a head's dimensions that makes p and p + head_dim / 2 a pair; None if it is so.
+
+    The source pairs p with p + rotated / 2 among the first `rotated` dimensions. The others, which
+    it does not rotate, form pairs among themselves.
+    """
+    if rotated == head_dim:
+        return None
+    half, rest = rotated // 2, (head_dim - rotated) // 2
+    parts = (
+        range(half),
+        range(rotated, rotated + rest),
+        range(half, rotated),
+        range(rotated + rest, head_dim),
+    )
+    return [dimension for part in parts for dimension in part]
+
+
+def _projections(
+    attention: Any,
+    names: AttentionNames,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    layer_idx: int,
+) -> list[Tensor]:
+    """Rows of the queries, keys and values: weights with the bias as a last column."""
+    rows = [heads * head_dim, groups * head_dim, groups * head_dim]
+    if names.fused is not None:
+        parts = [_with_bias(getattr(attention, names.fused))]
+        wanted = [sum(rows)]
+    else:
+        parts = [
+            _with_bias(getattr(attention, name)) for name in (names.query, names.key, names.value)
+        ]
+        wanted = rows
+    for part, count in zip(parts, wanted, strict=True):
+        if len(part) != count:
+            name = names.fused or "one of the projections"
+            raise UserError(
+                f"layer {layer_idx}: {name} has {len(part)} rows where the config says {count}; "
+                "check that config.json belongs to these weights"
+            )
+    return list(parts[0].split(rows)) if names.fused is not None else parts
+
+
+def _with_bias(projection: Any) -> Tensor:
+    weight = projection.weight
+    bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias
+    return torch.cat((weight, bias[:, None]), dim=1)
+
+
+@torch.no_grad()
+def _head_norm(norm: nn.Module | None, head_dim: int, dtype: torch.dtype) -> HeadNorm | None:
+    """The weight γ and the constant of an RMS norm over a head, however the family stores them."""
+    if norm is None:
+        return None
+    eps = norm_epsilon(norm)
+    parameter = next(norm.parameters())
+    ones = torch.ones(head_dim, dtype=parameter.dtype, device=parameter.device)
+    # The mean square of ones is 1: what comes out is γ / √(1 + ε).
+    weight = norm(ones).to(dtype) * (1.0 + eps) ** 0.5
+    least = LEAST_NORM_WEIGHT * weight.abs().max()
+    return HeadNorm(torch.where(weight.abs() < least, least, weight), eps)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpa_convert.forward.divergence import default_chunk_tokens
+from tpa_convert.forward.head import Finish
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def chunked_comparison(
     teacher_hidden_NE: Tensor,
     teacher_weight_VE: Tensor,
     targets_N: Tensor,
+    student_finish: Finish | None = None,
+    teacher_finish: Finish | None = None,
 ) -> Tensor:
     """Sums over tokens of [KL, student's and teacher's cross-entropy, agreement], fp32 [4].
 
@@ -54,6 +57,8 @@ def chunked_comparison(
         student_hidden_ND, teacher_hidden_NE: final hidden states that predict the targets.
         student_weight_VD, teacher_weight_VE: output heads, of any floating dtype.
         targets_N: token ids.
+        student_finish, teacher_finish: what the models do to the products of their heads, as
+            `logit_finish` says.
     """
     student_weight = student_weight_VD.to(student_hidden_ND.dtype)
     teacher_weight = teacher_weight_VE.to(teacher_hidden_NE.dtype)
@@ -63,6 +68,8 @@ def chunked_comparison(
         chunk = slice(start, start + step)
         student_CV = student_hidden_ND[chunk] @ student_weight.mT
         teacher_CV = teacher_hidden_NE[chunk] @ teacher_weight.mT
+        student_CV = student_CV if student_finish is None else student_finish(student_CV)
+        teacher_CV = teacher_CV if teacher_finish is None else teacher_finish(teacher_CV)
         same = student_CV.argmax(-1) == teacher_CV.argmax(-1)
         log_student = torch.log_softmax(student_CV, dim=-1, dtype=torch.float32)
         log_teacher = torch.log_softmax(teacher_CV, dim=-1, dtype=torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tpa_convert.modeling import TPAConfig
+from tpa_convert.modeling import TPAConfigMixin, source_head_dim
 
 
 def flops_per_token(student: PreTrainedModel, teacher: PreTrainedModel, block_length: int) -> float:
@@ -33,13 +33,11 @@ def _forward(model: PreTrainedModel, block_length: int) -> float:
 
 def _attended_numbers(config: PreTrainedConfig) -> int:
     """Numbers of keys and values that a query position meets, over all query heads and layers."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = 2 * head_dim * config.num_hidden_layers
-    if isinstance(config, TPAConfig):
-        shapes = [config.layer_shape(i) for i in range(config.num_hidden_layers)]
-        numbers = 0
-        for shape in shapes:
-            absorbed = shape.gauge == "absorbed"
-            numbers += shape.width_k if absorbed and not shape.latent_keys else head_dim
-            numbers += shape.width_v if absorbed else head_dim
+    head_dim = source_head_dim(config)
+    if not isinstance(config, TPAConfigMixin):
+        return config.num_attention_heads * 2 * head_dim * config.num_hidden_layers
+    numbers = 0
+    for shape in config.layer_shapes:
+        numbers += shape.width_k if shape.key_gauge == "absorbed" else head_dim
+        numbers += shape.width_v if shape.value_gauge == "absorbed" else head_dim
     return config.num_attention_heads * numbers

@@ -18,6 +18,7 @@ from tpa_convert.forward.divergence import (
     forward_kl,
     hidden_distance,
 )
+from tpa_convert.forward.head import final_hidden_states, logit_finish, with_head_input
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.training.distributed import gathered, set_wrapping, shard_frozen
 
@@ -67,34 +68,6 @@ def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
     layers = list(decoder.layers)
     shapes = {tuple(parameter.shape for parameter in layer.parameters()) for layer in layers}
     return [*layers, decoder.norm] if len(shapes) == 1 else [decoder]
-
-
-def with_head(
-    model: nn.Module,
-    causal_lm: PreTrainedModel,
-    input_ids: Tensor,
-    head_forward: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Run a model on [B, L] token ids with another function of [B, L, D] as its output head.
-
-    Args:
-        model: `causal_lm` as wrapped for training (DDP, ...) or itself. Its own forward is called,
-            because wrappers synchronise gradients and gather shards there. `head_forward` may use
-            the head's weight, which is whole inside of it.
-
-    Returns: what `head_forward` returns.
-    """
-    head = causal_lm.get_output_embeddings()
-    head.forward = head_forward
-    try:
-        return model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        del head.forward
-
-
-def final_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """What the output head would see: [B, L] token ids -> [B, L, D]."""
-    return with_head(model, model, input_ids, lambda hidden_states: hidden_states)
 
 
 def offload_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -178,6 +151,11 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        # Found out before either model is sharded.
+        self.finishes = {
+            "student_finish": logit_finish(self.model),
+            "teacher_finish": logit_finish(teacher),
+        }
         # Batches are of equal size, so a mean over batches is a mean over tokens.
         self.model_accepts_loss_kwargs = False
         if self.is_fsdp_enabled:
@@ -225,12 +203,12 @@ class DistillationTrainer(Trainer):
             teacher_hidden = final_hidden_states(self.teacher, input_ids)
             teacher_weight = gathered(self.teacher.get_output_embeddings().weight)
 
-        def head_forward(student_hidden: Tensor) -> Tensor:
+        def compared(student_hidden: Tensor) -> Tensor:
             with torch.autocast(input_ids.device.type, enabled=False):
                 return compare(student_hidden, teacher_hidden, teacher_weight)
 
         with self.accelerator.autocast():
-            return with_head(model, self.model, input_ids, head_forward)
+            return with_head_input(model, self.model, input_ids, compared)
 
     def hidden_loss(
         self, student_hidden: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
@@ -245,6 +223,7 @@ class DistillationTrainer(Trainer):
             teacher_weight,
             divergence=self.divergence,
             chunk_tokens=self.chunk_tokens,
+            **self.finishes,
         )
         if self.hidden_weight:
             states = (outputs.take() for outputs in self.layer_outputs)
@@ -309,6 +288,7 @@ class DistillationTrainer(Trainer):
                         teacher[:, :-1].flatten(0, 1).to(dtype),
                         teacher_weight,
                         input_ids[:, 1:].flatten(),  # noqa: B023 (called at once)
+                        **self.finishes,
                     )
 
                 sums += self.beside_teacher(model, input_ids, compare)

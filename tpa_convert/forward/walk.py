@@ -1,0 +1,189 @@
+"""A causal language model of transformers, any family, run layer by layer on blocks of tokens.
+
+Whatever a model does before its first layer, between layers and attention, and after the last one
+is done by its own code. What each layer is called with (masks, position embeddings by the type of
+layer, ...) is captured once and used again for all batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from tpa_convert.errors import UserError
+from tpa_convert.forward.head import final_hidden_states, logit_finish
+from tpa_convert.forward.logits import chunk_positions
+from tpa_convert.forward.stand_in import arguments_at, named_arguments, standing_in
+
+ATTENTION = "self_attn"  # the attribute of a layer that holds its attention in most families
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of a layer's attention.
+
+    Attributes:
+        hidden: its input, [b, L, D].
+        keywords: everything else it is called with, by name.
+        output: the hidden states that it returns, [b, L, D].
+    """
+
+    hidden: Tensor
+    keywords: dict[str, Any]
+    output: Tensor
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states among what a layer or its attention returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class DecoderWalk:
+    """Hidden states of token blocks on their way through the layers of a model.
+
+    Attributes:
+        layers: the model's.
+        states: hidden states entering the next layer, [N, L, D]; changed in place by `advance` and
+            `observe`.
+        batches: the slices of `states` that go through a layer at once.
+        arguments: what each layer is called with besides hidden states, for a batch of one block
+            of the same length.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Tensor,
+        batch_size: int,
+        attention: str = ATTENTION,
+    ):
+        """
+        Args:
+            model: left as it is; its layers run in the mode (attention implementation, ...) that
+                it has now.
+            blocks: token ids [N, L], unpadded.
+            batch_size: blocks that go through a layer at once.
+            attention: name of the attention module in a layer.
+
+        Raises:
+            UserError: layers are called with something that depends on the text.
+        """
+        self.model, self.attention_name = model, attention
+        self.layers: list[nn.Module] = list(model.get_decoder().layers)
+        self.arguments: list[dict[str, Any]] = []
+        self._tuples: list[bool] = []
+        blocks = blocks.to(model.get_input_embeddings().weight.device)
+        self._capture(blocks[:1])
+        starts = range(0, len(blocks), batch_size)
+        self.batches = [slice(start, min(start + batch_size, len(blocks))) for start in starts]
+        for batch in self.batches:
+            entering = self._enter(blocks[batch])
+            if batch.start == 0:
+                self.states = entering.new_empty(len(blocks), *entering.shape[1:])
+            self.states[batch] = entering
+
+    def _capture(self, block: Tensor) -> None:
+        """Takes down how the model calls its layers and what they return, in one pass."""
+
+        def record(
+            layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any
+        ) -> None:
+            self.arguments.append(named_arguments(layer, positional, keywords)[1])
+            self._tuples.append(isinstance(output, tuple))
+
+        hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in self.layers]
+        try:
+            self.model.get_decoder()(input_ids=block, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, blocks: Tensor) -> Tensor:
+        """Hidden states before the first layer: [b, L] token ids -> [b, L, D]."""
+        decoder = self.model.get_decoder()
+        hidden, keywords = arguments_at(
+            self.layers[0], lambda: decoder(input_ids=blocks, use_cache=False)
+        )
+        for name, captured in self.arguments[0].items():
+            if not _same(captured, keywords.get(name)):
+                raise UserError(
+                    f"the layers of {type(self.model).__name__} are called with {name}, which "
+                    "depends on the text: such models cannot be run layer by layer"
+                )
+        return hidden
+
+    def attention(self, index: int) -> nn.Module:
+        """The attention module of a layer."""
+        return getattr(self.layers[index], self.attention_name)
+
+    def run(self, index: int, hidden: Tensor, layer: nn.Module | None = None) -> Tensor:
+        """Hidden states [b, L, D] after layer `index`, or after another layer in its place."""
+        return first((layer or self.layers[index])(hidden, **self.arguments[index]))
+
+    def attention_input(self, index: int, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What a layer's attention is called with where [b, L, D] enters the layer: its hidden
+        states [b, L, D], and everything else by name. Nothing after that is run."""
+        return arguments_at(self.attention(index), lambda: self.run(index, hidden))
+
+    @torch.no_grad()
+    def observe(self, index: int) -> Iterator[AttentionCall]:
+        """Takes the states through layer `index`, as far as this is consumed: yields what its
+        attention did in each of `batches`."""
+        attention, calls = self.attention(index), list[AttentionCall]()
+
+        def record(
+            module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any
+        ) -> None:
+            hidden, keywords = named_arguments(module, positional, keywords)
+            calls.append(AttentionCall(hidden, keywords, first(output)))
+
+        for batch in self.batches:
+            hook = attention.register_forward_hook(record, with_kwargs=True)
+            try:
+                self.states[batch] = self.run(index, self.states[batch])
+            finally:
+                hook.remove()
+            yield calls.pop()
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Takes the states through layer `index`."""
+        for batch in self.batches:
+            self.states[batch] = self.run(index, self.states[batch])
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """What the output head sees where [b, t, D] leaves the last layer: [b, t, D]."""
+
+        def stand_in(wrapped: bool) -> Any:
+            return lambda *_, **__: (hidden,) if wrapped else hidden
+
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        with standing_in(
+            {layer: stand_in(w) for layer, w in zip(self.layers, self._tuples, strict=True)}
+        ):
+            return final_hidden_states(self.model, token)
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """The model's logits where [b, t, D] leaves the last layer: [C, V], a few positions at a
+        time, because a vocabulary can be large."""
+        head, finish = self.model.get_output_embeddings(), logit_finish(self.model)
+        for chunk in hidden.flatten(0, 1).split(chunk_positions(self.model)):
+            product = head(self.final(chunk[None])[0])
+            yield product if finish is None else finish(product)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether what a layer is called with for one block is what it is called with for others."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(
+        not isinstance(left, Tensor)
+        or (left.shape[1:] == right.shape[1:] and bool((left == right).all()))
+        for left, right in pairs
+    )

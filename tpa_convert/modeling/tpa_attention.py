@@ -1,0 +1,371 @@
+"""Tensor Product Attention (TPA, arXiv 2501.06425) in the place of a source model's attention.
+
+Shape suffixes and einsum letters are those of `tpa_keys`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .tpa_configuration import LayerShape, source_head_dim
+from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
+from .tpa_rotary import Table, paged_positions, pair_table, rotate, slot_positions
+from .tpa_values import ContextualValues, StaticValues
+
+CACHE_NAMES = ("past_key_values", "cache")  # transformers renamed it in 5.24
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """Where a family keeps its attention; the defaults are those of most.
+
+    Args:
+        attention: the attention module of a decoder layer.
+        query, key, value: its projections.
+        fused: one projection that stacks queries, keys and values, instead of these.
+        output: the output projection.
+        query_norm, key_norm: norms of each head before rotation, for modules that have them.
+    """
+
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    fused: str | None = None
+    output: str = "o_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+
+    def projection(self, attention: nn.Module, part: str) -> nn.Module:
+        """The projection of the source's attention that makes its `query`, `key` or `value`."""
+        return getattr(attention, self.fused or getattr(self, part))
+
+
+def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
+    """The cache among keyword arguments, whatever it is called there; `pop` takes it out."""
+    found = [arguments.pop(n, None) if pop else arguments.get(n) for n in CACHE_NAMES]
+    return next((cache for cache in found if cache is not None), None)
+
+
+class FactorizedQuery(nn.Module):
+    """Factored queries Q(x) = 1/R_Q A_Q(x)ᵀ B_Q(x) (paper, eq. 3.1); output [..., h * d]."""
+
+    def __init__(self, hidden_size: int, heads: int, head_dim: int, rank: int, bias: bool):
+        super().__init__()
+        self.rank, self.heads = rank, heads
+        self.head_factor = nn.Linear(hidden_size, rank * heads, bias=False)
+        self.feature_factor = nn.Linear(hidden_size, rank * head_dim, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        head = self.head_factor(hidden_states).unflatten(-1, (self.rank, self.heads))
+        feature = self.feature_factor(hidden_states).unflatten(-1, (self.rank, -1))
+        return torch.einsum("bsrh,bsrd->bshd", head, feature).flatten(-2) / self.rank
+
+
+class TPAAttention(nn.Module):
+    """Attention whose keys and values are sums of products of head and feature factors.
+
+        k_j(x) = s_K Σ_r a^K_{r,j}(x) T_{r,j} b^K_r(x)
+        v_j(x) = s_V Σ_r a^V_{r,j}(x) U_{r,j} b^V_r(x)
+
+    as eq. 3.1 of arXiv 2501.06425, to which the constant maps T and U (the gauge) are added; s =
+    1 / R for `linear` head factors and 1 otherwise. With T = U = 1 this is the layer of the paper.
+    The factors are cached; `tpa_keys` and `tpa_values` say how.
+
+    Scale, window, soft-cap, dropout and the norm of the queries are those of the attention module
+    of the source whose place it takes.
+    """
+
+    def __init__(self, config: Any, layer_idx: int, source: Any, names: AttentionNames):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.shape = shape = LayerShape(**config.tpa_layers[layer_idx])
+        self.num_heads = heads = config.num_attention_heads
+        self.num_key_value_heads = groups = config.num_key_value_heads
+        self.head_dim = head_dim = source_head_dim(config)
+        self.scaling: float = source.scaling
+        self.attention_dropout = source.attention_dropout
+        self.is_causal = source.is_causal
+        self.sliding_window = sliding_window(source, config, layer_idx)
+        self.softcap = getattr(source, "attn_logit_softcapping", None)
+
+        hidden_size = config.hidden_size
+        query_bias = names.projection(source, "query").bias is not None
+        key_norm = getattr(source, names.key_norm, None)
+        if (key_norm is not None) != shape.key_norm:
+            raise ValueError(f"layer {layer_idx}: key_norm must be {key_norm is not None}")
+        keys: type[RotatedKeys | LatentKeys] = RotatedKeys
+        if shape.latent_keys or shape.contextual:
+            keys = LatentKeys if shape.latent_keys else ContextualKeys
+        self.keys = keys(
+            shape,
+            hidden_size,
+            groups,
+            head_dim,
+            bias=names.projection(source, "key").bias is not None,
+            norm_eps=None if key_norm is None else norm_epsilon(key_norm),
+        )
+        self.values = (ContextualValues if shape.contextual else StaticValues)(
+            shape,
+            hidden_size,
+            groups,
+            head_dim,
+            bias=names.projection(source, "value").bias is not None,
+        )
+        self.q_norm = getattr(source, names.query_norm, None)
+        if shape.rank_q is None:
+            query_width = shape.width_k if self.keys.absorbed else head_dim
+            self.q_proj: nn.Module = nn.Linear(hidden_size, heads * query_width, bias=query_bias)
+        else:
+            self.q_proj = FactorizedQuery(hidden_size, heads, head_dim, shape.rank_q, query_bias)
+        self.o_proj = nn.Linear(
+            heads * self.values.output_width,
+            hidden_size,
+            bias=getattr(source, names.output).bias is not None,
+        )
+        self.expanded_heads = max(self.keys.expanded_heads, self.values.expanded_heads)
+        self.num_key_value_groups = heads // self.expanded_heads  # read by attention functions
+        self.rotary_emb: Callable[[torch.Tensor, torch.Tensor], Table] | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Table,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the source's attention; the cache has the name that the installed transformers uses.
+
+        Args:
+            hidden_states: [b, s, D].
+            position_embeddings: cosines and sines of the new tokens, [b, s, rotated dims].
+            attention_mask: as the attention function takes it.
+
+        Returns: output [b, s, D], and the attention weights if the function gives them.
+        """
+        cache = given_cache(kwargs, pop=True)
+        table = pair_table(position_embeddings, self.head_dim // 2)
+        query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query = query if self.q_norm is None else self.q_norm(query)
+        query = rotate(query, self.keys.query_table(table))
+        key, value = self.keys.pack(hidden_states, table), self.values.pack(hidden_states)
+        if cache is not None:
+            key, value, table = self.update(
+                cache, key, value, hidden_states, table, attention_mask, kwargs
+            )
+        implementation = self.config._attn_implementation
+        paged = cache is not None and not isinstance(cache, Cache)
+        weights = None
+        if query.shape[2] == 1 and implementation == "sdpa" and not paged and not self.softcap:
+            output = self.decode(query, key, value, attention_mask, table).transpose(1, 2)
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, eager_attention_forward
+            )
+            if self.sliding_window is not None:
+                kwargs["sliding_window"] = self.sliding_window
+            if self.softcap is not None:
+                kwargs["softcap"] = self.softcap
+            key, value = self.keys.expand(key, table), self.values.expand(value)
+            output, weights = attention_interface(
+                self,
+                query,
+                key.expand(-1, self.expanded_heads, -1, -1),
+                value.expand(-1, self.expanded_heads, -1, -1),
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def update(
+        self,
+        cache: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden_states: torch.Tensor,
+        table: Table,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, Table]:
+        """Adds packed keys and values to the cache: all that it holds of them, and their table.
+
+        The table is that of all cached positions for latent keys, which are rotated here, and for
+        others that of the new tokens.
+        """
+        stock = isinstance(cache, Cache)
+        length, positions = key.shape[2], kwargs.get("position_ids")
+        slots = None
+        if self.shape.latent_keys and stock:
+            slots = slot_positions(
+                cache, self.layer_idx, length, positions, attention_mask, hidden_states.device
+            )
+        grid = self.cache_grid(cache)
+        widths = key.shape[-1], value.shape[-1]
+        if grid is not None:
+            key, value = fold(key, grid), fold(value, grid)
+        key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        if grid is not None:
+            key, value = unfold(key, widths[0]), unfold(value, widths[1])
+        if self.shape.latent_keys and not stock:
+            starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+            assert positions is not None, "continuous batching gives positions"
+            slots = paged_positions(*starts, positions, key.shape[2])
+        if slots is not None and key.shape[2] != table[0].shape[2]:
+            assert self.rotary_emb is not None, "set by replace_attention"
+            cos, sin = (p.to(hidden_states.device) for p in self.rotary_emb(hidden_states, slots))
+            table = pair_table((cos, sin), self.head_dim // 2)
+        return key, value, table
+
+    def cache_grid(self, cache: Any) -> tuple[int, int] | None:
+        """Heads and head dim of a cache that was made for those of the config, None for others.
+
+        Paged caches, and static ones that somebody has initialised, hold [heads, head dim] numbers
+        a token whatever comes; rows lie in there with zeros behind them.
+        """
+        if not isinstance(cache, Cache):
+            return self.num_key_value_heads, self.head_dim
+        if self.layer_idx >= len(cache.layers):
+            return None
+        keys = getattr(cache.layers[self.layer_idx], "keys", None)
+        if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or not keys.numel():
+            return None
+        grid, shape = (self.num_key_value_heads, self.head_dim), self.shape
+        packed = shape.key_head_factors(self.num_key_value_heads) + shape.width_k
+        found = keys.shape[1], keys.shape[3]
+        return grid if found == grid and found != (1, packed) else None
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        packed_key: torch.Tensor,
+        packed_value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        table: Table,
+    ) -> torch.Tensor:
+        """Attention of one query position on the packed cache; keys and values are not expanded,
+        except latent keys.
+
+        Args:
+            query: rotated queries [b, h, 1, width_k] (absorbed gauge) or [b, h, 1, d].
+            packed_key, packed_value: the cache of this layer, [b, 1, t, ...].
+            attention_mask: boolean or additive, [b, 1, 1, t], or None to attend to everything.
+            table: see `update`.
+
+        Returns: what the output projection reads, [b, h, 1, width_v or d].
+        """
+        keys, values = self.keys, self.values
+        if isinstance(keys, LatentKeys):
+            key, heads = keys.expand(packed_key, table), keys.heads
+        else:
+            query, key, heads = keys.component_queries(query), packed_key, 1
+            if keys.shape.key_head_factors(keys.heads):
+                scores = keys.scores(query, packed_key) * self.scaling
+                weights = masked_softmax(scores, attention_mask)
+                return values.output(values.mix(weights, packed_value))
+        # The query heads that share keys take the place of query positions.
+        mixed = nn.functional.scaled_dot_product_attention(
+            query.reshape(len(query), heads, -1, query.shape[-1]),
+            key,
+            packed_value.expand(-1, heads, -1, -1),
+            attn_mask=attention_mask,
+            scale=self.scaling,
+        )
+        return values.output(mixed.flatten(1, 2).unsqueeze(2))
+
+
+def replace_attention(decoder: Any, names: AttentionNames) -> None:
+    """Puts Tensor Product Attention in every layer of a decoder of transformers, in place.
+
+    The layers know the decoder's rotary embedding, since latent keys are rotated where they are
+    used; it stays the decoder's own module.
+    """
+    rotary = decoder.rotary_emb
+    by_type = "layer_type" in signature(type(rotary).forward).parameters
+    for i, layer in enumerate(decoder.layers):
+        attention = TPAAttention(decoder.config, i, getattr(layer, names.attention), names)
+        kind = {"layer_type": decoder.config.layer_types[i]} if by_type else {}
+        # Past nn.Module's own setter, which would make it a submodule of every layer.
+        object.__setattr__(attention, "rotary_emb", LayerRotary(rotary, kind))
+        setattr(layer, names.attention, attention)
+
+
+class LayerRotary:
+    """The rotary embedding of one layer: (any tensor of the right type, positions [b, t]) ->
+    cosines and sines [b, t, rotated dims]."""
+
+    def __init__(self, module: nn.Module, arguments: dict[str, Any]):
+        self.module, self.arguments = module, arguments
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
+        return self.module(x, positions, **self.arguments)
+
+
+def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
+    """Tokens that a layer of the source attends to, None for all."""
+    if hasattr(source, "sliding_window"):
+        return source.sliding_window
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def norm_epsilon(norm: Any) -> float:
+    """What a norm of the source adds to the mean square; families call it one of two names."""
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
+def fold(row: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Packed rows [b, 1, s, n] laid out as heads [b, heads, s, head dim], zeros behind them."""
+    heads, head_dim = grid
+    room = heads * head_dim - row.shape[-1]
+    if room < 0:
+        raise ValueError(
+            f"{row.shape[-1]} numbers a token do not fit into a cache of {heads} heads of "
+            f"{head_dim}: use a dynamic cache"
+        )
+    return nn.functional.pad(row[:, 0], (0, room)).unflatten(-1, grid).transpose(1, 2)
+
+
+def unfold(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """Undoes `fold`: [b, heads, t, head dim] to [b, 1, t, width]."""
+    return heads.transpose(1, 2).flatten(2)[..., :width].unsqueeze(1)
+
+
+def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over [b, h, s, t] in fp32, with a boolean or additive mask that broadcasts to it."""
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain products, as transformers' own: output [b, s, h, d] and weights."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = masked_softmax(scores, attention_mask)
+    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (dropped @ value).transpose(1, 2).contiguous(), weights

@@ -1,0 +1,95 @@
+"""Rotary position embedding (RoPE) on pairs of features, and the positions of what is cached.
+
+Features are half-split: of 2 P features, p and p + P are the pair p. Tables of cosines and sines
+have one entry for each pair. Letters: b batch, s new tokens, t cached tokens, f rotary pairs.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+Table = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, [b, 1, s, f] each (the 1 stands for all heads)."""
+
+
+def rotate(x: torch.Tensor, table: Table) -> torch.Tensor:
+    """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, P]."""
+    cos, sin = table
+    real, imaginary = x.chunk(2, -1)
+    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+
+
+def pair_table(position_embeddings: Table, pairs: int) -> Table:
+    """The table [b, 1, s, pairs] in transformers' position embeddings [b, s, 2 f], f <= pairs.
+
+    Pairs beyond the f that the source rotates (partial rotary embedding) stay where they are.
+    """
+    cos, sin = (part[..., : part.shape[-1] // 2].unsqueeze(1) for part in position_embeddings)
+    rest = pairs - cos.shape[-1]
+    if rest:
+        cos = nn.functional.pad(cos, (0, rest), value=1.0)
+        sin = nn.functional.pad(sin, (0, rest), value=0.0)
+    return cos, sin
+
+
+def slot_positions(
+    cache: Cache,
+    layer_idx: int,
+    length: int,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Positions [b or 1, t] of all slots that a layer attends to once `length` tokens are added.
+
+    New slots are where `position_ids` says. Of older ones, those attended to follow each other up
+    to the new ones, as generation counts them: padding, on the left or between, takes no position.
+    Free slots of a static cache count as the last, since RoPE scaling may depend on the largest
+    position; nothing attends to them.
+
+    Args:
+        cache: before the update.
+        position_ids: of the new tokens, [b or 1, s], or None if they follow the cache's slots.
+        attention_mask: of the slots [b, t] or less, or as attention takes it, [b, 1, s, t].
+    """
+    first = cache.get_seq_length(layer_idx)
+    slots_t, offset = cache.get_mask_sizes(length, layer_idx)
+    slots = offset + torch.arange(slots_t, device=device)[None]
+    last = first + length - 1
+    if position_ids is None:
+        return slots.clamp(max=last)
+    attended = slots <= last
+    if isinstance(attention_mask, torch.Tensor):
+        mask = attention_mask
+        mask = mask == 0 if mask.is_floating_point() else mask.bool()
+        # A slot outside the window of the last token may be inside that of an earlier one.
+        mask = mask[:, 0].any(1) if mask.ndim == 4 else mask
+        mask = mask[:, -slots_t:]
+        attended = nn.functional.pad(mask, (0, slots_t - mask.shape[1]))
+    batch = max(len(position_ids), len(attended))
+    count = attended.cumsum(-1).expand(batch, -1)
+    given = position_ids[:, (slots[0] - first).clamp(0, length - 1)].expand(batch, -1)
+    new = (slots >= first) & (slots <= last)
+    # Any new slot that is attended to tells what to add to a row's counts.
+    index = torch.arange(slots_t, device=device)
+    known = torch.where(new & attended, index, -1).amax(-1, keepdim=True)
+    known = torch.where(known < 0, (last - offset), known).expand(batch, -1)
+    return torch.where(new, given, count + given.gather(1, known) - count.gather(1, known))
+
+
+def paged_positions(
+    starts_q: torch.Tensor, starts_k: torch.Tensor, position_ids: torch.Tensor, slots: int
+) -> torch.Tensor:
+    """Positions [1, slots] of the tokens that a paged cache returns for several requests in a row.
+
+    Args:
+        starts_q, starts_k: where each request begins among the new and among all its tokens, and
+            the end of the last, [requests + 1].
+        position_ids: of the new tokens, [1, s].
+        slots: tokens returned; what lies beyond the last request is padding.
+    """
+    index = torch.arange(slots, device=position_ids.device)
+    request = torch.searchsorted(starts_k[1:].contiguous().long(), index, right=True)
+    request = request.clamp(max=len(starts_k) - 2)
+    last = position_ids[0, (starts_q[1:].long() - 1).clamp(0, position_ids.shape[1] - 1)]
+    return (last[request] - (starts_k[1:].long()[request] - 1 - index))[None].clamp(min=0)

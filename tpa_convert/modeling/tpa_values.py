@@ -1,0 +1,89 @@
+"""Layouts of the values of Tensor Product Attention; see `tpa_keys` for letters and conventions.
+
+v_j(x) = s Σ_r a_{r,j}(x) U_{r,j} b_r(x)        (arXiv 2501.06425, eq. 3.1, with a gauge U)
+"""
+
+import torch
+from torch import nn
+
+from .tpa_configuration import LayerShape
+from .tpa_keys import HeadGauge
+
+
+class StaticValues(nn.Module):
+    """Components of all heads together, with constant head factors.
+
+    The output projection reads them as they are (`absorbed`), or U is applied to what attention has
+    mixed.
+    """
+
+    def __init__(self, shape: LayerShape, hidden_size: int, heads: int, head_dim: int, bias: bool):
+        super().__init__()
+        self.shape, self.heads, self.head_dim = shape, heads, head_dim
+        self.absorbed = shape.value_gauge == "absorbed"
+        self.output_width = shape.width_v if self.absorbed else head_dim
+        self.rank = shape.rank_v if shape.contextual else 1
+        self.expanded_heads = 1 if self.absorbed and not shape.contextual else heads
+        self.feature_factor = nn.Linear(hidden_size, shape.width_v, bias=bias)
+        applied = shape.value_gauge == "applied"
+        self.gauge = HeadGauge(heads, head_dim, shape.width_v) if applied else None
+
+    def pack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What is cached of new tokens: [b, s, D] -> [b, 1, s, width]."""
+        return self.feature_factor(hidden_states).unsqueeze(1)
+
+    def expand(self, packed: torch.Tensor) -> torch.Tensor:
+        """Values for attention functions, from what is cached, [b, 1, t, ...].
+
+        Returns: [b, 1, t, width] shared by all heads if U is absorbed, else [b, j, t, d].
+        """
+        return packed if self.gauge is None else self.gauge(packed)
+
+    def mix(self, weights: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        """Components that attention weights [b, h, s, t] mix: [b, h, s, width]."""
+        return weights @ packed
+
+    def output(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What the output projection reads, [b, h, s, width or d], of mixed components."""
+        if self.gauge is None:
+            return mixed
+        grouped = mixed.unflatten(1, (self.heads, -1))  # [b, j, n, s, width]
+        heads = self.gauge(grouped.flatten(2, 3))
+        return heads.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+
+
+class ContextualValues(StaticValues):
+    """Values whose head factors depend on the token (`affine`, `linear`) and are cached too."""
+
+    def __init__(self, shape: LayerShape, hidden_size: int, heads: int, head_dim: int, bias: bool):
+        super().__init__(shape, hidden_size, heads, head_dim, bias)
+        self.head_factor = nn.Linear(hidden_size, shape.rank_v * heads, bias=shape.form == "affine")
+
+    def pack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        feature = self.feature_factor(hidden_states)
+        return torch.cat((self.head_factor(hidden_states), feature), dim=-1).unsqueeze(1)
+
+    def unpack(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Head factors [b, t, r, j], scaled, and feature factors [b, t, r, e]."""
+        head, feature = packed[:, 0].split((self.rank * self.heads, self.shape.width_v), dim=-1)
+        head = head.unflatten(-1, (self.rank, self.heads))
+        head = head / self.rank if self.shape.form == "linear" else head
+        return head, feature.unflatten(-1, (self.rank, -1))
+
+    def expand(self, packed: torch.Tensor) -> torch.Tensor:
+        head, feature = self.unpack(packed)
+        if self.shape.value_gauge == "none":
+            return torch.einsum("btrj,btrd->bjtd", head, feature)
+        values = torch.einsum("btrj,btre->bjtre", head, feature).flatten(-2)
+        return values if self.gauge is None else self.gauge(values)
+
+    def mix(self, weights: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        head, feature = self.unpack(packed)
+        weights = weights.unflatten(1, (self.heads, -1))
+        by_rank = torch.einsum("bjnst,btrj->bjnsrt", weights, head)
+        return torch.einsum("bjnsrt,btre->bjnsre", by_rank, feature).flatten(-2).flatten(1, 2)
+
+    def output(self, mixed: torch.Tensor) -> torch.Tensor:
+        if self.shape.value_gauge == "none":
+            return mixed.unflatten(-1, (self.rank, self.head_dim)).sum(-2)
+        return super().output(mixed)
