@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny
+from tests.tiny_models import MODELS
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
 from tpa_convert.healing.training import run as healing_run
 
@@ -34,13 +35,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "tied": {"tied": True, "hidden_weight": 0.5},
     "lora": {"trainable": "lora"},
+    "capped": {"family": "gemma3"},
 }
 
 
-def run(directory: Path, *, tied: bool = False, **changes: Any) -> tuple[HealingReport, Any]:
-    """Heals a tiny converted model on whatever processes there are."""
+def models(tied: bool, family: str | None) -> tuple[Any, Any]:
+    """A teacher and its converted student; of another family than Llama, two different models."""
+    if family is not None:
+        return MODELS[family](seed=1), MODELS[family](seed=2)
     teacher = make_tiny_llama(tie_word_embeddings=tied)
-    student = convert_tiny(teacher, width_k=12, width_v=8)
+    return teacher, convert_tiny(teacher, width_k=12, width_v=8)
+
+
+def run(
+    directory: Path, *, tied: bool = False, family: str | None = None, **changes: Any
+) -> tuple[HealingReport, Any]:
+    """Heals a tiny model on whatever processes there are."""
+    teacher, student = models(tied, family)
     settings = HealingSettings(
         tokens=STEPS * 128,
         tokens_per_step=128,

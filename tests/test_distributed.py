@@ -60,7 +60,8 @@ def check_runs(directory: Path, reference: Path) -> Iterator[tuple[str, dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
-    """Interrupted and resumed, with a tied output head and without, in full and with adapters."""
+    """Interrupted and resumed, with a tied output head and without, in full and with adapters, with
+    logits as the head leaves them and soft-capped."""
     launch("tests.healing_worker", tmp_path, "--interrupt", *(["--fsdp"] if fsdp else []))
     for name, report in check_runs(tmp_path, tmp_path / "one"):
         assert report["resumed_from"] == 3

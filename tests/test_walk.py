@@ -3,91 +3,23 @@ but the interface: windows, scaled embeddings, norms after attention, multiplier
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GraniteConfig,
-    GraniteForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import random_blocks
+from tests.tiny_models import MODELS, SIZES, random_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward import logits as logits_module
 from tpa_convert.forward.head import final_hidden_states
 from tpa_convert.forward.passes import CAUSAL_SDPA, block_forward, window_mask
 from tpa_convert.forward.walk import DecoderWalk
 
-WINDOW, LENGTH = 8, 32
-BLOCKS = random_blocks(count=5, length=LENGTH, seed=3)
-SIZES: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # as in conftest
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
-
-
-def random_model(family: type[PreTrainedModel], config: Any, seed: int = 0) -> Any:
-    """In fp32 and eval mode, with norms that are no identity."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = family(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.data += torch.empty_like(parameter).uniform_(-0.5, 0.5)
-    return model.eval().requires_grad_(False)
-
-
-MODELS: dict[str, Callable[..., Any]] = {
-    "llama": lambda seed=0: make_tiny_llama(num_hidden_layers=3, seed=seed),
-    "qwen3": lambda seed=0: random_model(Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8), seed),
-    "gemma3": lambda seed=0: random_model(
-        Gemma3ForCausalLM,
-        Gemma3TextConfig(
-            **SIZES,
-            head_dim=8,
-            sliding_window=WINDOW,
-            layer_types=GEMMA_LAYERS,
-            final_logit_softcapping=2.0,
-        ),
-        seed,
-    ),
-    "granite": lambda seed=0: random_model(
-        GraniteForCausalLM,
-        GraniteConfig(
-            **SIZES, embedding_multiplier=3.0, residual_multiplier=0.3, logits_scaling=5.0
-        ),
-        seed,
-    ),
-    "cohere": lambda seed=0: random_model(
-        CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25), seed
-    ),
-    "mistral": lambda seed=0: random_model(
-        MistralForCausalLM, MistralConfig(**SIZES, head_dim=8, sliding_window=WINDOW), seed
-    ),
-}
+BLOCKS = random_blocks(count=5, length=32, seed=3)  # windows are of 8
 
 
 @pytest.fixture(params=list(MODELS))
@@ -185,6 +117,14 @@ def test_a_layer_of_another_model_in_its_place() -> None:
     model.model.layers[0] = other.model.layers[0]
     expected = model(BLOCKS, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(found, expected)
+
+
+def test_attention_of_another_name() -> None:
+    config = GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+    model = random_model(GPTNeoXForCausalLM, config)
+    walk = DecoderWalk(model, BLOCKS, batch_size=2, attention="attention")
+    assert error(walk, model) < 1e-5
+    assert walk.attention(0) is model.gpt_neox.layers[0].attention
 
 
 def test_layers_that_need_the_text_are_refused() -> None:

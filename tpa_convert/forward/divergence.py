@@ -202,14 +202,17 @@ def chunked_divergence(
         teacher_weight: [V, E].
         divergence: what to compute from a chunk's logits.
         chunk_tokens: tokens of a chunk; by default, what keeps the memory in use beyond the
-            arguments and the gradients below 640 MiB (half as much again with a finish).
-        student_finish, teacher_finish: what the models do to the products of their heads, as
-            `logit_finish` says; its graph exists for one chunk at a time too.
+            arguments and the gradients below 640 MiB. Half of it if a model has a finish, whose
+            intermediate results take as much again.
+        student_finish, teacher_finish: what the models make of products of their heads' weights, as
+            `logit_finish` says.
 
     Returns: fp32 scalar.
     """
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(len(student_weight), student_hidden.dtype, False)
+    if student_finish is not None or teacher_finish is not None:
+        chunk_tokens = max(1, chunk_tokens // 2)
     if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad
         student_hidden, student_weight = student_hidden.detach(), student_weight.detach()
     return _ChunkedDivergence.apply(

@@ -2,8 +2,8 @@
 
     logits = finish(hidden @ weight.T)
 
-`finish` scales or soft-caps logits in some models; in most there is none. All three parts are found
-by running the model's own forward function, so that nothing has to be known of its kind.
+`finish` adds a bias, scales or soft-caps in some models; in most there is none. All three parts are
+found by running the model's own forward function, so that nothing has to be known of its kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tpa_convert.forward.stand_in import standing_in
 
 Finish = Callable[[Tensor], Tensor]
-"""What the output head returns [..., V] -> logits of the model [..., V], differentiable."""
+"""Products of the head's weight [..., V] -> logits of the model [..., V], differentiable."""
 
 
 def with_head_input(
@@ -61,17 +61,19 @@ def final_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logit_finish(model: PreTrainedModel) -> Finish | None:
-    """What `model` does to the product of its output head, or None if that is what it returns."""
+    """What `model` makes of products of its output head's weight, None if they are its logits."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     output = type(decoder(input_ids=token, use_cache=False))
     forward = model.forward  # as it is now: others may stand in for it when `finish` is called
 
     def finish(product: Tensor) -> Tensor:
-        def decoded(**_: Any) -> Any:
+        def decoded(*_: Any, **__: Any) -> Any:
             return output(last_hidden_state=product[..., :1].reshape(1, -1, 1))
 
         rows = product.reshape(1, -1, product.shape[-1])
+        if head.bias is not None:
+            rows = rows + head.bias.to(rows.dtype)
         with standing_in({decoder: decoded, head: lambda _: rows}):
             logits = forward(input_ids=token, use_cache=False).logits
         return logits.view(product.shape)

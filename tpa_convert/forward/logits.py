@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ def split_head(
         finish = logit_finish(model)
 
     def logits(features: Tensor) -> Tensor:
-        product = head(features)
+        product = F.linear(features, head.weight)
         return _at_least_fp32(product if finish is None else finish(product))
 
     return lambda ids: final_hidden_states(model, ids), logits

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -22,6 +23,17 @@ from tpa_convert.forward.logits import chunk_positions
 from tpa_convert.forward.stand_in import arguments_at, named_arguments, standing_in
 
 ATTENTION = "self_attn"  # the attribute of a layer that holds its attention in most families
+
+
+def attention_name(model: PreTrainedModel) -> str:
+    """The attribute of a layer that holds its attention; a converted model knows."""
+    names = getattr(model, "attention_names", None)
+    return ATTENTION if names is None else names.attention
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of all layers."""
+    return [getattr(layer, attention_name(model)) for layer in model.get_decoder().layers]
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class DecoderWalk:
         model: PreTrainedModel,
         blocks: Tensor,
         batch_size: int,
-        attention: str = ATTENTION,
+        attention: str | None = None,
     ):
         """
         Args:
@@ -70,12 +82,13 @@ class DecoderWalk:
                 it has now.
             blocks: token ids [N, L], unpadded.
             batch_size: blocks that go through a layer at once.
-            attention: name of the attention module in a layer.
+            attention: the attribute of a layer that holds its attention; by default, as
+                `attention_name` has it.
 
         Raises:
             UserError: layers are called with something that depends on the text.
         """
-        self.model, self.attention_name = model, attention
+        self.model, self.attention_name = model, attention or attention_name(model)
         self.layers: list[nn.Module] = list(model.get_decoder().layers)
         self.arguments: list[dict[str, Any]] = []
         self._tuples: list[bool] = []
@@ -175,7 +188,7 @@ class DecoderWalk:
         time, because a vocabulary can be large."""
         head, finish = self.model.get_output_embeddings(), logit_finish(self.model)
         for chunk in hidden.flatten(0, 1).split(chunk_positions(self.model)):
-            product = head(self.final(chunk[None])[0])
+            product = F.linear(self.final(chunk[None])[0], head.weight)
             yield product if finish is None else finish(product)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
 from tpa_convert.forward.passes import block_forward
-from tpa_convert.forward.walk import ATTENTION, DecoderWalk, first
+from tpa_convert.forward.walk import DecoderWalk, first
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.regression import LayerRefinement
 from tpa_convert.refinement.streams import StreamPair, Target
@@ -74,7 +74,6 @@ def refit(
     model: PreTrainedModel,
     blocks: Tensor,
     *,
-    attention: str = ATTENTION,
     track: Track = no_tracking,
 ) -> list[LayerRefinement]:
     """Refits W_O of every layer of `model` in place; both models are fp32 and on the same device.
@@ -83,7 +82,6 @@ def refit(
         source: what `model` was converted from.
         model: the converted model.
         blocks: token ids [N, length], N >= 2; an eighth of them is held out to choose the damping.
-        attention: name of the attention module in a layer of either.
         track: shows progress over the layers.
 
     Raises:
@@ -94,7 +92,7 @@ def refit(
     held_out = max(1, round(VALID_SHARE * len(blocks)))
     report = []
     with block_forward(model):
-        streams = StreamPair(source, model, blocks, BATCH_SIZE, attention)
+        streams = StreamPair(source, model, blocks, BATCH_SIZE)
         walk = streams.model
         for index in track(range(len(walk.layers)), "refitting"):
             target = streams.target(index)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
 from tpa_convert.forward.passes import block_forward
-from tpa_convert.forward.walk import ATTENTION, DecoderWalk, first
+from tpa_convert.forward.walk import DecoderWalk, attention_modules, first
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.streams import StreamPair, Target
 
@@ -129,7 +129,6 @@ def refine(
     blocks: Tensor,
     settings: RefinementSettings | None = None,
     *,
-    attention: str = ATTENTION,
     track: Track = no_tracking,
 ) -> list[LayerRefinement]:
     """Refines every layer of `model` in place; both models are fp32 and on the same device.
@@ -138,7 +137,6 @@ def refine(
         source: what `model` was converted from.
         model: the converted model.
         blocks: token ids [N, length], N >= 2; the first `valid_share` of them are held out.
-        attention: name of the attention module in a layer of either.
         track: shows progress over the layers.
 
     Raises:
@@ -148,15 +146,14 @@ def refine(
         raise UserError("refinement needs at least two calibration sequences: give more text")
     settings = settings or RefinementSettings()
     generator = torch.Generator().manual_seed(settings.seed)
-    layers = model.get_decoder().layers
-    attentions = [getattr(layer, attention) for layer in layers]
+    attentions = attention_modules(model)
     # Compiling takes as long as a hundred steps, so only what all layers share is worth it.
     alike = len({tuple(p.shape for p in module.parameters()) for module in attentions}) == 1
     compiled = attentions if alike and model.device.type == "cuda" else []
     report = []
     with block_forward(model, compiled):
-        streams = StreamPair(source, model, blocks, settings.batch_size, attention)
-        for index in track(range(len(layers)), "refining"):
+        streams = StreamPair(source, model, blocks, settings.batch_size)
+        for index in track(range(len(attentions)), "refining"):
             target = streams.target(index)
             report.append(refine_layer(streams.model, index, target, settings, generator))
             streams.model.advance(index)

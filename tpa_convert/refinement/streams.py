@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tpa_convert.forward.walk import ATTENTION, DecoderWalk
+from tpa_convert.forward.walk import DecoderWalk, attention_name
 
 TOLERANCE = 1e-3  # of the sum, and of its multiplier, relative
 LEAST_ENERGY = 1e-2  # of an output, of the mean over tokens: below it, errors count as if it had it
@@ -93,13 +93,9 @@ class StreamPair:
     """
 
     def __init__(
-        self,
-        source: PreTrainedModel,
-        model: PreTrainedModel,
-        blocks: Tensor,
-        batch_size: int,
-        attention: str = ATTENTION,
+        self, source: PreTrainedModel, model: PreTrainedModel, blocks: Tensor, batch_size: int
     ):
+        attention = attention_name(model)  # where its source has it too
         self.source = DecoderWalk(source, blocks, batch_size, attention)
         self.model = DecoderWalk(model, blocks, batch_size, attention)
 

@@ -57,7 +57,7 @@ def chunked_comparison(
         student_hidden_ND, teacher_hidden_NE: final hidden states that predict the targets.
         student_weight_VD, teacher_weight_VE: output heads, of any floating dtype.
         targets_N: token ids.
-        student_finish, teacher_finish: what the models do to the products of their heads, as
+        student_finish, teacher_finish: what the models make of products of their heads' weights, as
             `logit_finish` says.
     """
     student_weight = student_weight_VD.to(student_hidden_ND.dtype)

@@ -10,11 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
+from tpa_convert.forward.walk import attention_modules
 
 
 @contextmanager
 def mlp_adapters(model: PreTrainedModel, rank: int, seed: int) -> Iterator[None]:
-    """Put LoRA adapters (arXiv 2106.09685) on the MLPs; on leaving, merge them into the weights.
+    """Put LoRA adapters (arXiv 2106.09685) on what layers have besides attention, such as MLPs; on
+    leaving, merge them into the weights.
 
     They are the only trainable parameters inside the block until others are made so.
 
@@ -30,10 +32,12 @@ def mlp_adapters(model: PreTrainedModel, rank: int, seed: int) -> Iterator[None]
         from peft import LoraConfig, LoraModel
     except ImportError:
         raise UserError("trainable lora needs peft: pip install 'tpa-convert[lora]'") from None
+    attention = {m for module in attention_modules(model) for m in module.modules()}
+    adapted = set(model.get_decoder().layers.modules()) - attention
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "mlp" in name.split(".")
+        if isinstance(module, nn.Linear) and module in adapted
     ]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     with torch.random.fork_rng():

@@ -23,7 +23,7 @@ class HealingSettings:
         tokens_per_step: tokens per optimiser step, over all devices.
         batch_size: sequences per forward pass and device, at most; gradients are accumulated over
             the rest of a step. None chooses by the device's memory.
-        attention_learning_rate: peak rate of the `self_attn` parameters.
+        attention_learning_rate: peak rate of the parameters in attention.
         learning_rate: peak rate of all others.
         warmup_steps: steps over which the rates rise to their peaks, at most a quarter of the run.
             After them, they fall to zero along half a cosine.

@@ -19,6 +19,7 @@ from tpa_convert.forward.divergence import (
     hidden_distance,
 )
 from tpa_convert.forward.head import final_hidden_states, logit_finish, with_head_input
+from tpa_convert.forward.walk import attention_modules
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.training.distributed import gathered, set_wrapping, shard_frozen
 
@@ -31,35 +32,42 @@ def in_attention(name: str) -> bool:
     return "self_attn" in name.split(".")
 
 
+def attention_parameters(model: PreTrainedModel) -> set[nn.Parameter]:
+    """The parameters of all attention modules."""
+    return {p for module in attention_modules(model) for p in module.parameters()}
+
+
 def parameter_groups(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     attention_learning_rate: float,
     learning_rate: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: `self_attn` parameters and the rest, each with and without weight decay.
+    """AdamW's groups: parameters of the attention and the rest, each with and without weight decay.
 
     Norms and biases (fewer than two dimensions) do not decay. Parameters without `requires_grad`
     are left out, as are empty groups.
     """
+    inside = attention_parameters(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (in_attention(name), parameter.ndim >= 2)
+            key = (parameter in inside, parameter.ndim >= 2)
             groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": attention_learning_rate if attention else learning_rate,
+            "lr": attention_learning_rate if in_attention else learning_rate,
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (attention, decays), parameters in sorted(groups.items(), reverse=True)
+        for (in_attention, decays), parameters in sorted(groups.items(), reverse=True)
     ]
 
 
 def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
-    """What to compile of a model: layers and final norm, or the whole decoder if layers differ.
+    """What to compile of a model: layers and what has weights after them (a norm), or the whole
+    decoder if layers differ.
 
     Equal layers share one compiled graph, so that compilation takes seconds and not minutes. Layers
     that differ would each need a graph of their own, and every call would search through them.
@@ -67,7 +75,11 @@ def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
     decoder = model.get_decoder()
     layers = list(decoder.layers)
     shapes = {tuple(parameter.shape for parameter in layer.parameters()) for layer in layers}
-    return [*layers, decoder.norm] if len(shapes) == 1 else [decoder]
+    if len(shapes) > 1:
+        return [decoder]
+    outside = (decoder.layers, model.get_input_embeddings())
+    others = [module for module in decoder.children() if module not in outside]
+    return [*layers, *(module for module in others if any(True for _ in module.parameters()))]
 
 
 def offload_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
