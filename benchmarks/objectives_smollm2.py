@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.healing import DistillationTrainer, HealingSettings
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 from tpa_convert.refinement.regression import RefinementSettings, refine
 
 
@@ -185,7 +185,7 @@ def main() -> None:
             for key, factor in changes.pop("times", {}).items():
                 value = getattr(base, key)
                 changes[key] = type(value)(value * factor)
-            healing_run.DistillationTrainer = changes.pop("trainer", DistillationTrainer)
+            preparation.DistillationTrainer = changes.pop("trainer", DistillationTrainer)
             heal_row(table, name, student, training, arguments, plan.kv_floats, **changes)
 
 

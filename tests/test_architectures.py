@@ -29,7 +29,7 @@ from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.families import Architecture, architecture_of, register_architecture
 from tpa_convert.modeling.tpa_llama import TPALlamaForCausalLM
-from tpa_convert.options.recipe import ConvertOptions
+from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.pipeline.prediction import predict
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.sources.attention import attention_weights

@@ -23,6 +23,7 @@ from tpa_convert.evaluation import (
 )
 from tpa_convert.evaluation.metrics import harness
 from tpa_convert.evaluation.metrics.multiple_choice import task_name
+from tpa_convert.options.evaluation import EvaluationSettings
 
 QUESTIONS = [
     Question("The sky is", ("blue", "a kind of stone", "wet"), 0),
@@ -211,9 +212,8 @@ def test_harness_limit(tiny_llama, tiny_tokenizer, local_task: Path) -> None:
 
 def test_harness_in_the_report(tiny_llama, tiny_tokenizer, local_task: Path) -> None:
     models = {"source": tiny_llama(seed=0), "converted": tiny_llama(seed=1)}
-    report = evaluate(
-        models, tiny_tokenizer, tasks=["colours"], include_path=local_task, speed=False, prompt=""
-    )
+    settings = EvaluationSettings(tasks=["colours"], speed=False, prompt="")
+    report = evaluate(models, tiny_tokenizer, settings, include_path=local_task)
     row = report.rows[0]
     assert (row.section, row.name) == ("lm-evaluation-harness", "colours, acc_norm (%)")
     ours = {

@@ -226,9 +226,12 @@ def test_tensorboard_gets_the_losses_and_the_held_out_text(
     )
 
 
-def test_logs_that_cannot_be_written_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="log_to takes tensorboard and wandb, not mlflow"):
+def test_logs_that_cannot_be_written_are_refused(
+    random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="log_to must be tensorboard or wandb, not mlflow"):
         HealingSettings(log_to=("mlflow",))
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="log_to wandb needs the package wandb: pip install wandb"):
-        HealingSettings(log_to=("wandb",))
+    with pytest.raises(UserError, match="`log_to` wandb needs the package wandb: pip install"):
+        healed(tmp_path, random_tokens(8, 16), None, settings={"log_to": ("wandb",)})
+    assert not any(tmp_path.iterdir())

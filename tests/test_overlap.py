@@ -12,7 +12,8 @@ import pytest
 
 from tests.command_line import CONVERT, error_of, save_source, tpa_convert
 from tpa_convert.errors import UserError
-from tpa_convert.options.recipe import Recipe, validated
+from tpa_convert.options.declaration import validated
+from tpa_convert.options.recipe import Recipe
 from tpa_convert.pipeline.run import run
 from tpa_convert.text.overlap import load_local, refuse_seen_documents
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.command_line import error_of, save_source, tpa_convert
 from tests.conversions import random_blocks, source_of, tiny_moments
-from tpa_convert.cli.terminal import show_layers
+from tpa_convert.cli.tables import show_layers
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import agreement
@@ -287,8 +287,8 @@ def test_latent_keys_are_planned_and_converted(tmp_path, text) -> None:
     converted = tpa_convert("convert", source, "--plan", plan, *short, "--out", tmp_path / "small")
     assert converted.exit_code == 0, converted.output
     assert "latent key width" in converted.stdout
-    assert "every step rebuilds the keys" in converted.stdout
-    assert "every step rebuilds the keys" in result.stdout
+    assert "Every step rebuilds the keys" in converted.stdout
+    assert "Every step rebuilds the keys" in result.stdout
 
 
 def test_the_same_command_makes_the_same_plan(tmp_path, text) -> None:

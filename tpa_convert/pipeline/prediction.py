@@ -13,7 +13,7 @@ from tpa_convert.decomposition.tensor import tucker_ranks
 from tpa_convert.dtypes import dtype_name, named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.families import architecture_of
-from tpa_convert.options.recipe import BUDGETS, RANKS, ConvertOptions
+from tpa_convert.options.conversion import BUDGETS, RANKS, ConvertOptions
 from tpa_convert.plans import Budget, Plan, load_plan, plan_uniform
 
 

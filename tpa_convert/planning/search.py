@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import compare
-from tpa_convert.modeling import Form, Gauge, KeyCache
+from tpa_convert.modeling import Form, KeyCache
+from tpa_convert.options.planning import PlanOptions
 from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivity
 from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.plans.allocation import allocate
@@ -155,15 +156,11 @@ def search(
     source: Source,
     moments: Moments,
     blocks: Tensor,
+    options: PlanOptions,
     *,
     kv_floats: float | None,
-    max_increase: float,
     curve: Sequence[float],
-    gauge: Gauge | Literal["auto"] = "auto",
-    multiple_of: int = 8,
-    key_cache: KeyCache = "rotated",
-    context: int = 4096,
-    refinement: tuple[Tensor, RefinementSettings] | None = None,
+    refinement_text: Tensor | None = None,
     track: Track = no_tracking,
 ) -> PlanReport:
     """Measures sensitivities and candidate plans, and chooses.
@@ -172,78 +169,111 @@ def search(
         source: a model in fp32.
         moments: of the source on calibration text.
         blocks: token ids [N, length] that the moments have not seen.
-        kv_floats: the wanted budget; the best candidate there is chosen, contextual forms included
-            where they fit. None chooses the smallest cache that keeps `max_increase`.
-        max_increase: accepted rise of perplexity as a share (0.1 is ten percent), told from the
-            divergence: exp(KL) − 1.
-        curve: further budgets to measure; those too small for `multiple_of` are left out.
-        gauge: where it goes in static plans.
-        multiple_of: of which uneven widths are multiples.
-        key_cache: of all static plans. With latent keys there are no others.
-        context: tokens to count arithmetic at.
-        refinement: text and settings to refine every candidate with before it is measured, for a
-            model that is going to be refined: what the closed form can spare is not what
-            refinement can.
+        options: kind of keys, gauge, multiples of widths, accepted loss, refinement.
+        kv_floats: the wanted budget, in numbers per token and layer; the best candidate there is
+            chosen, contextual forms included where they fit. None chooses the smallest cache that
+            keeps the accepted loss, told from the divergence: exp(KL) − 1.
+        curve: further budgets to measure; those too small for the multiples are left out.
+        refinement_text: what every candidate is refined on before it is measured, if the options
+            say so: what the closed form can spare is not what refinement can.
 
     Raises:
-        UserError: an impossible budget, or no budget on the curve that keeps `max_increase`.
+        UserError: an impossible budget, or no budget on the curve that keeps the accepted loss.
     """
     llama_config = source.architecture.llama_config(source.model.config)
-    wanted = [] if kv_floats is None else [kv_floats]
-    fitting = [floats for floats in curve if floats >= least_floats(multiple_of)]
-    budgets = sorted({*fitting, *wanted}, reverse=True)
     # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
     few = blocks[: max(1, len(blocks) // 4)]
-    sensitivity = measure_sensitivity(source, moments, few, key_cache=key_cache, track=track)
-    contextual = CONTEXTUAL if key_cache == "rotated" else ()
-
-    plans: list[tuple[float, Plan, Form, Split]] = []
-    for floats in budgets:
-        uniform = plan_uniform(llama_config, Budget(kv_floats=floats), key_cache=key_cache)
-        uneven = plan_measured(sensitivity, llama_config, floats, multiple_of, key_cache)
-        between = plan_between(uniform, uneven, llama_config)
-        splits: tuple[tuple[Plan, Split], ...] = (
-            (uniform, "uniform"),
-            (between, "halfway"),
-            (uneven, "measured"),
+    sensitivity = measure_sensitivity(
+        source, moments, few, key_cache=options.key_cache, track=track
+    )
+    wanted = [] if kv_floats is None else [kv_floats]
+    fitting = [floats for floats in curve if floats >= least_floats(options.multiple_of)]
+    proposals = [
+        proposal
+        for floats in sorted({*fitting, *wanted}, reverse=True)
+        for proposal in _proposals(
+            floats, sensitivity, llama_config, options, with_contextual=floats == kv_floats
         )
-        for plan, split in splits:
-            plans.append((floats, plan.with_gauge(gauge), "static", split))
-        if floats == kv_floats:
-            for form in contextual:
-                if floats < smallest_budget(form, llama_config["num_key_value_heads"]):
-                    continue
-                plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
-                plans.append((floats, plan, form, "uniform"))
-
-    candidates = []
-    source_perplexity = math.nan
-    for budget, plan, form, split in track(plans, "measuring plans"):
-        model = convert_model(source, plan, moments).to(source.model.device)
-        if refinement is not None:
-            refine(source.model, model, *refinement)
-        scores, agreements = compare({"source": source.model, "model": model}, blocks)
-        source_perplexity = scores["source"].perplexity
-        candidates.append(
-            Candidate(
-                budget,
-                plan,
-                form,
-                split,
-                predicted_loss(plan, sensitivity) if form == "static" else None,
-                agreements["model"].kl,
-                scores["model"].perplexity / source_perplexity,
-                plan_cost(plan, llama_config, context),
-            )
+    ]
+    refined_on = refinement_text if options.refine else None
+    candidates, source_perplexity = [], math.nan
+    for proposal in track(proposals, "measuring plans"):
+        candidate, source_perplexity = _measure(
+            proposal, source, moments, blocks, sensitivity, options, refined_on
         )
+        candidates.append(candidate)
     return PlanReport(
         tuple(candidates),
-        choose(candidates, kv_floats, max_increase),
+        choose(candidates, kv_floats, options.max_increase),
         tuple(sensitivity),
-        source_cost(llama_config, context),
+        source_cost(llama_config, options.context),
         source_perplexity,
-        context,
+        options.context,
     )
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """A plan that is to be measured; see `Candidate`."""
+
+    budget: float
+    plan: Plan
+    form: Form
+    split: Split
+
+
+def _proposals(
+    floats: float,
+    sensitivity: Sequence[LayerSensitivity],
+    llama_config: dict[str, Any],
+    options: PlanOptions,
+    with_contextual: bool,
+) -> Iterator[_Proposal]:
+    """The plans at one budget, the uniform one first."""
+    key_cache, gauge = options.key_cache, options.gauge
+    uniform = plan_uniform(llama_config, Budget(kv_floats=floats), key_cache=key_cache)
+    uneven = plan_measured(sensitivity, llama_config, floats, options.multiple_of, key_cache)
+    between = plan_between(uniform, uneven, llama_config)
+    yield _Proposal(floats, uniform.with_gauge(gauge), "static", "uniform")
+    yield _Proposal(floats, between.with_gauge(gauge), "static", "halfway")
+    yield _Proposal(floats, uneven.with_gauge(gauge), "static", "measured")
+    if not with_contextual or key_cache != "rotated":  # other forms have no latent keys
+        return
+    for form in CONTEXTUAL:
+        if floats >= smallest_budget(form, llama_config["num_key_value_heads"]):
+            plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
+            yield _Proposal(floats, plan, form, "uniform")
+
+
+def _measure(
+    proposal: _Proposal,
+    source: Source,
+    moments: Moments,
+    blocks: Tensor,
+    sensitivity: Sequence[LayerSensitivity],
+    options: PlanOptions,
+    refined_on: Tensor | None,
+) -> tuple[Candidate, float]:
+    """A proposal with what it does to the model, and the perplexity of the source."""
+    plan = proposal.plan
+    model = convert_model(source, plan, moments).to(source.model.device)
+    if refined_on is not None:
+        settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
+        refine(source.model, model, refined_on, settings)
+    scores, agreements = compare({"source": source.model, "model": model}, blocks)
+    source_perplexity = scores["source"].perplexity
+    llama_config = source.architecture.llama_config(source.model.config)
+    candidate = Candidate(
+        proposal.budget,
+        plan,
+        proposal.form,
+        proposal.split,
+        predicted_loss(plan, sensitivity) if proposal.form == "static" else None,
+        agreements["model"].kl,
+        scores["model"].perplexity / source_perplexity,
+        plan_cost(plan, llama_config, options.context),
+    )
+    return candidate, source_perplexity
 
 
 def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increase: float) -> int:
