@@ -27,11 +27,6 @@ CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each c
 CHANNEL_FLOOR = 1e-6  # least variance of a channel, of the mean over channels
 
 
-def in_attention(name: str) -> bool:
-    """Whether a parameter of this name belongs to an attention layer."""
-    return "self_attn" in name.split(".")
-
-
 def attention_parameters(model: PreTrainedModel) -> set[nn.Parameter]:
     """The parameters of all attention modules."""
     return {p for module in attention_modules(model) for p in module.parameters()}
