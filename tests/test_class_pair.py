@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from tests.conversions import convert_tiny, random_blocks
 from tests.tiny_models import SIZES, random_model
@@ -39,27 +39,33 @@ class OtherAttention(LlamaAttention):
         self.out = self.o_proj
         del self.q_proj, self.k_proj, self.v_proj, self.o_proj
 
-    def forward(self, *args, **kwargs):
-        renamed = {
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        for name, module in {
             "q_proj": self.to_queries,
             "k_proj": self.to_keys,
             "v_proj": self.to_values,
             "o_proj": self.out,
-        }
-        for name, module in renamed.items():
-            object.__setattr__(self, name, module)
-        return super().forward(*args, **kwargs)
+        }.items():
+            object.__setattr__(self, name, module)  # past nn.Module: no submodule of this name
+        return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+
+
+class OtherLayer(LlamaDecoderLayer):
+    """Llama's layer with another name for its attention."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.mixer = OtherAttention(config, layer_idx)
+        del self.self_attn
+
+    def forward(self, hidden_states, **kwargs):
+        mixed, _ = self.mixer(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class OtherConfig(LlamaConfig):
     model_type = "other_names"
-
-
-def rename(model: nn.Module) -> None:
-    for i, layer in enumerate(model.layers):
-        layer.mixer = OtherAttention(model.config, i)
-        del layer.self_attn
-        layer.__dict__["self_attn"] = lambda *args, layer=layer, **kw: layer.mixer(*args, **kw)
 
 
 class OtherModel(LlamaModel):
@@ -67,7 +73,9 @@ class OtherModel(LlamaModel):
 
     def __init__(self, config: OtherConfig):
         super().__init__(config)
-        rename(self)
+        self.layers = nn.ModuleList(
+            [OtherLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
         self.post_init()
 
 
@@ -105,5 +113,5 @@ def test_a_wrong_name_is_told() -> None:
         convert_tiny(source())
     names = AttentionNames("attention")
     register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
-    with pytest.raises(UserError, match=r"LlamaDecoderLayer has no attention \(it has .*mixer"):
+    with pytest.raises(UserError, match=r"OtherLayer has no attention \(it has .*mixer"):
         convert_tiny(source())
