@@ -22,10 +22,10 @@ from quality import quality_tables, task_table
 from settings import given_settings
 from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion.model import convert_model
-from tpa_convert.modeling import TPAForCausalLM
 from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.sources import Source
 
@@ -38,7 +38,7 @@ def refined(
     blocks: Tensor,
     steps: int,
     folder: str | None,
-) -> tuple[TPAForCausalLM, float]:
+) -> tuple[PreTrainedModel, float]:
     """Converts and refines, or reads what an earlier run has left in the folder; with a row.
 
     Returns: the model and its floats.
@@ -46,7 +46,7 @@ def refined(
     plan = plan_of(run, source.architecture.llama_config(source.model.config))
     kept = folder and Path(folder, f"{Path(run).name.replace(':', '-')}-{steps}")
     if kept and kept.exists():
-        kept_model = TPAForCausalLM.from_pretrained(kept, dtype=torch.float32)
+        kept_model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
         return kept_model.to(source.model.device), plan.kv_floats
     start = time.perf_counter()
     model = convert_model(source, plan, moments()).to(source.model.device)

@@ -242,7 +242,7 @@ def test_a_share_of_the_budget_goes_to_the_keys() -> None:
     shape = {"hidden_size": 64, "num_key_value_heads": 4, "head_dim": 8}
     tiny = make_tiny_llama("mha", **shape | {"num_attention_heads": 4})
     bench = ablation.Bench(
-        None, source_of(tiny).architecture.llama_config(tiny.config), None, None, []
+        None, source_of(tiny).architecture.llama_config(tiny.config), None, None, [], []
     )
     plan = bench.split(40, 5 / 8)
     assert [(layer.width_k, layer.width_v) for layer in plan.layers] == [(24, 16)] * 2
