@@ -20,7 +20,7 @@ import baselines
 import torch
 import variants
 from layer_statistics import collect, layer_weights
-from smollm2 import Table, load, parser, train_blocks
+from shared import Table, load, parser, train_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
