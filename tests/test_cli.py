@@ -50,7 +50,7 @@ def contents(directory: Path) -> list[str]:
 
 def test_convert_writes_a_model_for_plain_transformers(source: Path, converted: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted)
-    assert model.config.model_type == "tpa"
+    assert model.config.model_type == "tpa_llama"
     assert model.dtype == torch.float32
     cache = model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     # Half of 2 layers x 2 heads x (8 + 8) numbers of 4 bytes.
@@ -92,7 +92,7 @@ def test_exported_code_loads_without_the_package(converted: Path, tmp_path: Path
     assert loaded.stdout.startswith("transformers_modules.")
 
     needy = shutil.copytree(converted, tmp_path / "needy")
-    for code in needy.glob("modeling_*.py"):
+    for code in needy.glob("*.py"):
         code.write_text(code.read_text() + "\nimport tpa_convert.modeling\n")
     assert "tpa_convert" in loads_without_the_package(needy, tmp_path).stderr
 
