@@ -13,26 +13,26 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import baselines
 import torch
 import variants
-from layer_statistics import collect
-from smollm2 import Table, load, parser, train_blocks
+from layer_statistics import collect, layer_weights
+from shared import Table, load, parser, train_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_model
+from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.planning.search import plan_between, plan_measured, predicted_loss
 from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivity
 from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.sources import Source
-from tpa_convert.sources.attention import attention_weights
 
 
 @dataclass
@@ -44,13 +44,13 @@ class Bench:
     moments: Moments
     blocks: Tensor
     sensitivity: list[LayerSensitivity]
-    state: dict[str, Tensor] = field(default_factory=dict)
+    weights: list[AttentionWeights]
 
     def changed(self, change: variants.Change, width_k: int, width_v: int) -> PreTrainedModel:
         """The source with the weights that `change` makes of every layer."""
         layers = [
-            change(attention_weights(self.source, self.state, i), statistics, width_k, width_v)
-            for i, statistics in enumerate(self.moments.layers)
+            change(weights, statistics, width_k, width_v)
+            for weights, statistics in zip(self.weights, self.moments.layers, strict=True)
         ]
         return baselines.model_with(self.source.model, layers)
 
@@ -221,12 +221,8 @@ def main() -> None:
     start = time.perf_counter()
     sensitivity = measure_sensitivity(source, moments, held_out)
     print(f"<!-- sensitivity {time.perf_counter() - start:.1f} s -->", flush=True)
-    state = {
-        name: tensor.cpu()
-        for name, tensor in source.architecture.llama_state_dict(source.model).items()
-    }
     config = source.architecture.llama_config(source.model.config)
-    bench = Bench(source, config, moments, blocks, sensitivity, state)
+    bench = Bench(source, config, moments, blocks, sensitivity, layer_weights(source))
     print_plans(bench, arguments.floats)
 
     rows: dict[str, Make] = {CLOSED_FORM: lambda b, n: b.converted(b.uniform(n))}

@@ -4,7 +4,7 @@
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128:latent 128 \\
         --settings seed=0 seed=1 --tasks tasks/*.jsonl.xz --quality
 
-What a run is, smollm2.py says. --refine-steps 0 heals what the closed form gives, --heal-tokens 0
+What a run is, shared.py says. --refine-steps 0 heals what the closed form gives, --heal-tokens 0
 heals nothing; each of --settings heals the same refined model. --tasks and --quality (positions,
 needles, chat) compare all healed models with the source.
 """
@@ -13,45 +13,34 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
 from quality import quality_tables, task_table
 from settings import given_settings
-from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
-from torch import Tensor
+from shared import Conversions, Table, heal_row, load, parser, plan_of, train_blocks
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tpa_convert.calibration.moments import Moments, collect_moments
-from tpa_convert.conversion.model import convert_model
-from tpa_convert.modeling import TPAForCausalLM
 from tpa_convert.refinement.regression import RefinementSettings, refine
-from tpa_convert.sources import Source
 
 
 def refined(
-    source: Source,
-    table: Table,
-    run: str,
-    moments: Callable[[], Moments],
-    blocks: Tensor,
-    steps: int,
-    folder: str | None,
-) -> tuple[TPAForCausalLM, float]:
+    table: Table, run: str, convert: Conversions, steps: int, folder: str | None
+) -> tuple[PreTrainedModel, float]:
     """Converts and refines, or reads what an earlier run has left in the folder; with a row.
 
     Returns: the model and its floats.
     """
+    source = table.source
     plan = plan_of(run, source.architecture.llama_config(source.model.config))
     kept = folder and Path(folder, f"{Path(run).name.replace(':', '-')}-{steps}")
     if kept and kept.exists():
-        kept_model = TPAForCausalLM.from_pretrained(kept, dtype=torch.float32)
+        kept_model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
         return kept_model.to(source.model.device), plan.kv_floats
     start = time.perf_counter()
-    model = convert_model(source, plan, moments()).to(source.model.device)
+    model, _ = convert(plan)
     if steps:
-        refine(source.model, model, blocks, RefinementSettings(steps=steps))
+        refine(source.model, model, convert.blocks, RefinementSettings(steps=steps))
     kind = "refined" if steps else "closed form"
     table.row(f"{run} {kind}", model, plan.kv_floats, time.perf_counter() - start)
     if kept:
@@ -74,18 +63,12 @@ def main() -> None:
     source = load(arguments.source)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)
     blocks = train_blocks(arguments.train, source, 1024, arguments.refine_blocks)
-
-    @cache
-    def moments() -> Moments:
-        return collect_moments(source, blocks)
-
+    convert = Conversions(source, blocks)
     training = train_blocks(arguments.train, source, arguments.length)
     models = {"source": source.model}
     for run in arguments.runs:
         torch.compiler.reset()  # the compiler's cache has room for a few shapes only
-        start, floats = refined(
-            source, table, run, moments, blocks, arguments.refine_steps, arguments.refined
-        )
+        start, floats = refined(table, run, convert, arguments.refine_steps, arguments.refined)
         for text in arguments.settings if arguments.heal_tokens else ():
             torch.compiler.reset()
             student = copy.deepcopy(start)

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from typing import Any
@@ -34,12 +35,13 @@ from machine import device_name, versions
 from settings import given_settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tpa_convert.families import architecture_of
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
 from tpa_convert.healing.training import run as healing_run
 from tpa_convert.healing.training.distributed import processes, smallest
 from tpa_convert.healing.training.flops import flops_per_token
 from tpa_convert.healing.training.hardware import peak_flops
-from tpa_convert.modeling import TPAConfig, TPAForCausalLM
+from tpa_convert.plans import plan_widths
 
 DEVICE = "cuda"
 BLOCKS, LENGTH = 32, 1024
@@ -67,9 +69,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-CONVERTED = {
-    "135m-third": {"gauge": "absorbed", "key_cache": "latent", "width_k": 48, "width_v": 80},
-    "1b": {"gauge": "absorbed", "width_k": 88, "width_v": 88},
+CONVERTED: dict[str, dict[str, Any]] = {
+    "135m-third": {"widths": (48, 80), "gauge": "absorbed", "key_cache": "latent"},
+    "1b": {"widths": (88, 88), "gauge": "absorbed"},
 }
 
 # name -> (batch size, what to compile: nothing, equal layers once, the whole decoder)
@@ -94,11 +96,20 @@ def random_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     with processes().device:
         teacher = LlamaForCausalLM(llama).eval()
         if shape in CONVERTED:
-            config = TPAConfig(**{**llama.to_dict(), **CONVERTED[shape], "model_type": "tpa"})
-            student: PreTrainedModel = TPAForCausalLM(config).eval()
+            student = random_conversion(llama, **CONVERTED[shape])
         else:
             student = copy.deepcopy(teacher)
     return student.cpu(), teacher.cpu().to(torch.bfloat16)
+
+
+def random_conversion(
+    source: LlamaConfig, widths: tuple[int, int], **settings: Any
+) -> PreTrainedModel:
+    """What a model becomes whose layers all have these widths of keys and values."""
+    family = architecture_of(source)
+    all_widths = [widths] * source.num_hidden_layers
+    plan = plan_widths(all_widths, family.llama_config(source), **settings)
+    return family.causal_lm(family.tpa_config(source, [asdict(s) for s in plan.layers])).eval()
 
 
 def time_loss(chunk_tokens: int, compiled: bool, shape: str) -> tuple[float, float]:

@@ -1,10 +1,11 @@
-"""More moments than the package needs, for variants that the ablation tries.
+"""What the ablation knows of each layer: its weights, and more moments than the package needs.
 
 Letters as in `tpa_convert.decomposition.factors`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ from tpa_convert.calibration import moments as package
 from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.sources import Source
+from tpa_convert.sources.attention import attention_weights
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class StatisticsAccumulator(package.MomentAccumulator):
         query_pairs: Tensor,
         key_pairs: Tensor,
         key: Tensor,
+        scale: Tensor,
         value: Tensor,
         attention: Tensor,
     ) -> None:
-        super().add_all(inputs, query_pairs, key_pairs, key, value, attention)
+        super().add_all(inputs, query_pairs, key_pairs, key, scale, value, attention)
         self.add("head_query_energy", query_pairs.abs().square().sum((0, 2)))
         for head, p in enumerate(attention.unbind(1)):
             weight = p.sum(1)[..., None, None]
@@ -94,6 +97,14 @@ def collect(source: Source, blocks: Tensor, **settings: Any) -> package.Moments:
     """`collect_moments` whose layers are `Statistics`."""
     with all_statistics():
         return package.collect_moments(source, blocks, **settings)
+
+
+def layer_weights(source: Source) -> list[AttentionWeights]:
+    """Of every layer, float64, on the CPU as moments are."""
+    names, config = source.architecture.names, source.model.config
+    layers = source.model.get_decoder().layers
+    attentions = (copy.deepcopy(getattr(layer, names.attention)).cpu() for layer in layers)
+    return [attention_weights(module, names, config, i) for i, module in enumerate(attentions)]
 
 
 def of_inputs(

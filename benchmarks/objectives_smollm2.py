@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from settings import given_settings
-from smollm2 import Table, heal_row, load, parser, plan_of, train_blocks
+from shared import Table, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -158,7 +158,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--heal-tokens", type=float, default=5e6)
-    options.add_argument("--run", default="128:absorbed", help="what is healed, see smollm2.py")
+    options.add_argument("--run", default="128:absorbed", help="what is healed, see shared.py")
     options.add_argument("--refine-steps", type=int, default=600)
     options.add_argument("--rows", default="", help="only rows that match this pattern")
     options.add_argument("--length", type=int, default=1024, help="tokens of a block")

@@ -10,7 +10,7 @@ import time
 import warnings
 from typing import Any
 
-from smollm2 import Table, load, parser, train_blocks
+from shared import Table, load, parser, train_blocks
 
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.model import convert_model

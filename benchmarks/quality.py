@@ -19,7 +19,7 @@ from statistics import fmean
 
 import torch
 from machine import device_name, versions
-from smollm2 import load, tf32
+from shared import load, tf32
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 from torch.nn.utils.rnn import pad_sequence

@@ -5,7 +5,7 @@
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz \\
         --tasks tasks/*.jsonl.xz --positions
 
-What a run is, smollm2.py says. --tasks and --positions compare all refined models with the source.
+What a run is, shared.py says. --tasks and --positions compare all refined models with the source.
 `--train shipped` calibrates on the text of the package; --layers cuts the source off.
 """
 
@@ -16,7 +16,7 @@ import time
 import torch
 from quality import position_table, task_table
 from settings import given_settings
-from smollm2 import Table, load, parser, plan_of, train_blocks
+from shared import Table, load, parser, plan_of, train_blocks
 from torch import nn
 
 from tpa_convert.calibration.moments import collect_moments

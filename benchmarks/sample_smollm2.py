@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import time
 
-import numpy as np
 import torch
 from machine import device_name, versions
+from shared import save_blocks
 
 from tpa_convert.healing.training.sampling import sample_blocks
 from tpa_convert.sources import load_source
@@ -40,7 +40,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     seconds = time.perf_counter() - start
-    np.save(arguments.out, blocks.numpy().astype(np.uint16))
+    save_blocks(arguments.out, {"text": blocks})
     print(
         f"{device_name()}, {versions()}: {blocks.numel():,} tokens in {arguments.out}, "
         f"{seconds:.1f} s, {blocks.numel() / seconds:,.0f} tokens/s"

@@ -4,6 +4,9 @@
     python benchmarks/tokenise.py … without.npy --without '[Pp]ython'
     python benchmarks/tokenise.py … only.npy --only '[Pp]ython'
 
+An .npz holds the blocks of every value of a `source` column by name, at most --blocks each, as the
+benchmarks take held-out text; an .npy holds them all.
+
 `--without` leaves out every document in which the pattern occurs, and so all of a source that it
 marks, for held-out text unlike all training text; `--only` leaves out all others.
 """
@@ -12,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 
-import numpy as np
+from shared import save_blocks
+from torch import Tensor
 
+from tpa_convert.evaluation.texts import blocks_by_source
 from tpa_convert.sources import load_source
 from tpa_convert.text.packing import packed_blocks
 from tpa_convert.text.read import load_documents
@@ -41,9 +47,17 @@ def main() -> None:
                 )
             )
     tokenizer = load_source(arguments.source).tokenizer
-    blocks = packed_blocks(documents, tokenizer, arguments.length, arguments.blocks, seed=0)
-    np.save(arguments.out, blocks.numpy().astype(np.uint16))
-    print(f"{len(documents)} of {total} documents, {blocks.numel():,} tokens in {arguments.out}")
+    if arguments.out.endswith(".npz"):
+        count = arguments.blocks or len(documents)
+        blocks: Mapping[str, Tensor] = blocks_by_source(
+            tokenizer, documents, arguments.length, count
+        )
+    else:
+        packed = packed_blocks(documents, tokenizer, arguments.length, arguments.blocks, seed=0)
+        blocks = {"text": packed}
+    save_blocks(arguments.out, blocks)
+    tokens = sum(part.numel() for part in blocks.values())
+    print(f"{len(documents)} of {total} documents, {tokens:,} tokens in {arguments.out}")
 
 
 if __name__ == "__main__":

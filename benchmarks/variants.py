@@ -6,14 +6,16 @@ Letters as in `tpa_convert.decomposition.factors`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
-from layer_statistics import Statistics, of_inputs
+from layer_statistics import Statistics, layer_weights, of_inputs
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import MomentAccumulator, Moments
-from tpa_convert.conversion.model import convert_layer, convert_model
+from tpa_convert.conversion.layer import attention_module, convert_layer
+from tpa_convert.conversion.model import convert_model
 from tpa_convert.decomposition import AttentionWeights, KeyFactors, ValueFactors
 from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
 from tpa_convert.decomposition.gauge import (
@@ -25,9 +27,9 @@ from tpa_convert.decomposition.gauge import (
     value_components,
     value_metric,
 )
-from tpa_convert.modeling import TPAForCausalLM
+from tpa_convert.forward.walk import DecoderWalk
+from tpa_convert.modeling import LayerShape, pair_table
 from tpa_convert.plans import Plan
-from tpa_convert.refinement.regression import StreamPair
 from tpa_convert.sources import Source
 from tpa_convert.sources.attention import attention_weights
 
@@ -127,20 +129,23 @@ def attention_per_head(
     return replace(rebuilt, key=to_half_split(result, 1))
 
 
-def queries_refitted(source: Source, plan: Plan, moments: Moments) -> TPAForCausalLM:
+def queries_refitted(source: Source, plan: Plan, moments: Moments) -> PreTrainedModel:
     """W_Q by least squares: a gauge for every query head, fitted to that head's own attention.
 
     With the components b = B k of the closed form on a pair, T_i = S_i[j, :] Bᴴ (B S_i Bᴴ)⁻¹. Free
     where the queries absorb the gauge, as `plan` must say.
     """
     model = convert_model(source, plan, moments)
-    state = {k: v.cpu() for k, v in source.architecture.llama_state_dict(source.model).items()}
-    for i, (layer, shape) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
-        weights, statistics = attention_weights(source, state, i), moments.layers[i]
+    for layer, weights, statistics, shape in zip(
+        model.model.layers, layer_weights(source), moments.layers, plan.layers, strict=True
+    ):
         weight_fg = score_weights(statistics.query_energy).mT
         eigenvalues, vectors = key_components(statistics)
         rotary_pair, component = allocate_components(eigenvalues, shape.width_k // 2, None)
-        basis_pg = vectors[rotary_pair, :, component].conj() * weight_fg[rotary_pair]
+        weight_pg, vector_pg = weight_fg[rotary_pair], vectors[rotary_pair, :, component]
+        # The model's features hold the norm that its gauge had in closed form.
+        norm_p = torch.linalg.vector_norm(vector_pg / weight_pg, dim=1)
+        basis_pg = norm_p[:, None] * vector_pg.conj() * weight_pg
         own = torch.arange(len(weights.query)) // weights.heads_per_group
         gauge_hp = basis_pg.new_zeros(len(weights.query), len(basis_pg))
         for f in rotary_pair.unique().tolist():
@@ -190,7 +195,7 @@ def folded_groups(inverse_frequencies: Tensor, tolerance: float) -> list[list[in
 
 def folded_model(
     source: Source, plan: Plan, moments: Moments, context: int, phase: float = 0.5
-) -> TPAForCausalLM:
+) -> PreTrainedModel:
     """Slow neighbouring pairs rotate as one, so that components may span them.
 
     Approximate: at a distance of `context` tokens their phases are wrong by up to `phase` radians.
@@ -199,23 +204,43 @@ def folded_model(
     model = convert_model(source, plan, moments)
     frequencies = source.model.model.rotary_emb.inv_freq.double().cpu()
     groups = folded_groups(frequencies, phase / context)
-    state = {k: v.cpu() for k, v in source.architecture.llama_state_dict(source.model).items()}
-    for i, (layer, shape) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
-        weights = attention_weights(source, state, i)
+    for i, weights in enumerate(layer_weights(source)):
+        shape, layer = plan.layers[i], model.model.layers[i]
         feature, gauge, rotary_pair = folded_keys(weights, moments.layers[i], groups, shape.width_k)
         by_head = gauge.repeat_interleave(weights.heads_per_group, dim=1)
         query = torch.einsum("phf,hfx->hpx", by_head.conj(), to_complex_pairs(weights.query, 1))
-        attention = layer.self_attn
-        attention.q_proj.weight.data = to_half_split(query, 1).flatten(0, 1)[:, :-1].float()
-        attention.k_feature_factor.weight.data = to_half_split(feature, 0)[:, :-1].float()
-        attention.rotary_pair.copy_(rotary_pair)
+        parameters = dict(layer.self_attn.state_dict())
+        parameters["q_proj.weight"] = to_half_split(query, 1).flatten(0, 1)[:, :-1]
+        parameters["keys.feature_factor.weight"] = to_half_split(feature, 0)[:, :-1]
+        counts = rotary_pair.bincount(minlength=weights.key.shape[1] // 2)
+        pairs = " ".join(map(str, counts.tolist()))
+        put_layer(
+            model, source, i, parameters, replace(model.config.layer_shape(i), key_pairs=pairs)
+        )
     return model
+
+
+def put_layer(
+    model: PreTrainedModel,
+    source: Source,
+    index: int,
+    parameters: dict[str, Tensor],
+    shape: LayerShape,
+) -> None:
+    """Gives layer `index` of a converted model another attention, whose rotary pairs may differ."""
+    names, layer = source.architecture.names, model.get_decoder().layers[index]
+    model.config.tpa_layers[index] = asdict(shape)
+    original = getattr(source.model.get_decoder().layers[index], names.attention)
+    attention = attention_module(original, names, model.config, index, parameters)
+    attention.rotary_emb = getattr(layer, names.attention).rotary_emb
+    setattr(layer, names.attention, attention.to(model.device))
 
 
 def folded_keys(
     weights: AttentionWeights, moments, groups: list[list[int]], width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Feature [p, D + 1], gauge T [p, g, f] and rotary pair [p] of the strongest components."""
+    """Feature [p, D + 1], gauge T [p, g, f] and rotary pair [p], ascending, of the strongest
+    components."""
     heads, head_dim, _ = weights.key.shape
     pairs = head_dim // 2
     blocks = moments.key_covariance.view(heads, 2, pairs, heads, 2, pairs)
@@ -243,7 +268,7 @@ def folded_keys(
             feature = torch.einsum("gm,gmx->x", u.conj() * weight[:, group], key[:, group])
             strongest = group[int(u.abs().square().sum(0).argmax())]
             found.append((value, feature, gauge, strongest))
-    found = sorted(found, key=lambda c: -c[0])[: width // 2]
+    found = sorted(sorted(found, key=lambda c: -c[0])[: width // 2], key=lambda c: c[3])
     return (
         torch.stack([c[1] for c in found]),
         torch.stack([c[2] for c in found]),
@@ -261,31 +286,23 @@ def sequential_model(
     moments: Moments,
     blocks: Tensor,
     batch_size: int = 8,
-) -> TPAForCausalLM:
+) -> PreTrainedModel:
     """Layers converted in order, each with moments from the converted model's own stream."""
     model = convert_model(source, plan, moments).to(source.model.device)
-    state = source.architecture.llama_state_dict(source.model)
-    own_state = {k: v.cpu() for k, v in state.items() if "self_attn" in k}
-    streams = StreamPair(source.model, model, blocks, batch_size)
-    cos, sin = (table[0, :, : table.shape[-1] // 2].float() for table in streams.rotary)
-    rotation = torch.complex(cos, sin)
-    for i, (source_layer, layer) in enumerate(
-        zip(source.model.model.layers, model.model.layers, strict=True)
-    ):
-        weights = attention_weights(source, state, i, dtype=torch.float32)
-        accumulator = MomentAccumulator(weights, 4)
-        for n, start in enumerate(range(0, len(streams.stream), batch_size)):
-            inputs = layer.input_layernorm(streams.stream[start : start + batch_size])
+    names, config = source.architecture.names, source.model.config
+    walk = DecoderWalk(model, blocks, batch_size, names.attention)
+    for i, weights in enumerate(layer_weights(source)):
+        original = getattr(source.model.get_decoder().layers[i], names.attention)
+        single = attention_weights(original, names, config, i, dtype=torch.float32)
+        accumulator = MomentAccumulator(single, 4)
+        for n, batch in enumerate(walk.batches):
+            inputs, keywords = walk.attention_input(i, walk.states[batch])
+            cos, sin = pair_table(keywords["position_embeddings"], weights.key.shape[1] // 2)
+            rotation = torch.complex(cos[0, 0].float(), sin[0, 0].float())
             accumulator.update(inputs.float(), rotation, offset=n % 4)
-        parameters, _ = convert_layer(
-            attention_weights(source, own_state, i),
-            accumulator.finish(),
-            plan.layers[i],
-            method="gauge",
-            whiten=True,
+        parameters, shape = convert_layer(
+            weights, accumulator.finish(), plan.layers[i], method="gauge", whiten=True
         )
-        own = layer.self_attn.state_dict()
-        layer.self_attn.load_state_dict({k: parameters[k].to(v) for k, v in own.items()})
-        streams.advance_source(source_layer)
-        streams.advance(layer)
+        put_layer(model, source, i, parameters, shape)
+        walk.advance(i)
     return model

@@ -65,7 +65,7 @@ class MeasuredRow(NamedTuple):
 
 def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[MeasuredRow]:
     """A list that fills with the rows of every table."""
-    table, found = benchmark("smollm2").Table, []
+    table, found = benchmark("shared").Table, []
     plain = table.row
 
     def row(self: Any, name: str, model: Any, floats: float, seconds: float) -> float:

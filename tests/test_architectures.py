@@ -178,7 +178,7 @@ def test_tpa_is_refused_and_unknown_types_can_be_registered(
     class OtherConfig(LlamaConfig):
         model_type = "other"
 
-    with pytest.raises(UserError, match=r"'other' is unknown .*register_architecture"):
+    with pytest.raises(UserError, match=r"'other' is unknown .*register_family"):
         architecture_of(OtherConfig())
     register_architecture(Architecture("other", TPALlamaForCausalLM))
     assert architecture_of(OtherConfig()).model_type == "other"

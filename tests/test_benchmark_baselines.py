@@ -20,7 +20,6 @@ from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
 from tpa_convert.planning.sensitivity import measure_sensitivity
 from tpa_convert.plans import Budget, plan_uniform
-from tpa_convert.sources.attention import attention_weights
 
 FULL = 16  # numbers of all keys, or values, of two heads of 8
 
@@ -32,8 +31,7 @@ class Bench:
         self.model = make_tiny_llama(shape, seed=4, **overrides)
         self.source = source_of(self.model)
         self.statistics = benchmark("layer_statistics").collect(self.source, random_blocks())
-        state = self.source.architecture.llama_state_dict(self.model)
-        self.weights = [attention_weights(self.source, state, i) for i in range(2)]
+        self.weights = benchmark("layer_statistics").layer_weights(self.source)
 
     def changed(self, change: Any, width_k: int, width_v: int) -> Any:
         """The source with the weights that `change` makes of every layer."""
@@ -105,9 +103,6 @@ def test_models_at_full_width_are_the_source(bench) -> None:
         assert difference(make(narrow), bench.model) > 0.1, name
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the refit takes the features for those before their gauge became a unit"
-)
 def test_queries_refitted_at_full_width_are_the_source(bench) -> None:
     plan = bench.plan(2 * FULL, gauge="absorbed")
     model = benchmark("variants").queries_refitted(bench.source, plan, bench.statistics)
@@ -139,9 +134,8 @@ def test_every_row_of_the_ablation() -> None:
     config = bench.source.architecture.llama_config(bench.model.config)
     blocks = random_blocks(count=4)
     sensitivity = measure_sensitivity(bench.source, bench.statistics, blocks)
-    state = bench.source.architecture.llama_state_dict(bench.model)
     shared = ablation.Bench(
-        bench.source, config, bench.statistics, blocks, sensitivity, dict(state)
+        bench.source, config, bench.statistics, blocks, sensitivity, bench.weights
     )
     rows = {"closed form": lambda b, n: b.converted(b.uniform(n))}
     rows |= ablation.BASELINES | ablation.OPTIONS
@@ -217,8 +211,7 @@ def test_a_constant_of_the_values_costs_no_cache() -> None:
         attention.v_proj.weight.data = left.outer(right) / 8
         attention.o_proj.bias.data.zero_()
     statistics = benchmark("layer_statistics").collect(bench.source, random_blocks()).layers[0]
-    state = bench.source.architecture.llama_state_dict(bench.model)
-    weights = attention_weights(bench.source, state, 0)
+    weights = benchmark("layer_statistics").layer_weights(bench.source)[0]
     variants = benchmark("variants")
 
     def missed(result: AttentionWeights) -> Tensor:

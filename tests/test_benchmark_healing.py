@@ -182,7 +182,7 @@ def test_models_of_a_shape(throughput, shape: str) -> None:
         for one, other in zip(student.parameters(), teacher.parameters(), strict=True):
             assert torch.equal(one.to(torch.bfloat16), other)
     else:
-        floats = throughput.CONVERTED[shape]["width_k"] + throughput.CONVERTED[shape]["width_v"]
+        floats = sum(throughput.CONVERTED[shape]["widths"])
         assert student.config.cached_floats == [floats] * 2
         source_floats = 2 * teacher.config.num_key_value_heads * teacher.config.head_dim
         assert floats <= 0.35 * source_floats or shape == "1b"  # whose heads are narrowed here

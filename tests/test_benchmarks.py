@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(model: Path) -> Source:
-    return benchmark("smollm2").load(str(model))
+    return benchmark("shared").load(str(model))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_row_has_the_figures_of_whole_logits(random_tokens, capsys) -> None:
     """Texts of different sizes: perplexities count by text, KL and agreement by token."""
     model, other = make_tiny_llama(seed=1), make_tiny_llama(seed=2)
     blocks = {"one": random_tokens(2, 16, seed=1), "two": random_tokens(5, 16, seed=2)}
-    table = benchmark("smollm2").Table(source_of(model), blocks, {})
+    table = benchmark("shared").Table(source_of(model), blocks, {})
     assert table.row("source", model, 32, 0.0) == pytest.approx(1)
     ratio = table.row("other", other, 12.4, 3.14)
     found, reference = (figures(m, model, blocks) for m in (other, model))
@@ -102,8 +102,8 @@ def test_a_row_has_the_figures_of_whole_logits(random_tokens, capsys) -> None:
 
 
 def test_a_run_names_a_plan(source, config, random_tokens, tmp_path, monkeypatch) -> None:
-    smollm2 = benchmark("smollm2")
-    plan_of, tokens = smollm2.plan_of, random_tokens(4, 32, vocab_size=99)
+    shared = benchmark("shared")
+    plan_of, tokens = shared.plan_of, random_tokens(4, 32, vocab_size=99)
     assert plan_of("16", config) == plan_uniform(config, Budget(kv_floats=16))
     widths = Budget(width_k=8, width_v=6)
     latent = {"gauge": "applied", "key_cache": "latent"}
@@ -112,7 +112,7 @@ def test_a_run_names_a_plan(source, config, random_tokens, tmp_path, monkeypatch
     affine = plan_uniform(config, Budget(kv_floats=24), form="affine")
     assert plan_of("24:affine", config) == affine
 
-    monkeypatch.setattr(smollm2, "MULTIPLE_OF", 2)
+    monkeypatch.setattr(shared, "MULTIPLE_OF", 2)
     sensitivity = measure_sensitivity(source, collect_moments(source, tokens), tokens)
     measured = plan_measured(sensitivity, config, 16, 2)
     uniform = plan_uniform(config, Budget(kv_floats=16))
@@ -133,7 +133,7 @@ def test_token_files_are_joined_and_shuffled(source, tmp_path) -> None:
     paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
     np.save(paths[0], numbers[:20].reshape(2, 10))
     np.save(paths[1], numbers[20:].reshape(4, 10))
-    train_blocks, both = benchmark("smollm2").train_blocks, ",".join(map(str, paths))
+    train_blocks, both = benchmark("shared").train_blocks, ",".join(map(str, paths))
     blocks = train_blocks(both, source, 5)
     assert blocks.dtype == torch.int64
     assert sorted(blocks.tolist()) == numbers.reshape(-1, 5).tolist()
@@ -145,14 +145,16 @@ def test_tokenising_keeps_what_a_pattern_leaves(model, tmp_path, monkeypatch, ca
     text = tmp_path / "text.jsonl"
     documents = ["p" * 9, "q" * 9, "p" * 4 + "r" * 5, "r" * 9]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    tokenizer = benchmark("smollm2").load(str(model)).tokenizer
+    tokenizer = benchmark("shared").load(str(model)).tokenizer
     for options, kept in (
         ([], {"p", "q", "r"}),
         (["--only", "q|r"], {"p", "q", "r"}),
         (["--without", "p"], {"q", "r"}),
         (["--only", "r", "--without", "p"], {"r"}),
     ):
-        run_main("tokenise", monkeypatch, model, text, tmp_path / "out", "--length", 10, *options)
+        run_main(
+            "tokenise", monkeypatch, model, text, tmp_path / "out.npy", "--length", 10, *options
+        )
         blocks = np.load(tmp_path / "out.npy")
         assert set(tokenizer.decode(blocks.flatten(), skip_special_tokens=True)) == kept
         assert f"{len(blocks)} of 4 documents, {blocks.size} tokens" in capsys.readouterr().out
@@ -242,7 +244,7 @@ def test_a_share_of_the_budget_goes_to_the_keys() -> None:
     shape = {"hidden_size": 64, "num_key_value_heads": 4, "head_dim": 8}
     tiny = make_tiny_llama("mha", **shape | {"num_attention_heads": 4})
     bench = ablation.Bench(
-        None, source_of(tiny).architecture.llama_config(tiny.config), None, None, []
+        None, source_of(tiny).architecture.llama_config(tiny.config), None, None, [], []
     )
     plan = bench.split(40, 5 / 8)
     assert [(layer.width_k, layer.width_v) for layer in plan.layers] == [(24, 16)] * 2
@@ -260,7 +262,7 @@ def logits(model: Any, blocks: Tensor) -> Tensor:
 def test_refinement(model, source, config, texts, monkeypatch) -> None:
     """The closed form is the package's; refining it brings its predictions nearer."""
     rows, tables = record_rows(monkeypatch), {}
-    script, smollm2 = benchmark("refine_smollm2"), benchmark("smollm2")
+    script, shared = benchmark("refine_smollm2"), benchmark("shared")
     monkeypatch.setattr(script, "task_table", lambda *arguments: tables.update(tasks=arguments))
     monkeypatch.setattr(script, "position_table", lambda *arguments: tables.update(at=arguments))
     options = ["--runs", "16:applied", "12:latent", "--settings", "steps=8", "steps=1"]
@@ -272,13 +274,13 @@ def test_refinement(model, source, config, texts, monkeypatch) -> None:
     kl = {row.name: check_row(row, source, texts[3]) for row in rows}
     assert kl["source"] < 1e-6
 
-    blocks = smollm2.train_blocks(texts[1], source, 1024, 2)
+    blocks = shared.train_blocks(texts[1], source, 1024, 2)
     moments = collect_moments(source, blocks)
     expected = logits(source.model, blocks)
     models = {row.name: row.model for row in rows}
     for run in runs:
         closed, long, short = (logits(models[f"{run} {kind}"], blocks) for kind in kinds)
-        converted = convert_model(source, smollm2.plan_of(run, config), moments)
+        converted = convert_model(source, shared.plan_of(run, config), moments)
         torch.testing.assert_close(closed, logits(converted, blocks), atol=1e-4, rtol=1e-4)
         errors = [(found - expected).square().mean() for found in (long, short, closed)]
         assert errors[0] < errors[1] <= errors[2]
@@ -324,13 +326,13 @@ def test_healing(model, source, texts, monkeypatch, tmp_path) -> None:
     assert kl[0] < 1e-6
     assert max(kl[2:]) < kl[1]
     assert kl[2] != kl[3]  # another seed, another order of the text
-    training = {"training": benchmark("smollm2").train_blocks(texts[1], source, 64)}
+    training = {"training": benchmark("shared").train_blocks(texts[1], source, 64)}
     start, *ends = (figures(row.model, source.model, training).kl for row in rows[1:])
     assert max(ends) < 0.8 * start
 
     first = dict(rows[-1].model.named_parameters())
     rows.clear()
-    monkeypatch.setattr(script, "convert_model", None)  # must not be called
+    monkeypatch.setattr(script, "Conversions", lambda *_: None)  # must not be called
     run_main("heal_smollm2", monkeypatch, *arguments, settings[1])
     assert [row.name for row in rows] == ["source", healed[1]]
     for name, parameter in rows[-1].model.named_parameters():

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.forward.comparison import perplexity
-from tpa_convert.modeling import Form, TPAForCausalLM
+from tpa_convert.modeling import Form
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.sources import Source, load_source
 from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
@@ -43,7 +44,7 @@ def convert(
     form: Form = "static",
     method: str = "gauge",
     whiten: bool = True,
-) -> TPAForCausalLM:
+) -> PreTrainedModel:
     llama_config = source.architecture.llama_config(source.model.config)
     plan = plan_uniform(llama_config, budget, form=form, whole_heads=method == "svd")
     return convert_model(source, plan, moments, method=method, whiten=whiten)

@@ -22,6 +22,7 @@ from tests.healing import SETTINGS, StopAt, perturbed, plain_kl, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
 from tpa_convert.healing.training import preparation
+from tpa_convert.text.packing import packed_blocks
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -63,22 +64,30 @@ def test_a_perturbed_copy_heals(
 
 
 def test_documents_are_tokenised(tmp_path: Path) -> None:
+    """They are packed into blocks in the order of the seed, as blocks of one's own would be."""
     words = WordLevel({f"w{i}": i for i in range(127)} | {"</s>": 127}, unk_token="w0")
     backend = Tokenizer(words)
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     documents = [" ".join(f"w{(i * j) % 127}" for i in range(40)) for j in range(20)]
-    changes = {"tokens": 128, "block_length": 16}
-    report = heal(
-        make_tiny_llama(seed=1),
-        make_tiny_llama(),
-        tokenizer,
-        documents,
-        settings=HealingSettings(**(dict(SETTINGS) | changes)),
-        output_dir=tmp_path,
-        progress=False,
-    )
+
+    def healed(name: str, text: Any, seed: int = 5, **changes: Any) -> HealingReport:
+        options = dict(SETTINGS) | {"tokens": 128, "block_length": 16, "seed": seed} | changes
+        return heal(
+            make_tiny_llama(seed=1),
+            make_tiny_llama(),
+            tokenizer,
+            text,
+            settings=HealingSettings(**options),
+            output_dir=tmp_path / name,
+            progress=False,
+        )
+
+    report = healed("documents", documents)
     assert report.steps == 2
+    blocks = packed_blocks(documents, tokenizer, 16, 128 // 16, seed=5)
+    assert healed("blocks", blocks.long()).losses == report.losses
+    assert healed("another seed", documents, seed=6).losses != report.losses
 
 
 def test_a_run_stops_early_when_it_has_recovered(random_tokens: Any, tmp_path: Path) -> None:

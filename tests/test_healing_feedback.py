@@ -23,7 +23,7 @@ from tpa_convert.healing.loss import comparison
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.monitoring import trackers
 from tpa_convert.healing.monitoring.callbacks import GracefulStop, Speedometer
-from tpa_convert.healing.monitoring.dashboard import Dashboard, sparkline
+from tpa_convert.healing.monitoring.dashboard import PLAIN_LINES, Dashboard, sparkline
 from tpa_convert.healing.training.hardware import peak_flops
 
 
@@ -148,6 +148,35 @@ def test_the_panel_shows_where_the_run_is(width: int) -> None:
     panel.stop_request.requested = True
     panel.console.print(panel.panel())
     assert "stopping after this step" in panel.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_panel_takes_the_terminal_and_gives_it_back() -> None:
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None)
+        panel = Dashboard(Speedometer(1024), GracefulStop(), 1e9, console)
+        assert panel.is_live == terminal
+        args = SimpleNamespace(device=torch.device("cpu"))
+        state = TrainerState(global_step=0, max_steps=5, log_history=[])
+        panel.on_train_begin(args, state, None)  # type: ignore[arg-type]
+        live = panel.live
+        assert (live is not None and live.is_started) == terminal
+        panel.on_train_end(args, state, None)  # type: ignore[arg-type]
+        assert panel.live is None
+        assert live is None or not live.is_started
+
+
+def test_long_runs_have_few_plain_lines() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    panel = Dashboard(Speedometer(1024), GracefulStop(), 1e9, console)
+    args = SimpleNamespace(device=torch.device("cpu"))
+    state = TrainerState(global_step=0, max_steps=10 * PLAIN_LINES, log_history=[])
+    panel.on_train_begin(args, state, None)  # type: ignore[arg-type]
+    for step in range(1, state.max_steps + 1):
+        state.global_step = step
+        panel.on_log(args, state, None, {"loss": 1.0})  # type: ignore[arg-type]
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    found = [int(re.search(r"step (\d+)", line)[1]) for line in lines]  # type: ignore[index]
+    assert found == [1, *range(10, state.max_steps + 1, 10)]
 
 
 def test_a_run_that_starts_has_a_panel() -> None:

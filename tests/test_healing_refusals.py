@@ -53,17 +53,6 @@ def test_bad_input_is_a_user_error(
         attempt(model, model, None, blocks[:, :15])
     with pytest.raises(UserError, match="documents need a tokenizer"):
         attempt(model, model, None, ["text"])
-    softcapped = make_tiny_llama()
-    plain_forward = softcapped.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = plain_forward(*args, **kwargs)
-        output.logits = output.logits.tanh()
-        return output
-
-    softcapped.forward = forward
-    with pytest.raises(UserError, match="source changes its logits"):
-        attempt(model, softcapped, None, blocks)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     offloaded = HealingSettings(**(dict(SETTINGS) | {"offload_teacher": True}))

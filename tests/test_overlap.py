@@ -46,6 +46,9 @@ def test_documents_in_both(save) -> None:
 def test_parts_and_short_documents_may_recur() -> None:
     refuse_seen_documents({"a": [SENTENCES[0] + SENTENCES[1], "Chapter 1"]}, {"b": SENTENCES})
     refuse_seen_documents({"a": ["Chapter 1"]}, {"b": ["Chapter 1"]})
+    for whole in ([SENTENCES[0]], ["Chapter 1", SENTENCES[0] + SENTENCES[1]]):  # but these may not
+        with pytest.raises(UserError, match="1 of 1 documents of b are in the training text a too"):
+            refuse_seen_documents({"a": whole}, {"b": [whole[-1]]})
 
 
 def test_streams_are_not_read(save) -> None:

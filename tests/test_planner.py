@@ -205,8 +205,15 @@ def test_bad_plans_are_told_apart(tmp_path, change, message) -> None:
 def test_files_that_are_no_plan(tmp_path, text) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="plan"):
+    with pytest.raises(UserError, match=r"plan\.yaml is not a plan.*: make one with"):
         load_plan(path, llama_config())
+
+
+def test_no_file_at_all(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no plan at .*nowhere\.yaml: make one"):
+        load_plan(tmp_path / "nowhere.yaml", llama_config())
+    with pytest.raises(UserError, match=r"cannot read the plan .*: Is a directory"):
+        load_plan(tmp_path, llama_config())
 
 
 # ------------------------------------------------------------------------------- command
@@ -258,7 +265,7 @@ def test_candidates_are_refined_if_the_model_will_be(tmp_path, text) -> None:
     reports = [tmp_path / "plain.json", tmp_path / "refined.json"]
     options = ("--kv-ratio", 0.5, "--json")
     assert planned(source, text, *options, reports[0]).exit_code == 0
-    result = planned(source, text, *options, reports[1], "--refine", "--refine-steps", 20)
+    result = planned(source, text, *options, reports[1], "--refine", "--refine-steps", 8)
     assert result.exit_code == 0, result.output
     assert "after refinement" in result.stdout
     plain, refined = (json.loads(path.read_text())["candidates"] for path in reports)
@@ -276,7 +283,8 @@ def test_latent_keys_are_planned_and_converted(tmp_path, text) -> None:
     for candidate in json.loads(report.read_text())["candidates"]:
         assert {layer["key_cache"] for layer in candidate["layers"]} == {"latent"}
         assert {layer["form"] for layer in candidate["layers"]} == {"static"}
-    converted = tpa_convert("convert", source, "--plan", plan, "--out", tmp_path / "small")
+    short = ("--calibration", text, "--calibration-blocks", 2, "--block-length", 32)
+    converted = tpa_convert("convert", source, "--plan", plan, *short, "--out", tmp_path / "small")
     assert converted.exit_code == 0, converted.output
     assert "latent key width" in converted.stdout
     assert "Every step rebuilds the keys" in converted.stdout

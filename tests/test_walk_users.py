@@ -42,7 +42,7 @@ def test_a_sensitivity_is_the_loss_of_the_whole_model(part) -> None:
 def test_converted_models_are_brought_closer(family, key_cache) -> None:
     source = MODELS[family]()
     reference = source(UNSEEN).logits
-    model = convert_tiny(source, kv_floats=20, key_cache=key_cache)
+    model = convert_tiny(source, kv_floats=16, key_cache=key_cache)
 
     def error() -> float:
         return (model(UNSEEN).logits - reference).square().mean().item()

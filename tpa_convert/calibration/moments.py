@@ -220,6 +220,7 @@ def collect_moments(
         query_stride: distance of the positions taken as queries.
         track: shows progress over the layers, called as `track(layers, description)`.
     """
+    source.architecture.check_names(source.model)
     names = source.architecture.names
     walk = DecoderWalk(source.model, blocks, batch_size, names.attention)
     layers = []

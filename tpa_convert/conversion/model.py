@@ -56,6 +56,7 @@ def convert_model(
             "the moments file was made from another source: calibrate again with --save-moments"
         )
     architecture, model = source.architecture, source.model
+    architecture.check_names(model)
     dtype = dtype or model.dtype
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)

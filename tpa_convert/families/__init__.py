@@ -7,6 +7,7 @@ from tpa_convert.families.family import (
     architecture_of,
     is_tpa,
     register_architecture,
+    register_family,
 )
 from tpa_convert.modeling.tpa_gemma3_text import TPAGemma3ForCausalLM
 from tpa_convert.modeling.tpa_llama import TPALlamaForCausalLM
@@ -26,4 +27,11 @@ FAMILIES = (
 for _architecture in FAMILIES:
     register_architecture(_architecture)
 
-__all__ = ["FAMILIES", "Architecture", "architecture_of", "is_tpa", "register_architecture"]
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "architecture_of",
+    "is_tpa",
+    "register_architecture",
+    "register_family",
+]

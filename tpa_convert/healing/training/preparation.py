@@ -27,7 +27,11 @@ from tpa_convert.healing.training.arguments import training_arguments
 from tpa_convert.healing.training.data import BlockDataset, collate
 from tpa_convert.healing.training.distributed import sharding
 from tpa_convert.healing.training.flops import flops_per_token
-from tpa_convert.healing.training.trainer import DistillationTrainer, in_attention, parameter_groups
+from tpa_convert.healing.training.trainer import (
+    DistillationTrainer,
+    attention_parameters,
+    parameter_groups,
+)
 from tpa_convert.options.healing import HealingSettings
 
 CHECKPOINTS = "checkpoints"  # in the output directory
@@ -84,8 +88,9 @@ def prepare(
     Raises:
         UserError: the blocks of a step cannot be shared out equally.
     """
+    attention = attention_parameters(student)
     for name, parameter in student.named_parameters():
-        trained = settings.trainable == "all" or in_attention(name) or is_adapter(name)
+        trained = settings.trainable == "all" or parameter in attention or is_adapter(name)
         parameter.requires_grad_(trained)
     whole_student, use_cache = student, student.config.use_cache
     if sharding():

