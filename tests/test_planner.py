@@ -256,8 +256,10 @@ def test_the_command_writes_a_plan_that_convert_takes(tmp_path, text) -> None:
     converted = tpa_convert("convert", source, "--plan", plan, *short, "--out", out)
     assert converted.exit_code == 0, converted.output
     config = json.loads((out / "config.json").read_text())
-    assert config["width_k"] == [layer["width_k"] for layer in best["layers"]]
-    assert config["width_v"] == [layer["width_v"] for layer in best["layers"]]
+    for name in ("width_k", "width_v"):
+        assert [layer[name] for layer in config["tpa_layers"]] == [
+            layer[name] for layer in best["layers"]
+        ]
 
 
 def test_candidates_are_refined_if_the_model_will_be(tmp_path, text) -> None:
