@@ -6,6 +6,7 @@ without being started here fails.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -100,6 +101,21 @@ def python(*arguments: str) -> str:
 @pytest.mark.parametrize("module", ["tpa_convert", "tpa_convert.cli"])
 def test_a_module_is_a_command_line(module: str) -> None:
     assert python("-m", module, "--version") == f"tpa-convert {__version__}\n"
+
+
+def documented_imports(text: str) -> list[str]:
+    """The imports in the Python blocks of a Markdown text."""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return re.findall(r"^(?:import|from) .*", "\n".join(blocks), re.MULTILINE)
+
+
+def test_what_the_readme_imports_is_there() -> None:
+    lines = documented_imports((RECIPES.parent / "README.md").read_text(encoding="utf-8"))
+    assert any("tpa_convert.recipe" in line for line in lines)
+    for line in lines:
+        exec(line, {})
+    with pytest.raises(ImportError):
+        exec(documented_imports("```python\nimport tpa_convert.gone\n```")[0], {})
 
 
 # ------------------------------------------------------------------------------- help
@@ -204,5 +220,10 @@ def test_a_recipe_is_started(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.name)
 def test_a_recipe_says_a_number_once(path: Path) -> None:
     """Its comments promise no tokens that the keys below them could contradict."""
-    comments = [line.partition("#")[2] for line in path.read_text().splitlines()]
-    assert not [c for c in comments if "million tokens" in c]
+    assert promises(path.read_text()) == []
+    assert promises("# healed on 10 million tokens\ntokens: 45_000_000") == ["10 million tokens"]
+
+
+def promises(recipe: str) -> list[str]:
+    comments = [line.partition("#")[2] for line in recipe.splitlines()]
+    return re.findall(r"\d+ million tokens", "\n".join(comments))

@@ -91,8 +91,10 @@ def is_converted(directory: str | Path) -> bool:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    return isinstance(model_type, str) and model_type.split("_")[0] == "tpa"
+    # As `families.is_tpa`, without the code that such a config may want to run.
+    return isinstance(config, dict) and (
+        config.get("model_type") == "tpa" or config.get("tpa_layers") is not None
+    )
 
 
 def load_converted(
@@ -118,7 +120,7 @@ def load_model(
         raise UserError(f"no such directory: {directory}")
     if not is_converted(directory):
         raise UserError(
-            f"{directory} is not a converted model (its config.json names no TPA model type): make "
+            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
             "one with `tpa-convert convert`"
         )
     try:
