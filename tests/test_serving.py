@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -29,6 +31,9 @@ def model(request: pytest.FixtureRequest, tiny_llama) -> PreTrainedModel:
     return converted
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="refused before transformers 5.20"
+)
 @pytest.mark.parametrize("lengths", [[9], [9, 5, 12]], ids=["one request", "three requests"])
 def test_continuous_batching_gives_what_generate_gives(model, lengths) -> None:
     prompts = [random_blocks(count=1, length=length, seed=length) for length in lengths]
