@@ -21,13 +21,24 @@ from dataclasses import dataclass
 
 import torch
 from settings import given_settings
-from shared import Conversions, Table, heal_row, load, parser, plan_of, source_heads, train_blocks
+from shared import (
+    Conversions,
+    Table,
+    heal_row,
+    load,
+    parser,
+    plan_of,
+    source_heads,
+    train_blocks,
+    valid_blocks,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.forward.logits import chunk_positions, split_head
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.sources import Source
 
 RUNS = [f"{floats}{keys}" for floats in (344, 256, 168) for keys in ("", ":latent")]
 CONTEXTS = (512, 2048)  # tokens of the measured caches: at the window and beyond it
@@ -65,9 +76,8 @@ def logit_difference(model: PreTrainedModel, source: PreTrainedModel, blocks: Te
     return Difference(largest, scale, kl / blocks.numel())
 
 
-def exactness_table(table: Table, convert: Conversions, blocks: Tensor) -> None:
+def exactness_table(source: Source, convert: Conversions, blocks: Tensor) -> None:
     """What conversions that narrow nothing differ from the source by."""
-    source = table.source
     width = source_heads(source)
     config = source.architecture.llama_config(source.model.config)
     print(f"\n| full width, {blocks.numel()} tokens | floats | logits differ by | KL |")
@@ -89,7 +99,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--runs", nargs="*", default=RUNS)
     options.add_argument("--length", type=int, default=1024, help="tokens of a block")
-    options.add_argument("--exact-blocks", type=int, default=4, help="0: no full width")
+    options.add_argument("--exact-blocks", type=int, default=4, help="of full width; 0: none")
     options.add_argument("--refine-steps", type=int, default=0)
     options.add_argument("--heal-tokens", type=float, default=0)
     options.add_argument("--heal-runs", nargs="*", help="of --runs; default: all")
@@ -99,13 +109,19 @@ def main() -> None:
     )
     arguments = options.parse_args()
     if arguments.cpu_small:
-        arguments.length, arguments.valid_blocks, arguments.calibration_blocks = 512, 1, 16
+        arguments.length, arguments.valid_blocks, arguments.calibration_blocks = 512, 1, 8
         arguments.refine_steps = arguments.heal_tokens = 0
 
     source = load(arguments.source)
     config = source.architecture.llama_config(source.model.config)
     blocks = train_blocks(arguments.train, source, arguments.length, arguments.calibration_blocks)
     convert = Conversions(source, blocks)
+    if arguments.exact_blocks:
+        texts = valid_blocks(arguments.valid, source, arguments.length, 1)
+        held_out = torch.cat(list(texts.values()))
+        exactness_table(source, convert, held_out[: arguments.exact_blocks])
+    if not arguments.runs:
+        return
     table = Table.start(source, arguments.valid, arguments.valid_blocks, arguments.length, CONTEXTS)
     training = None
     for run in arguments.runs:
@@ -128,9 +144,6 @@ def main() -> None:
             student, name = copy.deepcopy(model), f"{run} {text}".strip()
             changes = given_settings(text)
             heal_row(table, name, student, training, arguments, plan.kv_floats, **changes)
-    if arguments.exact_blocks:
-        held_out = torch.cat(list(table.blocks.values()))
-        exactness_table(table, convert, held_out[: arguments.exact_blocks])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.evaluation.metrics.cache import cache_bytes
 from tpa_convert.evaluation.texts import blocks_by_source
-from tpa_convert.forward.comparison import compare, geometric_mean
+from tpa_convert.forward.comparison import Agreement, compare, geometric_mean
 from tpa_convert.forward.divergence import Divergence
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.planning.search import plan_between, plan_measured
@@ -61,20 +61,35 @@ def train_blocks(path: str, source: Source, length: int, count: int | None = Non
     """Token blocks [count, length] of the training text, shuffled; `shipped`: the package's."""
     if path == "shipped":
         documents = default_calibration_documents()
-        return token_blocks(documents, source.tokenizer, length, count, seed=0)
+        return begun(token_blocks(documents, source.tokenizer, length, count, seed=0), source)
     if not path.endswith((".npy", ".npz")):
-        return token_blocks(load_documents(path), source.tokenizer, length, count, seed=0)
+        given = load_documents(path)
+        return begun(token_blocks(given, source.tokenizer, length, count, seed=0), source)
     parts = [part for file in path.split(",") for part in load_blocks(file, length).values()]
     blocks = torch.cat(parts)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    return blocks[order[:count]].long()
+    return begun(blocks[order[:count]].long(), source)
 
 
 def valid_blocks(path: str, source: Source, length: int, max_blocks: int) -> Mapping[str, Tensor]:
     """Token blocks [N <= max_blocks, length] of each source of the held-out text."""
+    found: Mapping[str, Tensor]
     if path.endswith(".npz"):
-        return {k: part[:max_blocks].long() for k, part in load_blocks(path, length).items()}
-    return blocks_by_source(source.tokenizer, load_documents(path), length, max_blocks)
+        found = {k: part[:max_blocks].long() for k, part in load_blocks(path, length).items()}
+    else:
+        found = blocks_by_source(source.tokenizer, load_documents(path), length, max_blocks)
+    return {name: begun(part, source) for name, part in found.items()}
+
+
+def begun(blocks: Tensor, source: Source) -> Tensor:
+    """The blocks with the begin-of-text token in front, instead of their first, if the tokenizer
+    puts one before every text: Gemma 3 predicts several times worse without it."""
+    bos = source.tokenizer.bos_token_id
+    if bos is None or source.tokenizer("a")["input_ids"][0] != bos:
+        return blocks
+    blocks = blocks.clone()
+    blocks[:, 0] = bos
+    return blocks
 
 
 def save_blocks(path: str, blocks: Mapping[str, Tensor]) -> None:
@@ -155,12 +170,15 @@ class Table:
         perplexities, kl, top1, tokens = {}, 0.0, 0.0, 0
         for key, part in self.blocks.items():
             models = {"source": self.source.model, "model": model}
+            if model is self.source.model:
+                del models["source"]  # there is nothing to compare it with
             with tf32():
                 scores, agreements = compare(models, part, batch_size=8)
             perplexities[key] = scores["model"].perplexity
-            kl += agreements["model"].kl * agreements["model"].tokens
-            top1 += agreements["model"].top1 * agreements["model"].tokens
-            tokens += agreements["model"].tokens
+            found = agreements.get("model", Agreement(0.0, 1.0, scores["model"].tokens))
+            kl += found.kl * found.tokens
+            top1 += found.top1 * found.tokens
+            tokens += found.tokens
         self.reference = self.reference or perplexities
         ratio = geometric_mean(perplexities[k] / self.reference[k] for k in perplexities)
         values = " | ".join(f"{value:.2f}" for value in perplexities.values())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from tests.benchmarks import benchmark, figures, record_rows, run_main
 from tests.command_line import save_text
@@ -44,6 +46,20 @@ def test_windows_cap_the_cache_that_is_measured() -> None:
             assert found == pytest.approx(2 * numbers * sum(held) / 1000)
 
 
+def test_blocks_begin_as_the_tokenizer_begins_a_text() -> None:
+    begun, blocks = benchmark("shared").begun, random_blocks(count=3, length=9)
+    source = source_of(MODELS["gemma3"]())
+    plain = replace(source, tokenizer=make_tiny_tokenizer())
+    assert torch.equal(begun(blocks, plain), blocks)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    found = begun(blocks, replace(source, tokenizer=tokenizer))
+    assert found[:, 0].tolist() == [1, 1, 1]
+    assert torch.equal(found[:, 1:], blocks[:, 1:])
+
+
 def test_a_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,9 +84,9 @@ def test_a_whole_run(
     assert names[:-1] == ["source", *(f"{run} {s}" for run in ("18", "12:latent") for s in stages)]
     assert names[-1].startswith("12:latent tokens_per_step=512")
     shared = benchmark("shared")
-    held_out = shared.valid_blocks(str(blocks), source_of(model), 64, 2)
-    assert {part.shape for part in held_out.values()} == {(2, 64)}
     source = shared.load(str(tmp_path / "source"))
+    held_out = shared.valid_blocks(str(blocks), source, 64, 2)
+    assert {part.shape for part in held_out.values()} == {(2, 64)}
     training = shared.train_blocks(str(train), source, 64, 8)
     moments = collect_moments(source, training)
     found = {row.name: figures(row.model, model, {"text": training}).kl for row in rows}
