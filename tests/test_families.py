@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from tests.conftest import make_tiny_tokenizer
-from tests.conversions import convert_tiny, random_blocks, source_of
+from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
 from tests.tiny_models import MODELS, WINDOW
 from tpa_convert.export.save import save_converted
 from tpa_convert.families import FAMILIES
@@ -29,6 +29,7 @@ from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.modeling import given_cache
 from tpa_convert.modeling.tpa_attention import TPAAttention
 from tpa_convert.modeling.tpa_keys import KeyNorm
+from tpa_convert.planning.sensitivity import measure_sensitivity
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
 
@@ -115,6 +116,20 @@ def test_windows_matter(source) -> None:
     expected, wide = logits(source, text()), copy.deepcopy(convert_tiny(source))
     wide.config.sliding_window = 1000
     assert (logits(wide, text()) - expected).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.gpu
+def test_a_source_on_a_gpu_is_converted_and_planned(source) -> None:
+    """Moments and decompositions are on the CPU wherever the source is."""
+    expected = convert_tiny(source, **NARROW)
+    there = copy.deepcopy(source).cuda()
+    converted = convert_tiny(there, **NARROW)
+    torch.testing.assert_close(
+        logits(converted, text()), logits(expected, text()), atol=1e-2, rtol=0
+    )
+    moments = tiny_moments(there)
+    report = measure_sensitivity(source_of(there), moments, text())
+    assert all(layer.keys.losses[0] > 0 for layer in report)
 
 
 # ------------------------------------------------------------------------- cached and uncached

@@ -72,7 +72,7 @@ def convert_model(
     shapes = []
     for i, shape in enumerate(track(plan.layers, "converting")):
         parameters, shape = convert_layer(
-            attention_weights(layers[i], architecture.names, model.config, i),
+            attention_weights(layers[i], architecture.names, model.config, i, device="cpu"),
             moments.layers[i] if moments else None,
             shape,
             method=method,

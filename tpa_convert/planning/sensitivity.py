@@ -184,7 +184,7 @@ def _narrowed(
         config: of the converted model; learns the rotary pairs of the layer's components.
     """
     names = source.architecture.names
-    weights = attention_weights(original, names, source.model.config, index)
+    weights = attention_weights(original, names, source.model.config, index, device="cpu")
     shape = config.layer_shape(index)
     parameters, shape = convert_layer(weights, moments, shape, method="gauge", whiten=True)
     config.tpa_layers[index] = asdict(shape)
