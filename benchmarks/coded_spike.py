@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coded_heal import group_heal, group_refit  # noqa: F401
+from coded_heal import LEVELS, coded_model, group_heal, group_refit, refit  # noqa: F401
 from coded_rows import (
     DISTORTION,
     Judge,
@@ -113,7 +113,7 @@ class Bench:
         energy = design(t, y, mean, torch.zeros_like(y[0], dtype=torch.long), "none", 0).energy[0]
         return t, y, mean, energy
 
-    def rows(self, share=0.125, levels=FREE, split=None, by_layer=False, scale="search", rounds=0,
+    def rows(self, share=0.125, levels=FREE, split=None, by_layer=False, scale="rms search", rounds=0,
              tables=False, header=HEADER_BITS, layer_weight=None, **options) -> dict[tuple, Row]:
         """A row of each part. `split`: bits a component of keys and values; None is free."""
         parts = list(self.samples)
@@ -260,6 +260,19 @@ def group_keys(bench: Bench) -> None:
         for blocks in (4, 8, 32):
             bench.measure(f"keys in {blocks} blocks", share=share, blocks=blocks)
         bench.measure("rotated keys", share=share, kind="rotated")
+
+
+def group_kinds(bench: Bench) -> None:
+    """Kinds of keys in few rows, for a CPU."""
+    for share in (0.125, 0.25, 0.0625):
+        for blocks in (1, 4, 8, 32):
+            bench.measure(f"keys in {blocks} blocks", share=share, blocks=blocks, levels=LEVELS)
+        bench.measure("rotated keys", share=share, kind="rotated", levels=LEVELS)
+    for share in (0.125, 0.25):
+        for blocks in (1, 4, 8):
+            model = coded_model(bench, bench.rows(share=share, blocks=blocks, levels=LEVELS))
+            refit(bench.model, model, bench.blocks, bench.judge.batch)
+            print(f"| {blocks} blocks, {share}, W_O refit | {bench.judge.score(model)} |", flush=True)
 
 
 def group_baselines(bench: Bench) -> None:
