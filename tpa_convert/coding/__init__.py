@@ -20,6 +20,7 @@ from tpa_convert.coding.components import (
     principal_components,
     rotated_covariance,
     rotated_gauge,
+    rotation_invariant,
     weighted_covariance,
 )
 from tpa_convert.coding.design import class_means, class_offset, design_quantiser, spreads
@@ -45,6 +46,7 @@ __all__ = [
     "principal_components",
     "rotated_covariance",
     "rotated_gauge",
+    "rotation_invariant",
     "row_layout",
     "share_rows",
     "spreads",

@@ -1,22 +1,21 @@
 """Bits for components: where the next bit takes most of the error away. Pure functions.
 
-The energy of a component is what leaving it out would cost: its importance times its variance. With
-n bits a share ε(n) of it is left, the same for all components, so Σ energy · ε(bits) is to be made
-small (reverse water-filling with the curve of the quantiser instead of 2^(−2n)). Energies of several
-layers and of keys and values may stand in one tensor if they have one unit: then layers and parts
-share one budget, and nothing else decides between them.
+The energy of a component is what leaving it out would cost: its importance times its variance. Of
+that n bits leave a share ε(n), the same for all components, so Σ energy · ε(bits) is to be made
+small (reverse water-filling with the curve of the quantiser instead of 2^(−2n)). Energies of
+several layers, of keys and of values may stand in one tensor if they have one unit: then all share
+one budget, and nothing else decides between them.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from tpa_convert.coding.codes import MAX_BITS, RowLayout, tier_bits_of
+from tpa_convert.coding.codes import HEADER_BYTES, MAX_BITS, RowLayout, tier_bits_of
 
 # A uniform midrise quantiser of 0 … 8 bits for a Gaussian of unit variance: the step with the least
 # squared error, and that error (Max, "Quantizing for minimum distortion", 1960, table II).
@@ -41,8 +40,9 @@ def allocate_bits(energy: Tensor, budget: int, levels: Sequence[int] = LEVELS) -
     Raises:
         ValueError: levels without 0 or outside 0 … 8, or a negative budget.
     """
-    if 0 not in levels or min(levels) < 0 or max(levels) > MAX_BITS or budget < 0:
-        raise ValueError(f"levels {tuple(levels)} and {budget} bits: 0 to {MAX_BITS}, 0 or more")
+    _check_levels(levels)
+    if budget < 0:
+        raise ValueError(f"a budget of {budget} bits")
     steps = envelope(sorted(levels))
     if not steps:
         return torch.zeros_like(energy, dtype=torch.long)
@@ -51,12 +51,17 @@ def allocate_bits(energy: Tensor, budget: int, levels: Sequence[int] = LEVELS) -
     )
     cost = torch.tensor([b - a for a, b in steps], device=energy.device)
     cost = cost[:, None].expand_as(gain).flatten()
-    # A stable sort takes the steps of one component in order also where its gains are equal, so that
-    # what is taken of a component is always a beginning.
+    # A stable sort takes the steps of one component in order also where its gains are equal, so
+    # that what is taken of a component is always a beginning.
     order = gain.flatten().sort(descending=True, stable=True).indices
     taken = order[cost[order].cumsum(0) <= budget]
     bits = torch.zeros_like(cost).index_copy_(0, taken, cost[taken])
     return bits.view_as(gain).sum(0)
+
+
+def _check_levels(levels: Sequence[int]) -> None:
+    if 0 not in levels or min(levels) < 0 or max(levels) > MAX_BITS:
+        raise ValueError(f"levels {tuple(levels)}: 0 and up to {MAX_BITS} bits are possible")
 
 
 def envelope(levels: Sequence[int]) -> list[tuple[int, int]]:
@@ -91,9 +96,10 @@ def fit_row(
 ) -> Tensor:
     """Bits of each component in a row of at most `row_bytes` bytes, padding and header included.
 
-    The unpadded optimum says how many components each level gets. Each count is rounded to whole
-    tiers, up, down or one further down, and the least error of all combinations that fit is taken.
-    More energy never gets fewer bits. Levels should be few: 3^levels combinations are compared.
+    More energy never gets fewer bits, so a row is how many of the strongest components get the most
+    bits, how many of the next get the level below, and so on: dynamic programming over levels,
+    components and bytes, in whole tiers. Exact, but for a tier that would reach beyond the last
+    component, which counts as a whole one.
 
     Args:
         energy: non-negative, [c].
@@ -108,29 +114,34 @@ def fit_row(
     """
     if row_bytes < RowLayout((), align).row_bytes:
         raise ValueError(f"a row of {row_bytes} bytes has no room for its header")
-    ideal = allocate_bits(energy, 8 * row_bytes, levels)
+    _check_levels(levels)
     order = energy.argsort(descending=True, stable=True)
-    left_out = torch.cat((energy.new_zeros(1), energy[order].cumsum(0))).double().tolist()
-    chosen = sorted((b for b in levels if b), reverse=True)
-    choices = []
-    for bits in chosen:
-        unit = 8 * align // min(tier_bits_of(bits))  # components of a tier without padding
-        whole = int((ideal == bits).sum()) // unit * unit
-        choices.append(sorted({max(0, whole + n * unit) for n in (-1, 0, 1)}))
-    least, best = math.inf, ()
-    for counts in itertools.product(*choices):
-        groups, used, error = [], 0, left_out[-1]
-        for bits, count in zip(chosen, counts, strict=True):
-            end = min(used + count, len(energy))
-            error -= (1 - GAUSSIAN_ERROR[bits]) * (left_out[end] - left_out[used])
-            groups += [(bits, end - used)] if end > used else []
-            used = end
-        if error < least and RowLayout(tuple(groups), align).row_bytes <= row_bytes:
-            least, best = error, tuple(groups)
-    values = [bits for bits, count in best for _ in range(count)]
-    result = torch.zeros_like(ideal)
-    result[order[: len(values)]] = torch.tensor(values, dtype=torch.long, device=result.device)
-    return result
+    # u: components in units of `align`, which 8 bits need; r: bytes in units of `align`
+    blocks = (row_bytes // 2 * 2 - HEADER_BYTES) // align  # rows have an even number of bytes
+    strongest = pad(energy[order].double().cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
+    before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
+    last = len(before) - 1
+    left = (before[-1] - before)[:, None].expand(-1, blocks + 1)  # [u, r]: error of all from u on
+    u = torch.arange(last + 1)
+    taken = {}
+    for bits in sorted(b for b in levels if b):  # the lowest level comes last in a row
+        unit = 8 // min(tier_bits_of(bits))
+        size = bits * unit // 8
+        counts = range(min(blocks // size, -(-last // unit)) + 1)
+        errors = torch.full((len(counts), last + 1, blocks + 1), torch.inf, dtype=torch.float64)
+        for n in counts:
+            end = (u + n * unit).clamp_max(last)
+            coded = GAUSSIAN_ERROR[bits] * (before[end] - before)
+            errors[n, :, n * size :] = coded[:, None] + left[end, : blocks + 1 - n * size]
+        left, taken[bits] = errors.min(0)
+    result = torch.zeros(len(energy), dtype=torch.long)
+    at, room = 0, blocks
+    for bits in sorted(taken, reverse=True):
+        n = int(taken[bits][min(at, last), room])
+        unit = 8 // min(tier_bits_of(bits))
+        result[align * at : align * (at + n * unit)] = bits
+        at, room = at + n * unit, room - n * bits * unit // 8
+    return torch.empty_like(order).index_copy_(0, order, result.to(order.device))
 
 
 def share_rows(
@@ -155,11 +166,12 @@ def share_rows(
         raise ValueError(f"{total_bytes} bytes have no room for {len(energies)} headers")
     ideal = allocate_bits(torch.cat(list(energies)), 8 * room, levels)
     sizes = [bits.sum().item() / 8 for bits in ideal.split([len(e) for e in energies])]
-    words = [int(size // 2) for size in sizes]  # rows have an even number of bytes
-    spare = min(len(words), room // 2 - sum(words))
-    for i in sorted(range(len(sizes)), key=lambda i: 2 * words[i] - sizes[i])[:spare]:
-        words[i] += 1
+    unit = max(2, align)  # rows have an even number of bytes
+    units = [int(size // unit) for size in sizes]
+    spare = min(len(units), room // unit - sum(units))
+    for i in sorted(range(len(sizes)), key=lambda i: unit * units[i] - sizes[i])[:spare]:
+        units[i] += 1
     return [
-        fit_row(energy, header + 2 * n, align, levels)
-        for energy, n in zip(energies, words, strict=True)
+        fit_row(energy, header + unit * n, align, levels)
+        for energy, n in zip(energies, units, strict=True)
     ]

@@ -1,18 +1,18 @@
 """Components to codes to bytes, and back. Imports torch alone, so that an export can carry it.
 
-A token keeps one row of bytes of a fixed length for each layer and part (keys or values): *tiers* of
-codes with equally many bits, most bits first, then a header byte.
+A token keeps one row of bytes of a fixed length for each layer and part (keys or values): *tiers*
+of codes with equally many bits, most bits first, then a header byte.
 
-    component c = mean[class, c] + scale · step[c] · (code − (2^bits[c] − 1) / 2)                 (1)
+    component c = mean[class, c] + scale · step[c] · (code − (2^bits[c] − 1) / 2)                (1)
 
-Class and scale are the token's and lie in the header: the class in its high bits, below it the scale
-in steps of 2^(1/8). Everything else is constant, so that attention can run on the codes: steps fold
+Class and scale are the token's and lie in the header: the class in its high bits, below it the
+scale in steps of 2^(1/8). All else is constant, so that attention can run on the codes: steps fold
 into what the components meet, and each class adds one constant.
 
 In a tier of b ∈ {1, 2, 4, 8} bits and n bytes, byte i holds the codes of components i, i + n,
-i + 2n, …, in its lowest bits first: one shift and mask for all bytes gives the codes of n components
-in a row. Codes of other lengths lie in several tiers, the longest with their lowest bits: 3 bits
-are two low ones and a high one.
+i + 2n, …, in its lowest bits first: one shift and mask for all bytes gives the codes of n
+components in a row. Codes of other lengths lie in several tiers, the longest with their lowest
+bits: 3 bits are two low ones and a high one.
 """
 
 from __future__ import annotations

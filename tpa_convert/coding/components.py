@@ -2,16 +2,17 @@
 
 The keys (or values) of a token in one layer are n = g d numbers x. A *metric* G says what an error
 of them costs: δᵀ G δ. In the coordinates G^½ x all errors count alike, so that the best transform
-is the Karhunen–Loève basis there, and what a component costs is its energy, importance · variance.
+is the Karhunen–Loève basis there, and a component costs its energy, importance · variance.
 
-Two metrics: that of docs/mathematics.md (w² for keys, M for values), whose units differ by layer and
-part; and the Fisher information, g being the gradient of −log p(y | text) for y drawn from the model,
+Two metrics: that of docs/mathematics.md (w² for keys, M for values), whose units differ by layer
+and part; and the Fisher information. With g the gradient of −log p(y | text), y drawn from the
+model itself,
 
-    KL(source ‖ coded) ≈ ½ E[δᵀ G δ],        G = E[g gᵀ],                                           (1)
+    KL(source ‖ coded) ≈ ½ E[δᵀ G δ],        G = E[g gᵀ],                                        (1)
 
-summed over tokens, layers and parts where errors are independent. It has one unit, nats a token, for
-everything, so that it also divides the bits among layers and between keys and values. Letters as in
-`decomposition.factors`; w = components.
+summed over layers and parts where errors are independent. It has one unit, nats a token, for all of
+them, so that it also divides the bits among layers and between keys and values. Letters as in
+`decomposition.factors`; w components.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def fisher_metric(gradient: Tensor, prior: Tensor, shrinkage: float = SHRINKAGE)
 
 
 def weighted_covariance(value: Tensor, gradient: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [n] and covariance [n, n] of values [N, n], fp64, each token weighing what an error of it
-    costs: gᵀ G⁻¹ g."""
+    """Mean [n] and covariance [n, n], fp64, of values [N, n] with gradients [N, n]. Each token
+    weighs what an error of it costs, gᵀ G⁻¹ g."""
     value, gradient = value.double(), gradient.double()
     weight = (torch.linalg.solve(metric, gradient.mT).mT * gradient).sum(-1)
     weight = weight / weight.sum()
@@ -75,8 +76,8 @@ def key_metric(query_energy: Tensor) -> Tensor:
 
 
 def rotated_covariance(pair_covariance: Tensor) -> Tensor:
-    """Covariance [n, n] of rotated keys from the Hermitian one of each pair, complex [f, g, g], whose
-    phases are uniform: half of it falls to each of the real and the imaginary part."""
+    """Covariance [n, n] of rotated keys from the Hermitian one of each pair, complex [f, g, g]:
+    phases being uniform, half of it falls to each of the real and the imaginary part."""
     pairs, groups, _ = pair_covariance.shape
     result = pair_covariance.real.new_zeros(groups, 2, pairs, groups, 2, pairs)
     f = torch.arange(pairs, device=result.device)
@@ -84,6 +85,18 @@ def rotated_covariance(pair_covariance: Tensor) -> Tensor:
     for a, b, part in ((0, 0, half.real), (1, 1, half.real), (1, 0, half.imag), (0, 1, -half.imag)):
         result[:, a, f, :, b, f] = part
     return result.view(2 * groups * pairs, -1)
+
+
+def rotation_invariant(matrix: Tensor, head_dim: int) -> Tensor:
+    """(M + J M Jᵀ) / 2 of a covariance or metric [n, n], J turning all rotary pairs by 90 degrees.
+
+    Inside the pairs, this is what rotated keys have on average, and what no rotation changes. Its
+    principal components inside each pair, `pair_blocks(g, d, d / 2)`, commute with RoPE.
+    """
+    pairs = matrix.unflatten(0, (-1, 2, head_dim // 2)).unflatten(-1, (-1, 2, head_dim // 2))
+    turned = pairs.flip(1).flip(4)
+    sign = matrix.new_tensor([[1.0, -1.0], [-1.0, 1.0]])[:, None, None, :, None]
+    return ((pairs + sign * turned) / 2).flatten(3).flatten(0, 2)
 
 
 def rotated_gauge(gauge: Tensor, rotary_pair: Tensor, pairs: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Quantisers from samples of components: classes of tokens, spreads, steps.
 
-Measured on SmolLM2-135M (benchmarks/notes/2026-11-26-coded-spike.md): the steps of a Gaussian are as
-good as steps by Lloyd's algorithm once every token has a scale; two classes are as good as more, the
-second having a mean of its own but no steps of its own, since the scale makes up for its spread.
+Measured on SmolLM2-135M (benchmarks/notes/2026-11-26-coded-spike.md): the steps of a Gaussian are
+as good as steps by Lloyd's algorithm once every token has a scale; two classes are as good as more,
+and the second needs a mean of its own but no steps, since the scale makes up for its spread.
 """
 
 from __future__ import annotations
