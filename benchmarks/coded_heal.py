@@ -1,8 +1,9 @@
-"""Coded projections that learn: closed-form refit of W_O and healing with the rounding in the loop."""
+"""Coded projections that learn: refit of W_O, and healing with the rounding in the loop."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 
@@ -10,6 +11,8 @@ import torch
 from coded_rows import Row
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from tpa_convert.coding import LEVELS
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -33,7 +36,10 @@ class CodedProjection(nn.Module):
         self.register_buffer("reach", (2.0 ** row.bits[kept] - 1) / 2)
         self.log_step = nn.Parameter((row.step * norm)[0, kept].log(), requires_grad=learned_steps)
         self.row = row._replace(
-            mean=self.mean, step=self.log_step.detach().exp()[None], bits=row.bits[kept], importance=norm[kept] ** -2,
+            mean=self.mean,
+            step=self.log_step.detach().exp()[None],
+            bits=row.bits[kept],
+            importance=norm[kept] ** -2,
             energy=(row.energy * norm**2)[:, kept],
         )
 
@@ -75,7 +81,7 @@ def refit(source, model, blocks: Tensor, batch: int) -> None:
         hook = coded.self_attn.o_proj.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
         sums = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]  # held out, training
         for i, (h, x) in enumerate(zip(streams, own, strict=True)):
-            arguments = dict(position_embeddings=table, attention_mask=None)
+            arguments = {"position_embeddings": table, "attention_mask": None}
             target = h + layer.self_attn(layer.input_layernorm(h), **arguments)[0]
             lacking = target - x - coded.self_attn(coded.input_layernorm(x), **arguments)[0]
             scale = target.square().sum(-1) + (x - h).square().sum(-1)
@@ -99,22 +105,29 @@ def refit(source, model, blocks: Tensor, batch: int) -> None:
 
 
 def group_refit(bench) -> None:
-    for share in (0.1875, 0.125, 0.0625):
-        rows = bench.rows(share=share, levels=LEVELS)
-        model = coded_model(bench, rows)
-        print(f"| {100 * share} %, coded | {bench.judge.score(model)} |", flush=True)
+    """Keys in blocks (1: latent keys), with and without a refit."""
+    for blocks, share in itertools.product((1, 4, 8), (0.1875, 0.125, 0.0625)):
+        name = f"{blocks} blocks, {100 * share} %"
+        model = coded_model(bench, bench.rows(share=share, blocks=blocks, levels=LEVELS))
+        print(f"| {name}, coded | {bench.judge.score(model)} |", flush=True)
         start = time.perf_counter()
         refit(bench.model, model, bench.blocks, bench.judge.batch)
-        print(f"| {100 * share} %, W_O refit ({time.perf_counter() - start:.0f} s) | "
-              f"{bench.judge.score(model)} |", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"| {name}, W_O refit ({seconds:.0f} s) | {bench.judge.score(model)} |", flush=True)
 
 
-LEVELS = (0, 1, 2, 3, 4, 8)
-
-
-def heal(bench, model, train: Tensor, seconds: float, most_steps: int, micro: int = 8,
-         attention_rate: float = 6e-4, rate: float = 1e-4, skew: float = 0.1,
-         hidden_weight: float = 10.0) -> None:
+def heal(
+    bench,
+    model,
+    train: Tensor,
+    seconds: float,
+    most_steps: int,
+    micro: int = 8,
+    attention_rate: float = 6e-4,
+    rate: float = 1e-4,
+    skew: float = 0.1,
+    hidden_weight: float = 10.0,
+) -> None:
     """Distils the source into `model` for so long, 16 blocks of 1024 tokens a step: skewed KL and
     the fading distance of hidden states, as `tpa_convert.healing` does."""
     device = bench.device
@@ -126,7 +139,8 @@ def heal(bench, model, train: Tensor, seconds: float, most_steps: int, micro: in
             groups["self_attn" in name].append(parameter)
     optimiser = torch.optim.AdamW(
         [{"params": groups[True], "lr": attention_rate}, {"params": groups[False], "lr": rate}],
-        weight_decay=0.0, betas=(0.9, 0.95),
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
     )
     peaks = [group["lr"] for group in optimiser.param_groups]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
@@ -148,8 +162,9 @@ def heal(bench, model, train: Tensor, seconds: float, most_steps: int, micro: in
                 variance = [h.float().var((0, 1)) for h in expected.hidden_states[1:]]
             distance = sum(
                 ((a.float() - b.float()).square() / v).mean()
-                for a, b, v in zip(found.hidden_states[1:], expected.hidden_states[1:], variance,
-                                   strict=True)
+                for a, b, v in zip(
+                    found.hidden_states[1:], expected.hidden_states[1:], variance, strict=True
+                )
             ) / len(variance)
             t = expected.logits.flatten(0, 1).float().log_softmax(-1)
             s = found.logits.flatten(0, 1).float().log_softmax(-1)
@@ -180,7 +195,11 @@ def group_heal(bench) -> None:
     refit(bench.model, model, bench.blocks, bench.judge.batch)
     heal(bench, model, bench.train, bench.seconds, bench.steps)
     print(f"| 12.5 %, healed | {bench.judge.score(model)} |", flush=True)
-    moved = torch.cat([
-        (m.log_step - m.row.step[0].log()).abs() for m in model.modules() if isinstance(m, CodedProjection)
-    ])
+    moved = torch.cat(
+        [
+            (m.log_step - m.row.step[0].log()).abs()
+            for m in model.modules()
+            if isinstance(m, CodedProjection)
+        ]
+    )
     print(f"steps moved by {moved.mean().exp().item():.3f} on average")

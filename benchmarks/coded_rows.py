@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tpa_convert.coding.allocation import GAUSSIAN_STEP
+
 Part = tuple[int, str]  # layer, "k" or "v"
 SCALES = 2.0 ** (torch.arange(-12, 7) / 2)
-# Lloyd–Max distortion and step of a uniform midrise quantiser of a unit Gaussian with 0 … 8 bits
-# (Max, 1960; Jayant & Noll, table 4.1; 0 bits leave the variance).
-DISTORTION = torch.tensor([1, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 3.035e-4, 8.714e-5])
-STEP = torch.tensor([1, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308])
+STEP = torch.tensor(GAUSSIAN_STEP)
 
 
 class Samples(NamedTuple):
@@ -120,7 +119,9 @@ class Transform(NamedTuple):
     rotated: bool
 
 
-def transform(covariance: Tensor, metric: Tensor, blocks: Sequence[Tensor], rotated: bool) -> Transform:
+def transform(
+    covariance: Tensor, metric: Tensor, blocks: Sequence[Tensor], rotated: bool
+) -> Transform:
     """Karhunen–Loève in the metric, inside each block. `rotated`: of complex components, so that it
     commutes with the rotation (each block is one pair)."""
     n = len(covariance)
@@ -142,32 +143,6 @@ def transform(covariance: Tensor, metric: Tensor, blocks: Sequence[Tensor], rota
         decode[index[:, None], index] = inverse @ vectors
     # rows of `encode` are components; those of a block stand where its features stood
     return Transform(encode.float(), decode.float(), rotated)
-
-
-# ------------------------------------------------------------------------------- allocation
-
-
-def allocate(variance: Tensor, budget: float, levels: Sequence[int], error: Tensor | None = None) -> Tensor:
-    """Bits of components [C] with the least Σ variance · ε(bits), greedy by gain per bit.
-
-    Args:
-        error: ε of each component and level 0 … 8, [C, 9]; the Gaussian table if None.
-    """
-    table = (DISTORTION.expand(len(variance), -1) if error is None else error).to(variance)
-    table = table[:, list(levels)].double()
-    bits = torch.tensor(levels, dtype=torch.float64, device=variance.device)
-    # Lagrangian: the multiplier at which the bits fit
-    def chosen(multiplier: float) -> Tensor:
-        return (variance.double()[:, None] * table + multiplier * bits).argmin(1)
-
-    low, high = 1e-30, 1e30
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        if bits[chosen(middle)].sum() > budget:
-            low = middle
-        else:
-            high = middle
-    return bits[chosen(high)].long()
 
 
 # ------------------------------------------------------------------------------- quantiser
@@ -228,8 +203,11 @@ class Row(NamedTuple):
                 return ratio
         step = self.of_class(self.step, label)
         candidates = {
-            "search": SCALES, "search up": SCALES[SCALES >= 1], "octaves": SCALES[::2],
-            "fine": 2.0 ** (torch.arange(-24, 14) / 4), "rms search": 2.0 ** (torch.arange(-2, 5) / 2),
+            "search": SCALES,
+            "search up": SCALES[SCALES >= 1],
+            "octaves": SCALES[::2],
+            "fine": 2.0 ** (torch.arange(-24, 14) / 4),
+            "rms search": 2.0 ** (torch.arange(-2, 5) / 2),
         }[self.scale]
         for s in candidates.tolist():
             s = s * ratio if self.scale == "rms search" else s
@@ -246,8 +224,8 @@ class Row(NamedTuple):
 
 
 def classes(y: Tensor, position: Tensor, count: int, rounds: int = 10) -> Tensor:
-    """Means of `count` classes of tokens y [N, c]: the first starts from all tokens, the second from
-    those at position 0, others anywhere; k-means unless `rounds` is 0."""
+    """Means of `count` classes of tokens y [N, c]: the second starts from tokens at position 0, the
+    first from all others, more anywhere; then `rounds` of k-means."""
     first = position == 0
     means = torch.stack([y[~first].mean(0), y[first].mean(0)])[:count]
     if count > 2:
@@ -261,11 +239,20 @@ def classes(y: Tensor, position: Tensor, count: int, rounds: int = 10) -> Tensor
     return means
 
 
-def design(t: Transform, y: Tensor, mean: Tensor, bits: Tensor, scale: str, rounds: int,
-           tables: bool = False) -> Row:
-    """Steps of a Gaussian of the components' variance, then `rounds` of Lloyd's algorithm: codes and
-    scales for steps, steps for codes and scales. `tables`: variances and steps of each class."""
-    row = Row(t, mean, torch.ones_like(y[:1]), bits, scale, torch.ones_like(y[:1]), torch.ones_like(y[0]))
+def design(
+    t: Transform,
+    y: Tensor,
+    mean: Tensor,
+    bits: Tensor,
+    scale: str,
+    rounds: int,
+    tables: bool = False,
+) -> Row:
+    """Steps of a Gaussian of the components' variance, then `rounds` of Lloyd's algorithm: codes
+    and scales for steps, steps for codes and scales. `tables`: one table for each class."""
+    row = Row(
+        t, mean, torch.ones_like(y[:1]), bits, scale, torch.ones_like(y[:1]), torch.ones_like(y[0])
+    )
     centred, label = row.centred(y)
     if tables:
         energy = torch.stack([centred[label == k].square().mean(0) for k in range(len(mean))])

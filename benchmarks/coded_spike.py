@@ -1,14 +1,17 @@
-"""Quality of coded caches on SmolLM2-135M-Instruct, without training: one table row a variant.
+"""Quality of coded caches on SmolLM2-135M-Instruct: one table row a variant.
 
-    python benchmarks/coded_spike.py FOLDER SmolLM2-135M-Instruct.Q4_1.gguf --data DATA base levels …
+    python benchmarks/coded_data.py SmolLM2-135M-Instruct.Q4_1.gguf healing-train.jsonl.xz \\
+        healing-valid.jsonl.xz DATA
+    python benchmarks/coded_spike.py FOLDER SmolLM2-135M-Instruct.Q4_1.gguf --data DATA base levels
 
-DATA holds calibration.npy (token blocks), valid.npz (token blocks by text) and moments.safetensors
-(`tpa-convert calibrate`'s). Groups of variants are the functions named `group_*`.
+FOLDER holds the GGUF file. Groups of variants are the functions named `group_*`. The column
+"expected KL" is half the squared error in the Fisher metric on the calibration text.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from functools import cache
@@ -16,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coded_heal import LEVELS, coded_model, group_heal, group_refit, refit  # noqa: F401
+from coded_baselines import group_baselines  # noqa: F401
+from coded_heal import group_heal, group_refit  # noqa: F401
 from coded_rows import (
-    DISTORTION,
     Judge,
     Row,
-    allocate,
     classes,
     coder,
     collect,
@@ -35,9 +37,15 @@ from coded_rows import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tpa_convert.coding import allocate_bits, share_rows
+from tpa_convert.coding.allocation import remaining_error
+
 FREE = tuple(range(9))
 HEADER_BITS = 8  # of each row
 SHARES = (0.25, 0.1875, 0.125, 0.0625)
+LEVEL_SETS = (
+    (0, 1, 2, 3, 4, 6, 8), (0, 1, 2, 3, 4, 6), (0, 1, 2, 3, 4, 8), (0, 1, 2, 4, 8), (0, 2, 4, 8),
+)  # fmt: skip
 
 
 class Bench:
@@ -82,7 +90,9 @@ class Bench:
         o = o.unflatten(1, (groups, -1, self.head_dim))
         return torch.block_diag(*torch.einsum("xgnd,xgne->gde", o, o))
 
-    def _prepared(self, part, kind="latent", blocks=1, metric="fisher", count=2, kmeans=0, weighted=True):
+    def _prepared(
+        self, part, kind="latent", blocks=1, metric="fisher", count=2, kmeans=0, weighted=True
+    ):
         """Transform, components of the samples, class means."""
         samples = self.samples[part]
         rotated = kind == "rotated" and part[1] == "k"
@@ -113,8 +123,19 @@ class Bench:
         energy = design(t, y, mean, torch.zeros_like(y[0], dtype=torch.long), "none", 0).energy[0]
         return t, y, mean, energy
 
-    def rows(self, share=0.125, levels=FREE, split=None, by_layer=False, scale="rms search", rounds=0,
-             tables=False, header=HEADER_BITS, layer_weight=None, **options) -> dict[tuple, Row]:
+    def rows(
+        self,
+        share=0.125,
+        levels=FREE,
+        split=None,
+        by_layer=False,
+        scale="rms search",
+        rounds=0,
+        tables=False,
+        header=HEADER_BITS,
+        layer_weight=None,
+        **options,
+    ) -> dict[tuple, Row]:
         """A row of each part. `split`: bits a component of keys and values; None is free."""
         parts = list(self.samples)
         prepared = {part: self.prepared(part, **options) for part in parts}
@@ -126,14 +147,17 @@ class Bench:
         if split:
             for i, part in enumerate(parts):
                 of_part = 16 * share * self.n * 2 * split[part[1] == "v"] / sum(split) - header
-                bits[i] = allocate(energy[i], of_part, levels)
+                bits[i] = allocate_bits(energy[i], of_part, levels)
         elif by_layer:
             for i in range(0, len(parts), 2):
-                bits[i : i + 2] = allocate(energy[i : i + 2].flatten(), 2 * budget, levels).view(2, -1)
+                bits[i : i + 2] = allocate_bits(
+                    energy[i : i + 2].flatten(), 2 * budget, levels
+                ).view(2, -1)
         else:
-            bits = allocate(energy.flatten(), len(parts) * budget, levels).view_as(bits)
+            bits = allocate_bits(energy.flatten(), len(parts) * budget, levels).view_as(bits)
         return {
-            part: design(*prepared[part][:3], bits[i], scale, rounds, tables) for i, part in enumerate(parts)
+            part: design(*prepared[part][:3], bits[i], scale, rounds, tables)
+            for i, part in enumerate(parts)
         }
 
     def measure(self, name: str, rows=None, coders=None, **options) -> None:
@@ -142,7 +166,9 @@ class Bench:
         if coders is None:
             rows = rows or self.rows(**options)
             coders = {part: coder(row, self.model) for part, row in rows.items()}
-            bits = sum(int(row.bits.sum()) + options.get("header", HEADER_BITS) for row in rows.values())
+            bits = sum(
+                int(row.bits.sum()) + options.get("header", HEADER_BITS) for row in rows.values()
+            )
             keys = sum(int(row.bits.sum()) for part, row in rows.items() if part[1] == "k")
             share = bits / (16 * self.n * len(rows))
             expected = 0.0
@@ -180,7 +206,14 @@ def group_metric(bench: Bench) -> None:
 
 
 def group_levels(bench: Bench) -> None:
-    for levels in ((0, 1, 2, 4, 8), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 8), (0, 2, 4, 8), (0, 2, 3, 4), (0, 4)):
+    for levels in (
+        (0, 1, 2, 4, 8),
+        (0, 1, 2, 3, 4),
+        (0, 1, 2, 3, 4, 8),
+        (0, 2, 4, 8),
+        (0, 2, 3, 4),
+        (0, 4),
+    ):
         bench.measure(f"levels {levels}", levels=levels)
     bench.measure("levels (0, 1, 2, 4, 8), 25 %", levels=(0, 1, 2, 4, 8), share=0.25)
 
@@ -190,8 +223,13 @@ def group_quantiser(bench: Bench) -> None:
         for scale in ("none", "rms", "rms up", "search", "search up"):
             for share in (0.25, 0.125):
                 header = 1 if scale == "none" else 8
-                bench.measure(f"scale {scale}{', two tables' * tables}", share=share, scale=scale,
-                              tables=tables, header=header)
+                bench.measure(
+                    f"scale {scale}{', two tables' * tables}",
+                    share=share,
+                    scale=scale,
+                    tables=tables,
+                    header=header,
+                )
     bench.measure("scale search, steps by Lloyd", rounds=4)
 
 
@@ -217,7 +255,9 @@ def group_sinks(bench: Bench) -> None:
         first.append(label[samples.position == 0].float().mean().item())
         others.append(label[samples.position > 0].float().mean().item())
     show = lambda x: " ".join(f"{100 * v:.0f}" for v in x)  # noqa: E731
-    print(f"\nsecond class, % of first tokens, keys: {show(first[::2])}; values: {show(first[1::2])}")
+    print(
+        f"\nsecond class, % of first tokens, keys: {show(first[::2])}; values: {show(first[1::2])}"
+    )
     print(f"of others, keys: {show(others[::2])}; values: {show(others[1::2])}\n")
     ids = torch.cat([part[:2, :512] for part in bench.texts.values()]).to(bench.device)
     for padding in (0, 100):
@@ -229,10 +269,16 @@ def group_sinks(bench: Bench) -> None:
         states = []
         for active in ({}, coders):
             with replaced(bench.model, active, position), torch.no_grad():
-                states.append(bench.model(padded, attention_mask=mask, position_ids=position,
-                                          use_cache=False).logits[:, padding:].log_softmax(-1))
+                states.append(
+                    bench.model(padded, attention_mask=mask, position_ids=position, use_cache=False)
+                    .logits[:, padding:]
+                    .log_softmax(-1)
+                )
         p, q = states
-        print(f"left padding {padding}: KL {(p.exp() * (p - q)).sum(-1).mean().item():.4f}", flush=True)
+        print(
+            f"left padding {padding}: KL {(p.exp() * (p - q)).sum(-1).mean().item():.4f}",
+            flush=True,
+        )
 
 
 def group_again(bench: Bench) -> None:
@@ -262,66 +308,23 @@ def group_keys(bench: Bench) -> None:
         bench.measure("rotated keys", share=share, kind="rotated")
 
 
-def group_kinds(bench: Bench) -> None:
-    """Kinds of keys in few rows, for a CPU."""
-    for share in (0.125, 0.25, 0.0625):
-        for blocks in (1, 4, 8, 32):
-            bench.measure(f"keys in {blocks} blocks", share=share, blocks=blocks, levels=LEVELS)
-        bench.measure("rotated keys", share=share, kind="rotated", levels=LEVELS)
-    for share in (0.125, 0.25):
-        for blocks in (1, 4, 8):
-            model = coded_model(bench, bench.rows(share=share, blocks=blocks, levels=LEVELS))
-            refit(bench.model, model, bench.blocks, bench.judge.batch)
-            print(f"| {blocks} blocks, {share}, W_O refit | {bench.judge.score(model)} |", flush=True)
-
-
-def group_baselines(bench: Bench) -> None:
-    d, model = bench.head_dim, bench.model
-
-    def minmax(x, bits):  # over the last dimension
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        step = ((high - low) / (2**bits - 1)).clamp_min(1e-8).half().float()
-        low = low.half().float()
-        return ((x - low) / step).round().clamp(0, 2**bits - 1) * step + low
-
-    def kivi(bits, name):
-        def code(x, position):
-            if name == "v":
-                return minmax(x.unflatten(-1, (-1, 32)), bits).flatten(-2)
-            table = rotary(model, position)
-            x = rotate(x, table).mT.unflatten(-1, (-1, 32))
-            return rotate(minmax(x, bits).flatten(-2).mT, table, back=True)
-
-        return code
-
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(d, d, generator=generator))[0].to(bench.device)
-
-    def turbo(bits, name):
-        normal = torch.randn(200_000, generator=generator)
-        levels = torch.quantile(normal, (torch.arange(2**bits) + 0.5) / 2**bits)
-        for _ in range(60):
-            edges = (levels[1:] + levels[:-1]) / 2
-            label = torch.bucketize(normal, edges)
-            levels = torch.zeros_like(levels).index_add_(0, label, normal) / torch.bincount(label)
-        levels, edges = levels.to(bench.device), edges.to(bench.device)
-
-        def code(x, position):
-            table = rotary(model, position) if name == "k" else None
-            x = rotate(x, table) if table else x
-            y = x.unflatten(-1, (-1, d)) @ turn
-            norm = y.norm(dim=-1, keepdim=True).half().float() / d**0.5
-            y = (levels[torch.bucketize(y / norm, edges)] * norm @ turn.mT).flatten(-2)
-            return rotate(y, table, back=True) if table else y
-
-        return code
-
-    for bits in (4, 3, 2):
-        coders = {part: kivi(bits, part[1]) for part in bench.samples}
-        bench.measure(f"KIVI-like int{bits}", coders=coders, share=(bits + 1) / 16)
-    for bits in (4, 3, 2):
-        coders = {part: turbo(bits, part[1]) for part in bench.samples}
-        bench.measure(f"TurboQuant-like {bits} bits", coders=coders, share=(bits + 0.25) / 16)
+def group_bytes(bench: Bench) -> None:
+    """Levels and padding in closed form: the error left, relative to any level and no padding."""
+    energies = [bench.prepared(part)[3].double().cpu() for part in bench.samples]
+    together, parts = torch.cat(energies), len(energies)
+    aligns = (1, 2, 4, 8, 16)
+    print("\n| levels | % | unpadded | " + " | ".join(f"{n} bytes" for n in aligns) + " |")
+    print("|---" * (3 + len(aligns)) + "|")
+    for levels, share in itertools.product(LEVEL_SETS, SHARES):
+        total = int(2 * share * bench.n * parts)
+        budget = 8 * (total - parts)
+        free = remaining_error(together, allocate_bits(together, budget, FREE))
+        errors = [remaining_error(together, allocate_bits(together, budget, levels))]
+        for align in aligns:
+            rows = share_rows(energies, total, align, levels)
+            errors.append(sum(map(remaining_error, energies, rows)))
+        cells = " | ".join(f"{(error / free).item():.3f}" for error in errors)
+        print(f"| {levels} | {100 * share} | {cells} |", flush=True)
 
 
 def main() -> None:
@@ -343,11 +346,21 @@ def main() -> None:
         arguments.folder, gguf_file=arguments.gguf, dtype=torch.float32
     )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-    bench = Bench(model, arguments.data, arguments.calibration, arguments.valid,
-                  arguments.length, arguments.batch)
+    bench = Bench(
+        model,
+        arguments.data,
+        arguments.calibration,
+        arguments.valid,
+        arguments.length,
+        arguments.batch,
+    )
     bench.seconds, bench.steps = arguments.seconds, arguments.steps
     print(f"prepared in {time.perf_counter() - start:.0f} s")
-    print("| | % | ratio | KL | top-1 % | expected KL | K : V bits | seconds |\n|---" + "|---" * 7 + "|")
+    print(
+        "| | % | ratio | KL | top-1 % | expected KL | K : V bits | seconds |\n|---"
+        + "|---" * 7
+        + "|"
+    )
     for name in arguments.groups:
         globals()[f"group_{name}"](bench)
 
