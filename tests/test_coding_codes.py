@@ -181,6 +181,13 @@ def test_tokens_of_no_size_and_of_any_size_survive():
     assert ((kept - x)[:2].abs() <= 2.0**LOWEST_OCTAVE * q.step.max()).all()
 
 
+def test_rows_without_codes():
+    q = quantiser(RowLayout(()))
+    rows = encode(torch.zeros(3, 0), q)
+    assert rows.shape == (3, 2)
+    assert decode(rows, q)[0].shape == (3, 0)
+
+
 def test_sinks_are_told_by_their_numbers_not_by_their_place():
     layout = RowLayout(((2, 32),))
     q = quantiser(layout)

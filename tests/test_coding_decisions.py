@@ -19,6 +19,7 @@ from tpa_convert.coding import (
     importance_and_variance,
     key_metric,
     pair_blocks,
+    prediction,
     principal_components,
     rotated_covariance,
     rotated_gauge,
@@ -312,3 +313,18 @@ def test_designed_quantisers_leave_the_error_that_was_planned():
         planned = remaining_error(energy, bits).item()
         assert 0.7 * planned < cost[~sink].mean() < 1.1 * planned
         assert cost[sink].mean() < 0.01 * planned
+
+
+def test_prediction_finds_what_the_parent_says_of_the_child():
+    generator = torch.Generator().manual_seed(0)
+    parent = torch.randn(3000, 6, generator=generator) * torch.logspace(0, -1, 6) + 5
+    weight = torch.randn(6, 4, generator=generator)
+    noise = torch.randn(3000, 4, generator=generator)
+    child = parent @ weight + 0.1 * noise - 3
+    found = prediction(parent, child, ridge=1e-6)
+    torch.testing.assert_close(found, weight.double(), atol=0.05, rtol=0)
+    residual = child - parent @ found.float()
+    assert residual.var(0).max() < 0.02
+    # what the parent does not know stays: nothing is predicted of independent numbers
+    assert prediction(parent, noise).abs().max() < 0.3
+    assert (noise - parent @ prediction(parent, noise).float()).var(0).min() > 0.9

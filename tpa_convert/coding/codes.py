@@ -229,7 +229,7 @@ def choose_header(x: Tensor, quantiser: Quantiser) -> Tensor:
     weighted = mean * importance
     label = ((mean * weighted).sum(-1) - 2 * x @ weighted.mT).argmin(-1)
     centred = x - mean[label]
-    ratio = (centred / quantiser.spread).square().mean(-1).sqrt()
+    ratio = ((centred / quantiser.spread).square().sum(-1) / max(1, x.shape[-1])).sqrt()
     most = 2**quantiser.scale_bits - 1
     lowest = 2.0**LOWEST_OCTAVE
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(lowest).log2() - LOWEST_OCTAVE)

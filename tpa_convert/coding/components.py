@@ -179,3 +179,24 @@ def principal_components(
     feature, gauge = torch.cat(features), torch.cat(gauges, dim=1)
     norm = torch.linalg.vector_norm(gauge, dim=0)
     return Components(feature * norm[:, None], gauge / norm, norm**-2)
+
+
+def prediction(parent: Tensor, child: Tensor, ridge: float = 0.01) -> Tensor:
+    """P of the best child ≈ parent · P + constant: what a token's coded keys say of its values.
+
+    Keys and values of a token are functions of one input. Coding the values' residual v − k̂ P, with
+    k̂ the *decoded* components of the keys, is predictive coding in closed loop: the decoder knows
+    k̂, so that no error adds up. Attention pays for it by summing the keys' components beside the
+    values' (Σ_t p_t k̂_t), which they have to be cached unrotated for.
+
+    Args:
+        parent: decoded components of tokens that are no sinks, [N, w].
+        child: numbers of the other part, [N, n].
+        ridge: damping, relative to the mean diagonal of the parent's second moment.
+
+    Returns: fp64 [w, n].
+    """
+    parent, child = (x.double() - x.double().mean(0) for x in (parent, child))
+    gram = parent.mT @ parent
+    damping = ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    return torch.linalg.solve(gram + damping, parent.mT @ child)
