@@ -176,9 +176,8 @@ def run(model, data: Path, calibration: int, valid: int, valid_length: int) -> N
     moments = load_file(data / "moments.safetensors")
     samples = collect(model, blocks, 2)
     judge = Judge(model, texts, 1)
-    print(
-        "| values | % | ratio | KL | top-1 % | K : V bits | seconds |\n|---|---|---|---|---|---|---|"
-    )
+    print("| values | % | ratio | KL | top-1 % | K : V bits | seconds |")
+    print("|---" * 7 + "|")
     for key_blocks, share in ((1, 0.125), (4, 0.125), (1, 0.0625)):
         for given_keys in (False, True):
             layers = []

@@ -325,6 +325,5 @@ def test_prediction_finds_what_the_parent_says_of_the_child():
     torch.testing.assert_close(found, weight.double(), atol=0.05, rtol=0)
     residual = child - parent @ found.float()
     assert residual.var(0).max() < 0.02
-    # what the parent does not know stays: nothing is predicted of independent numbers
-    assert prediction(parent, noise).abs().max() < 0.3
-    assert (noise - parent @ prediction(parent, noise).float()).var(0).min() > 0.9
+    # negative control: nothing is predicted of independent numbers
+    assert (parent @ prediction(parent, noise).float()).var(0).max() < 0.02
