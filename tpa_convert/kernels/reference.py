@@ -1,0 +1,81 @@
+"""Decoding attention over what is cached, in plain PyTorch: the truth that kernels are tested on.
+
+It computes in the type of the queries, fp64 included, and reads only slots that are attended to:
+whatever stands in the others, NaN too, leaves no trace.
+
+Shape suffixes:
+    b  batch                          t  slots of the cache
+    h  query heads                    w_k, w_v  components of keys and of values
+    s  query positions
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attended_slots(
+    slots: int,
+    positions: int,
+    start: Tensor | None,
+    end: Tensor | None,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """Which slots each query position attends to, boolean [b or 1, s, t].
+
+    The last of the queries stands in slot `end - 1`, those before it in the slots before; each
+    attends to slots from `start` to its own, within the last `window` of them if that is given.
+
+    Args:
+        start: first slot in use of each sequence, integers [b]; None for 0.
+        end: slots in use of each sequence, those of the queries included, [b]; None for all.
+    """
+    slot = torch.arange(slots, device=device)
+    end = torch.full((1,), slots, device=device) if end is None else end
+    own = end[:, None] - positions + torch.arange(positions, device=device)  # [b, s]
+    attended = slot <= own[..., None]
+    if start is not None:
+        attended = attended & (slot >= start[:, None, None])
+    if window is not None:
+        attended = attended & (slot > own[..., None] - window)
+    return attended
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale · query keysᵀ) values, for one head of keys and values that all queries share.
+
+    Args:
+        query: in the space of the key components, [b, h, s, w_k].
+        keys, values: [b, 1, t, w_k] and [b, 1, t, w_v].
+        scale: of the scores.
+        start, end, window: see `attended_slots`.
+        softcap: scores x become softcap · tanh(x / softcap).
+
+    Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
+    """
+    attended = attended_slots(keys.shape[2], query.shape[2], start, end, window, query.device)[
+        :, None
+    ]  # [b, 1, s, t]
+    read = attended.any(2)[..., None]  # [b, 1, t, 1]
+    keys = torch.where(read, keys, 0).to(query.dtype)
+    values = torch.where(read, values, 0).to(query.dtype)
+    scores = query @ keys.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~attended, -torch.inf)
+    highest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(-1, keepdim=True)
+    return weights @ values / torch.where(total == 0, 1, total)
