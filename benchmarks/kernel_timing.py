@@ -1,4 +1,4 @@
-"""Timing of GPU kernels in CUDA graphs, over several buffers so that no call finds its data in L2."""
+"""Timing of GPU kernels in CUDA graphs, over several buffers so that no data is found in L2."""
 
 from __future__ import annotations
 

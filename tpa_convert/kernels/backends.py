@@ -30,8 +30,8 @@ class Case(NamedTuple):
         layout: of the cache: `rotated` (numbers) or `coded` (rows of bytes).
         width_k, width_v: components of keys and of values.
         dtype, device: of the queries.
-        strides: of keys and values from sequence to sequence and slot to slot, and of the queries;
-            in elements of the cache.
+        strides: of keys and values, from sequence to sequence and slot to slot.
+        cached: types of keys and values.
     """
 
     layout: str
@@ -40,6 +40,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     strides: tuple[int, ...] = ()
+    cached: tuple[torch.dtype, ...] = ()
 
 
 class Backend(NamedTuple):
@@ -80,6 +81,10 @@ def _triton(case: Case) -> str | None:
         return f"widths above {MAX_WIDTH}"
     if case.layout == "rotated" and (case.width_k % 8 or case.width_v % 8):
         return f"widths {case.width_k} and {case.width_v} are not multiples of 8"
+    if case.layout == "rotated" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
+        return "keys and values of more than 2048 bytes a slot"
+    if case.layout == "rotated" and any(cached != case.dtype for cached in case.cached):
+        return "queries, keys and values have several types"
     if case.layout == "coded" and any(stride % 4 for stride in case.strides):
         return "rows are not whole words of four bytes"
     return None

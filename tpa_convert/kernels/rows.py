@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .places import KEY_CHUNK, VALUE_CHUNK, Places, find_places
+
 SCALES_PER_OCTAVE = 8
 
 
@@ -70,6 +72,16 @@ class CodedRows:
     def scale_bits(self) -> int:
         """Bits of the header that hold the scale."""
         return 8 - (self.classes - 1).bit_length()
+
+    @cached_property
+    def key_places(self) -> Places:
+        """Tables for kernels, where these are rows of keys."""
+        return find_places(self, KEY_CHUNK)
+
+    @cached_property
+    def value_places(self) -> Places:
+        """Tables for kernels, where these are rows of values."""
+        return find_places(self, VALUE_CHUNK)
 
     def numbers(self, rows: Tensor) -> Tensor:
         """Components of uint8 `rows` [..., bytes], as [..., w] in the type of the steps."""

@@ -1,0 +1,152 @@
+"""How the Triton kernels for numbers are launched, and what all launches share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .split_kv import join_kernel, split_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+MAX_COLUMNS = 64  # queries of a program, all heads and positions
+SPLITS_AT_ONCE = 64  # that the joining kernel reads
+SHARED_BYTES = 220_000  # of a multiprocessor (H100), what the compiler adds left out
+# Slots of a block, blocks in flight, warps: the first that fits. More slots make better use of the
+# matrix unit, three blocks in flight of memory.
+SHAPES = ((64, 3, 4), (32, 3, 8), (32, 2, 8), (16, 2, 8))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on a CPU, where Triton's interpreter runs, a few so that there are splits."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def overlapped(device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel that may start while the one before it ends (Hopper on)."""
+    if INTERPRETED or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_splits(blocks: int, sequences: int, slots: int) -> int:
+    """Splits of each sequence's `blocks` that finish first when `slots` programs run at a time."""
+    best, fastest = 1, math.inf
+    for splits in range(1, min(blocks, max(1, 2 * slots // sequences)) + 1):
+        waves = math.ceil(sequences * splits / slots)
+        time = waves * (math.ceil(blocks / splits) + 1)  # each program starts and ends once
+        if time < fastest:
+            best, fastest = splits, time
+    return best
+
+
+def power_of_two(number: int, low: int, high: int) -> int:
+    """The power of two from `number` on, within bounds."""
+    return min(high, max(low, triton.next_power_of_2(number)))
+
+
+def longest(length: int, positions: int, window: int | None) -> int:
+    """Slots that a sequence attends to at most."""
+    return length if window is None else min(length, window + positions - 1)
+
+
+def choose_shape(row_bytes: int, query_bytes: int) -> tuple[int, int, int]:
+    """One of `SHAPES` for keys and values of `row_bytes` a slot, beside the queries."""
+    for block, stages, warps in SHAPES:
+        if block * stages * row_bytes + query_bytes <= SHARED_BYTES:
+            return block, stages, warps
+    return SHAPES[-1]
+
+
+def launch_rotated(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    start: Tensor | None,
+    end: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`reference.decode_attention`, for widths in multiples of 8 and any strides but the last."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    batch, heads, positions, width_k = query.shape
+    length, width_v = values.shape[2:]
+    columns = heads * positions
+    chunk_k = power_of_two(width_k, 16, 128)
+    chunk_v = power_of_two(width_v, 64, 128)
+    padded_k = triton.cdiv(width_k, chunk_k) * chunk_k
+    padded_v = triton.cdiv(width_v, chunk_v) * chunk_v
+    size = query.element_size()
+    widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
+    per_program = power_of_two(columns, 16, widest)
+    tiles = triton.cdiv(columns, per_program)
+    block, stages, warps = choose_shape((padded_k + padded_v) * size, padded_k * size * per_program)
+    splits = choose_splits(
+        triton.cdiv(longest(length, positions, window), block),
+        batch * tiles,
+        multiprocessors(query.device),
+    )
+    partial = query.new_empty((batch, splits, columns, width_v), dtype=torch.float32)
+    partial_lse = query.new_empty((batch, splits, columns), dtype=torch.float32)
+    strides = (
+        *query.stride()[:3],
+        *(x.stride(i) for x in (keys, values) for i in (0, 2)),
+    )
+    options = overlapped(query.device)
+    split_kernel[(splits, batch, tiles)](
+        query,
+        keys,
+        values,
+        partial,
+        partial_lse,
+        start,
+        end,
+        *strides,
+        heads,
+        positions,
+        length,
+        width_k // 8,
+        width_v // 8,
+        scale,
+        softcap,
+        window,
+        splits,
+        COLUMNS=per_program,
+        CHUNK_K=chunk_k,
+        CHUNKS_K=triton.cdiv(width_k, chunk_k),
+        CHUNK_V=chunk_v,
+        CHUNKS_V=triton.cdiv(width_v, chunk_v),
+        BLOCK=block,
+        ALIGN=math.gcd(16, *strides),
+        MULTIPLE=positions > 1,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        STAGES=stages,
+        OVERLAP=options["OVERLAP"],
+        num_warps=warps,
+        num_stages=stages,
+    )
+    output = query.new_empty((batch, heads, positions, width_v))
+    chunk = power_of_two(width_v, 16, 64)
+    join_kernel[(columns, triton.cdiv(width_v, chunk), batch)](
+        partial,
+        partial_lse,
+        output,
+        columns,
+        width_v,
+        splits,
+        CHUNK=chunk,
+        SPLITS=power_of_two(splits, 1, SPLITS_AT_ONCE),
+        num_warps=4,
+        **options,
+    )
+    return output
