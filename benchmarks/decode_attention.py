@@ -1,6 +1,6 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
-    python benchmarks/decode_attention.py [--only plain|coded|small]
+    python benchmarks/decode_attention.py [--only plain|coded|small|bits]
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
 the cache over the bandwidth of a plain copy in the same run.
@@ -101,10 +101,10 @@ class Table:
     def row(
         self, name: str, batch: int, slots: int, time: float, size: int, against: str = ""
     ) -> None:
-        ratio = self.sources[against, batch, slots] / time if against else 1.0
+        ratio = f"{self.sources[against, batch, slots] / time:.2f}" if against else ""
         print(
             f"| {name} | {batch} × {slots} | {time * 1e3:.4f} | {time / batch / slots * 1e9:.3f} | "
-            f"{size / time / self.bandwidth:.1%} | {against} | {f'{ratio:.2f}' if against else ''} |",
+            f"{size / time / self.bandwidth:.1%} | {against} | {ratio} |",
             flush=True,
         )
 
@@ -116,16 +116,15 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["plain", "coded", "small"])
+    parser.add_argument("--only", choices=["plain", "coded", "small", "bits"])
     only = parser.parse_args().only
     print(f"{device_name()}, {versions()}")
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {matrix_rate() / 1e12:.0f} TFLOP/s\n")
     table = Table(bandwidth)
     for batch, slots in LONG + SHORT:
-        for name in ("MHA", "GQA-8", "MQA"):
-            if only in (None, "plain", "coded"):
-                table.source(name, batch, slots)
+        for name in ("MHA", "GQA-8", "MQA") if only in (None, "plain", "coded") else ():
+            table.source(name, batch, slots)
         if only in (None, "plain"):
             for width in (128, 256, 512):
                 name = f"rotated, {width}+{width}, bf16"
@@ -136,6 +135,10 @@ def main() -> None:
                 table.row(name, batch, slots, *coded(bits, 1024, batch, slots), "GQA-8")
             name = "coded, 4096+4096, 2 bits"
             table.row(name, batch, slots, *coded(2, 4096, batch, slots), "MHA")
+    if only in (None, "bits"):
+        for bits in (1, 2, 4, 8):
+            name = f"coded, 1024+1024, {bits} bits"
+            table.row(name, *LONG[0], *coded(bits, 1024, *LONG[0]))
     if only in (None, "small"):
         table.source("SmolLM2", 64, 8192)
         for align in (16, 4):

@@ -127,7 +127,7 @@ def test_a_cpu_takes_the_reference(monkeypatch) -> None:
 def test_a_backend_that_cannot_run_says_why_in_one_line(monkeypatch, name, said) -> None:
     monkeypatch.setenv("TPA_CONVERT_BACKEND", name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("tpa_convert.kernels.backends._triton_missing", lambda: False)
+    monkeypatch.setattr("tpa_convert.kernels.backends.TRITON_MISSING", False)
     with pytest.raises(BackendError, match=said) as caught:
         choose_backend(case())
     assert "\n" not in str(caught.value)
@@ -144,7 +144,7 @@ def test_a_backend_that_cannot_run_says_why_in_one_line(monkeypatch, name, said)
     ],
 )
 def test_triton_refuses_with_a_reason(monkeypatch, changes, said) -> None:
-    monkeypatch.setattr("tpa_convert.kernels.backends._triton_missing", lambda: False)
+    monkeypatch.setattr("tpa_convert.kernels.backends.TRITON_MISSING", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     triton = next(backend for backend in BACKENDS if backend.name == "triton")
     gpu = torch.device("cuda")

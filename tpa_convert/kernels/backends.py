@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -17,6 +16,7 @@ VARIABLE = "TPA_CONVERT_BACKEND"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("rotated", "coded")
 MAX_WIDTH = 8192
+TRITON_MISSING = importlib.util.find_spec("triton") is None
 
 
 class BackendError(RuntimeError):
@@ -59,15 +59,10 @@ def forced_backend() -> str:
     return os.environ.get(VARIABLE, "auto")
 
 
-@functools.cache
-def _triton_missing() -> bool:
-    return importlib.util.find_spec("triton") is None
-
-
 def _triton(case: Case) -> str | None:
     if case.layout not in LAYOUTS:
         return f"no kernel for the layout {case.layout}"
-    if _triton_missing():
+    if TRITON_MISSING:
         return "triton is not installed"
     # Triton's interpreter runs on a CPU, slowly: for those who ask for both.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and forced_backend() == "triton"

@@ -16,9 +16,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 MAX_COLUMNS = 64  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 64  # that the joining kernel reads
 SHARED_BYTES = 220_000  # of a multiprocessor (H100), what the compiler adds left out
-# Slots of a block, blocks in flight, warps: the first that fits. More slots make better use of the
+# Slots of a block and blocks in flight: the first that fit. More slots make better use of the
 # matrix unit, three blocks in flight of memory.
-SHAPES = ((64, 3, 4), (32, 3, 8), (32, 2, 8), (16, 2, 8))
+SHAPES = ((64, 3), (32, 3), (32, 2), (16, 2))
 
 
 @functools.cache
@@ -59,11 +59,13 @@ def longest(length: int, positions: int, window: int | None) -> int:
     return length if window is None else min(length, window + positions - 1)
 
 
-def choose_shape(row_bytes: int, query_bytes: int) -> tuple[int, int, int]:
+def choose_shape(row_bytes: int, query_bytes: int) -> tuple[int, int]:
     """One of `SHAPES` for keys and values of `row_bytes` a slot, beside the queries."""
-    for block, stages, warps in SHAPES:
-        if block * stages * row_bytes + query_bytes <= SHARED_BYTES:
-            return block, stages, warps
+    for block, stages in SHAPES:
+        # Blocks of fewer slots than a warp group has rows keep the queries in registers.
+        shared = block * stages * row_bytes + (query_bytes if block >= 64 else 0)
+        if shared <= SHARED_BYTES:
+            return block, stages
     return SHAPES[-1]
 
 
@@ -90,7 +92,7 @@ def launch_rotated(
     widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
     per_program = power_of_two(columns, 16, widest)
     tiles = triton.cdiv(columns, per_program)
-    block, stages, warps = choose_shape((padded_k + padded_v) * size, padded_k * size * per_program)
+    block, stages = choose_shape((padded_k + padded_v) * size, padded_k * size * per_program)
     splits = choose_splits(
         triton.cdiv(longest(length, positions, window), block),
         batch * tiles,
@@ -132,7 +134,7 @@ def launch_rotated(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=stages,
         OVERLAP=options["OVERLAP"],
-        num_warps=warps,
+        num_warps=4,
         num_stages=stages,
     )
     output = query.new_empty((batch, heads, positions, width_v))

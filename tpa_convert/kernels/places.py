@@ -32,8 +32,12 @@ FIELDS = {
     4: [(2, 2), (2, 6), (-6, 2), (-6, 6)],
     8: [(2, 2), (-6, 2)],
 }
-KEY_CHUNK, VALUE_CHUNK = 16, 64  # words, at most
 SMALLEST_CHUNK = 16  # words: the matrix unit adds 16 products at a time
+WHOLE_TIER = 32  # words that are always one chunk
+# bits -> words of the largest chunk: what measured fastest for keys, and for values what one
+# program can sum up for all its queries.
+KEY_CHUNKS = {1: 16, 2: 16, 4: 32, 8: 32}
+VALUE_CHUNKS = {1: 16, 2: 64, 4: 128, 8: 128}
 
 
 class Places(NamedTuple):
@@ -56,8 +60,8 @@ class Places(NamedTuple):
     place_of: Tensor
 
 
-def find_places(rows: CodedRows, largest: int) -> Places:
-    """Tables for `rows` with chunks of at most `largest` words."""
+def find_places(rows: CodedRows, chunks: dict[int, int]) -> Places:
+    """Tables for `rows` with `chunks` of at most so many words, by bits."""
     layout = [rows.header, rows.classes, rows.lowest_octave]
     components, factors, centres = [], [], []
     place_of = torch.full((8, rows.width), -1, dtype=torch.int32)
@@ -65,7 +69,8 @@ def find_places(rows: CodedRows, largest: int) -> Places:
     first_place = 0
     for tier in rows.tiers:
         words = tier.size // 2
-        chunk = min(largest, max(SMALLEST_CHUNK, 1 << (words - 1).bit_length()))
+        whole = max(SMALLEST_CHUNK, 1 << (words - 1).bit_length())
+        chunk = whole if whole <= WHOLE_TIER else min(whole, chunks[tier.bits])
         layout += [tier.bits, tier.offset // 2, words, chunk]
         field = torch.arange(16 // tier.bits)[:, None]
         word = torch.arange(-(-words // chunk) * chunk).unflatten(0, (-1, 1, chunk))

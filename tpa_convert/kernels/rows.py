@@ -10,14 +10,13 @@ high bits and below it the token's scale, in steps of 2^(1/8) from 2^`lowest_oct
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .places import KEY_CHUNK, VALUE_CHUNK, Places, find_places
+from .places import KEY_CHUNKS, VALUE_CHUNKS, Places, find_places
 
 SCALES_PER_OCTAVE = 8
 
@@ -52,6 +51,7 @@ class CodedRows:
         step: [w] fp32, larger than 0.
         mean: of each class, [classes, w] fp32; the number of classes is a power of two.
         lowest_octave: the scale of the lowest header, as a power of two.
+        key_places, value_places: tables for kernels, where these are rows of keys or of values.
     """
 
     tiers: tuple[Tier, ...]
@@ -59,6 +59,13 @@ class CodedRows:
     step: Tensor
     mean: Tensor
     lowest_octave: int = 0
+    key_places: Places = field(init=False, repr=False)
+    value_places: Places = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Now, not when they are first used: that may be inside a compiled function.
+        object.__setattr__(self, "key_places", find_places(self, KEY_CHUNKS))
+        object.__setattr__(self, "value_places", find_places(self, VALUE_CHUNKS))
 
     @property
     def width(self) -> int:
@@ -68,20 +75,10 @@ class CodedRows:
     def classes(self) -> int:
         return self.mean.shape[0]
 
-    @cached_property
+    @property
     def scale_bits(self) -> int:
         """Bits of the header that hold the scale."""
         return 8 - (self.classes - 1).bit_length()
-
-    @cached_property
-    def key_places(self) -> Places:
-        """Tables for kernels, where these are rows of keys."""
-        return find_places(self, KEY_CHUNK)
-
-    @cached_property
-    def value_places(self) -> Places:
-        """Tables for kernels, where these are rows of values."""
-        return find_places(self, VALUE_CHUNK)
 
     def numbers(self, rows: Tensor) -> Tensor:
         """Components of uint8 `rows` [..., bytes], as [..., w] in the type of the steps."""
