@@ -14,8 +14,8 @@ from .split_kv import join_kernel, split_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_COLUMNS = 64  # queries of a program, all heads and positions
-SPLITS_AT_ONCE = 64  # that the joining kernel reads
-SHARED_BYTES = 220_000  # of a multiprocessor (H100), what the compiler adds left out
+SPLITS_AT_ONCE = 128  # that the joining kernel reads
+COMPILERS_SHARED_BYTES = 12_000  # beside blocks and queries
 # Slots of a block and blocks in flight: the first that fit. More slots make better use of the
 # matrix unit, three blocks in flight of memory.
 SHAPES = ((64, 3), (32, 3), (32, 2), (16, 2))
@@ -27,6 +27,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that blocks and queries of one program may take."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin - COMPILERS_SHARED_BYTES
 
 
 @functools.cache
@@ -59,12 +68,12 @@ def longest(length: int, positions: int, window: int | None) -> int:
     return length if window is None else min(length, window + positions - 1)
 
 
-def choose_shape(row_bytes: int, query_bytes: int) -> tuple[int, int]:
+def choose_shape(row_bytes: int, query_bytes: int, limit: int) -> tuple[int, int]:
     """One of `SHAPES` for keys and values of `row_bytes` a slot, beside the queries."""
     for block, stages in SHAPES:
         # Blocks of fewer slots than a warp group has rows keep the queries in registers.
         shared = block * stages * row_bytes + (query_bytes if block >= 64 else 0)
-        if shared <= SHARED_BYTES:
+        if shared <= limit:
             return block, stages
     return SHAPES[-1]
 
@@ -92,7 +101,11 @@ def launch_rotated(
     widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
     per_program = power_of_two(columns, 16, widest)
     tiles = triton.cdiv(columns, per_program)
-    block, stages = choose_shape((padded_k + padded_v) * size, padded_k * size * per_program)
+    block, stages = choose_shape(
+        (padded_k + padded_v) * size,
+        padded_k * size * per_program,
+        shared_bytes(query.device),
+    )
     splits = choose_splits(
         triton.cdiv(longest(length, positions, window), block),
         batch * tiles,

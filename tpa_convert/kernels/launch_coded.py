@@ -24,7 +24,7 @@ from .wide import values_kernel, weights_kernel
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
 WEIGHTS_BLOCK = 128  # slots
 ONE_PASS_SUMS = 256 * 16  # value places times columns that one program sums
-SPLITS_AT_ONCE = 32  # that the joining kernel reads
+SPLITS_AT_ONCE = 128  # that the joining kernel reads
 
 
 def tiers(places: Places) -> list[list[int]]:
@@ -206,7 +206,7 @@ def launch_coded(
             **shared,
         )
     output = query.new_empty((batch, heads, positions, width_v))
-    chunk = power_of_two(width_v, 16, 64)
+    chunk = power_of_two(width_v, 16, 32)
     join_coded_kernel[(columns, triton.cdiv(width_v, chunk), batch)](
         partial,
         partial_terms,
