@@ -206,7 +206,7 @@ def launch_coded(
             **shared,
         )
     output = query.new_empty((batch, heads, positions, width_v))
-    chunk = power_of_two(width_v, 16, 32)
+    chunk = power_of_two(width_v, 16, 64 if splits <= 32 else 32)  # registers are finite
     join_coded_kernel[(columns, triton.cdiv(width_v, chunk), batch)](
         partial,
         partial_terms,
