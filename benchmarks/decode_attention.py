@@ -1,6 +1,6 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
-    python benchmarks/decode_attention.py [--only plain|coded|small|bits]
+    python benchmarks/decode_attention.py [--only plain|contextual|coded|bits|small]
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
 the cache over the bandwidth of a plain copy in the same run.
@@ -61,6 +61,23 @@ def rotated(width: int, batch: int, slots: int, heads: int = 32) -> tuple[float,
     return time, caches[0].numel() * 2
 
 
+def contextual(rank: int, batch: int, slots: int) -> tuple[float, int]:
+    """Head factors of 8 heads in front of features of head dim 128, as caches pack them."""
+    heads, groups, width = 32, 8, 128 * rank
+    query = torch.randn(batch, heads, 1, width, device="cuda", dtype=torch.bfloat16)
+    shape = (2, batch, 1, slots, rank * groups + width)
+    caches = rotating(lambda: torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+
+    def call(i: int) -> Tensor:
+        (key_heads, keys), (value_heads, values) = (
+            part.split((rank * groups, width), -1) for part in caches[i]
+        )
+        factors = {"key_heads": key_heads, "value_heads": value_heads, "groups": groups}
+        return decode_attention(query, keys, values, scale=0.1, **factors)
+
+    return seconds(call, len(caches)), caches[0].numel() * 2
+
+
 def coded_layout(bits: int, width: int, align: int) -> tuple[CodedRows, int]:
     """One tier, the header behind it, rows of whole multiples of `align` bytes."""
     size = bits * width // 8
@@ -116,7 +133,7 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["plain", "coded", "small", "bits"])
+    parser.add_argument("--only", choices=["plain", "coded", "small", "bits", "contextual"])
     only = parser.parse_args().only
     print(f"{device_name()}, {versions()}")
     bandwidth = copy_bandwidth()
@@ -135,6 +152,11 @@ def main() -> None:
                 table.row(name, batch, slots, *coded(bits, 1024, batch, slots), "GQA-8")
             name = "coded, 4096+4096, 2 bits"
             table.row(name, batch, slots, *coded(2, 4096, batch, slots), "MHA")
+    if only in (None, "contextual"):
+        for batch, slots in LONG + SHORT:
+            for rank in (1, 2):
+                name = f"contextual, R = {rank}, d = 128, bf16"
+                table.row(name, batch, slots, *contextual(rank, batch, slots))
     if only in (None, "bits"):
         for bits in (1, 2, 4, 8):
             name = f"coded, 1024+1024, {bits} bits"

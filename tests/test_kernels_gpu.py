@@ -35,6 +35,24 @@ def test_rotated_in_half_precision(heads, widths, dtype) -> None:
     assert error(output, truth) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_contextual(rank) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    start, end = bounds(2, 3000, generator)
+    parts = []
+    for _ in range(2):
+        packed = torch.randn(2, 1, 3000, rank * 8 + rank * 128, generator=generator)
+        packed = poison(packed, start, end).to("cuda", torch.bfloat16)
+        parts.append(packed.split((rank * 8, rank * 128), -1))
+    (key_heads, keys), (value_heads, values) = parts
+    query = torch.randn(2, 32, 1, rank * 128, device="cuda", dtype=torch.bfloat16)
+    settings = {"scale": 0.1, "start": start.cuda(), "end": end.cuda(), "groups": 8}
+    settings |= {"key_heads": key_heads, "value_heads": value_heads}
+    output = decode_attention(query, keys, values, **settings)
+    truth = truth_of.decode_attention(query.double(), keys, values, **settings)
+    assert error(output, truth) < 1e-2
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("heads", "width"), [(9, 192), (32, 1024)])
 def test_coded(bits, heads, width) -> None:

@@ -64,6 +64,38 @@ def test_reference_follows_the_definition(heads, positions, slots, window, softc
     assert error(other, truth) > 1e-6
 
 
+def test_head_factors_make_keys_and_values_of_every_head() -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups, ranks, pairs, features, slots = 2, (3, 2), 4, 5, 9
+    random = {"generator": generator, "dtype": torch.float64}
+    query = torch.randn(1, 4, 1, 2 * ranks[0] * pairs, **random)
+    keys = torch.randn(1, 1, slots, 2 * ranks[0] * pairs, **random)
+    values = torch.randn(1, 1, slots, ranks[1] * features, **random)
+    factors = [torch.randn(1, 1, slots, rank * groups, **random) for rank in ranks]
+    found = decode_attention(
+        query,
+        keys,
+        values,
+        scale=0.7,
+        key_heads=factors[0],
+        value_heads=factors[1],
+        groups=groups,
+    )
+    for head in range(4):
+        scores = torch.zeros(slots, dtype=torch.float64)
+        for t in range(slots):
+            for part in range(2):
+                for r in range(ranks[0]):
+                    n = (part * ranks[0] + r) * pairs
+                    product = query[0, head, 0, n : n + pairs] @ keys[0, 0, t, n : n + pairs]
+                    scores[t] += 0.7 * factors[0][0, 0, t, r * groups + head // 2] * product
+        weights = scores.softmax(0)
+        for r in range(ranks[1]):
+            part = values[0, 0, :, r * features : (r + 1) * features]
+            truth = (weights * factors[1][0, 0, :, r * groups + head // 2]) @ part
+            assert torch.allclose(found[0, head, 0, r * features : (r + 1) * features], truth)
+
+
 def test_nothing_to_attend_to_gives_zeros() -> None:
     cache = torch.full((1, 1, 5, 8), torch.nan)
     end = torch.tensor([0])

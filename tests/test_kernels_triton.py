@@ -133,6 +133,40 @@ def test_a_sequence_without_slots_gives_zeros() -> None:
     assert torch.allclose(output[1], torch.ones_like(output[1]))
 
 
+@some
+@given(
+    shape=st.sampled_from([(4, 2), (9, 3), (6, 1)]),
+    ranks=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    positions=st.integers(1, 2),
+    slots=st.integers(5, 200),
+    seed=st.integers(0, 2**31),
+)
+def test_contextual(shape, ranks, positions, slots, seed):
+    """Head factors in front of the features, as caches pack them."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, groups = shape
+    start, end = bounds(2, slots, generator)
+    end = torch.maximum(end, start + positions)
+    packed = []
+    for rank in ranks:
+        cache = torch.randn(2, 1, slots, rank * groups + 32 * rank, generator=generator)
+        packed.append(poison(cache, start, end).to(DEVICE).split((rank * groups, 32 * rank), -1))
+    (key_heads, keys), (value_heads, values) = packed
+    query = torch.randn(2, heads, positions, 32 * ranks[0], generator=generator).to(DEVICE)
+    start, end = start.to(DEVICE), end.to(DEVICE)
+    factors = {"key_heads": key_heads, "value_heads": value_heads, "groups": groups}
+    output = launch_rotated(query, keys, values, 0.3, start, end, None, None, **factors)
+    truth = decode_attention(
+        query.double(), keys, values, scale=0.3, start=start, end=end, **factors
+    )
+    assert error(output, truth) < 5e-6
+    factors["key_heads"] = 2 * key_heads  # control
+    other = decode_attention(
+        query.double(), keys, values, scale=0.3, start=start, end=end, **factors
+    )
+    assert error(output, other) > 1e-3 or slots < 8
+
+
 def coded_error(heads, positions, slots, groups, classes, window, softcap, seed) -> float:
     """Of the kernels over random rows, relative to what they sum up."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ import torch
 
 VARIABLE = "TPA_CONVERT_BACKEND"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-LAYOUTS = ("rotated", "coded")
+LAYOUTS = ("rotated", "contextual", "coded")
 MAX_WIDTH = 8192
 TRITON_MISSING = importlib.util.find_spec("triton") is None
 
@@ -27,11 +27,13 @@ class Case(NamedTuple):
     """What is to be decoded.
 
     Attributes:
-        layout: of the cache: `rotated` (numbers) or `coded` (rows of bytes).
+        layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
+            `coded` (rows of bytes).
         width_k, width_v: components of keys and of values.
         dtype, device: of the queries.
         strides: of keys and values, from sequence to sequence and slot to slot.
         cached: types of keys and values.
+        ranks: of contextual keys and values.
     """
 
     layout: str
@@ -41,6 +43,7 @@ class Case(NamedTuple):
     device: torch.device
     strides: tuple[int, ...] = ()
     cached: tuple[torch.dtype, ...] = ()
+    ranks: tuple[int, ...] = ()
 
 
 class Backend(NamedTuple):
@@ -74,12 +77,17 @@ def _triton(case: Case) -> str | None:
         return f"no kernel for queries in {str(case.dtype).removeprefix('torch.')}"
     if max(case.width_k, case.width_v) > MAX_WIDTH:
         return f"widths above {MAX_WIDTH}"
-    if case.layout == "rotated" and (case.width_k % 8 or case.width_v % 8):
+    if case.layout != "coded" and (case.width_k % 8 or case.width_v % 8):
         return f"widths {case.width_k} and {case.width_v} are not multiples of 8"
-    if case.layout == "rotated" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
+    if case.layout != "coded" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
         return "keys and values of more than 2048 bytes a slot"
-    if case.layout == "rotated" and any(cached != case.dtype for cached in case.cached):
+    if case.layout != "coded" and any(cached != case.dtype for cached in case.cached):
         return "queries, keys and values have several types"
+    if case.layout == "contextual":
+        rank_k, rank_v = case.ranks
+        pairs, features = case.width_k // (2 * rank_k), case.width_v // rank_v
+        if pairs & (pairs - 1) or features & (features - 1) or pairs < 16 or features < 16:
+            return f"{pairs} pairs and {features} features a rank are not powers of two from 16 on"
     if case.layout == "coded" and any(stride % 4 for stride in case.strides):
         return "rows are not whole words of four bytes"
     return None

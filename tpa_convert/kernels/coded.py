@@ -243,8 +243,8 @@ def coded_kernel(
             ),
         )
 
-    keys += batch.to(tl.int64) * key_stride_b
-    values += batch.to(tl.int64) * value_stride_b
+    keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
+    values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     weight_sum = tl.zeros([COLUMNS], tl.float32)

@@ -21,6 +21,9 @@ def decode_attention(
     softcap: float | None = None,
     key_rows: CodedRows | None = None,
     value_rows: CodedRows | None = None,
+    key_heads: Tensor | None = None,
+    value_heads: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """softmax(scale · query keysᵀ) values, for one head of keys and values that all queries share.
 
@@ -37,25 +40,32 @@ def decode_attention(
         window: slots that a query attends to at most, its own included.
         softcap: scores x become softcap · tanh(x / softcap).
         key_rows, value_rows: how coded rows become numbers; both or neither.
+        key_heads, value_heads: contextual head factors beside numbers, [b, 1, t, R * groups]; both
+            or neither. See `reference.decode_attention` for the layout of features.
+        groups: key/value heads, for head factors.
 
     Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
 
     Raises:
-        ValueError: only one part is coded.
+        ValueError: only one part is coded or has head factors, or codes have them.
         BackendError: the environment asks for a backend that cannot run this.
     """
     if (key_rows is None) != (value_rows is None):
         raise ValueError("keys and values are both coded or both numbers")
+    contextual = key_heads is not None
+    if contextual != (value_heads is not None) or (contextual and key_rows is not None):
+        raise ValueError("head factors belong to keys and values, and to numbers")
     coded = key_rows is not None and value_rows is not None
     backend = choose_backend(
         Case(
-            "coded" if coded else "rotated",
+            "coded" if coded else "contextual" if contextual else "rotated",
             query.shape[-1],
             value_rows.width if value_rows is not None else values.shape[-1],
             query.dtype,
             query.device,
             tuple(x.stride(i) for x in (keys, values) for i in (0, 2)),
             (keys.dtype, values.dtype),
+            tuple(x.shape[-1] // groups for x in (key_heads, value_heads) if x is not None),
         )
     )
     if key_rows is not None and value_rows is not None:
@@ -79,7 +89,29 @@ def decode_attention(
                 softcap,
             )
     if backend == "triton":
-        return ops.decode_rotated(query, keys, values, scale, start, end, window, softcap)
+        return ops.decode_rotated(
+            query,
+            keys,
+            values,
+            scale,
+            start,
+            end,
+            window,
+            softcap,
+            key_heads,
+            value_heads,
+            groups,
+        )
     return reference.decode_attention(
-        query, keys, values, scale=scale, start=start, end=end, window=window, softcap=softcap
+        query,
+        keys,
+        values,
+        scale=scale,
+        start=start,
+        end=end,
+        window=window,
+        softcap=softcap,
+        key_heads=key_heads,
+        value_heads=value_heads,
+        groups=groups,
     )

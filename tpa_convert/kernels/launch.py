@@ -34,7 +34,7 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory that blocks and queries of one program may take."""
     if device.type != "cuda":
         return 1 << 30
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # stubs lack the limit
     return properties.shared_memory_per_block_optin - COMPILERS_SHARED_BYTES
 
 
@@ -87,14 +87,24 @@ def launch_rotated(
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
+    key_heads: Tensor | None = None,
+    value_heads: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """`reference.decode_attention`, for widths in multiples of 8 and any strides but the last."""
+    """`reference.decode_attention`, for widths in multiples of 8 and any strides but the last.
+
+    With head factors, the features of a rank (half of them, for keys) are a power of two.
+    """
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, positions, width_k = query.shape
     length, width_v = values.shape[2:]
     columns = heads * positions
     chunk_k = power_of_two(width_k, 16, 128)
     chunk_v = power_of_two(width_v, 64, 128)
+    rank_k = rank_v = 0
+    if key_heads is not None and value_heads is not None:
+        rank_k, rank_v = (x.shape[-1] // groups for x in (key_heads, value_heads))
+        chunk_k, chunk_v = width_k // (2 * rank_k), width_v // rank_v
     padded_k = triton.cdiv(width_k, chunk_k) * chunk_k
     padded_v = triton.cdiv(width_v, chunk_v) * chunk_v
     size = query.element_size()
@@ -117,16 +127,23 @@ def launch_rotated(
         *query.stride()[:3],
         *(x.stride(i) for x in (keys, values) for i in (0, 2)),
     )
+    factor_strides = (
+        x.stride(i) if x is not None else 0 for x in (key_heads, value_heads) for i in (0, 2)
+    )
     options = overlapped(query.device)
     split_kernel[(splits, batch, tiles)](
         query,
         keys,
         values,
+        key_heads,
+        value_heads,
         partial,
         partial_lse,
         start,
         end,
         *strides,
+        *factor_strides,
+        groups,
         heads,
         positions,
         length,
@@ -141,6 +158,8 @@ def launch_rotated(
         CHUNKS_K=triton.cdiv(width_k, chunk_k),
         CHUNK_V=chunk_v,
         CHUNKS_V=triton.cdiv(width_v, chunk_v),
+        RANK_K=rank_k,
+        RANK_V=rank_v,
         BLOCK=block,
         ALIGN=math.gcd(16, *strides),
         MULTIPLE=positions > 1,

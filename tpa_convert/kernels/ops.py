@@ -21,15 +21,30 @@ def decode_rotated(
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
+    key_heads: Tensor | None = None,
+    value_heads: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """`reference.decode_attention` on the Triton kernels of `split_kv.py`."""
     from .launch import launch_rotated
 
-    return launch_rotated(query, keys, values, scale, start, end, window, softcap)
+    return launch_rotated(
+        query,
+        keys,
+        values,
+        scale,
+        start,
+        end,
+        window,
+        softcap,
+        key_heads,
+        value_heads,
+        groups,
+    )
 
 
 @decode_rotated.register_fake
-def _(query, keys, values, scale, start, end, window, softcap):
+def _(query, keys, values, *others):
     return query.new_empty(*query.shape[:3], values.shape[-1])
 
 

@@ -43,6 +43,13 @@ def attended_slots(
     return attended
 
 
+def _times_factors(features: Tensor, factors: Tensor, groups: int, parts: int) -> Tensor:
+    """Features [b, 1, t, parts * R * n] times factors [b, 1, t, R * groups]: [b, groups, t, …]."""
+    factors = factors[:, 0].to(features.dtype).unflatten(-1, (-1, groups))
+    features = features[:, 0].unflatten(-1, (parts, factors.shape[2], -1))
+    return torch.einsum("btrj,btcrn->bjtcrn", factors, features).flatten(3)
+
+
 def decode_attention(
     query: Tensor,
     keys: Tensor,
@@ -53,12 +60,20 @@ def decode_attention(
     end: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    key_heads: Tensor | None = None,
+    value_heads: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """softmax(scale · query keysᵀ) values, for one head of keys and values that all queries share.
+
+    With contextual head factors, key/value head j has the keys a_{r,j} b_r of all ranks r, laid out
+    [2, R, pairs] as real and imaginary parts, and the values a_{r,j} b_r, laid out [R, features].
 
     Args:
         query: in the space of the key components, [b, h, s, w_k].
         keys, values: [b, 1, t, w_k] and [b, 1, t, w_v].
+        key_heads, value_heads: head factors [b, 1, t, R * groups], rank by rank, or None.
+        groups: key/value heads.
         scale: of the scores.
         start, end, window: see `attended_slots`.
         softcap: scores x become softcap · tanh(x / softcap).
@@ -71,6 +86,11 @@ def decode_attention(
     read = attended.any(2)[..., None]  # [b, 1, t, 1]
     keys = torch.where(read, keys, 0).to(query.dtype)
     values = torch.where(read, values, 0).to(query.dtype)
+    if key_heads is not None and value_heads is not None:
+        heads = query.shape[1] // groups
+        keys = _times_factors(keys, torch.where(read, key_heads, 0), groups, 2)
+        values = _times_factors(values, torch.where(read, value_heads, 0), groups, 1)
+        keys, values = (x.repeat_interleave(heads, 1) for x in (keys, values))
     scores = query @ keys.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -7,6 +7,10 @@ its columns, so that keys and values go from memory to the unit as they are:
     scores [T, C] = keys [T, w_k] · queriesᵀ [w_k, C]
     output [w_v, C] += valuesᵀ [w_v, T] · weights [T, C]
 
+With contextual head factors a the products of each rank r are taken times them, [T, C] as well:
+
+    scores = Σ_r a_r ⊙ (keys_r · queries_rᵀ)        output_r += values_rᵀ · (weights ⊙ a_r)
+
 Lengths and splits are run-time arguments that compile nothing new: a text may grow.
 """
 
@@ -87,6 +91,14 @@ def _load(rows, offset, valid, first, width, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _load_factors(factors, offset, valid, group, inside, rank, groups):
+    """Head factors of one rank for each slot and column, fp32 [T, C]."""
+    pointer = factors + offset[:, None] + (rank * groups + group)[None, :]
+    mask = valid[:, None] & inside[None, :]
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
@@ -96,6 +108,8 @@ def split_kernel(
     query,
     keys,
     values,
+    key_heads,
+    value_heads,
     partial,
     partial_lse,
     start,
@@ -107,6 +121,11 @@ def split_kernel(
     key_stride_t,
     value_stride_b,
     value_stride_t,
+    key_heads_stride_b,
+    key_heads_stride_t,
+    value_heads_stride_b,
+    value_heads_stride_t,
+    groups,
     heads,
     positions,
     length,
@@ -121,6 +140,8 @@ def split_kernel(
     CHUNKS_K: tl.constexpr,
     CHUNK_V: tl.constexpr,
     CHUNKS_V: tl.constexpr,
+    RANK_K: tl.constexpr,  # 0 without contextual head factors
+    RANK_V: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     MULTIPLE: tl.constexpr,
@@ -135,20 +156,25 @@ def split_kernel(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < heads * positions
     head, position = column // positions, column % positions
+    group = head // (heads // groups)
     first, last, stop = split_range(
         start, end, length, positions, window, batch, split, splits, BLOCK
     )
     own = stop - positions + position
 
-    query += batch.to(tl.int64) * query_stride_b
+    query += tl.multiple_of(batch.to(tl.int64) * query_stride_b, ALIGN)
     query_offset = tl.multiple_of(head * query_stride_h + position * query_stride_s, ALIGN)
     queries = ()
     for i in tl.static_range(CHUNKS_K):
         part = _load(query, query_offset, inside, i * CHUNK_K, width_k, CHUNK_K)
         queries = queries + (tl.trans(part),)
 
-    keys += batch.to(tl.int64) * key_stride_b
-    values += batch.to(tl.int64) * value_stride_b
+    keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
+    values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
+    if RANK_K > 0:
+        key_heads += batch.to(tl.int64) * key_heads_stride_b
+    if RANK_V > 0:
+        value_heads += batch.to(tl.int64) * value_heads_stride_b
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     outputs = ()
@@ -160,21 +186,41 @@ def split_kernel(
         valid = slot < last
         key_offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
         scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
-        for i in tl.static_range(CHUNKS_K):
-            key = _load(keys, key_offset, valid, i * CHUNK_K, width_k, CHUNK_K)
-            scores = tl.dot(key, queries[i], scores, input_precision=PRECISION)
+        if RANK_K == 0:
+            for i in tl.static_range(CHUNKS_K):
+                key = _load(keys, key_offset, valid, i * CHUNK_K, width_k, CHUNK_K)
+                scores = tl.dot(key, queries[i], scores, input_precision=PRECISION)
+        else:  # the real and the imaginary parts of a rank are RANK_K chunks apart
+            factor_offset = slot.to(tl.int64) * key_heads_stride_t
+            for rank in tl.static_range(RANK_K):
+                of_rank = tl.zeros([BLOCK, COLUMNS], tl.float32)
+                for half in tl.static_range(2):
+                    first_k = (half * RANK_K + rank) * CHUNK_K
+                    key = _load(keys, key_offset, valid, first_k, width_k, CHUNK_K)
+                    of_rank = tl.dot(
+                        key, queries[half * RANK_K + rank], of_rank, input_precision=PRECISION
+                    )
+                scores += of_rank * _load_factors(
+                    key_heads, factor_offset, valid, group, inside, rank, groups
+                )
         weights, rescale, highest, total = softmax_step(
             scores, slot, own, last, scale, softcap, window, highest, total, MULTIPLE
         )
-        weights = weights.to(values.dtype.element_ty)
+        scaled = weights.to(values.dtype.element_ty)
+        value_factor_offset = slot.to(tl.int64) * value_heads_stride_t
         value_offset = tl.multiple_of(slot.to(tl.int64) * value_stride_t, ALIGN)
         updated = ()
         for i in tl.static_range(CHUNKS_V):
             value = _load(values, value_offset, valid, i * CHUNK_V, width_v, CHUNK_V)
+            if RANK_V > 0:
+                factors = _load_factors(
+                    value_heads, value_factor_offset, valid, group, inside, i, groups
+                )
+                scaled = (weights * factors).to(values.dtype.element_ty)
             updated = updated + (
                 tl.dot(
                     tl.trans(value),
-                    weights,
+                    scaled,
                     outputs[i] * rescale[None, :],
                     input_precision=PRECISION,
                 ),

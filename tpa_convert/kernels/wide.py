@@ -136,8 +136,8 @@ def weights_kernel(
     inside = column < columns
     if (block * BLOCK < stop) & (block * BLOCK + BLOCK > begin):
         row = tl.multiple_of((batch * columns + column) * places, 16)
-        keys += batch.to(tl.int64) * key_stride_b
-        values += batch.to(tl.int64) * value_stride_b
+        keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
+        values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
         offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
         key_scale, key_class = _load_header(
             keys, offset, valid, octave_k, HEADER_K, SHIFT_K, CLASSES_K
@@ -326,7 +326,7 @@ def values_kernel(
         highest = tl.maximum(highest, tl.max(of_blocks, 0))
     shift = tl.where(highest == float("-inf"), 0.0, highest)
 
-    values += batch.to(tl.int64) * value_stride_b
+    values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
     weights += batch.to(tl.int64) * length * padded + tile * COLUMNS
     index = batch * splits + split
     partial_terms += index * (2 + CLASSES) * columns + column
