@@ -93,7 +93,7 @@ def fold_kernel(
 
 
 @triton.jit
-def _load_header(
+def load_header(
     rows, offset, valid, octave, WORD: tl.constexpr, SHIFT: tl.constexpr, CLASSES: tl.constexpr
 ):
     """Scale of each token and its class, from a byte of the row."""
@@ -259,7 +259,7 @@ def coded_kernel(
         slot = block + tl.arange(0, BLOCK)
         valid = slot < last
         key_offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
-        key_scale, key_class = _load_header(
+        key_scale, key_class = load_header(
             keys, key_offset, valid, octave_k, HEADER_K, SHIFT_K, CLASSES_K
         )
         scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
@@ -276,7 +276,7 @@ def coded_kernel(
             scores, slot, own, last, scale, softcap, window, highest, total, MULTIPLE
         )
         value_offset = tl.multiple_of(slot.to(tl.int64) * value_stride_t, ALIGN)
-        value_scale, value_class = _load_header(
+        value_scale, value_class = load_header(
             values, value_offset, valid, octave_v, HEADER_V, SHIFT_V, CLASSES_V
         )
         scaled = (weights * value_scale[:, None]).to(tl.float16)

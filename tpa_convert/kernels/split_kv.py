@@ -28,7 +28,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     return 1 - 2 / (tl.exp2(x * (2 * LOG2_E)) + 1)
 
 
@@ -65,7 +65,7 @@ def softmax_step(
     `scores` and weights are [T, C], the others [C]. Exponents are in base 2.
     """
     if softcap is not None:
-        scores = softcap * _tanh(scores * (scale / softcap)) * LOG2_E
+        scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
     else:
         scores = scores * (scale * LOG2_E)
     attended = (slot < last)[:, None]

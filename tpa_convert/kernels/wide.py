@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .coded import _load_header
-from .split_kv import LOG2_E, _tanh, slot_bounds
+from .coded import load_header
+from .split_kv import LOG2_E, tanh, slot_bounds
 from .unpack import unpack, unpack_wide
 
 FIELDS_AT_ONCE = tl.constexpr(4)
@@ -139,10 +139,10 @@ def weights_kernel(
         keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
         values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
         offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
-        key_scale, key_class = _load_header(
+        key_scale, key_class = load_header(
             keys, offset, valid, octave_k, HEADER_K, SHIFT_K, CLASSES_K
         )
-        value_scale, value_class = _load_header(
+        value_scale, value_class = load_header(
             values,
             slot.to(tl.int64) * value_stride_t,
             valid,
@@ -178,7 +178,7 @@ def weights_kernel(
             constant = tl.where((key_class == i)[:, None], of_class[None, :], constant)
         scores = (scores - bias[None, :]) * key_scale[:, None] * norm[None, :] + constant
         if softcap is not None:
-            scores = softcap * _tanh(scores * (scale / softcap)) * LOG2_E
+            scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
         else:
             scores = scores * (scale * LOG2_E)
         attended = valid[:, None]
