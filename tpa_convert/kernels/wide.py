@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .coded import load_header
-from .split_kv import LOG2_E, tanh, slot_bounds
+from .split_kv import LOG2_E, slot_bounds, tanh
 from .unpack import unpack, unpack_wide
 
 FIELDS_AT_ONCE = tl.constexpr(4)
