@@ -96,6 +96,19 @@ def test_head_factors_make_keys_and_values_of_every_head() -> None:
             assert torch.allclose(found[0, head, 0, r * features : (r + 1) * features], truth)
 
 
+def test_pages_are_read_in_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 1, 12, 8, generator=generator).double()
+    query = torch.randn(2, 3, 1, 8, generator=generator).double()
+    pages = torch.tensor([[4, 0, 2], [5, 1, 3]])
+    pools = torch.empty(2, 6, 1, 4, 8).double()
+    pools[:, pages.flatten()] = torch.stack((keys, values)).view(2, 6, 1, 4, 8)
+    whole = decode_attention(query, keys, values, scale=0.7)
+    assert torch.equal(decode_attention(query, *pools, scale=0.7, pages=pages), whole)
+    other = decode_attention(query, *pools, scale=0.7, pages=pages.flip(0))
+    assert error(other, whole) > 0.1
+
+
 def test_nothing_to_attend_to_gives_zeros() -> None:
     cache = torch.full((1, 1, 5, 8), torch.nan)
     end = torch.tensor([0])

@@ -167,6 +167,44 @@ def test_contextual(shape, ranks, positions, slots, seed):
     assert error(output, other) > 1e-3 or slots < 8
 
 
+@some
+@given(
+    page=st.sampled_from([1, 8, 48]),
+    count=st.integers(1, 9),
+    contextual=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_pages(page, count, contextual, seed):
+    """Pages of all sequences mixed in one pool; tables end in rubbish where nothing is in use."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = page * count
+    start, end = bounds(2, slots, generator)
+    end = torch.maximum(end, start + 1)
+    caches = [
+        poison(torch.randn(2, 1, slots, 38, generator=generator), start, end).to(DEVICE)
+        for _ in range(2)
+    ]
+    order = torch.randperm(2 * count, generator=generator)
+    pages = order.argsort().view(2, count).int()
+    used = torch.arange(count) * page < end[:, None]
+    pages = torch.where(used, pages, 10**6).to(DEVICE)
+    pools = [x.view(2 * count, 1, page, 38)[order.to(DEVICE)] for x in caches]
+    (key_heads, keys), (value_heads, values) = (x.split((6, 32), -1) for x in pools)
+    factors = {"key_heads": key_heads, "value_heads": value_heads, "groups": 6}
+    factors = factors if contextual else {}
+    query = torch.randn(2, 6, 1, 32, generator=generator).to(DEVICE)
+    start, end = start.to(DEVICE), end.to(DEVICE)
+    settings = (0.3, start, end, None, None)
+    output = launch_rotated(query, keys, values, *settings, **factors, pages=pages)
+    whole = [x.split((6, 32), -1) for x in caches]
+    if contextual:
+        factors |= {"key_heads": whole[0][0], "value_heads": whole[1][0]}
+    truth = decode_attention(
+        query.double(), whole[0][1], whole[1][1], scale=0.3, start=start, end=end, **factors
+    )
+    assert error(output, truth) < 5e-6
+
+
 def coded_error(heads, positions, slots, groups, classes, window, softcap, seed) -> float:
     """Of the kernels over random rows, relative to what they sum up."""
     generator = torch.Generator().manual_seed(seed)

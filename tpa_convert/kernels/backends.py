@@ -34,6 +34,7 @@ class Case(NamedTuple):
         strides: of keys and values, from sequence to sequence and slot to slot.
         cached: types of keys and values.
         ranks: of contextual keys and values.
+        paged: whether the cache is a pool of pages.
     """
 
     layout: str
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     strides: tuple[int, ...] = ()
     cached: tuple[torch.dtype, ...] = ()
     ranks: tuple[int, ...] = ()
+    paged: bool = False
 
 
 class Backend(NamedTuple):
@@ -83,6 +85,8 @@ def _triton(case: Case) -> str | None:
         return "keys and values of more than 2048 bytes a slot"
     if case.layout != "coded" and any(cached != case.dtype for cached in case.cached):
         return "queries, keys and values have several types"
+    if case.layout == "coded" and case.paged:
+        return "no kernel for pages of coded rows"
     if case.layout == "contextual":
         rank_k, rank_v = case.ranks
         pairs, features = case.width_k // (2 * rank_k), case.width_v // rank_v

@@ -24,6 +24,7 @@ def decode_attention(
     key_heads: Tensor | None = None,
     value_heads: Tensor | None = None,
     groups: int = 1,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · query keysᵀ) values, for one head of keys and values that all queries share.
 
@@ -43,6 +44,8 @@ def decode_attention(
         key_heads, value_heads: contextual head factors beside numbers, [b, 1, t, R * groups]; both
             or neither. See `reference.decode_attention` for the layout of features.
         groups: key/value heads, for head factors.
+        pages: of each sequence in order, integers [b, n], where the cache is a pool of pages:
+            [pages, 1, slots of a page, …] instead of [b, 1, t, …].
 
     Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
 
@@ -66,6 +69,7 @@ def decode_attention(
             tuple(x.stride(i) for x in (keys, values) for i in (0, 2)),
             (keys.dtype, values.dtype),
             tuple(x.shape[-1] // groups for x in (key_heads, value_heads) if x is not None),
+            pages is not None,
         )
     )
     if key_rows is not None and value_rows is not None:
@@ -101,6 +105,7 @@ def decode_attention(
             key_heads,
             value_heads,
             groups,
+            pages,
         )
     return reference.decode_attention(
         query,
@@ -114,4 +119,5 @@ def decode_attention(
         key_heads=key_heads,
         value_heads=value_heads,
         groups=groups,
+        pages=pages,
     )

@@ -90,6 +90,7 @@ def launch_rotated(
     key_heads: Tensor | None = None,
     value_heads: Tensor | None = None,
     groups: int = 1,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention`, for widths in multiples of 8 and any strides but the last.
 
@@ -98,6 +99,9 @@ def launch_rotated(
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, positions, width_k = query.shape
     length, width_v = values.shape[2:]
+    page = 0
+    if pages is not None:
+        page, length = length, length * pages.shape[1]
     columns = heads * positions
     chunk_k = power_of_two(width_k, 16, 128)
     chunk_v = power_of_two(width_v, 64, 128)
@@ -139,8 +143,10 @@ def launch_rotated(
         value_heads,
         partial,
         partial_lse,
+        pages,
         start,
         end,
+        pages.stride(0) if pages is not None else 0,
         *strides,
         *factor_strides,
         groups,
@@ -160,6 +166,7 @@ def launch_rotated(
         CHUNKS_V=triton.cdiv(width_v, chunk_v),
         RANK_K=rank_k,
         RANK_V=rank_v,
+        PAGE=page,
         BLOCK=block,
         ALIGN=math.gcd(16, *strides),
         MULTIPLE=positions > 1,

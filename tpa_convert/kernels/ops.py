@@ -24,6 +24,7 @@ def decode_rotated(
     key_heads: Tensor | None = None,
     value_heads: Tensor | None = None,
     groups: int = 1,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention` on the Triton kernels of `split_kv.py`."""
     from .launch import launch_rotated
@@ -40,6 +41,7 @@ def decode_rotated(
         key_heads,
         value_heads,
         groups,
+        pages,
     )
 
 

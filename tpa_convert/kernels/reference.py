@@ -43,6 +43,11 @@ def attended_slots(
     return attended
 
 
+def _in_order(pool: Tensor, pages: Tensor) -> Tensor:
+    """Pages [p, 1, slots, w] of each sequence one after another, [b, 1, t, w]."""
+    return pool[:, 0][pages.clamp(0, len(pool) - 1)].flatten(1, 2)[:, None]
+
+
 def _times_factors(features: Tensor, factors: Tensor, groups: int, parts: int) -> Tensor:
     """Features [b, 1, t, parts * R * n] times factors [b, 1, t, R * groups]: [b, groups, t, …]."""
     factors = factors[:, 0].to(features.dtype).unflatten(-1, (-1, groups))
@@ -63,6 +68,7 @@ def decode_attention(
     key_heads: Tensor | None = None,
     value_heads: Tensor | None = None,
     groups: int = 1,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · query keysᵀ) values, for one head of keys and values that all queries share.
 
@@ -74,12 +80,18 @@ def decode_attention(
         keys, values: [b, 1, t, w_k] and [b, 1, t, w_v].
         key_heads, value_heads: head factors [b, 1, t, R * groups], rank by rank, or None.
         groups: key/value heads.
+        pages: of each sequence in order, integers [b, n]; what is cached is then a pool of pages,
+            [pages, 1, slots of a page, w]. Pages without slots in use may be anything.
         scale: of the scores.
         start, end, window: see `attended_slots`.
         softcap: scores x become softcap · tanh(x / softcap).
 
     Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
     """
+    if pages is not None:
+        keys, values = _in_order(keys, pages), _in_order(values, pages)
+        key_heads = None if key_heads is None else _in_order(key_heads, pages)
+        value_heads = None if value_heads is None else _in_order(value_heads, pages)
     attended = attended_slots(keys.shape[2], query.shape[2], start, end, window, query.device)[
         :, None
     ]  # [b, 1, s, t]

@@ -91,6 +91,14 @@ def _load(rows, offset, valid, first, width, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _slot_offset(slot, page, stride_page, stride_t, PAGE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where slots [T] stand; `page` [T] holds the pages that they are in, or is None."""
+    if PAGE == 0:
+        return tl.multiple_of(slot.to(tl.int64) * stride_t, ALIGN)
+    return tl.multiple_of(page * stride_page + (slot % PAGE).to(tl.int64) * stride_t, ALIGN)
+
+
+@triton.jit
 def _load_factors(factors, offset, valid, group, inside, rank, groups):
     """Head factors of one rank for each slot and column, fp32 [T, C]."""
     pointer = factors + offset[:, None] + (rank * groups + group)[None, :]
@@ -103,7 +111,7 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
-@triton.jit(do_not_specialize=["length", "positions", "window", "splits"])
+@triton.jit(do_not_specialize=["length", "positions", "window", "splits", "pages_stride_b"])
 def split_kernel(
     query,
     keys,
@@ -112,8 +120,10 @@ def split_kernel(
     value_heads,
     partial,
     partial_lse,
+    pages,
     start,
     end,
+    pages_stride_b,
     query_stride_b,
     query_stride_h,
     query_stride_s,
@@ -142,6 +152,7 @@ def split_kernel(
     CHUNKS_V: tl.constexpr,
     RANK_K: tl.constexpr,  # 0 without contextual head factors
     RANK_V: tl.constexpr,
+    PAGE: tl.constexpr,  # slots of a page, 0 for caches in one piece
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     MULTIPLE: tl.constexpr,
@@ -169,12 +180,13 @@ def split_kernel(
         part = _load(query, query_offset, inside, i * CHUNK_K, width_k, CHUNK_K)
         queries = queries + (tl.trans(part),)
 
-    keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
-    values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
-    if RANK_K > 0:
-        key_heads += batch.to(tl.int64) * key_heads_stride_b
-    if RANK_V > 0:
-        value_heads += batch.to(tl.int64) * value_heads_stride_b
+    if PAGE == 0:
+        keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
+        values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
+        if RANK_K > 0:
+            key_heads += batch.to(tl.int64) * key_heads_stride_b
+        if RANK_V > 0:
+            value_heads += batch.to(tl.int64) * value_heads_stride_b
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     outputs = ()
@@ -184,14 +196,20 @@ def split_kernel(
     for block in tl.range(first, last, BLOCK, num_stages=STAGES):
         slot = block + tl.arange(0, BLOCK)
         valid = slot < last
-        key_offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
+        page = 0
+        if PAGE > 0:
+            page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
+            page = page.to(tl.int64)
+        key_offset = _slot_offset(slot, page, key_stride_b, key_stride_t, PAGE, ALIGN)
         scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
         if RANK_K == 0:
             for i in tl.static_range(CHUNKS_K):
                 key = _load(keys, key_offset, valid, i * CHUNK_K, width_k, CHUNK_K)
                 scores = tl.dot(key, queries[i], scores, input_precision=PRECISION)
         else:  # the real and the imaginary parts of a rank are RANK_K chunks apart
-            factor_offset = slot.to(tl.int64) * key_heads_stride_t
+            factor_offset = _slot_offset(
+                slot, page, key_heads_stride_b, key_heads_stride_t, PAGE, 1
+            )
             for rank in tl.static_range(RANK_K):
                 of_rank = tl.zeros([BLOCK, COLUMNS], tl.float32)
                 for half in tl.static_range(2):
@@ -207,8 +225,10 @@ def split_kernel(
             scores, slot, own, last, scale, softcap, window, highest, total, MULTIPLE
         )
         scaled = weights.to(values.dtype.element_ty)
-        value_factor_offset = slot.to(tl.int64) * value_heads_stride_t
-        value_offset = tl.multiple_of(slot.to(tl.int64) * value_stride_t, ALIGN)
+        value_offset = _slot_offset(slot, page, value_stride_b, value_stride_t, PAGE, ALIGN)
+        value_factor_offset = _slot_offset(
+            slot, page, value_heads_stride_b, value_heads_stride_t, PAGE, 1
+        )
         updated = ()
         for i in tl.static_range(CHUNKS_V):
             value = _load(values, value_offset, valid, i * CHUNK_V, width_v, CHUNK_V)
