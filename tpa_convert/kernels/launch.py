@@ -15,7 +15,7 @@ from .split_kv import join_kernel, split_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_COLUMNS = 64  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 128  # that the joining kernel reads
-COMPILERS_SHARED_BYTES = 12_000  # beside blocks and queries
+COMPILERS_SHARED_BYTES = 7_000  # beside blocks and queries
 # Slots of a block and blocks in flight: the first that fit. More slots make better use of the
 # matrix unit, three blocks in flight of memory.
 SHAPES = ((64, 3), (32, 3), (32, 2), (16, 2))
@@ -115,8 +115,10 @@ def launch_rotated(
     widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
     per_program = power_of_two(columns, 16, widest)
     tiles = triton.cdiv(columns, per_program)
+    factors_k, factors_v = (power_of_two(r * groups, 16, 1 << 16) for r in (rank_k, rank_v))
+    factors = factors_k + factors_v if rank_k else 0
     block, stages = choose_shape(
-        (padded_k + padded_v) * size,
+        (padded_k + padded_v + factors) * size,
         padded_k * size * per_program,
         shared_bytes(query.device),
     )
@@ -131,9 +133,9 @@ def launch_rotated(
         *query.stride()[:3],
         *(x.stride(i) for x in (keys, values) for i in (0, 2)),
     )
-    factor_strides = (
+    factor_strides = [
         x.stride(i) if x is not None else 0 for x in (key_heads, value_heads) for i in (0, 2)
-    )
+    ]
     options = overlapped(query.device)
     split_kernel[(splits, batch, tiles)](
         query,
@@ -149,7 +151,6 @@ def launch_rotated(
         pages.stride(0) if pages is not None else 0,
         *strides,
         *factor_strides,
-        groups,
         heads,
         positions,
         length,
@@ -166,6 +167,10 @@ def launch_rotated(
         CHUNKS_V=triton.cdiv(width_v, chunk_v),
         RANK_K=rank_k,
         RANK_V=rank_v,
+        GROUPS=groups,
+        FACTORS_K=factors_k,
+        FACTORS_V=factors_v,
+        FACTORS_ALIGN=math.gcd(16, *factor_strides),
         PAGE=page,
         BLOCK=block,
         ALIGN=math.gcd(16, *strides),

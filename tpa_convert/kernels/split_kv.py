@@ -99,11 +99,20 @@ def _slot_offset(slot, page, stride_page, stride_t, PAGE: tl.constexpr, ALIGN: t
 
 
 @triton.jit
-def _load_factors(factors, offset, valid, group, inside, rank, groups):
-    """Head factors of one rank for each slot and column, fp32 [T, C]."""
-    pointer = factors + offset[:, None] + (rank * groups + group)[None, :]
-    mask = valid[:, None] & inside[None, :]
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+def _load_factors(factors, offset, valid, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """All COUNT head factors of each slot, [T, SIZE]."""
+    factor = tl.arange(0, SIZE)[None, :]
+    mask = valid[:, None] & (factor < COUNT)
+    return tl.load(factors + offset[:, None] + factor, mask=mask, other=0.0)
+
+
+@triton.jit
+def _of_columns(factors, group, rank, GROUPS: tl.constexpr, PRECISION: tl.constexpr):
+    """The factor of one rank for each column [T, C], picked by the matrix unit: exact, and where
+    the scores are."""
+    factor = tl.arange(0, factors.shape[1])[:, None]
+    picks = (factor == rank * GROUPS + group[None, :]).to(factors.dtype)
+    return tl.dot(factors, picks, input_precision=PRECISION)
 
 
 @triton.jit
@@ -135,7 +144,6 @@ def split_kernel(
     key_heads_stride_t,
     value_heads_stride_b,
     value_heads_stride_t,
-    groups,
     heads,
     positions,
     length,
@@ -152,6 +160,10 @@ def split_kernel(
     CHUNKS_V: tl.constexpr,
     RANK_K: tl.constexpr,  # 0 without contextual head factors
     RANK_V: tl.constexpr,
+    GROUPS: tl.constexpr,  # key/value heads that head factors are for
+    FACTORS_K: tl.constexpr,  # of all ranks and groups, padded
+    FACTORS_V: tl.constexpr,
+    FACTORS_ALIGN: tl.constexpr,
     PAGE: tl.constexpr,  # slots of a page, 0 for caches in one piece
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -167,7 +179,7 @@ def split_kernel(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < heads * positions
     head, position = column // positions, column % positions
-    group = head // (heads // groups)
+    group = head // (heads // GROUPS)
     first, last, stop = split_range(
         start, end, length, positions, window, batch, split, splits, BLOCK
     )
@@ -184,9 +196,9 @@ def split_kernel(
         keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
         values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
         if RANK_K > 0:
-            key_heads += batch.to(tl.int64) * key_heads_stride_b
+            key_heads += tl.multiple_of(batch.to(tl.int64) * key_heads_stride_b, FACTORS_ALIGN)
         if RANK_V > 0:
-            value_heads += batch.to(tl.int64) * value_heads_stride_b
+            value_heads += tl.multiple_of(batch.to(tl.int64) * value_heads_stride_b, FACTORS_ALIGN)
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     outputs = ()
@@ -208,8 +220,9 @@ def split_kernel(
                 scores = tl.dot(key, queries[i], scores, input_precision=PRECISION)
         else:  # the real and the imaginary parts of a rank are RANK_K chunks apart
             factor_offset = _slot_offset(
-                slot, page, key_heads_stride_b, key_heads_stride_t, PAGE, 1
+                slot, page, key_heads_stride_b, key_heads_stride_t, PAGE, FACTORS_ALIGN
             )
+            key_factors = _load_factors(key_heads, factor_offset, valid, RANK_K * GROUPS, FACTORS_K)
             for rank in tl.static_range(RANK_K):
                 of_rank = tl.zeros([BLOCK, COLUMNS], tl.float32)
                 for half in tl.static_range(2):
@@ -218,24 +231,24 @@ def split_kernel(
                     of_rank = tl.dot(
                         key, queries[half * RANK_K + rank], of_rank, input_precision=PRECISION
                     )
-                scores += of_rank * _load_factors(
-                    key_heads, factor_offset, valid, group, inside, rank, groups
-                )
+                scores += of_rank * _of_columns(key_factors, group, rank, GROUPS, PRECISION)
         weights, rescale, highest, total = softmax_step(
             scores, slot, own, last, scale, softcap, window, highest, total, MULTIPLE
         )
         scaled = weights.to(values.dtype.element_ty)
         value_offset = _slot_offset(slot, page, value_stride_b, value_stride_t, PAGE, ALIGN)
         value_factor_offset = _slot_offset(
-            slot, page, value_heads_stride_b, value_heads_stride_t, PAGE, 1
+            slot, page, value_heads_stride_b, value_heads_stride_t, PAGE, FACTORS_ALIGN
         )
+        if RANK_V > 0:
+            value_factors = _load_factors(
+                value_heads, value_factor_offset, valid, RANK_V * GROUPS, FACTORS_V
+            )
         updated = ()
         for i in tl.static_range(CHUNKS_V):
             value = _load(values, value_offset, valid, i * CHUNK_V, width_v, CHUNK_V)
             if RANK_V > 0:
-                factors = _load_factors(
-                    value_heads, value_factor_offset, valid, group, inside, i, groups
-                )
+                factors = _of_columns(value_factors, group, i, GROUPS, PRECISION)
                 scaled = (weights * factors).to(values.dtype.element_ty)
             updated = updated + (
                 tl.dot(
