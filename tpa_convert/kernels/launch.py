@@ -170,10 +170,10 @@ def launch_rotated(
         GROUPS=groups,
         FACTORS_K=factors_k,
         FACTORS_V=factors_v,
-        FACTORS_ALIGN=math.gcd(16, *factor_strides),
+        FACTORS_ALIGN=math.gcd(16 // size, *factor_strides),
         PAGE=page,
         BLOCK=block,
-        ALIGN=math.gcd(16, *strides),
+        ALIGN=math.gcd(16 // size, *strides),  # 16 bytes are the widest loads
         MULTIPLE=positions > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=stages,

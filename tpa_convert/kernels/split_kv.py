@@ -92,7 +92,7 @@ def _load(rows, offset, valid, first, width, SIZE: tl.constexpr):
 
 @triton.jit
 def _slot_offset(slot, page, stride_page, stride_t, PAGE: tl.constexpr, ALIGN: tl.constexpr):
-    """Where slots [T] stand; `page` [T] holds the pages that they are in, or is None."""
+    """Where slots [T] stand; `page` [T] holds the pages that they are in, if PAGE is not 0."""
     if PAGE == 0:
         return tl.multiple_of(slot.to(tl.int64) * stride_t, ALIGN)
     return tl.multiple_of(page * stride_page + (slot % PAGE).to(tl.int64) * stride_t, ALIGN)
