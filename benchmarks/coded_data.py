@@ -10,12 +10,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-
 from tpa_convert.architectures import load_source
-from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.calibration.packing import packed_blocks
 from tpa_convert.calibration.text import load_documents, token_blocks
 from tpa_convert.evaluation.perplexity import blocks_by_source
+
+from tpa_convert.calibration.moments import collect_moments
 
 
 def main() -> None:

@@ -211,6 +211,18 @@ def test_calibration_pays(source, key_cache) -> None:
     assert divergence(source, exact) < 1e-6 < divergence(source, calibrated)
 
 
+@pytest.mark.parametrize("key_cache", KEYS)
+def test_narrower_parts_lose_more(source, key_cache) -> None:
+    """What a plan rests on: each part of a layer alone, the rest being the source."""
+    report = measure_sensitivity(
+        source_of(source), tiny_moments(source), text(count=4), key_cache=key_cache
+    )
+    assert len(report) == source.config.num_hidden_layers
+    for part in (part for layer in report for part in (layer.keys, layer.values)):
+        assert part.losses[0] > part.losses[-1] > 0
+        assert part.loss(torch.tensor(part.step * (len(part.error) - 1))) == 0  # at full width
+
+
 def test_refit_and_refinement_lower_the_loss(source, narrowed) -> None:
     blocks = random_blocks(count=48, length=32, seed=3)
     before = divergence(source, narrowed)
