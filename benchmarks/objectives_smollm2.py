@@ -165,7 +165,7 @@ def main() -> None:
     options.add_argument("--settings", default="", help="of all rows: tokens_per_step=4096,seed=1")
     arguments = options.parse_args()
     source = load(arguments.source)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks, arguments.length)
     length = arguments.length
     blocks = train_blocks(arguments.train, source, length, arguments.calibration_blocks)

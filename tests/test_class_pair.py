@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from tests.conversions import convert_tiny, random_blocks
 from tests.tiny_models import SIZES, random_model
 from tpa_convert.errors import UserError
-from tpa_convert.families import FAMILIES, architecture_of, register_family
+from tpa_convert.families import FAMILIES, family_of, register_family
 from tpa_convert.families.class_pair import class_pair_source
 from tpa_convert.modeling import AttentionNames
 
@@ -96,7 +96,7 @@ def test_a_class_of_ones_own_is_converted_once_its_names_are_registered() -> Non
     names = AttentionNames("mixer", "to_queries", "to_keys", "to_values", output="out")
     register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
     model, tokens = source(), random_blocks(count=2, length=20)
-    assert architecture_of(model.config).names == names
+    assert family_of(model.config).names == names
     expected = model(tokens).logits
     for key_cache in ("rotated", "latent"):
         converted = convert_tiny(model, key_cache=key_cache)

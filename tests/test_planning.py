@@ -21,7 +21,7 @@ SOURCE_FLOATS = 2 * GROUPS * HEAD_DIM  # 48
 
 
 def fields(groups: int = GROUPS, head_dim: int = HEAD_DIM, layers: int = LAYERS) -> dict[str, Any]:
-    """What `Architecture.llama_config` says, as far as a plan and a config need it."""
+    """What `Family.sizes` says, as far as a plan and a config need it."""
     return {
         "num_key_value_heads": groups,
         "num_attention_heads": 2 * groups,

@@ -24,7 +24,7 @@ def test_a_sensitivity_is_the_loss_of_the_whole_model(part) -> None:
     moments = tiny_moments(source.model)
     sensitivity = measure_sensitivity(source, moments, BLOCKS)
     log_p = source.model(BLOCKS).logits[:, ::POSITION_STRIDE].log_softmax(-1)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     for layer in (0, 1):  # with a window, and without
         measured = getattr(sensitivity[layer], part)
         width = measured.widths[0]

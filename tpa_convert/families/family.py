@@ -19,7 +19,7 @@ from tpa_convert.modeling import AttentionNames, register, source_head_dim
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Family:
     """A family of decoder-only models whose attention can be replaced.
 
     Attributes:
@@ -47,7 +47,7 @@ class Architecture:
         """The converted decoder without its head."""
         return self.causal_lm.decoder_class
 
-    def llama_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
         return {
             "hidden_size": config.hidden_size,
@@ -99,12 +99,12 @@ class Architecture:
 
 ALREADY_TPA = "this model is a TPA model already; convert the model it was made from"
 
-_REGISTRY: dict[str, Architecture] = {}
+_REGISTRY: dict[str, Family] = {}
 
 
-def register_architecture(architecture: Architecture) -> None:
-    """Makes a family known to `architecture_of`; a later registration replaces an earlier one."""
-    _REGISTRY[architecture.model_type] = architecture
+def add_family(family: Family) -> None:
+    """Makes a family known to `family_of`; a later registration replaces an earlier one."""
+    _REGISTRY[family.model_type] = family
 
 
 def register_family(
@@ -114,7 +114,7 @@ def register_family(
     names: AttentionNames | None = None,
     *,
     key_norm: bool = False,
-) -> Architecture:
+) -> Family:
     """Makes a class that the package does not know convertible, and its conversions loadable.
 
     Args:
@@ -124,9 +124,9 @@ def register_family(
     """
     converted = class_pair(config, model, causal_lm, names or AttentionNames())
     register(converted, with_code=False)
-    architecture = Architecture(config.model_type, converted, key_norm)
-    register_architecture(architecture)
-    return architecture
+    family = Family(config.model_type, converted, key_norm)
+    add_family(family)
+    return family
 
 
 def is_tpa(config: PreTrainedConfig) -> bool:
@@ -134,8 +134,8 @@ def is_tpa(config: PreTrainedConfig) -> bool:
     return config.model_type == "tpa" or getattr(config, "tpa_layers", None) is not None
 
 
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model with this config.
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model with this config.
 
     Raises:
         UserError: the model cannot be converted; the message says why, in one line.

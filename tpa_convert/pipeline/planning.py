@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
-from tpa_convert.families import architecture_of
+from tpa_convert.families import family_of
 from tpa_convert.options.conversion import BUDGETS
 from tpa_convert.options.planning import PlanOptions
 from tpa_convert.options.source import SourceOptions
@@ -126,7 +126,7 @@ def plan(
     )
     stored = config.dtype or torch.float32
     cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else stored
-    kv_floats, curve = _budgets(architecture_of(config).llama_config(config), options, cache_dtype)
+    kv_floats, curve = _budgets(family_of(config).attention_sizes(config), options, cache_dtype)
     loaded = load(where, device)
     held_out, blocks = _split(calibration_blocks(loaded, options))
     moments = moments_of(loaded, blocks, options, track)
@@ -156,24 +156,24 @@ def plan(
 
 
 def _budgets(
-    llama_config: dict[str, Any], options: PlanOptions, cache_dtype: torch.dtype
+    sizes: dict[str, Any], options: PlanOptions, cache_dtype: torch.dtype
 ) -> tuple[float | None, list[float]]:
     """The wanted budget in numbers per token and layer, and the others that are measured too.
 
     Raises:
         UserError: what the options ask for cannot be, told before anything is loaded.
     """
-    source_floats = 2 * llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    source_floats = 2 * sizes["num_key_value_heads"] * sizes["head_dim"]
     curve = [share * source_floats for share in CURVE]
     kv_floats = None
     if options.budgets:
         budget = Budget(**{name: getattr(options, name) for name in BUDGETS})
-        plan_uniform(llama_config, budget, cache_dtype=cache_dtype)  # refuses what cannot be
-        layers = llama_config["num_hidden_layers"]
+        plan_uniform(sizes, budget, cache_dtype=cache_dtype)  # refuses what cannot be
+        layers = sizes["num_hidden_layers"]
         kv_floats = floats_of_budget(budget, layers, source_floats, cache_dtype)
     # Without a budget of the user's, one budget on the curve has to fit.
     largest = max(curve) if kv_floats is None else kv_floats
-    check_multiples(llama_config, largest, options.multiple_of)
+    check_multiples(sizes, largest, options.multiple_of)
     return kv_floats, curve
 
 

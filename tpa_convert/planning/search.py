@@ -86,13 +86,13 @@ def least_floats(multiple_of: int) -> int:
     return 2 * multiple_of
 
 
-def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
+def check_multiples(sizes: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
     """Refuses what `plan_measured` could not fill, before anything is measured for it.
 
     Raises:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
     """
-    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    width = sizes["num_key_value_heads"] * sizes["head_dim"]
     if multiple_of < 2 or multiple_of % 2 or width % multiple_of:
         raise UserError(
             f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
@@ -107,7 +107,7 @@ def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of:
 
 def plan_measured(
     sensitivity: Sequence[LayerSensitivity],
-    llama_config: dict[str, Any],
+    sizes: dict[str, Any],
     kv_floats: float,
     multiple_of: int = 8,
     key_cache: KeyCache = "rotated",
@@ -123,24 +123,24 @@ def plan_measured(
     Raises:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
     """
-    check_multiples(llama_config, kv_floats, multiple_of)
-    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    check_multiples(sizes, kv_floats, multiple_of)
+    width = sizes["num_key_value_heads"] * sizes["head_dim"]
     grid = torch.arange(multiple_of, width + 1, multiple_of)
     curves = [part.loss(grid) for layer in sensitivity for part in (layer.keys, layer.values)]
     units = min(int(kv_floats * len(sensitivity)) // multiple_of, len(curves) * len(grid))
     widths = [multiple_of * count for count in allocate(curves, units)]
     pairs = list(zip(widths[::2], widths[1::2], strict=True))
-    return plan_widths(pairs, llama_config, key_cache=key_cache)
+    return plan_widths(pairs, sizes, key_cache=key_cache)
 
 
-def plan_between(first: Plan, second: Plan, llama_config: dict[str, Any]) -> Plan:
+def plan_between(first: Plan, second: Plan, sizes: dict[str, Any]) -> Plan:
     """Static widths halfway between two plans of the same keys, rounded down (keys to even
     widths)."""
     widths = [
         ((a.width_k + b.width_k) // 4 * 2, (a.width_v + b.width_v) // 2)
         for a, b in zip(first.layers, second.layers, strict=True)
     ]
-    return plan_widths(widths, llama_config, key_cache=first.layers[0].key_cache)
+    return plan_widths(widths, sizes, key_cache=first.layers[0].key_cache)
 
 
 def predicted_loss(plan: Plan, sensitivity: Sequence[LayerSensitivity]) -> float:
@@ -180,7 +180,7 @@ def search(
     Raises:
         UserError: an impossible budget, or no budget on the curve that keeps the accepted loss.
     """
-    llama_config = source.architecture.llama_config(source.model.config)
+    sizes = source.family.attention_sizes(source.model.config)
     # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
     few = blocks[: max(1, len(blocks) // 4)]
     sensitivity = measure_sensitivity(
@@ -192,7 +192,7 @@ def search(
         proposal
         for floats in sorted({*fitting, *wanted}, reverse=True)
         for proposal in _proposals(
-            floats, sensitivity, llama_config, options, with_contextual=floats == kv_floats
+            floats, sensitivity, sizes, options, with_contextual=floats == kv_floats
         )
     ]
     refined_on = refinement_text if options.refine else None
@@ -206,7 +206,7 @@ def search(
         tuple(candidates),
         choose(candidates, kv_floats, options.max_increase),
         tuple(sensitivity),
-        source_cost(llama_config, options.context),
+        source_cost(sizes, options.context),
         source_perplexity,
         options.context,
     )
@@ -225,23 +225,23 @@ class _Proposal:
 def _proposals(
     floats: float,
     sensitivity: Sequence[LayerSensitivity],
-    llama_config: dict[str, Any],
+    sizes: dict[str, Any],
     options: PlanOptions,
     with_contextual: bool,
 ) -> Iterator[_Proposal]:
     """The plans at one budget, the uniform one first."""
     key_cache, gauge = options.key_cache, options.gauge
-    uniform = plan_uniform(llama_config, Budget(kv_floats=floats), key_cache=key_cache)
-    uneven = plan_measured(sensitivity, llama_config, floats, options.multiple_of, key_cache)
-    between = plan_between(uniform, uneven, llama_config)
+    uniform = plan_uniform(sizes, Budget(kv_floats=floats), key_cache=key_cache)
+    uneven = plan_measured(sensitivity, sizes, floats, options.multiple_of, key_cache)
+    between = plan_between(uniform, uneven, sizes)
     yield _Proposal(floats, uniform.with_gauge(gauge), "static", "uniform")
     yield _Proposal(floats, between.with_gauge(gauge), "static", "halfway")
     yield _Proposal(floats, uneven.with_gauge(gauge), "static", "measured")
     if not with_contextual or key_cache != "rotated":  # other forms have no latent keys
         return
     for form in CONTEXTUAL:
-        if floats >= smallest_budget(form, llama_config["num_key_value_heads"]):
-            plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
+        if floats >= smallest_budget(form, sizes["num_key_value_heads"]):
+            plan = plan_uniform(sizes, Budget(kv_floats=floats), form=form)
             yield _Proposal(floats, plan, form, "uniform")
 
 
@@ -262,7 +262,7 @@ def _measure(
         refine(source.model, model, refined_on, settings)
     scores, agreements = compare({"source": source.model, "model": model}, blocks)
     source_perplexity = scores["source"].perplexity
-    llama_config = source.architecture.llama_config(source.model.config)
+    sizes = source.family.attention_sizes(source.model.config)
     candidate = Candidate(
         proposal.budget,
         plan,
@@ -271,7 +271,7 @@ def _measure(
         predicted_loss(plan, sensitivity) if proposal.form == "static" else None,
         agreements["model"].kl,
         scores["model"].perplexity / source_perplexity,
-        plan_cost(plan, llama_config, options.context),
+        plan_cost(plan, sizes, options.context),
     )
     return candidate, source_perplexity
 
