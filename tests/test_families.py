@@ -90,6 +90,28 @@ def test_full_width_is_the_source(source, key_cache, form) -> None:
     assert (logits(converted, text()) - expected).abs().max() > 100 * TOLERANCE
 
 
+def _no_norm(keys: Tensor, hide: bool = False) -> Tensor:
+    return torch.ones_like(keys[..., :1])
+
+
+@pytest.mark.parametrize("key_cache", KEYS)
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_keys_that_the_norm_hides_count_in_it(name, key_cache) -> None:
+    """Weights of the norm that are zero, as Gemma 3 has in most layers."""
+    source = MODELS[name]()
+    for layer in source.model.layers:
+        weight = layer.self_attn.k_norm.weight
+        weight.data[[1, 6]] = -1.0 if name == "gemma3" else 0.0  # Gemma's is 1 + weight
+    expected = logits(source, text())
+    converted = convert_tiny(source, key_cache=key_cache)
+    found = logits(converted, text())
+    bound = TOLERANCE if key_cache == "latent" else 10 * TOLERANCE  # rotated keys cannot hide them
+    assert (found - expected).abs().max() < bound
+    for attention in attentions(converted):
+        attention.keys.norm.weight.data[[1, 6]] = 1.0
+    assert (logits(converted, text()) - expected).abs().max() > 100 * TOLERANCE
+
+
 def test_norms_of_queries_and_keys_matter(source) -> None:
     """The check above sees QK-norm: a layer without one of the two is another model."""
     expected = logits(source, text())
@@ -103,7 +125,7 @@ def test_norms_of_queries_and_keys_matter(source) -> None:
                 if part == "queries":
                     attention.q_norm = None
                 else:
-                    attention.keys.norm.forward = lambda keys: torch.ones_like(keys[..., :1])
+                    attention.keys.norm.forward = _no_norm
             assert (logits(converted, text()) - expected).abs().max() > 100 * TOLERANCE
 
 

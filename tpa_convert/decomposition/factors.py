@@ -15,26 +15,36 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+LEAST_NORM_WEIGHT = 3e-5  # of the largest
+
 
 @dataclass(frozen=True)
 class HeadNorm:
     """An RMS norm over each head (QK-norm): γ ⊙ x / √(mean x² + ε).
 
     Args:
-        weight: γ, [d], nowhere zero.
+        weight: γ, [d].
         eps: ε.
     """
 
     weight: Tensor
     eps: float
 
+    @property
+    def divisor(self) -> Tensor:
+        """γ kept away from zero, [d]: what keys are multiplied with so that they can be divided by
+        it again. Real models have weights that are zero, and the norm sees such keys all the same.
+        """
+        least = LEAST_NORM_WEIGHT * self.weight.abs().max()
+        return torch.where(self.weight.abs() < least, least, self.weight)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Normalises the last dimension of x [..., d]."""
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
     def scale(self, weighted: Tensor) -> Tensor:
-        """The factor [..., 1] that normalises γ ⊙ x, which is given: 1 / √(mean x² + ε)."""
-        return ((weighted / self.weight).square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        """The factor [..., 1] that normalises `divisor` ⊙ x, which is given: 1 / √(mean x² + ε)."""
+        return ((weighted / self.divisor).square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> HeadNorm:
         """The same norm elsewhere."""
@@ -47,7 +57,7 @@ class AttentionWeights:
 
     Args:
         query: [h, d, D + 1].
-        key: [g, d, D + 1]; of keys that are normalised γ ⊙ W_K, the norm's weight folded in.
+        key: [g, d, D + 1]; of keys that are normalised γ ⊙ W_K, the norm's `divisor` folded in.
         value: [g, d, D + 1].
         output: [D, h, d].
         output_bias: [D], or None.

@@ -60,19 +60,30 @@ class HeadGauge(nn.Module):
 class KeyNorm(nn.Module):
     """Scale that brings keys to the norm that the source's QK-norm gives them.
 
-    The source's keys are γ ⊙ k / rms(k). The layouts rebuild z = γ ⊙ k, since γ commutes with no
-    rotation and has to be inside the factors; this is 1 / rms(z / γ).
+    The source's keys are γ ⊙ k / rms(k). The layouts rebuild z = γ' ⊙ k, since γ commutes with no
+    rotation and has to be inside the factors; this is 1 / rms(z / γ'). γ' is γ, but nowhere zero: a
+    key that γ hides counts in the norm.
     """
+
+    least = 3e-5  # of the largest weight, in γ'
 
     def __init__(self, head_dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(head_dim))
         self.eps = eps
 
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        """Scales [b, j, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32."""
-        unscaled = keys.float() / self.weight.float()
-        return (unscaled.square().mean(-1, keepdim=True) + self.eps).rsqrt().to(keys.dtype)
+    def forward(self, keys: torch.Tensor, hide: bool = False) -> torch.Tensor:
+        """Scales [b, j, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32 at least.
+
+        With `hide`, scales [b, j, s, d] that also turn γ' into γ.
+        """
+        exact = torch.promote_types(keys.dtype, torch.float32)
+        weight = self.weight.to(exact)
+        least = self.least * weight.abs().max()
+        divisor = torch.where(weight.abs() < least, least, weight)
+        unscaled = keys.to(exact) / divisor
+        scale = (unscaled.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (scale * (weight / divisor) if hide else scale).to(keys.dtype)
 
 
 class RotatedKeys(nn.Module):
@@ -270,5 +281,5 @@ class LatentKeys(nn.Module):
             )
         keys = self.gauge(packed)
         if self.norm is not None:
-            keys = keys * self.norm(keys)
+            keys = keys * self.norm(keys, hide=True)
         return rotate(keys, table)

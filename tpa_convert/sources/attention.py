@@ -11,8 +11,6 @@ from tpa_convert.decomposition import AttentionWeights, HeadNorm
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import AttentionNames, norm_epsilon, sliding_window, source_head_dim
 
-LEAST_NORM_WEIGHT = 1e-4  # of the largest; keys are divided by it
-
 
 def attention_weights(
     attention: Any,
@@ -48,7 +46,7 @@ def attention_weights(
         for name in (names.query_norm, names.key_norm)
     )
     if key_norm is not None:
-        key = key * key_norm.weight[:, None]
+        key = key * key_norm.divisor[:, None]
     if order is not None:
         if query_norm is not None or key_norm is not None:
             raise UserError(
@@ -142,5 +140,4 @@ def _head_norm(norm: nn.Module | None, head_dim: int, like: Tensor) -> HeadNorm 
     ones = torch.ones(head_dim, dtype=parameter.dtype, device=parameter.device)
     # The mean square of ones is 1: what comes out is γ / √(1 + ε).
     weight = norm(ones).to(like) * (1.0 + eps) ** 0.5
-    least = LEAST_NORM_WEIGHT * weight.abs().max()
-    return HeadNorm(torch.where(weight.abs() < least, least, weight), eps)
+    return HeadNorm(weight, eps)
