@@ -1,6 +1,7 @@
 # make demo   install into .venv and run the demonstration on the embedded model
 # make test   install what the tests need and run ruff, mypy and pytest
-# make clean  remove the virtual environment and the demo's output
+# make test-oldest   run what depends on transformers with the oldest version that is allowed
+# make clean  remove the virtual environments and the demo's output
 
 # The first of these that is Python 3.11+ and can make virtual environments; override with PYTHON=...
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
@@ -8,10 +9,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 	&& echo $$p && break; done)
 
 VENV := .venv
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test test-oldest clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,8 +27,13 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+# Models, caches, exports and the walk through a source are what a version of transformers can break.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 tests/test_families.py \
+		tests/test_legacy.py tests/test_remote_code.py tests/test_serving.py tests/test_walk.py
+
 clean:
-	rm -rf $(VENV) .work
+	rm -rf $(VENV) $(OLDEST) .work
 
 # torch goes first and alone, so that the constraint alone chooses the build (a CPU build, where the
 # configured index offers one) and nothing installed later can replace it.
@@ -41,4 +49,14 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[gguf,data,lora,eval,logs,dev]'
+	@touch $@
+
+# Everything but transformers, and what that asks for, is taken from the other environment.
+$(OLDEST)/.installed: $(VENV)/.installed-dev
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv --without-pip $(OLDEST)
+	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' \
+		> $$(ls -d $(OLDEST)/lib/python3*/site-packages)/base.pth
+	$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet \
+		--disable-pip-version-check 'transformers==$(OLDEST_TRANSFORMERS).*'
 	@touch $@

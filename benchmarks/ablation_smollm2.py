@@ -221,7 +221,7 @@ def main() -> None:
     start = time.perf_counter()
     sensitivity = measure_sensitivity(source, moments, held_out)
     print(f"<!-- sensitivity {time.perf_counter() - start:.1f} s -->", flush=True)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     bench = Bench(source, config, moments, blocks, sensitivity, layer_weights(source))
     print_plans(bench, arguments.floats)
 

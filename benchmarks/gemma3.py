@@ -79,7 +79,7 @@ def logit_difference(model: PreTrainedModel, source: PreTrainedModel, blocks: Te
 def exactness_table(source: Source, convert: Conversions, blocks: Tensor) -> None:
     """What conversions that narrow nothing differ from the source by."""
     width = source_heads(source)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     print(f"\n| full width, {blocks.numel()} tokens | floats | logits differ by | KL |")
     print("|---|---|---|---|")
     for keys in ("rotated", "latent"):
@@ -113,7 +113,7 @@ def main() -> None:
         arguments.refine_steps = arguments.heal_tokens = 0
 
     source = load(arguments.source)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     blocks = train_blocks(arguments.train, source, arguments.length, arguments.calibration_blocks)
     convert = Conversions(source, blocks)
     if arguments.exact_blocks:

@@ -32,7 +32,7 @@ def refined(
     Returns: the model and its floats.
     """
     source = table.source
-    plan = plan_of(run, source.architecture.llama_config(source.model.config))
+    plan = plan_of(run, source.family.attention_sizes(source.model.config))
     kept = folder and Path(folder, f"{Path(run).name.replace(':', '-')}-{steps}")
     if kept and kept.exists():
         kept_model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)

@@ -35,7 +35,7 @@ from machine import device_name, versions
 from settings import given_settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tpa_convert.families import architecture_of
+from tpa_convert.families import family_of
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
 from tpa_convert.healing.training import run as healing_run
 from tpa_convert.healing.training.distributed import processes, smallest
@@ -106,9 +106,9 @@ def random_conversion(
     source: LlamaConfig, widths: tuple[int, int], **settings: Any
 ) -> PreTrainedModel:
     """What a model becomes whose layers all have these widths of keys and values."""
-    family = architecture_of(source)
+    family = family_of(source)
     all_widths = [widths] * source.num_hidden_layers
-    plan = plan_widths(all_widths, family.llama_config(source), **settings)
+    plan = plan_widths(all_widths, family.attention_sizes(source), **settings)
     return family.causal_lm(family.tpa_config(source, [asdict(s) for s in plan.layers])).eval()
 
 

@@ -101,7 +101,7 @@ def collect(source: Source, blocks: Tensor, **settings: Any) -> package.Moments:
 
 def layer_weights(source: Source) -> list[AttentionWeights]:
     """Of every layer, float64, on the CPU as moments are."""
-    names, config = source.architecture.names, source.model.config
+    names, config = source.family.names, source.model.config
     layers = source.model.get_decoder().layers
     attentions = (copy.deepcopy(getattr(layer, names.attention)).cpu() for layer in layers)
     return [attention_weights(module, names, config, i) for i, module in enumerate(attentions)]

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.healing import DistillationTrainer, HealingSettings
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 from tpa_convert.refinement.regression import RefinementSettings, refine
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     options.add_argument("--settings", default="", help="of all rows: tokens_per_step=4096,seed=1")
     arguments = options.parse_args()
     source = load(arguments.source)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks, arguments.length)
     length = arguments.length
     blocks = train_blocks(arguments.train, source, length, arguments.calibration_blocks)
@@ -185,7 +185,7 @@ def main() -> None:
             for key, factor in changes.pop("times", {}).items():
                 value = getattr(base, key)
                 changes[key] = type(value)(value * factor)
-            healing_run.DistillationTrainer = changes.pop("trainer", DistillationTrainer)
+            preparation.DistillationTrainer = changes.pop("trainer", DistillationTrainer)
             heal_row(table, name, student, training, arguments, plan.kv_floats, **changes)
 
 

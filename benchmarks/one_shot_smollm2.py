@@ -34,7 +34,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     source = load(arguments.source)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)
     start = time.perf_counter()
     blocks = train_blocks(arguments.train, source, 512, arguments.calibration_blocks)

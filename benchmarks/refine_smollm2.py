@@ -46,7 +46,7 @@ def main() -> None:
     source = load(arguments.source)
     if arguments.layers:
         shorten(source, arguments.layers)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     table = Table.start(source, arguments.valid, arguments.valid_blocks)
     blocks = train_blocks(arguments.train, source, 1024, arguments.refine_blocks)
     start = time.perf_counter()

@@ -289,7 +289,7 @@ class Conversions:
 
 def source_heads(source: Source) -> int:
     """Numbers of one key (or value) over all heads."""
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     return config["num_key_value_heads"] * config["head_dim"]
 
 

@@ -228,7 +228,7 @@ def put_layer(
     shape: LayerShape,
 ) -> None:
     """Gives layer `index` of a converted model another attention, whose rotary pairs may differ."""
-    names, layer = source.architecture.names, model.get_decoder().layers[index]
+    names, layer = source.family.names, model.get_decoder().layers[index]
     model.config.tpa_layers[index] = asdict(shape)
     original = getattr(source.model.get_decoder().layers[index], names.attention)
     attention = attention_module(original, names, model.config, index, parameters)
@@ -289,7 +289,7 @@ def sequential_model(
 ) -> PreTrainedModel:
     """Layers converted in order, each with moments from the converted model's own stream."""
     model = convert_model(source, plan, moments).to(source.model.device)
-    names, config = source.architecture.names, source.model.config
+    names, config = source.family.names, source.model.config
     walk = DecoderWalk(model, blocks, batch_size, names.attention)
     for i, weights in enumerate(layer_weights(source)):
         original = getattr(source.model.get_decoder().layers[i], names.attention)

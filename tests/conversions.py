@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion.model import convert_model
-from tpa_convert.families import architecture_of
+from tpa_convert.families import family_of
 from tpa_convert.modeling import Form, Gauge, KeyCache
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.sources import Source, SourceReference
@@ -19,7 +19,7 @@ from tpa_convert.sources import Source, SourceReference
 def source_of(model: PreTrainedModel) -> Source:
     """A `Source` around a model in memory."""
     reference = SourceReference(id="tiny", revision=None, sha256="0" * 64, gguf_file=None)
-    return Source(model, None, architecture_of(model.config), reference)  # type: ignore[arg-type]
+    return Source(model, None, family_of(model.config), reference)  # type: ignore[arg-type]
 
 
 def random_blocks(vocab_size: int = 128, count: int = 8, length: int = 48, seed: int = 0):
@@ -45,16 +45,16 @@ def convert_tiny(
 ) -> PreTrainedModel:
     """Converts a tiny model; `budget` is what `Budget` takes, the full width by default."""
     source = source_of(model)
-    llama_config = source.architecture.llama_config(model.config)
+    sizes = source.family.attention_sizes(model.config)
     if not budget:
-        heads, head_dim = llama_config["num_key_value_heads"], llama_config["head_dim"]
+        heads, head_dim = sizes["num_key_value_heads"], sizes["head_dim"]
         budget = {"width_k": heads * head_dim, "width_v": heads * head_dim}
         if method == "svd" and form != "static":
             budget = {"rank_k": heads, "rank_v": heads}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         plan = plan_uniform(
-            llama_config,
+            sizes,
             Budget(**budget),
             form=form,
             gauge=gauge,

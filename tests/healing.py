@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class StopAt(TrainerCallback):
 def run(output_dir: Path, blocks: Tensor, **changes: Any) -> tuple[HealingReport, Any]:
     teacher = make_tiny_llama()
     student = perturbed(teacher, seed=0)
-    options = HealingSettings(**(asdict(SETTINGS) | changes))
+    options = HealingSettings(**(dict(SETTINGS) | changes))
     report = heal(
         student, teacher, None, blocks, settings=options, output_dir=output_dir, progress=False
     )

@@ -21,7 +21,7 @@ from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny
 from tests.tiny_models import MODELS
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 
 STEPS = 6
 
@@ -99,13 +99,13 @@ class Interrupt(TrainerCallback):
 
 
 def interrupted_run(directory: Path, **variant: Any) -> None:
-    trainer = healing_run.DistillationTrainer
-    healing_run.DistillationTrainer = lambda **kwargs: trainer(  # type: ignore[assignment, misc]
+    trainer = preparation.DistillationTrainer
+    preparation.DistillationTrainer = lambda **kwargs: trainer(  # type: ignore[assignment, misc]
         **{**kwargs, "callbacks": [*kwargs["callbacks"], Interrupt()]}
     )
     with pytest.raises(HealingInterrupted, match="step 3 of 6"):
         run(directory, **variant)
-    healing_run.DistillationTrainer = trainer  # type: ignore[misc]
+    preparation.DistillationTrainer = trainer  # type: ignore[misc]
 
 
 def main() -> None:

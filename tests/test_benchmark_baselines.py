@@ -42,7 +42,7 @@ class Bench:
         return benchmark("baselines").model_with(self.model, layers)
 
     def plan(self, floats: int, **settings: Any) -> Any:
-        config = self.source.architecture.llama_config(self.model.config)
+        config = self.source.family.attention_sizes(self.model.config)
         return plan_uniform(config, Budget(kv_floats=floats), **settings)
 
 
@@ -131,7 +131,7 @@ def test_every_row_of_the_ablation() -> None:
     ablation = benchmark("ablation_smollm2")
     full, half = 2 * 64, 64
     bench = Bench("mha", hidden_size=64, head_dim=16)
-    config = bench.source.architecture.llama_config(bench.model.config)
+    config = bench.source.family.attention_sizes(bench.model.config)
     blocks = random_blocks(count=4)
     sensitivity = measure_sensitivity(bench.source, bench.statistics, blocks)
     shared = ablation.Bench(

@@ -92,7 +92,7 @@ def test_a_whole_run(
     found = {row.name: figures(row.model, model, {"text": training}).kl for row in rows}
     assert found["source"] < 1e-6
     for run in ("18", "12:latent"):
-        plan = shared.plan_of(run, source.architecture.llama_config(model.config))
+        plan = shared.plan_of(run, source.family.attention_sizes(model.config))
         converted = convert_model(source, plan, moments)
         expected = figures(converted, model, {"text": training}).kl
         assert found[f"{run} closed form"] == pytest.approx(expected, rel=1e-3)

@@ -13,15 +13,15 @@ from tests.benchmarks import benchmark, record_rows, run_main
 from tests.command_line import save_source, save_text
 from tests.conftest import make_tiny_llama
 from tests.healing import perturbed, plain_kl
-from tpa_convert.healing import HealingSettings, heal
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing import HealingReport, HealingSettings, heal
+from tpa_convert.healing.training import preparation
 from tpa_convert.healing.training.flops import flops_per_token
 
 
 @pytest.fixture
 def objectives(monkeypatch: pytest.MonkeyPatch) -> Any:
     # main() and the tests put other trainers there
-    monkeypatch.setattr(healing_run, "DistillationTrainer", healing_run.DistillationTrainer)
+    monkeypatch.setattr(preparation, "DistillationTrainer", preparation.DistillationTrainer)
     return benchmark("objectives_smollm2")
 
 
@@ -57,7 +57,7 @@ def test_hard_labels(objectives) -> None:
 
 def first_loss(trainer: Any, directory: Path, blocks: Tensor) -> float:
     """The loss that a trainer reports of one step on all blocks."""
-    healing_run.DistillationTrainer = trainer
+    preparation.DistillationTrainer = trainer
     teacher = make_tiny_llama()
     settings = HealingSettings(
         tokens=blocks.numel(),
@@ -120,7 +120,7 @@ def test_each_row_changes_what_it_names(objectives, tmp_path, monkeypatch) -> No
     rows, healed = record_rows(monkeypatch), {}
 
     def heal_row(table: Any, name: str, student: Any, *_: Any, **changes: Any) -> None:
-        healed[name] = (changes, healing_run.DistillationTrainer)
+        healed[name] = (changes, preparation.DistillationTrainer)
         # every row starts from the same refined model, which no earlier row has trained
         tokens = torch.arange(3, 20)[None]
         assert torch.equal(student(tokens).logits, rows[-1].model(tokens).logits)
@@ -219,7 +219,7 @@ def test_losses_and_arithmetic_of_a_run(throughput, shape, batch_size, monkeypat
 
 
 def test_variants_are_run_in_their_order(throughput, monkeypatch, capsys) -> None:
-    report = healing_run.HealingReport
+    report = HealingReport
     runs = []
 
     def time_healing(*arguments: Any) -> Any:

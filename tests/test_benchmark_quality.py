@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def test_positions_are_counted_in_spans(quality, monkeypatch, capsys) -> None:
     scores["other"][0, 31:255] += torch.tensor(2.0).log()
     scores["other"][0, 255:] += torch.tensor(3.0).log()
     scores["other"][1, :31] = 0.5
+    scores["other"][:, 0] += 31  # the first token that is predicted counts too
     monkeypatch.setattr(quality, "scores_by_position", lambda model, source, part: scores[model])
     blocks = {"a": torch.zeros(1, 300), "b": torch.zeros(2, 300)}
     quality.position_table({"source": "source", "other": "other"}, blocks)
@@ -67,7 +69,7 @@ def test_positions_are_counted_in_spans(quality, monkeypatch, capsys) -> None:
     assert rows["perplexity at tokens"] == ["0–32", "32–256", "256–512"]
     assert rows["source"] == ["2.72"] * 3
     assert rows["other"] == [
-        "2.72 (×1.000, KL 0.500)",
+        "7.39 (×2.718, KL 1.500)",
         "5.44 (×2.000, KL 0.250)",
         "8.15 (×3.000, KL 0.250)",
     ]
@@ -101,6 +103,27 @@ def test_a_table_of_accuracies(quality, monkeypatch, capsys) -> None:
     points, margin = rows["other"][3].split(" ± ")
     assert points == "31.25"
     assert float(margin) > 0
+
+
+def test_tasks_are_tables_of_accuracy_and_divergence(quality, monkeypatch, tmp_path) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(quality, "choice_table", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(quality, "question_table", lambda *arguments: calls.append(arguments))
+    for name, count in (("b", 3), ("a", 2)):
+        rows = [{"query": f"{name}{i}", "choices": ["x", "y"], "gold": 0} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ba"]
+    quality.task_table({"m": "model"}, "tokenizer", files)
+    quality.task_table({"m": "model"}, "tokenizer", files, limit=1)
+    assert [(call[0], list(call[3])) for call in calls[::2]] == [
+        ("accuracy, %", ["a (2)", "b (3)"]),
+        ("accuracy, %", ["a (1)", "b (1)"]),
+    ]
+    for accuracy, divergence in zip(calls[::2], calls[1::2], strict=True):
+        assert divergence[:2] == accuracy[1:3] == ({"m": "model"}, "tokenizer")
+        assert list(divergence[2]) == ["a", "b"]
+        assert list(divergence[2].values()) == list(accuracy[3].values())
+    assert [q.query for q in calls[1][2]["b"]] == ["b0", "b1", "b2"]
 
 
 def test_divergence_on_questions(quality, tiny_llama, tiny_tokenizer, capsys) -> None:

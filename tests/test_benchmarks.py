@@ -44,7 +44,7 @@ def source(model: Path) -> Source:
 
 @pytest.fixture(scope="module")
 def config(source: Source) -> dict[str, Any]:
-    return source.architecture.llama_config(source.model.config)
+    return source.family.attention_sizes(source.model.config)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_rows_of_the_one_shot_table_fit_the_model() -> None:
     config = make_tiny_llama(
         hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64
     ).config
-    fields = source_of(make_tiny_llama()).architecture.llama_config(config)
+    fields = source_of(make_tiny_llama()).family.attention_sizes(config)
     rows = benchmark("one_shot_smollm2").ROWS
     assert {budget.get("kv_floats") for _, budget, _ in rows} == {256, 192, 128, None}
     for _, budget, settings in rows:
@@ -244,7 +244,7 @@ def test_a_share_of_the_budget_goes_to_the_keys() -> None:
     shape = {"hidden_size": 64, "num_key_value_heads": 4, "head_dim": 8}
     tiny = make_tiny_llama("mha", **shape | {"num_attention_heads": 4})
     bench = ablation.Bench(
-        None, source_of(tiny).architecture.llama_config(tiny.config), None, None, [], []
+        None, source_of(tiny).family.attention_sizes(tiny.config), None, None, [], []
     )
     plan = bench.split(40, 5 / 8)
     assert [(layer.width_k, layer.width_v) for layer in plan.layers] == [(24, 16)] * 2

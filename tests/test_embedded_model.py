@@ -45,8 +45,8 @@ def convert(
     method: str = "gauge",
     whiten: bool = True,
 ) -> PreTrainedModel:
-    llama_config = source.architecture.llama_config(source.model.config)
-    plan = plan_uniform(llama_config, budget, form=form, whole_heads=method == "svd")
+    sizes = source.family.attention_sizes(source.model.config)
+    plan = plan_uniform(sizes, budget, form=form, whole_heads=method == "svd")
     return convert_model(source, plan, moments, method=method, whiten=whiten)
 
 

@@ -22,6 +22,8 @@ from tpa_convert.evaluation import (
     run_tasks,
 )
 from tpa_convert.evaluation.metrics import harness
+from tpa_convert.evaluation.metrics.multiple_choice import task_name
+from tpa_convert.options.evaluation import EvaluationSettings
 
 QUESTIONS = [
     Question("The sky is", ("blue", "a kind of stone", "wet"), 0),
@@ -125,6 +127,28 @@ def test_the_drop_is_paired_and_its_interval_covers_the_truth() -> None:
     assert 0.92 <= covered <= 0.98
 
 
+def test_errors_of_an_accuracy() -> None:
+    assert Accuracy(0.2, 0.0, (True,) + (False,) * 4).standard_error == pytest.approx(
+        (0.2 * 0.8 / 5) ** 0.5
+    )
+    assert Accuracy(1.0, 0.0, (True,) * 5).standard_error == 0
+
+
+def test_one_answer_less_of_four_has_a_wide_interval() -> None:
+    source = [Accuracy(1.0, 0.0, (True,) * 4)]
+    drop = paired_drop(source, [Accuracy(0.75, 0.0, (True, True, False, True))])
+    assert drop.points == 25
+    assert drop.margin == pytest.approx(1.96 * 100 * (0.25 * 0.75 / 4) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("tasks/arc_easy.jsonl.xz", "arc_easy"), ("quiz.jsonl", "quiz"), (".jsonl", ".jsonl")],
+)
+def test_tasks_are_called_by_their_files(path: str, name: str) -> None:
+    assert task_name(path) == name
+
+
 def test_a_query_longer_than_the_context_keeps_its_end(tiny_llama, tiny_tokenizer) -> None:
     model = tiny_llama(max_position_embeddings=16)
     long = [
@@ -188,9 +212,8 @@ def test_harness_limit(tiny_llama, tiny_tokenizer, local_task: Path) -> None:
 
 def test_harness_in_the_report(tiny_llama, tiny_tokenizer, local_task: Path) -> None:
     models = {"source": tiny_llama(seed=0), "converted": tiny_llama(seed=1)}
-    report = evaluate(
-        models, tiny_tokenizer, tasks=["colours"], include_path=local_task, speed=False, prompt=""
-    )
+    settings = EvaluationSettings(tasks=["colours"], speed=False, prompt="")
+    report = evaluate(models, tiny_tokenizer, settings, include_path=local_task)
     row = report.rows[0]
     assert (row.section, row.name) == ("lm-evaluation-harness", "colours, acc_norm (%)")
     ours = {

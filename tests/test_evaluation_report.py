@@ -27,6 +27,7 @@ from tpa_convert.evaluation import (
 )
 from tpa_convert.evaluation.metrics import speed as speed_module
 from tpa_convert.evaluation.report import format_ratio, format_value
+from tpa_convert.options.evaluation import EvaluationSettings
 
 TEXTS = datasets.Dataset.from_dict(
     {"text": ["some words " * 40, "other words " * 40], "source": ["news", "mail"]}
@@ -126,11 +127,9 @@ def report(tiny_llama, tiny_tokenizer) -> EvaluationReport:
     return evaluate(
         models,
         tiny_tokenizer,
+        EvaluationSettings(block_length=32, max_blocks=4, prompt="some"),
         texts=TEXTS,
-        block_length=32,
-        max_blocks=4,
-        speed=FAST,
-        prompt="some",
+        timing=FAST,
     )
 
 
@@ -154,9 +153,8 @@ def test_report_matches_its_parts(tiny_llama, tiny_tokenizer, tmp_path: Path) ->
     path = tmp_path / "quiz.jsonl"
     questions = [{"query": f"q{i}", "choices": ["aa", "b", "ccc"], "gold": i % 3} for i in range(9)]
     path.write_text("".join(json.dumps(q) + "\n" for q in questions))
-    report = evaluate(
-        models, tiny_tokenizer, texts=TEXTS.select([0]), choices=[path], speed=False, prompt=""
-    )
+    settings = EvaluationSettings(choices=[path], speed=False, prompt="")
+    report = evaluate(models, tiny_tokenizer, settings, texts=TEXTS.select([0]))
     rows = {row.name: row for row in report.rows}
     accuracy = multiple_choice(models["converted"], tiny_tokenizer, load_questions(path))
     assert rows["quiz"].values["converted"] == pytest.approx(100 * accuracy.normalized)
@@ -173,7 +171,8 @@ def test_report_matches_its_parts(tiny_llama, tiny_tokenizer, tmp_path: Path) ->
 
 def test_a_copy_of_the_source_recovers_everything(tiny_llama, tiny_tokenizer) -> None:
     models = {"source": tiny_llama(), "converted": tiny_llama()}
-    report = evaluate(models, tiny_tokenizer, texts=TEXTS, block_length=32, speed=False)
+    settings = EvaluationSettings(block_length=32, speed=False)
+    report = evaluate(models, tiny_tokenizer, settings, texts=TEXTS)
     rows = {row.name: row for row in report.rows}
     assert rows["geometric mean"].recovery("converted") == pytest.approx(100)
     assert rows["same likeliest token (%)"].values["converted"] == pytest.approx(100)
@@ -258,7 +257,8 @@ def test_order_and_names_of_rows(tiny_llama, tiny_tokenizer, tmp_path: Path) -> 
         path.parent.mkdir()
         path.write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n' * 3)
     models = {"source": tiny_llama()}
-    report = evaluate(models, tiny_tokenizer, texts=TEXTS, choices=paths, speed=FAST)
+    settings = EvaluationSettings(choices=paths)
+    report = evaluate(models, tiny_tokenizer, settings, texts=TEXTS, timing=FAST)
     assert [row.section for row in report.rows] == [
         *["Perplexity"] * 3,
         *["Multiple choice (% right)"] * 3,
@@ -274,7 +274,8 @@ def test_the_drop_stands_under_the_accuracies(tiny_llama, tiny_tokenizer, tmp_pa
     lines = [{"query": f"q{i}", "choices": ["ab", "cd"], "gold": i % 2} for i in range(8)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     models = {"source": tiny_llama(seed=1), "converted": tiny_llama("mqa", seed=2)}
-    report = evaluate(models, tiny_tokenizer, choices=[path], speed=False, prompt="")
+    settings = EvaluationSettings(choices=[path], speed=False, prompt="")
+    report = evaluate(models, tiny_tokenizer, settings)
     accuracy, drop = report.rows[:2]
     assert (drop.name, drop.values["source"]) == ("drop (points)", None)
     points, margin = drop.values["converted"], drop.margins["converted"]
@@ -285,7 +286,31 @@ def test_the_drop_stands_under_the_accuracies(tiny_llama, tiny_tokenizer, tmp_pa
     assert EvaluationReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
+def test_bytes_are_counted_in_one_type(tiny_llama, tiny_tokenizer) -> None:
+    """That of the saved weights, whatever the models compute in here."""
+    models = {"source": tiny_llama(), "converted": tiny_llama("mqa").to(torch.bfloat16)}
+    settings = EvaluationSettings(speed=False, prompt="")
+    live, saved = (
+        evaluate(models, tiny_tokenizer, settings, cache_dtype=dtype).rows[0]
+        for dtype in (None, torch.bfloat16)
+    )
+    assert live.name == "bytes per token (bfloat16, float32)"
+    assert saved.name == "bytes per token (bfloat16)"
+    assert live.values == {"source": 256, "converted": 64}
+    assert saved.values == {"source": 128, "converted": 64}
+
+
+def test_without_a_source_the_first_is_compared_with(tiny_llama, tiny_tokenizer) -> None:
+    models = {"one": tiny_llama(), "other": tiny_llama(seed=1)}
+    settings = EvaluationSettings(block_length=32, speed=False, prompt="")
+    report = evaluate(models, tiny_tokenizer, settings, texts=TEXTS)
+    sections = {row.section for row in report.rows}
+    assert "Agreement with one" in sections
+    assert not any("source" in section for section in sections)
+
+
 def test_a_prompt_of_its_own_where_there_is_no_text(tiny_llama, tiny_tokenizer) -> None:
-    report = evaluate({"source": tiny_llama()}, tiny_tokenizer, speed=False)
+    models = {"source": tiny_llama()}
+    report = evaluate(models, tiny_tokenizer, EvaluationSettings(speed=False))
     assert report.prompt
     assert list(report.samples) == ["source"]

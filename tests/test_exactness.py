@@ -44,7 +44,7 @@ def with_gauge(source_model, gauge: Gauge, maps) -> PreTrainedModel:
     invertible [g d, g d].
     """
     source = source_of(source_model)
-    fields = source.architecture.llama_config(source_model.config)
+    fields = source.family.attention_sizes(source_model.config)
     groups, head_dim = fields["num_key_value_heads"], fields["head_dim"]
     width, pairs = groups * head_dim, head_dim // 2
     key_map, value_map = maps(groups, head_dim)
@@ -60,13 +60,13 @@ def with_gauge(source_model, gauge: Gauge, maps) -> PreTrainedModel:
         key_norm=fields["key_norm"],
         key_pairs=" ".join([str(groups)] * pairs),
     )
-    config = source.architecture.tpa_config(
+    config = source.family.tpa_config(
         source_model.config, [asdict(shape)] * len(source_model.model.layers)
     )
     state = source_model.state_dict()
     parameters = {name: tensor for name, tensor in state.items() if "self_attn" not in name}
     for i, source_layer in enumerate(source_model.model.layers):
-        names = source.architecture.names
+        names = source.family.names
         weights = attention_weights(source_layer.self_attn, names, source_model.config, i)
         key_pairs = to_complex_pairs(weights.key, 1)
         keys = KeyFactors(
@@ -80,7 +80,7 @@ def with_gauge(source_model, gauge: Gauge, maps) -> PreTrainedModel:
         )
         layer = attention_parameters(weights, keys, values, shape, torch.zeros(0))
         parameters |= {f"model.layers.{i}.self_attn.{k}": v.float() for k, v in layer.items()}
-    return build(source.architecture.causal_lm, config, parameters, source_model)
+    return build(source.family.causal_lm, config, parameters, source_model)
 
 
 def identity_maps(groups: int, head_dim: int):
@@ -272,7 +272,7 @@ def test_factored_queries_keep_what_heads_share() -> None:
     heads = attention.q_proj.weight.data.unflatten(0, (4, -1))
     heads[2], heads[3] = -2 * heads[0], 0.5 * heads[1]
     source = source_of(model)
-    weights = attention_weights(attention, source.architecture.names, model.config, 0)
+    weights = attention_weights(attention, source.family.names, model.config, 0)
     moments = tiny_moments(model).layers[0]
     shape = LayerShape("affine", "none", "none", 4, 4, 32, 32)
 

@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from tests.conftest import make_tiny_llama
 from tests.healing import SETTINGS, StopAt, perturbed, plain_kl, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
+from tpa_convert.text.packing import packed_blocks
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -31,7 +32,7 @@ def test_a_perturbed_copy_heals(
     teacher = make_tiny_llama()
     student = perturbed(teacher, seed=0)
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    options = asdict(SETTINGS) | {
+    options = dict(SETTINGS) | {
         "tokens": 60 * 64,
         "gradient_checkpointing": gradient_checkpointing,
     }
@@ -63,22 +64,30 @@ def test_a_perturbed_copy_heals(
 
 
 def test_documents_are_tokenised(tmp_path: Path) -> None:
+    """They are packed into blocks in the order of the seed, as blocks of one's own would be."""
     words = WordLevel({f"w{i}": i for i in range(127)} | {"</s>": 127}, unk_token="w0")
     backend = Tokenizer(words)
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     documents = [" ".join(f"w{(i * j) % 127}" for i in range(40)) for j in range(20)]
-    changes = {"tokens": 128, "block_length": 16}
-    report = heal(
-        make_tiny_llama(seed=1),
-        make_tiny_llama(),
-        tokenizer,
-        documents,
-        settings=HealingSettings(**(asdict(SETTINGS) | changes)),
-        output_dir=tmp_path,
-        progress=False,
-    )
+
+    def healed(name: str, text: Any, seed: int = 5, **changes: Any) -> HealingReport:
+        options = dict(SETTINGS) | {"tokens": 128, "block_length": 16, "seed": seed} | changes
+        return heal(
+            make_tiny_llama(seed=1),
+            make_tiny_llama(),
+            tokenizer,
+            text,
+            settings=HealingSettings(**options),
+            output_dir=tmp_path / name,
+            progress=False,
+        )
+
+    report = healed("documents", documents)
     assert report.steps == 2
+    blocks = packed_blocks(documents, tokenizer, 16, 128 // 16, seed=5)
+    assert healed("blocks", blocks.long()).losses == report.losses
+    assert healed("another seed", documents, seed=6).losses != report.losses
 
 
 def test_a_run_stops_early_when_it_has_recovered(random_tokens: Any, tmp_path: Path) -> None:
@@ -86,7 +95,7 @@ def test_a_run_stops_early_when_it_has_recovered(random_tokens: Any, tmp_path: P
     valid = random_tokens(8, 16, seed=9)
 
     def healed(name: str, **changes: Any) -> HealingReport:
-        options = asdict(SETTINGS) | {"tokens": 60 * 64, "valid_steps": 10} | changes
+        options = dict(SETTINGS) | {"tokens": 60 * 64, "valid_steps": 10} | changes
         return heal(
             perturbed(teacher, seed=0),
             teacher,
@@ -132,7 +141,7 @@ def test_only_the_attention_is_trained_if_asked(random_tokens: Any, tmp_path: Pa
 def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: Path) -> None:
     teacher = make_tiny_llama("mha", seed=4, hidden_size=48, num_hidden_layers=3, head_dim=12)
     student, blocks = make_tiny_llama(), random_tokens(40, 16)
-    options = HealingSettings(**(asdict(SETTINGS) | {"tokens": 40 * 64, "torch_compile": False}))
+    options = HealingSettings(**(dict(SETTINGS) | {"tokens": 40 * 64, "torch_compile": False}))
     student_logits, teacher_logits = (m(blocks[:4]).logits[:, :-1] for m in (student, teacher))
     expected = plain_kl(student_logits, teacher_logits, 1.0)
     report = heal(
@@ -147,7 +156,7 @@ def test_a_larger_teacher_of_the_same_vocabulary(random_tokens: Any, tmp_path: P
     )
     assert report.valid_loss_before == pytest.approx(expected.item(), rel=1e-4)
     assert report.losses[-1][1] < 0.8 * report.losses[0][1]
-    options = replace(options, hidden_weight=0.1)
+    options = options.model_copy(update={"hidden_weight": 0.1})
     with pytest.raises(
         UserError, match=r"2 layers of width 32, the source 3 .* 48; set `hidden_wei"
     ):
@@ -166,9 +175,9 @@ def test_an_offloaded_teacher_teaches_the_same(
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             devices.extend(p.device.type for p in teacher.model.layers.parameters())
 
-    trainer = healing_run.DistillationTrainer
+    trainer = preparation.DistillationTrainer
     monkeypatch.setattr(
-        healing_run,
+        preparation,
         "DistillationTrainer",
         lambda **kwargs: trainer(**{**kwargs, "callbacks": [*kwargs["callbacks"], Look()]}),
     )
@@ -179,7 +188,7 @@ def test_an_offloaded_teacher_teaches_the_same(
             teacher,
             None,
             blocks,
-            settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 3 * 64} | changes)),
+            settings=HealingSettings(**(dict(SETTINGS) | {"tokens": 3 * 64} | changes)),
             output_dir=tmp_path / name,
             progress=False,
         )
@@ -213,7 +222,7 @@ def test_lora_trains_the_attention_and_adapters_that_end_merged(
 
     seen: dict[str, Any] = {}
     with monkeypatch.context() as patch:
-        trainer = healing_run.DistillationTrainer
+        trainer = preparation.DistillationTrainer
 
         def interrupted_trainer(**kwargs: Any) -> Any:
             kwargs["callbacks"].append(StopAt(6, signal.SIGTERM))
@@ -222,7 +231,7 @@ def test_lora_trains_the_attention_and_adapters_that_end_merged(
                 seen.update({names[id(p)]: group["lr"] for p in group["params"]})
             return trainer(**kwargs)
 
-        patch.setattr(healing_run, "DistillationTrainer", interrupted_trainer)
+        patch.setattr(preparation, "DistillationTrainer", interrupted_trainer)
         with pytest.raises(HealingInterrupted):
             run(tmp_path / "parts", blocks, **settings)
     layer = "model.layers.0."
@@ -252,7 +261,7 @@ def test_heals_on_a_gpu_in_bfloat16(random_tokens: Any, tmp_path: Path) -> None:
         teacher,
         None,
         random_tokens(64, 16),
-        settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 60 * 64, "batch_size": None})),
+        settings=HealingSettings(**(dict(SETTINGS) | {"tokens": 60 * 64, "batch_size": None})),
         output_dir=tmp_path,
         valid_blocks=random_tokens(8, 16, seed=9),
         progress=False,

@@ -23,7 +23,7 @@ from tpa_convert.healing.loss import comparison
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.monitoring import trackers
 from tpa_convert.healing.monitoring.callbacks import GracefulStop, Speedometer
-from tpa_convert.healing.monitoring.dashboard import Dashboard, sparkline
+from tpa_convert.healing.monitoring.dashboard import PLAIN_LINES, Dashboard, sparkline
 from tpa_convert.healing.training.hardware import peak_flops
 
 
@@ -150,6 +150,35 @@ def test_the_panel_shows_where_the_run_is(width: int) -> None:
     assert "stopping after this step" in panel.console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_panel_takes_the_terminal_and_gives_it_back() -> None:
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None)
+        panel = Dashboard(Speedometer(1024), GracefulStop(), 1e9, console)
+        assert panel.is_live == terminal
+        args = SimpleNamespace(device=torch.device("cpu"))
+        state = TrainerState(global_step=0, max_steps=5, log_history=[])
+        panel.on_train_begin(args, state, None)  # type: ignore[arg-type]
+        live = panel.live
+        assert (live is not None and live.is_started) == terminal
+        panel.on_train_end(args, state, None)  # type: ignore[arg-type]
+        assert panel.live is None
+        assert live is None or not live.is_started
+
+
+def test_long_runs_have_few_plain_lines() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    panel = Dashboard(Speedometer(1024), GracefulStop(), 1e9, console)
+    args = SimpleNamespace(device=torch.device("cpu"))
+    state = TrainerState(global_step=0, max_steps=10 * PLAIN_LINES, log_history=[])
+    panel.on_train_begin(args, state, None)  # type: ignore[arg-type]
+    for step in range(1, state.max_steps + 1):
+        state.global_step = step
+        panel.on_log(args, state, None, {"loss": 1.0})  # type: ignore[arg-type]
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    found = [int(re.search(r"step (\d+)", line)[1]) for line in lines]  # type: ignore[index]
+    assert found == [1, *range(10, state.max_steps + 1, 10)]
+
+
 def test_a_run_that_starts_has_a_panel() -> None:
     _, drawn = dashboard(80, [], held_out=False)
     assert "the first step takes longest" in drawn
@@ -197,9 +226,12 @@ def test_tensorboard_gets_the_losses_and_the_held_out_text(
     )
 
 
-def test_logs_that_cannot_be_written_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="log_to takes tensorboard and wandb, not mlflow"):
+def test_logs_that_cannot_be_written_are_refused(
+    random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="log_to must be tensorboard or wandb, not mlflow"):
         HealingSettings(log_to=("mlflow",))
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="log_to wandb needs the package wandb: pip install wandb"):
-        HealingSettings(log_to=("wandb",))
+    with pytest.raises(UserError, match="`log_to` wandb needs the package wandb: pip install"):
+        healed(tmp_path, random_tokens(8, 16), None, settings={"log_to": ("wandb",)})
+    assert not any(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tests.conftest import make_tiny_llama
 from tpa_convert.healing import HealingReport, HealingSettings, heal
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 
 STEPS, INTERVAL, KILLED_AT = 12, 3, 8
 
@@ -60,8 +60,8 @@ def run(directory: Path) -> tuple[HealingReport, Any]:
 
 def killed_run(directory: Path) -> None:
     """The run of a subprocess that does not survive it."""
-    trainer = healing_run.DistillationTrainer
-    healing_run.DistillationTrainer = lambda **kwargs: trainer(  # type: ignore[assignment, misc]
+    trainer = preparation.DistillationTrainer
+    preparation.DistillationTrainer = lambda **kwargs: trainer(  # type: ignore[assignment, misc]
         **{**kwargs, "callbacks": [*kwargs["callbacks"], KillAt()]}
     )
     run(directory)

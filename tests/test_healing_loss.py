@@ -23,7 +23,7 @@ from tpa_convert.healing import (
     parameter_groups,
     skewed_kl,
 )
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 
 
 @given(
@@ -117,14 +117,14 @@ def test_loss_of_the_trainer_equals_plain_distillation(
 
     rates = {"attention_learning_rate": 1e-2, "learning_rate": 3e-3}
     groups = parameter_groups(reference, **rates, weight_decay=0.1)
-    optimizer = torch.optim.AdamW(groups, betas=healing_run.ADAM_BETAS)
+    optimizer = torch.optim.AdamW(groups, betas=preparation.ADAM_BETAS)
     targets, target_states = layer_outputs(teacher, blocks)
     # Of two steps, half a cosine (the rates) and a line (the weight) leave the same.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 2)
     divergences = []
     for left in (1.0, 0.5):
         logits, states = layer_outputs(reference, blocks)
-        divergence = loss = plain_kl(logits, targets, 2.0, HealingSettings.skew)
+        divergence = loss = plain_kl(logits, targets, 2.0, HealingSettings().skew)
         for state, target in zip(states, target_states, strict=True):
             missed = (state - target).square().mean((0, 1)) / target.var((0, 1), correction=0)
             loss = loss + left * hidden_weight * missed.mean() / len(states)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,20 +53,9 @@ def test_bad_input_is_a_user_error(
         attempt(model, model, None, blocks[:, :15])
     with pytest.raises(UserError, match="documents need a tokenizer"):
         attempt(model, model, None, ["text"])
-    softcapped = make_tiny_llama()
-    plain_forward = softcapped.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = plain_forward(*args, **kwargs)
-        output.logits = output.logits.tanh()
-        return output
-
-    softcapped.forward = forward
-    with pytest.raises(UserError, match="source changes its logits"):
-        attempt(model, softcapped, None, blocks)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    offloaded = HealingSettings(**(asdict(SETTINGS) | {"offload_teacher": True}))
+    offloaded = HealingSettings(**(dict(SETTINGS) | {"offload_teacher": True}))
     with pytest.raises(UserError, match="leave out `offload_teacher`"):
         attempt(model, model, None, blocks, settings=offloaded)
     assert not (tmp_path / "checkpoints").exists()
@@ -92,7 +80,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(random_tokens: Any, tmp_path: P
 def test_a_run_that_leaves_its_source_stops(random_tokens: Any, tmp_path: Path) -> None:
     teacher = make_tiny_llama()
     changes = {"attention_learning_rate": 0.1, "learning_rate": 0.1, "save_steps": 2}
-    far = replace(SETTINGS, tokens=40 * 64, **changes)
+    far = SETTINGS.model_copy(update={"tokens": 40 * 64, **changes})
     with pytest.raises(UserError, match=r"loss rose from 0\.\d+ to 0\.\d+ by step \d+ \("):
         heal(
             copy.deepcopy(teacher),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.healing import SETTINGS, StopAt, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted, HealingSettings, heal
 from tpa_convert.healing.monitoring.callbacks import GracefulStop
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -31,13 +30,13 @@ def test_an_interrupted_run_resumes_on_the_same_curve(
 
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        trainer = healing_run.DistillationTrainer
+        trainer = preparation.DistillationTrainer
 
         def interrupted_trainer(**kwargs: Any) -> Any:
             kwargs["callbacks"].append(StopAt(7, number))
             return trainer(**kwargs)
 
-        patch.setattr(healing_run, "DistillationTrainer", interrupted_trainer)
+        patch.setattr(preparation, "DistillationTrainer", interrupted_trainer)
         with pytest.raises(HealingInterrupted, match="step 8 of 12"):
             run(tmp_path / "parts", blocks)
     assert signal.getsignal(number) is handler
@@ -74,7 +73,7 @@ def test_checkpoints_of_another_run_are_refused(random_tokens: Any, tmp_path: Pa
         make_tiny_llama(),
         None,
         random_tokens(8, 16, seed=1),
-        settings=HealingSettings(**(asdict(SETTINGS) | {"tokens": 64})),
+        settings=HealingSettings(**(dict(SETTINGS) | {"tokens": 64})),
         output_dir=tmp_path,
         resume=False,
         progress=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 from collections import namedtuple
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.conftest import make_tiny_llama
 from tests.healing import SETTINGS, StopAt, perturbed, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted, HealingSettings, heal
-from tpa_convert.healing.training import run as healing_run
+from tpa_convert.healing.training import preparation
 from tpa_convert.healing.training.checkpoints import check_disk
 from tpa_convert.healing.training.data import BlockDataset
 from tpa_convert.healing.training.trainer import CHANNEL_FLOOR, DistillationTrainer
@@ -25,14 +24,14 @@ from tpa_convert.healing.training.trainer import CHANNEL_FLOOR, DistillationTrai
 
 def change_trainer(monkeypatch: pytest.MonkeyPatch, *callbacks: TrainerCallback) -> None:
     """Adds callbacks to the trainers made from now on, and has losses logged every ten steps."""
-    trainer = healing_run.DistillationTrainer
+    trainer = preparation.DistillationTrainer
 
     def changed(**kwargs: Any) -> Any:
         kwargs["args"].logging_steps = 10  # as on a GPU
         kwargs["callbacks"].extend(callbacks)
         return trainer(**kwargs)
 
-    monkeypatch.setattr(healing_run, "DistillationTrainer", changed)
+    monkeypatch.setattr(preparation, "DistillationTrainer", changed)
 
 
 class Poison(TrainerCallback):
@@ -79,7 +78,7 @@ def test_another_source_or_held_out_text_does_not_continue_a_run(
     random_tokens: Any, tmp_path: Path
 ) -> None:
     blocks, valid = random_tokens(8, 16), random_tokens(2, 16, seed=1)
-    settings = HealingSettings(**asdict(SETTINGS) | {"tokens": 2 * 64})
+    settings = HealingSettings(**dict(SETTINGS) | {"tokens": 2 * 64})
 
     def again(seed: int, valid_blocks: Any, dtype: torch.dtype = torch.float32) -> int:
         teacher = make_tiny_llama(seed=seed).to(dtype)
@@ -128,7 +127,7 @@ def test_channels_are_measured_in_pieces(
         layer.self_attn.o_proj.weight.data[3] = layer.mlp.down_proj.weight.data[3] = 0
     blocks = random_tokens(5, 16)
     states = teacher.model(blocks, output_hidden_states=True).hidden_states[1:-1]
-    args = healing_run._training_arguments(
+    args = preparation.training_arguments(
         teacher, HealingSettings(tokens_per_step=80, batch_size=1), 16, tmp_path
     )
     args.per_device_train_batch_size = batch_size

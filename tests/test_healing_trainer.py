@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def test_layers_of_different_shapes_are_compiled_together(
     for compiled in (False, True):
         copied = copy.deepcopy(student)
         options = HealingSettings(
-            **asdict(SETTINGS) | {"tokens": 4 * 64, "torch_compile": compiled, "hidden_weight": 0.5}
+            **dict(SETTINGS) | {"tokens": 4 * 64, "torch_compile": compiled, "hidden_weight": 0.5}
         )
         folder = tmp_path / str(compiled)
         report = heal(

@@ -246,7 +246,7 @@ def test_a_truncated_file_is_refused(moments, tmp_path) -> None:
 def test_moments_of_another_source_are_refused(tiny_llama) -> None:
     source = source_of(tiny_llama("gqa"))
     moments = collect_moments(source, BLOCKS)
-    plan = plan_uniform(source.architecture.llama_config(source.model.config), Budget(kv_floats=16))
+    plan = plan_uniform(source.family.attention_sizes(source.model.config), Budget(kv_floats=16))
     convert_model(source, plan, moments)
     with pytest.raises(UserError, match="made from another source"):
         convert_model(source, plan, replace(moments, source_sha256="f" * 64))

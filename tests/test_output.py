@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tpa_convert.export.output import (
     PROVENANCE_FILE,
     atomic_directory,
     atomic_file,
+    check_file,
     check_output,
     is_disk_full,
 )
@@ -146,6 +148,24 @@ def test_file_as_output_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "out", overwrite=True)
 
 
+def test_files_as_output(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    check_file(None)
+    check_file(file)
+    file.touch()
+    with pytest.raises(UserError, match=r"plan\.yaml exists: choose another file"):
+        check_file(file)
+    check_file(file, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is a directory: name a file"):
+            check_file(tmp_path, overwrite)
+
+
+def test_folders_of_a_file_are_made(tmp_path: Path) -> None:
+    write_file(tmp_path / "deep" / "er" / "result.json")
+    assert (tmp_path / "deep" / "er" / "result.json").read_text() == "new"
+
+
 def test_atomic_file_replaces_or_leaves(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text("old")
@@ -158,9 +178,12 @@ def test_atomic_file_replaces_or_leaves(tmp_path: Path) -> None:
 
 
 def test_atomic_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    os.umask(before)
     with atomic_file(tmp_path / "made") as temporary:
         temporary.touch()
         temporary.chmod(0o600)  # as safetensors leaves it
+    assert os.umask(before) == before  # which is the process's, and only looked at
     (tmp_path / "plain").touch()
     assert (tmp_path / "made").stat().st_mode == (tmp_path / "plain").stat().st_mode
 

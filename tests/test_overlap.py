@@ -12,7 +12,8 @@ import pytest
 
 from tests.command_line import CONVERT, error_of, save_source, tpa_convert
 from tpa_convert.errors import UserError
-from tpa_convert.options.recipe import Recipe, validated
+from tpa_convert.options.declaration import validated
+from tpa_convert.options.recipe import Recipe
 from tpa_convert.pipeline.run import run
 from tpa_convert.text.overlap import load_local, refuse_seen_documents
 
@@ -45,6 +46,9 @@ def test_documents_in_both(save) -> None:
 def test_parts_and_short_documents_may_recur() -> None:
     refuse_seen_documents({"a": [SENTENCES[0] + SENTENCES[1], "Chapter 1"]}, {"b": SENTENCES})
     refuse_seen_documents({"a": ["Chapter 1"]}, {"b": ["Chapter 1"]})
+    for whole in ([SENTENCES[0]], ["Chapter 1", SENTENCES[0] + SENTENCES[1]]):  # but these may not
+        with pytest.raises(UserError, match="1 of 1 documents of b are in the training text a too"):
+            refuse_seen_documents({"a": whole}, {"b": [whole[-1]]})
 
 
 def test_streams_are_not_read(save) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.command_line import error_of, save_source, tpa_convert
 from tests.conversions import random_blocks, source_of, tiny_moments
-from tpa_convert.cli.terminal import show_layers
+from tpa_convert.cli.tables import show_layers
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import agreement
@@ -41,7 +41,7 @@ def test_a_loss_is_that_of_a_model_with_only_this_part_narrowed(measured, part) 
     for width, loss in zip(sensitivity.widths, sensitivity.losses, strict=True):
         widths = [(full, full)] * len(moments.layers)
         widths[layer] = (width, full) if part == "keys" else (full, width)
-        config = source.architecture.llama_config(source.model.config)
+        config = source.family.attention_sizes(source.model.config)
         model = convert_model(source, plan_widths(widths, config), moments)
         source_logits = source.model(blocks).logits[:, ::POSITION_STRIDE].log_softmax(-1)
         logits = model(blocks).logits[:, ::POSITION_STRIDE].log_softmax(-1)
@@ -68,7 +68,7 @@ def test_a_full_width_loses_nothing_and_narrower_ones_more(measured) -> None:
 @pytest.mark.parametrize("floats", [8, 13, 20, 32])
 def test_a_measured_plan_keeps_to_its_budget(measured, floats) -> None:
     source, _, _, sensitivity = measured
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     plan = plan_measured(sensitivity, config, floats, multiple_of=2)
     assert floats - 1 <= plan.kv_floats <= floats
     uniform = plan_uniform(config, Budget(kv_floats=floats))
@@ -86,7 +86,7 @@ def test_the_most_sensitive_layer_gets_the_most(measured) -> None:
         sensitivity = measure_sensitivity(source, tiny_moments(source.model), blocks)
     finally:
         quiet.data.copy_(original)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     first, *others = plan_measured(sensitivity, config, 16, multiple_of=2).layers
     assert first.width_k + first.width_v < min(o.width_k + o.width_v for o in others)
 
@@ -94,7 +94,7 @@ def test_the_most_sensitive_layer_gets_the_most(measured) -> None:
 @pytest.mark.parametrize(("multiple", "floats"), [(3, 16), (6, 16), (8, 8)])
 def test_multiples_that_do_not_fit(measured, multiple, floats) -> None:
     source, _, _, sensitivity = measured
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     with pytest.raises(UserError, match="multiples of"):
         plan_measured(sensitivity, config, floats, multiple_of=multiple)
 
@@ -109,7 +109,7 @@ def test_multiples_that_do_not_fit(measured, multiple, floats) -> None:
 @pytest.mark.parametrize("gauge", ["absorbed", "applied"])
 def test_parameters_and_cache_are_those_of_the_model(measured, form, key_cache, gauge) -> None:
     source, moments, blocks, _ = measured
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     budget = Budget(kv_floats=24)
     plan = plan_uniform(config, budget, form=form, gauge=gauge, key_cache=key_cache)
     model = convert_model(source, plan, moments)
@@ -127,14 +127,14 @@ def test_parameters_and_cache_are_those_of_the_model(measured, form, key_cache, 
 
 def test_source_parameters(measured) -> None:
     source = measured[0]
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     matrices = sum(p.numel() for n, p in source.model.named_parameters() if "self_attn" in n)
     assert source_cost(config, context=10).parameters == matrices
 
 
 def test_arithmetic_of_decoding_grows_by_the_widths_that_a_token_reads(measured) -> None:
     source = measured[0]
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     plan = plan_widths([(6, 4)] * config["num_hidden_layers"], config)
     per_token = [plan_cost(plan, config, context=n).decode_flops for n in (100, 101)]
     expected = config["num_hidden_layers"] * 2 * config["num_attention_heads"] * (6 + 4)
@@ -143,7 +143,7 @@ def test_arithmetic_of_decoding_grows_by_the_widths_that_a_token_reads(measured)
 
 def test_latent_keys_are_rebuilt_for_every_cached_token(measured) -> None:
     source = measured[0]
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     groups, head_dim = config["num_key_value_heads"], config["head_dim"]
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     plan = plan_widths([(6, 4)] * layers, config, key_cache="latent")
@@ -164,7 +164,7 @@ def test_largest_context() -> None:
 # ------------------------------------------------------------------------------- file
 
 
-def llama_config(layers: int = 3) -> dict[str, int]:
+def sizes(layers: int = 3) -> dict[str, int]:
     return {
         "num_key_value_heads": 2,
         "head_dim": 8,
@@ -175,10 +175,10 @@ def llama_config(layers: int = 3) -> dict[str, int]:
 
 @pytest.mark.parametrize("key_cache", ["rotated", "latent"])
 def test_a_plan_survives_its_file(tmp_path, key_cache) -> None:
-    plan = plan_widths([(4, 16), (16, 3), (8, 8)], llama_config(), key_cache=key_cache)
+    plan = plan_widths([(4, 16), (16, 3), (8, 8)], sizes(), key_cache=key_cache)
     path = tmp_path / "plan.yaml"
     path.write_text(plan_to_yaml(plan, {"id": "tiny"}))
-    assert load_plan(path, llama_config()) == plan
+    assert load_plan(path, sizes()) == plan
     assert yaml.safe_load(path.read_text())["form"] == "static"  # one value for all layers
 
 
@@ -194,19 +194,26 @@ def test_a_plan_survives_its_file(tmp_path, key_cache) -> None:
     ],
 )
 def test_bad_plans_are_told_apart(tmp_path, change, message) -> None:
-    values = yaml.safe_load(plan_to_yaml(plan_widths([(8, 8)] * 3, llama_config()), {}))
+    values = yaml.safe_load(plan_to_yaml(plan_widths([(8, 8)] * 3, sizes()), {}))
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(values | change))
     with pytest.raises(UserError, match=message):
-        load_plan(path, llama_config())
+        load_plan(path, sizes())
 
 
 @pytest.mark.parametrize("text", ["", "just text", "form: static", "a: [", "\x00"])
 def test_files_that_are_no_plan(tmp_path, text) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="plan"):
-        load_plan(path, llama_config())
+    with pytest.raises(UserError, match=r"plan\.yaml is not a plan.*: make one with"):
+        load_plan(path, sizes())
+
+
+def test_no_file_at_all(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no plan at .*nowhere\.yaml: make one"):
+        load_plan(tmp_path / "nowhere.yaml", sizes())
+    with pytest.raises(UserError, match=r"cannot read the plan .*: Is a directory"):
+        load_plan(tmp_path, sizes())
 
 
 # ------------------------------------------------------------------------------- command
@@ -249,8 +256,10 @@ def test_the_command_writes_a_plan_that_convert_takes(tmp_path, text) -> None:
     converted = tpa_convert("convert", source, "--plan", plan, *short, "--out", out)
     assert converted.exit_code == 0, converted.output
     config = json.loads((out / "config.json").read_text())
-    assert config["width_k"] == [layer["width_k"] for layer in best["layers"]]
-    assert config["width_v"] == [layer["width_v"] for layer in best["layers"]]
+    for name in ("width_k", "width_v"):
+        assert [layer[name] for layer in config["tpa_layers"]] == [
+            layer[name] for layer in best["layers"]
+        ]
 
 
 def test_candidates_are_refined_if_the_model_will_be(tmp_path, text) -> None:
@@ -258,7 +267,7 @@ def test_candidates_are_refined_if_the_model_will_be(tmp_path, text) -> None:
     reports = [tmp_path / "plain.json", tmp_path / "refined.json"]
     options = ("--kv-ratio", 0.5, "--json")
     assert planned(source, text, *options, reports[0]).exit_code == 0
-    result = planned(source, text, *options, reports[1], "--refine", "--refine-steps", 20)
+    result = planned(source, text, *options, reports[1], "--refine", "--refine-steps", 8)
     assert result.exit_code == 0, result.output
     assert "after refinement" in result.stdout
     plain, refined = (json.loads(path.read_text())["candidates"] for path in reports)
@@ -276,11 +285,12 @@ def test_latent_keys_are_planned_and_converted(tmp_path, text) -> None:
     for candidate in json.loads(report.read_text())["candidates"]:
         assert {layer["key_cache"] for layer in candidate["layers"]} == {"latent"}
         assert {layer["form"] for layer in candidate["layers"]} == {"static"}
-    converted = tpa_convert("convert", source, "--plan", plan, "--out", tmp_path / "small")
+    short = ("--calibration", text, "--calibration-blocks", 2, "--block-length", 32)
+    converted = tpa_convert("convert", source, "--plan", plan, *short, "--out", tmp_path / "small")
     assert converted.exit_code == 0, converted.output
     assert "latent key width" in converted.stdout
-    assert "every step rebuilds the keys" in converted.stdout
-    assert "every step rebuilds the keys" in result.stdout
+    assert "Every step rebuilds the keys" in converted.stdout
+    assert "Every step rebuilds the keys" in result.stdout
 
 
 def test_the_same_command_makes_the_same_plan(tmp_path, text) -> None:
@@ -430,7 +440,7 @@ def test_a_plan_and_another_budget_exclude_each_other(tmp_path) -> None:
 def test_agreement_of_the_exact_plan(measured) -> None:
     """Full widths: nothing lost, in the prediction as in the model."""
     source, moments, blocks, sensitivity = measured
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     plan = plan_measured(sensitivity, config, 32, multiple_of=2)
     assert predicted_loss(plan, sensitivity) == 0
     model = convert_model(source, plan, moments)

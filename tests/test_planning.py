@@ -21,7 +21,7 @@ SOURCE_FLOATS = 2 * GROUPS * HEAD_DIM  # 48
 
 
 def fields(groups: int = GROUPS, head_dim: int = HEAD_DIM, layers: int = LAYERS) -> dict[str, Any]:
-    """What `Architecture.llama_config` says, as far as a plan and a config need it."""
+    """What `Family.sizes` says, as far as a plan and a config need it."""
     return {
         "num_key_value_heads": groups,
         "num_attention_heads": 2 * groups,
@@ -130,16 +130,16 @@ def test_a_budget_above_the_source_is_refused(budget) -> None:
 
 
 @pytest.mark.parametrize(
-    "budget",
+    ("budget", "message"),
     [
-        {},
-        {"kv_floats": 20, "kv_ratio": 0.5},
-        {"kv_floats": 20, "rank_k": 1},
-        {"kv_bytes": 400, "width_v": 4},
+        ({}, "give the budget once"),
+        ({"kv_floats": 20, "kv_ratio": 0.5}, "give the budget once"),
+        ({"kv_floats": 20, "rank_k": 1}, r"either a --kv-\* budget or ranks and widths, not both"),
+        ({"kv_bytes": 400, "width_v": 4}, r"either a --kv-\* budget or ranks and widths, not both"),
     ],
 )
-def test_the_budget_is_given_once(budget) -> None:
-    with pytest.raises(UserError, match="give"):
+def test_the_budget_is_given_once(budget, message) -> None:
+    with pytest.raises(UserError, match=message):
         plan(**budget)
 
 

@@ -79,8 +79,13 @@ def test_relative_error_is_measured_per_token() -> None:
     assert relative_error(output, target, scale).item() == pytest.approx((1 + 0.5) / 2)
 
 
-def test_a_single_step_is_enough_to_run(tiny_llama) -> None:
+def test_a_single_step_is_a_step(tiny_llama) -> None:
     source = tiny_llama("gqa")
     model = convert_tiny(source, kv_floats=14)
-    report = refine(source, model, random_blocks(count=4), RefinementSettings(steps=1))
+    before = [layer.self_attn.o_proj.weight.clone() for layer in model.model.layers]
+    settings = RefinementSettings(steps=1, learning_rate=1e-3)
+    report = refine(source, model, random_blocks(count=4), settings)
     assert len(report) == 2
+    for layer, weight, found in zip(model.model.layers, before, report, strict=True):
+        assert not torch.equal(layer.self_attn.o_proj.weight, weight)
+        assert found.after < found.before

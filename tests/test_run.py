@@ -14,7 +14,7 @@ import yaml
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingInterrupted
-from tpa_convert.options.recipe import SourceOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline import run as run_module
 
 

@@ -60,7 +60,7 @@ class TestLoading:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert not source.model.training
         assert not any(parameter.requires_grad for parameter in source.model.parameters())
-        assert source.architecture.model_type == "llama"
+        assert source.family.model_type == "llama"
         assert source.tokenizer.decode(source.tokenizer("Hello, world").input_ids) == "Hello, world"
 
     @pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])

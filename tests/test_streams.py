@@ -16,7 +16,7 @@ from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.refinement.streams import StreamPair, find_sum
 
 BLOCKS = random_blocks(count=6, length=32, seed=3)
-SUMS = {"llama": 1.0, "qwen3": 1.0, "mistral": 1.0, "phi3": 1.0, "granite": 0.3}
+SUMS = {"llama": 1.0, "qwen2": 1.0, "qwen3": 1.0, "mistral": 1.0, "phi3": 1.0, "granite": 0.3}
 
 
 def damaged(model: Any, amount: float = 0.3) -> Any:

@@ -24,7 +24,7 @@ def test_a_sensitivity_is_the_loss_of_the_whole_model(part) -> None:
     moments = tiny_moments(source.model)
     sensitivity = measure_sensitivity(source, moments, BLOCKS)
     log_p = source.model(BLOCKS).logits[:, ::POSITION_STRIDE].log_softmax(-1)
-    config = source.architecture.llama_config(source.model.config)
+    config = source.family.attention_sizes(source.model.config)
     for layer in (0, 1):  # with a window, and without
         measured = getattr(sensitivity[layer], part)
         width = measured.widths[0]
@@ -42,7 +42,7 @@ def test_a_sensitivity_is_the_loss_of_the_whole_model(part) -> None:
 def test_converted_models_are_brought_closer(family, key_cache) -> None:
     source = MODELS[family]()
     reference = source(UNSEEN).logits
-    model = convert_tiny(source, kv_floats=20, key_cache=key_cache)
+    model = convert_tiny(source, kv_floats=16, key_cache=key_cache)
 
     def error() -> float:
         return (model(UNSEEN).logits - reference).square().mean().item()

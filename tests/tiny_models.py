@@ -20,6 +20,8 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -85,5 +87,6 @@ MODELS: dict[str, Callable[..., Any]] = {
     ),
     "phi": lambda seed=0: random_model(PhiForCausalLM, PhiConfig(**SIZES), seed),
     "phi3": lambda seed=0: random_model(Phi3ForCausalLM, Phi3Config(**SIZES), seed),
+    "qwen2": lambda seed=0: random_model(Qwen2ForCausalLM, Qwen2Config(**SIZES), seed),
 }
 """Each takes a seed: 3 layers, hidden size 32, vocabulary 128."""

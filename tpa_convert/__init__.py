@@ -8,6 +8,16 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+
+def _is_command_line() -> bool:
+    """Whether the process runs `tpa-convert`, or `python -m tpa_convert`."""
+    program = Path(sys.argv[0]).stem if sys.argv else ""
+    if program == "-m" and "-m" in sys.orig_argv[:-1]:  # a module is being looked for
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+        return module.split(".")[0] == "tpa_convert"
+    return program == "tpa-convert"
+
+
 # The command line imports what each command needs: its --help does not wait for torch.
-if [Path(program).name for program in sys.argv[:1]] != ["tpa-convert"]:
+if not _is_command_line():
     import tpa_convert.modeling  # noqa: F401

@@ -220,7 +220,8 @@ def collect_moments(
         query_stride: distance of the positions taken as queries.
         track: shows progress over the layers, called as `track(layers, description)`.
     """
-    names = source.architecture.names
+    source.family.check_names(source.model)
+    names = source.family.names
     walk = DecoderWalk(source.model, blocks, batch_size, names.attention)
     layers = []
     for i in track(range(len(walk.layers)), "calibrating"):

@@ -55,13 +55,14 @@ def convert_model(
         raise UserError(
             "the moments file was made from another source: calibrate again with --save-moments"
         )
-    architecture, model = source.architecture, source.model
+    family, model = source.family, source.model
+    family.check_names(model)
     dtype = dtype or model.dtype
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    layers = [getattr(layer, architecture.names.attention) for layer in decoder.layers]
+    layers = [getattr(layer, family.names.attention) for layer in decoder.layers]
     attention_prefixes = tuple(
-        f"{prefix}.layers.{i}.{architecture.names.attention}." for i in range(len(layers))
+        f"{prefix}.layers.{i}.{family.names.attention}." for i in range(len(layers))
     )
     state = {
         name: tensor.to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
@@ -71,22 +72,22 @@ def convert_model(
     shapes = []
     for i, shape in enumerate(track(plan.layers, "converting")):
         parameters, shape = convert_layer(
-            attention_weights(layers[i], architecture.names, model.config, i),
+            attention_weights(layers[i], family.names, model.config, i, device="cpu"),
             moments.layers[i] if moments else None,
             shape,
             method=method,
             whiten=whiten,
             rank_limit_k=plan.rank_limit_k,
         )
-        parameters |= query_norm_parameters(layers[i], architecture.names)
+        parameters |= query_norm_parameters(layers[i], family.names)
         state |= {
             attention_prefixes[i] + name: tensor.to("cpu", dtype).contiguous()
             for name, tensor in parameters.items()
         }
         shapes.append(asdict(shape))
-    config = architecture.tpa_config(model.config, shapes)
+    config = family.tpa_config(model.config, shapes)
     config.tie_word_embeddings = has_tied_head(model)
-    return build(architecture.causal_lm, config, state, model)
+    return build(family.causal_lm, config, state, model)
 
 
 def build(

@@ -85,25 +85,65 @@ def auto_map(causal_lm: Any) -> dict[str, str]:
     }
 
 
+def is_converted(directory: str | Path) -> bool:
+    """Whether a directory holds a converted model, saved by whomever: its config says so."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # As `families.is_tpa`, without the code that such a config may want to run.
+    return isinstance(config, dict) and (
+        config.get("model_type") == "tpa" or config.get("tpa_layers") is not None
+    )
+
+
 def load_converted(
     directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an output of this package, in eval mode.
+    """Load a converted model, in eval mode, and its tokenizer. How it was made does not matter.
 
     Args:
         dtype: of the weights; by default as saved.
 
     Raises:
-        UserError: `directory` is not such an output, or damaged.
+        UserError: there is no converted model or no tokenizer in `directory`, or it is damaged.
     """
-    read_provenance(directory)
+    model = load_model(directory, dtype=dtype, device=device)
+    return model, load_tokenizer(directory)
+
+
+def load_model(
+    directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """`load_converted` without the tokenizer."""
+    if not Path(directory).is_dir():
+        raise UserError(f"no such directory: {directory}")
+    if not is_converted(directory):
+        raise UserError(
+            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
+            "one with `tpa-convert convert`"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{directory} is damaged ({reason}): convert again") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights of a converted model.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{directory} holds no tokenizer that can be loaded: copy tokenizer.json and "
+            "tokenizer_config.json there from the model that it was made from"
+        ) from error
 
 
 def write_provenance(directory: Path, name: str, provenance: Mapping[str, Any]) -> None:

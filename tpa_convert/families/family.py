@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import AttentionNames, source_head_dim
+from tpa_convert.families.class_pair import class_pair
+from tpa_convert.modeling import AttentionNames, register, source_head_dim
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Family:
     """A family of decoder-only models whose attention can be replaced.
 
     Attributes:
@@ -46,7 +47,7 @@ class Architecture:
         """The converted decoder without its head."""
         return self.causal_lm.decoder_class
 
-    def llama_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
         return {
             "hidden_size": config.hidden_size,
@@ -56,6 +57,27 @@ class Architecture:
             "head_dim": source_head_dim(config),
             "key_norm": self.key_norm,
         }
+
+    def check_names(self, model: PreTrainedModel) -> None:
+        """Refuses a model whose attention is not where the names say.
+
+        Raises:
+            UserError: names that are missing, and those that are there instead.
+        """
+        names = self.names
+        projections = [names.fused] if names.fused else [names.query, names.key, names.value]
+        for layer in cast(Any, model.get_decoder()).layers:
+            for module, wanted in (
+                (layer, [names.attention]),
+                (getattr(layer, names.attention, None), [*projections, names.output]),
+            ):
+                missing = [name for name in wanted if not hasattr(module, name)]
+                if missing:
+                    found = ", ".join(name for name, _ in cast(Any, module).named_children())
+                    raise UserError(
+                        f"{self.model_type}: {type(module).__name__} has no {', '.join(missing)} "
+                        f"(it has {found}); register the family with the names that it uses"
+                    )
 
     def tpa_config(self, config: PreTrainedConfig, layers: list[dict[str, Any]]) -> Any:
         """Config of the model that a source with this config becomes.
@@ -77,12 +99,34 @@ class Architecture:
 
 ALREADY_TPA = "this model is a TPA model already; convert the model it was made from"
 
-_REGISTRY: dict[str, Architecture] = {}
+_REGISTRY: dict[str, Family] = {}
 
 
-def register_architecture(architecture: Architecture) -> None:
-    """Makes a family known to `architecture_of`; a later registration replaces an earlier one."""
-    _REGISTRY[architecture.model_type] = architecture
+def add_family(family: Family) -> None:
+    """Makes a family known to `family_of`; a later registration replaces an earlier one."""
+    _REGISTRY[family.model_type] = family
+
+
+def register_family(
+    config: type[PreTrainedConfig],
+    model: type[PreTrainedModel],
+    causal_lm: type[PreTrainedModel],
+    names: AttentionNames | None = None,
+    *,
+    key_norm: bool = False,
+) -> Family:
+    """Makes a class that the package does not know convertible, and its conversions loadable.
+
+    Args:
+        config, model, causal_lm: the source's config, decoder and decoder with head.
+        names: where its attention is and what its projections are called.
+        key_norm: whether it normalises queries and keys for each head.
+    """
+    converted = class_pair(config, model, causal_lm, names or AttentionNames())
+    register(converted, with_code=False)
+    family = Family(config.model_type, converted, key_norm)
+    add_family(family)
+    return family
 
 
 def is_tpa(config: PreTrainedConfig) -> bool:
@@ -90,8 +134,8 @@ def is_tpa(config: PreTrainedConfig) -> bool:
     return config.model_type == "tpa" or getattr(config, "tpa_layers", None) is not None
 
 
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model with this config.
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model with this config.
 
     Raises:
         UserError: the model cannot be converted; the message says why, in one line.
@@ -133,7 +177,7 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
         return f"{kind} rotates only a part of each head (partial RoPE); this is not supported yet"
     return (
         f"model type {kind!r} is unknown (known: {', '.join(sorted(_REGISTRY))}); describe it "
-        "with tpa_convert.families.register_architecture"
+        "with tpa_convert.families.register_family"
     )
 
 

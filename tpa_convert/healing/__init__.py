@@ -2,8 +2,8 @@
 
 from tpa_convert.forward.divergence import chunked_divergence, forward_kl, skewed_kl
 from tpa_convert.healing.training.run import HealingInterrupted, HealingReport, heal
-from tpa_convert.healing.training.settings import HealingSettings
 from tpa_convert.healing.training.trainer import DistillationTrainer, parameter_groups
+from tpa_convert.options.healing import HealingSettings
 
 __all__ = [
     "DistillationTrainer",

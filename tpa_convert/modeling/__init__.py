@@ -22,12 +22,13 @@ from .tpa_model import TPAModelMixin
 from .tpa_rotary import pair_table
 
 
-def register(causal_lm: Any) -> None:
+def register(causal_lm: Any, with_code: bool = True) -> None:
     """Makes a family's models known to the Auto classes, and their code part of exports."""
     config, decoder = causal_lm.config_class, causal_lm.decoder_class
-    config.register_for_auto_class()
-    decoder.register_for_auto_class("AutoModel")
-    causal_lm.register_for_auto_class("AutoModelForCausalLM")
+    if with_code:
+        config.register_for_auto_class()
+        decoder.register_for_auto_class("AutoModel")
+        causal_lm.register_for_auto_class("AutoModelForCausalLM")
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, decoder, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

@@ -201,6 +201,8 @@ class TPAAttention(nn.Module):
         others that of the new tokens.
         """
         stock = isinstance(cache, Cache)
+        if not stock and "kwargs" not in signature(cache.update).parameters:
+            raise ValueError("continuous batching of TPA models needs transformers 5.20 or newer")
         length, positions = key.shape[2], kwargs.get("position_ids")
         slots = None
         if self.shape.latent_keys and stock:

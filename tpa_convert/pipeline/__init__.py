@@ -1,7 +1,8 @@
 """The steps of the command line as a Python API: plan, convert, heal, evaluate, generate.
 
     from tpa_convert import pipeline
-    from tpa_convert.options.recipe import ConvertOptions, HealOptions
+    from tpa_convert.options.conversion import ConvertOptions
+from tpa_convert.options.healing import HealOptions
 
     pipeline.convert("HuggingFaceTB/SmolLM2-135M", "small", ConvertOptions(kv_ratio=0.5))
     pipeline.heal("small", "healed", HealOptions(text=["essays.jsonl"]))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.export.output import atomic_file
-from tpa_convert.options.recipe import CalibrationOptions
+from tpa_convert.options.conversion import CalibrationOptions
 from tpa_convert.progress import Track
 from tpa_convert.sources import Source
 from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks

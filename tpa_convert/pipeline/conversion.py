@@ -13,7 +13,8 @@ from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_directory, check_output
 from tpa_convert.export.save import save_converted, stamp
-from tpa_convert.options.recipe import ConvertOptions, SourceOptions
+from tpa_convert.options.conversion import ConvertOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.prediction import Prediction, predict
 from tpa_convert.pipeline.selection import load, source_options

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import LongTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_file, check_output
 from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
-from tpa_convert.healing import HealingReport, HealingSettings
+from tpa_convert.healing import HealingReport
 from tpa_convert.healing import heal as heal_model
 from tpa_convert.healing.training.distributed import processes
-from tpa_convert.healing.training.run import LOGS
-from tpa_convert.options.recipe import HealOptions, SourceOptions
+from tpa_convert.healing.training.preparation import LOGS
+from tpa_convert.options.healing import HealOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.selection import source_of
 from tpa_convert.pipeline.training_text import (
     blocks_of_text,
@@ -29,12 +32,11 @@ from tpa_convert.pipeline.training_text import (
 )
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.reporting.charts import healing_chart
-from tpa_convert.text.mixture import load_mixture
+from tpa_convert.sources import Source
+from tpa_convert.text.mixture import Mixture, load_mixture
 from tpa_convert.text.overlap import load_local, refuse_seen_documents
 from tpa_convert.text.read import load_documents, token_blocks
 
-# The rest are settings.
-TEXT_OPTIONS = {"text", "valid_text", "text_column", "sampled_tokens", "sampled_chat_tokens"}
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
 LOSS_CHART = "loss.png"  # in the healed model's directory, and shown by its card
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
@@ -83,85 +85,145 @@ def heal(
         UserError: held-out documents are in the training text; see `healing.heal` for the others.
         HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
     """
-    state = processes()
+    prepared = _prepare(directory, check_output(out, overwrite), options, source)
+    if processes().is_main_process:
+        _claim_checkpoints(prepared, resume)
+    processes().wait_for_everyone()
+    report = _train(prepared, resume, progress, track)
+    if processes().is_main_process:
+        _save(prepared, report, overwrite)
+        _warn_of_harm(report)
+    return HealingResult(prepared.out, report)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A healing that is ready to start.
+
+    Attributes:
+        provenance: of the converted model.
+        mixture: training text; `text_blocks` blocks are taken from it.
+    """
+
+    out: Path
+    options: HealOptions
+    provenance: Mapping[str, Any]
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: Source
+    mixture: Mixture
+    text_blocks: int
+    valid_blocks: LongTensor | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the unfinished run, beside the output."""
+        return self.out.with_name(self.out.name + HEALING_SUFFIX)
+
+
+def _prepare(
+    directory: str | Path, out: Path, options: HealOptions, source: str | SourceOptions | None
+) -> _Prepared:
+    """Read and check everything: text first, since models take longer to load."""
     provenance = read_provenance(directory)
-    out = check_output(out, overwrite)
-    settings = HealingSettings(**options.model_dump(exclude=TEXT_OPTIONS))
-    text_blocks = blocks_of_text(options, settings)
+    text_blocks = blocks_of_text(options)
     mixture = load_mixture(options.text_shares, text_column=options.text_column)
     refuse_seen_documents(
         {name: documents for name, (documents, _) in mixture.items()},
         load_local(options.valid_text, text_column=options.text_column),
     )
-    cuda = torch.cuda.is_available()
-    teacher = source_of(
-        directory, provenance, source, dtype=torch.bfloat16 if cuda else torch.float32
-    )
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    teacher = source_of(directory, provenance, source, dtype=dtype)
     student, tokenizer = load_converted(directory, dtype=torch.float32)
-    valid_blocks = None
-    if options.valid_text:
-        valid_blocks = token_blocks(
-            load_documents(options.valid_text, text_column=options.text_column),
-            tokenizer,
-            options.block_length,
-            VALID_BLOCKS,
-            seed=0,  # of all texts and all parts of a long one, the same for all runs
-        )
-    checkpoints = out.with_name(out.name + HEALING_SUFFIX)
-    if state.is_main_process:
-        _claim_checkpoints(checkpoints, provenance, resume)
-    state.wait_for_everyone()
+    return _Prepared(
+        out=out,
+        options=options,
+        provenance=provenance,
+        student=student,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        mixture=mixture,
+        text_blocks=text_blocks,
+        valid_blocks=_valid_blocks(options, tokenizer),
+    )
+
+
+def _valid_blocks(options: HealOptions, tokenizer: PreTrainedTokenizerBase) -> LongTensor | None:
+    if not options.valid_text:
+        return None
+    return token_blocks(
+        load_documents(options.valid_text, text_column=options.text_column),
+        tokenizer,
+        options.block_length,
+        VALID_BLOCKS,
+        seed=0,  # of all texts and all parts of a long one, the same for all runs
+    )
+
+
+def _train(prepared: _Prepared, resume: bool, progress: bool, track: Track) -> HealingReport:
+    """Heal the student in place. An error leaves no checkpoints that are of no use."""
+    options, teacher, checkpoints = prepared.options, prepared.teacher, prepared.checkpoints
     try:
-        report = heal_model(
-            student,
+        blocks = training_blocks(
+            options, prepared.text_blocks, teacher, prepared.mixture, checkpoints, track
+        )
+        return heal_model(
+            prepared.student,
             teacher.model,
-            tokenizer,
-            training_blocks(options, text_blocks, teacher, mixture, checkpoints, track),
-            settings=settings,
+            prepared.tokenizer,
+            blocks,
+            settings=options,
             output_dir=checkpoints,
             resume=resume,
-            valid_blocks=valid_blocks,
+            valid_blocks=prepared.valid_blocks,
             progress=progress,
         )
     except BaseException:
         useful = has_sampled_blocks(checkpoints) or any(checkpoints.glob("*/checkpoint-*"))
-        if state.is_main_process and not useful:
+        if processes().is_main_process and not useful:
             shutil.rmtree(checkpoints, ignore_errors=True)
         raise
-    if not state.is_main_process:
-        return HealingResult(out, report)
+
+
+def _save(prepared: _Prepared, report: HealingReport, overwrite: bool) -> None:
+    """Write the healed model, what it went through and its curves; the checkpoints go."""
+    provenance, checkpoints = prepared.provenance, prepared.checkpoints
+    student = prepared.student
     student.to("cpu", named_dtype(provenance["convert"]["plan"]["dtype"]))
     record = {
-        "settings": options.model_dump(mode="json"),
-        "source": asdict(teacher.reference),
+        "settings": prepared.options.model_dump(mode="json"),
+        "source": asdict(prepared.teacher.reference),
         "report": {k: v for k, v in asdict(report).items() if k != "losses"},
         "chart": LOSS_CHART,
         "earlier": provenance.get("heal"),  # of a model that was healed before
         **stamp(),
     }
     healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
-    with atomic_directory(out, overwrite) as target:
-        save_converted(student, tokenizer, target, out.name, healed)
-        healing_chart(report, settings.tokens_per_step, target / LOSS_CHART)
+    with atomic_directory(prepared.out, overwrite) as target:
+        save_converted(student, prepared.tokenizer, target, prepared.out.name, healed)
+        healing_chart(report, prepared.options.tokens_per_step, target / LOSS_CHART)
         if (checkpoints / LOGS).is_dir():
             shutil.copytree(checkpoints / LOGS, target / LOGS)
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _warn_of_harm(report: HealingReport) -> None:
     before, after = report.valid_loss_before, report.valid_loss_after
     if before is not None and after is not None and after > before:
         warnings.warn(
             f"healing led away from the source (held-out KL {before:.4f} -> {after:.4f}): train on "
             "more tokens or at lower rates, or keep the model as it was",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return HealingResult(out, report)
 
 
-def _claim_checkpoints(directory: Path, provenance: Mapping[str, Any], resume: bool) -> None:
-    """Tie a directory of checkpoints to the converted model they come from."""
+def _claim_checkpoints(prepared: _Prepared, resume: bool) -> None:
+    """Tie the directory of checkpoints to the converted model they come from."""
+    directory = prepared.checkpoints
     if not resume:
         shutil.rmtree(directory, ignore_errors=True)
     claim = directory / PROVENANCE_FILE
-    converted = {name: provenance[name] for name in ("source", "convert")}
+    converted = {name: prepared.provenance[name] for name in ("source", "convert")}
     if claim.is_file():
         if json.loads(claim.read_text(encoding="utf-8")) != converted:
             raise UserError(

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
-from tpa_convert.families import architecture_of
-from tpa_convert.options.recipe import BUDGETS, PlanOptions, SourceOptions
+from tpa_convert.families import family_of
+from tpa_convert.options.conversion import BUDGETS
+from tpa_convert.options.planning import PlanOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.selection import load, source_options
 from tpa_convert.planning.search import Candidate, PlanReport, check_multiples, search
@@ -19,7 +22,6 @@ from tpa_convert.plans import Budget, plan_to_yaml, plan_uniform
 from tpa_convert.plans.cost import largest_context
 from tpa_convert.plans.plan import floats_of_budget
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.refinement.regression import RefinementSettings
 from tpa_convert.sources import read_source_config
 
 CURVE = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # shares of the source's cache that are measured too
@@ -122,42 +124,22 @@ def plan(
     config = read_source_config(
         where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
     )
-    llama_config = architecture_of(config).llama_config(config)
     stored = config.dtype or torch.float32
     cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else stored
-    source_floats = 2 * llama_config["num_key_value_heads"] * llama_config["head_dim"]
-    kv_floats = None
-    if any(getattr(options, name) is not None for name in BUDGETS):
-        budget = Budget(**{name: getattr(options, name) for name in BUDGETS})
-        plan_uniform(llama_config, budget, cache_dtype=cache_dtype)  # refuses what cannot be
-        kv_floats = floats_of_budget(
-            budget, llama_config["num_hidden_layers"], source_floats, cache_dtype
-        )
-    curve = [share * source_floats for share in CURVE]
-    # Without a budget of the user's, one budget on the curve has to fit.
-    largest = max(curve) if kv_floats is None else kv_floats
-    check_multiples(llama_config, largest, options.multiple_of)
+    kv_floats, curve = _budgets(family_of(config).attention_sizes(config), options, cache_dtype)
     loaded = load(where, device)
-    blocks = calibration_blocks(loaded, options)
-    held_out = max(1, len(blocks) // 8)
-    if len(blocks) <= held_out:
-        raise UserError("a plan needs at least two calibration sequences: give more text")
-    moments = moments_of(loaded, blocks[held_out:], options, track)
+    held_out, blocks = _split(calibration_blocks(loaded, options))
+    moments = moments_of(loaded, blocks, options, track)
     if moments.source_sha256 != loaded.reference.sha256:
         raise UserError(f"{options.moments} was made from another source: leave out --moments")
-    settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
     report = search(
         loaded,
         moments,
-        blocks[:held_out],
+        held_out,
+        options,
         kv_floats=kv_floats,
-        max_increase=options.max_increase,
         curve=curve,
-        gauge=options.gauge,
-        multiple_of=options.multiple_of,
-        key_cache=options.key_cache,
-        context=options.context,
-        refinement=(blocks[held_out:], settings) if options.refine else None,
+        refinement_text=blocks,
         track=track,
     )
     return PlanningResult(
@@ -171,3 +153,33 @@ def plan(
         {"id": loaded.reference.id, "sha256": loaded.reference.sha256},
         time.perf_counter() - start,
     )
+
+
+def _budgets(
+    sizes: dict[str, Any], options: PlanOptions, cache_dtype: torch.dtype
+) -> tuple[float | None, list[float]]:
+    """The wanted budget in numbers per token and layer, and the others that are measured too.
+
+    Raises:
+        UserError: what the options ask for cannot be, told before anything is loaded.
+    """
+    source_floats = 2 * sizes["num_key_value_heads"] * sizes["head_dim"]
+    curve = [share * source_floats for share in CURVE]
+    kv_floats = None
+    if options.budgets:
+        budget = Budget(**{name: getattr(options, name) for name in BUDGETS})
+        plan_uniform(sizes, budget, cache_dtype=cache_dtype)  # refuses what cannot be
+        layers = sizes["num_hidden_layers"]
+        kv_floats = floats_of_budget(budget, layers, source_floats, cache_dtype)
+    # Without a budget of the user's, one budget on the curve has to fit.
+    largest = max(curve) if kv_floats is None else kv_floats
+    check_multiples(sizes, largest, options.multiple_of)
+    return kv_floats, curve
+
+
+def _split(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """An eighth of the calibration text, held out of the moments, and the rest."""
+    held_out = max(1, len(blocks) // 8)
+    if len(blocks) <= held_out:
+        raise UserError("a plan needs at least two calibration sequences: give more text")
+    return blocks[:held_out], blocks[held_out:]

@@ -12,8 +12,8 @@ from tpa_convert.decomposition import METHODS
 from tpa_convert.decomposition.tensor import tucker_ranks
 from tpa_convert.dtypes import dtype_name, named_dtype
 from tpa_convert.errors import UserError
-from tpa_convert.families import architecture_of
-from tpa_convert.options.recipe import BUDGETS, RANKS, ConvertOptions
+from tpa_convert.families import family_of
+from tpa_convert.options.conversion import BUDGETS, RANKS, ConvertOptions
 from tpa_convert.plans import Budget, Plan, load_plan, plan_uniform
 
 
@@ -61,23 +61,23 @@ def predict(
         trust_remote_code: whether the model's own code may run, to count its parameters.
 
     Raises:
-        UserError: an impossible budget, or an architecture that cannot be converted.
+        UserError: an impossible budget, or a family that cannot be converted.
     """
-    architecture = architecture_of(config)
+    family = family_of(config)
     dtype = named_dtype(options.dtype) if options.dtype else config.dtype or torch.float32
     cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else dtype
-    llama_config = architecture.llama_config(config)
+    sizes = family.attention_sizes(config)
     whole_heads = METHODS[options.method].whole_heads
-    heads = llama_config["num_attention_heads"]
+    heads = sizes["num_attention_heads"]
     if options.rank_q is not None and options.rank_q > heads:
         raise UserError(f"`rank_q` is at most the number of query heads, {heads}: give less")
     if options.plan is not None:
-        plan = load_plan(options.plan, llama_config).with_gauge(options.gauge)
+        plan = load_plan(options.plan, sizes).with_gauge(options.gauge)
         if whole_heads:
             raise UserError(f"the {options.method} method keeps whole heads: leave out --plan")
     else:
         plan = plan_uniform(
-            llama_config,
+            sizes,
             Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)}),
             form=options.form,
             gauge=options.gauge,
@@ -95,14 +95,14 @@ def predict(
                     f"with up to {head_dim} features each: choose another budget or `width_v`"
                 )
     try:
-        tpa_config = architecture.tpa_config(config, [asdict(layer) for layer in plan.layers])
+        tpa_config = family.tpa_config(config, [asdict(layer) for layer in plan.layers])
     except ValueError as error:  # shapes that do not go together
         raise UserError(str(error)) from error
     with torch.device("meta"):
         source = AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
         )
-        converted = architecture.causal_lm(tpa_config)
+        converted = family.causal_lm(tpa_config)
     return Prediction(
         plan=plan,
         dtype=dtype,

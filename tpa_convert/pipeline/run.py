@@ -15,7 +15,9 @@ from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation.metrics.multiple_choice import load_questions
 from tpa_convert.export.output import atomic_file, check_output
 from tpa_convert.export.save import read_provenance
-from tpa_convert.options.recipe import Recipe, Section, SourceOptions
+from tpa_convert.options.declaration import Section
+from tpa_convert.options.recipe import Recipe
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline import ConversionResult, HealingResult, convert, evaluate, heal
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.text.overlap import load_local, refuse_seen_documents

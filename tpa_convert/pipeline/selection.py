@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpa_convert.errors import UserError
-from tpa_convert.options.recipe import SourceOptions
+from tpa_convert.options.source import SourceOptions
 from tpa_convert.sources import Source, load_source
 
 
@@ -53,25 +53,45 @@ def source_of(
 
     The recorded one must be unchanged; a named one may be another model, with a warning.
     """
+    if named is None:
+        return recorded_source(directory, provenance, device=device, dtype=dtype)
+    source = load(source_options(named), device, dtype)
+    if source.reference.sha256 != provenance["source"]["sha256"]:
+        warn_of_another_source(source, directory, stacklevel=4)
+    return source
+
+
+def recorded_source(
+    directory: str | Path,
+    provenance: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Source:
+    """The source that a converted model records.
+
+    Raises:
+        UserError: it cannot be loaded, or has changed since.
+    """
     record = provenance["source"]
     where = SourceOptions(model=record["id"], revision=record["revision"])
     try:
-        source = load(source_options(named or where), device, dtype)
+        source = load(where, device, dtype)
     except UserError as error:
-        if named is not None:
-            raise
         raise UserError(
             f"the source recorded in {directory} cannot be loaded ({error}); name it yourself"
         ) from error
     if source.reference.sha256 != record["sha256"]:
-        if named is None:
-            raise UserError(
-                f"{record['id']} has changed since {directory} was converted from it (its weights' "
-                "sha256 differs): name the right source, or convert again"
-            )
-        warnings.warn(
-            f"{source.reference.id} is not the model that {directory} was converted from "
-            "(its weights differ)",
-            stacklevel=3,
+        raise UserError(
+            f"{record['id']} has changed since {directory} was converted from it (its weights' "
+            "sha256 differs): name the right source, or convert again"
         )
     return source
+
+
+def warn_of_another_source(source: Source, directory: str | Path, stacklevel: int = 3) -> None:
+    warnings.warn(
+        f"{source.reference.id} is not the model that {directory} was converted from "
+        "(its weights differ)",
+        stacklevel=stacklevel,
+    )

@@ -14,24 +14,23 @@ from torch import Tensor
 
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
-from tpa_convert.healing import HealingSettings
 from tpa_convert.healing.training.checks import check_step
 from tpa_convert.healing.training.distributed import processes
 from tpa_convert.healing.training.sampling import sample_blocks
-from tpa_convert.options.recipe import HealOptions
+from tpa_convert.options.healing import HealOptions
 from tpa_convert.progress import Track
 from tpa_convert.sources import Source
 from tpa_convert.text.mixture import Mixture, mixture_blocks
 
 
-def blocks_of_text(options: HealOptions, settings: HealingSettings) -> int:
+def blocks_of_text(options: HealOptions) -> int:
     """How many blocks of a run come from text; the others are sampled.
 
     Raises:
         UserError: more is to be sampled than there is to train on, or nothing is left for the text.
     """
-    check_step(settings.tokens_per_step, options.block_length)
-    wanted = settings.steps * (settings.tokens_per_step // options.block_length)
+    check_step(options.tokens_per_step, options.block_length)
+    wanted = options.steps * (options.tokens_per_step // options.block_length)
     sampled = sum(
         math.ceil(tokens / options.block_length)
         for tokens in (options.sampled_tokens, options.sampled_chat_tokens)

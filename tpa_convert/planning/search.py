@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import compare
-from tpa_convert.modeling import Form, Gauge, KeyCache
+from tpa_convert.modeling import Form, KeyCache
+from tpa_convert.options.planning import PlanOptions
 from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivity
 from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.plans.allocation import allocate
@@ -85,13 +86,13 @@ def least_floats(multiple_of: int) -> int:
     return 2 * multiple_of
 
 
-def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
+def check_multiples(sizes: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
     """Refuses what `plan_measured` could not fill, before anything is measured for it.
 
     Raises:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
     """
-    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    width = sizes["num_key_value_heads"] * sizes["head_dim"]
     if multiple_of < 2 or multiple_of % 2 or width % multiple_of:
         raise UserError(
             f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
@@ -106,7 +107,7 @@ def check_multiples(llama_config: dict[str, Any], kv_floats: float, multiple_of:
 
 def plan_measured(
     sensitivity: Sequence[LayerSensitivity],
-    llama_config: dict[str, Any],
+    sizes: dict[str, Any],
     kv_floats: float,
     multiple_of: int = 8,
     key_cache: KeyCache = "rotated",
@@ -122,24 +123,24 @@ def plan_measured(
     Raises:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
     """
-    check_multiples(llama_config, kv_floats, multiple_of)
-    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    check_multiples(sizes, kv_floats, multiple_of)
+    width = sizes["num_key_value_heads"] * sizes["head_dim"]
     grid = torch.arange(multiple_of, width + 1, multiple_of)
     curves = [part.loss(grid) for layer in sensitivity for part in (layer.keys, layer.values)]
     units = min(int(kv_floats * len(sensitivity)) // multiple_of, len(curves) * len(grid))
     widths = [multiple_of * count for count in allocate(curves, units)]
     pairs = list(zip(widths[::2], widths[1::2], strict=True))
-    return plan_widths(pairs, llama_config, key_cache=key_cache)
+    return plan_widths(pairs, sizes, key_cache=key_cache)
 
 
-def plan_between(first: Plan, second: Plan, llama_config: dict[str, Any]) -> Plan:
+def plan_between(first: Plan, second: Plan, sizes: dict[str, Any]) -> Plan:
     """Static widths halfway between two plans of the same keys, rounded down (keys to even
     widths)."""
     widths = [
         ((a.width_k + b.width_k) // 4 * 2, (a.width_v + b.width_v) // 2)
         for a, b in zip(first.layers, second.layers, strict=True)
     ]
-    return plan_widths(widths, llama_config, key_cache=first.layers[0].key_cache)
+    return plan_widths(widths, sizes, key_cache=first.layers[0].key_cache)
 
 
 def predicted_loss(plan: Plan, sensitivity: Sequence[LayerSensitivity]) -> float:
@@ -155,15 +156,11 @@ def search(
     source: Source,
     moments: Moments,
     blocks: Tensor,
+    options: PlanOptions,
     *,
     kv_floats: float | None,
-    max_increase: float,
     curve: Sequence[float],
-    gauge: Gauge | Literal["auto"] = "auto",
-    multiple_of: int = 8,
-    key_cache: KeyCache = "rotated",
-    context: int = 4096,
-    refinement: tuple[Tensor, RefinementSettings] | None = None,
+    refinement_text: Tensor | None = None,
     track: Track = no_tracking,
 ) -> PlanReport:
     """Measures sensitivities and candidate plans, and chooses.
@@ -172,78 +169,111 @@ def search(
         source: a model in fp32.
         moments: of the source on calibration text.
         blocks: token ids [N, length] that the moments have not seen.
-        kv_floats: the wanted budget; the best candidate there is chosen, contextual forms included
-            where they fit. None chooses the smallest cache that keeps `max_increase`.
-        max_increase: accepted rise of perplexity as a share (0.1 is ten percent), told from the
-            divergence: exp(KL) − 1.
-        curve: further budgets to measure; those too small for `multiple_of` are left out.
-        gauge: where it goes in static plans.
-        multiple_of: of which uneven widths are multiples.
-        key_cache: of all static plans. With latent keys there are no others.
-        context: tokens to count arithmetic at.
-        refinement: text and settings to refine every candidate with before it is measured, for a
-            model that is going to be refined: what the closed form can spare is not what
-            refinement can.
+        options: kind of keys, gauge, multiples of widths, accepted loss, refinement.
+        kv_floats: the wanted budget, in numbers per token and layer; the best candidate there is
+            chosen, contextual forms included where they fit. None chooses the smallest cache that
+            keeps the accepted loss, told from the divergence: exp(KL) − 1.
+        curve: further budgets to measure; those too small for the multiples are left out.
+        refinement_text: what every candidate is refined on before it is measured, if the options
+            say so: what the closed form can spare is not what refinement can.
 
     Raises:
-        UserError: an impossible budget, or no budget on the curve that keeps `max_increase`.
+        UserError: an impossible budget, or no budget on the curve that keeps the accepted loss.
     """
-    llama_config = source.architecture.llama_config(source.model.config)
-    wanted = [] if kv_floats is None else [kv_floats]
-    fitting = [floats for floats in curve if floats >= least_floats(multiple_of)]
-    budgets = sorted({*fitting, *wanted}, reverse=True)
+    sizes = source.family.attention_sizes(source.model.config)
     # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
     few = blocks[: max(1, len(blocks) // 4)]
-    sensitivity = measure_sensitivity(source, moments, few, key_cache=key_cache, track=track)
-    contextual = CONTEXTUAL if key_cache == "rotated" else ()
-
-    plans: list[tuple[float, Plan, Form, Split]] = []
-    for floats in budgets:
-        uniform = plan_uniform(llama_config, Budget(kv_floats=floats), key_cache=key_cache)
-        uneven = plan_measured(sensitivity, llama_config, floats, multiple_of, key_cache)
-        between = plan_between(uniform, uneven, llama_config)
-        splits: tuple[tuple[Plan, Split], ...] = (
-            (uniform, "uniform"),
-            (between, "halfway"),
-            (uneven, "measured"),
+    sensitivity = measure_sensitivity(
+        source, moments, few, key_cache=options.key_cache, track=track
+    )
+    wanted = [] if kv_floats is None else [kv_floats]
+    fitting = [floats for floats in curve if floats >= least_floats(options.multiple_of)]
+    proposals = [
+        proposal
+        for floats in sorted({*fitting, *wanted}, reverse=True)
+        for proposal in _proposals(
+            floats, sensitivity, sizes, options, with_contextual=floats == kv_floats
         )
-        for plan, split in splits:
-            plans.append((floats, plan.with_gauge(gauge), "static", split))
-        if floats == kv_floats:
-            for form in contextual:
-                if floats < smallest_budget(form, llama_config["num_key_value_heads"]):
-                    continue
-                plan = plan_uniform(llama_config, Budget(kv_floats=floats), form=form)
-                plans.append((floats, plan, form, "uniform"))
-
-    candidates = []
-    source_perplexity = math.nan
-    for budget, plan, form, split in track(plans, "measuring plans"):
-        model = convert_model(source, plan, moments).to(source.model.device)
-        if refinement is not None:
-            refine(source.model, model, *refinement)
-        scores, agreements = compare({"source": source.model, "model": model}, blocks)
-        source_perplexity = scores["source"].perplexity
-        candidates.append(
-            Candidate(
-                budget,
-                plan,
-                form,
-                split,
-                predicted_loss(plan, sensitivity) if form == "static" else None,
-                agreements["model"].kl,
-                scores["model"].perplexity / source_perplexity,
-                plan_cost(plan, llama_config, context),
-            )
+    ]
+    refined_on = refinement_text if options.refine else None
+    candidates, source_perplexity = [], math.nan
+    for proposal in track(proposals, "measuring plans"):
+        candidate, source_perplexity = _measure(
+            proposal, source, moments, blocks, sensitivity, options, refined_on
         )
+        candidates.append(candidate)
     return PlanReport(
         tuple(candidates),
-        choose(candidates, kv_floats, max_increase),
+        choose(candidates, kv_floats, options.max_increase),
         tuple(sensitivity),
-        source_cost(llama_config, context),
+        source_cost(sizes, options.context),
         source_perplexity,
-        context,
+        options.context,
     )
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """A plan that is to be measured; see `Candidate`."""
+
+    budget: float
+    plan: Plan
+    form: Form
+    split: Split
+
+
+def _proposals(
+    floats: float,
+    sensitivity: Sequence[LayerSensitivity],
+    sizes: dict[str, Any],
+    options: PlanOptions,
+    with_contextual: bool,
+) -> Iterator[_Proposal]:
+    """The plans at one budget, the uniform one first."""
+    key_cache, gauge = options.key_cache, options.gauge
+    uniform = plan_uniform(sizes, Budget(kv_floats=floats), key_cache=key_cache)
+    uneven = plan_measured(sensitivity, sizes, floats, options.multiple_of, key_cache)
+    between = plan_between(uniform, uneven, sizes)
+    yield _Proposal(floats, uniform.with_gauge(gauge), "static", "uniform")
+    yield _Proposal(floats, between.with_gauge(gauge), "static", "halfway")
+    yield _Proposal(floats, uneven.with_gauge(gauge), "static", "measured")
+    if not with_contextual or key_cache != "rotated":  # other forms have no latent keys
+        return
+    for form in CONTEXTUAL:
+        if floats >= smallest_budget(form, sizes["num_key_value_heads"]):
+            plan = plan_uniform(sizes, Budget(kv_floats=floats), form=form)
+            yield _Proposal(floats, plan, form, "uniform")
+
+
+def _measure(
+    proposal: _Proposal,
+    source: Source,
+    moments: Moments,
+    blocks: Tensor,
+    sensitivity: Sequence[LayerSensitivity],
+    options: PlanOptions,
+    refined_on: Tensor | None,
+) -> tuple[Candidate, float]:
+    """A proposal with what it does to the model, and the perplexity of the source."""
+    plan = proposal.plan
+    model = convert_model(source, plan, moments).to(source.model.device)
+    if refined_on is not None:
+        settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
+        refine(source.model, model, refined_on, settings)
+    scores, agreements = compare({"source": source.model, "model": model}, blocks)
+    source_perplexity = scores["source"].perplexity
+    sizes = source.family.attention_sizes(source.model.config)
+    candidate = Candidate(
+        proposal.budget,
+        plan,
+        proposal.form,
+        proposal.split,
+        predicted_loss(plan, sensitivity) if proposal.form == "static" else None,
+        agreements["model"].kl,
+        scores["model"].perplexity / source_perplexity,
+        plan_cost(plan, sizes, options.context),
+    )
+    return candidate, source_perplexity
 
 
 def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increase: float) -> int:

@@ -134,24 +134,24 @@ def measure_sensitivity(
         key_cache: which kind of keys is narrowed.
         track: shows progress over the layers.
     """
-    llama_config = source.architecture.llama_config(source.model.config)
-    width = llama_config["num_key_value_heads"] * llama_config["head_dim"]
+    sizes = source.family.attention_sizes(source.model.config)
+    width = sizes["num_key_value_heads"] * sizes["head_dim"]
     widths = tuple(max(2, round(share * width / 2) * 2) for share in SHARES)
 
-    architecture, model = source.architecture, source.model
+    family, model = source.family, source.model
 
     def config(width_k: int, width_v: int) -> Any:
-        plan = plan_widths([(width_k, width_v)] * len(layers), llama_config, key_cache=key_cache)
-        return architecture.tpa_config(model.config, [asdict(shape) for shape in plan.layers])
+        plan = plan_widths([(width_k, width_v)] * len(layers), sizes, key_cache=key_cache)
+        return family.tpa_config(model.config, [asdict(shape) for shape in plan.layers])
 
     layers = moments.layers
     narrow_keys = [config(narrow, width) for narrow in widths]
     narrow_values = [config(width, narrow) for narrow in widths]
-    losses = _Losses(model, blocks, architecture.names.attention)
+    losses = _Losses(model, blocks, family.names.attention)
     report = []
     for i in track(range(len(layers)), "measuring sensitivity"):
         original, layer_moments = losses.walk.attention(i), layers[i]
-        weights = attention_weights(original, architecture.names, model.config, i)
+        weights = attention_weights(original, family.names, model.config, i, device="cpu")
 
         key_losses, value_losses = (
             tuple(
@@ -183,8 +183,8 @@ def _narrowed(
         original: the source's attention of that layer.
         config: of the converted model; learns the rotary pairs of the layer's components.
     """
-    names = source.architecture.names
-    weights = attention_weights(original, names, source.model.config, index)
+    names = source.family.names
+    weights = attention_weights(original, names, source.model.config, index, device="cpu")
     shape = config.layer_shape(index)
     parameters, shape = convert_layer(weights, moments, shape, method="gauge", whiten=True)
     config.tpa_layers[index] = asdict(shape)

@@ -37,12 +37,12 @@ class Cost:
         )
 
 
-def source_cost(llama_config: Mapping[str, Any], context: int) -> Cost:
+def source_cost(sizes: Mapping[str, Any], context: int) -> Cost:
     """Cost of the attention layers of the source."""
-    heads, groups = llama_config["num_attention_heads"], llama_config["num_key_value_heads"]
-    width = llama_config["head_dim"]
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    width = sizes["head_dim"]
     layer = _cost(
-        llama_config["hidden_size"],
+        sizes["hidden_size"],
         cached=2 * groups * width,
         projected=2 * (heads + groups) * width,
         query_heads=heads,
@@ -51,20 +51,20 @@ def source_cost(llama_config: Mapping[str, Any], context: int) -> Cost:
         gauge=0,
         context=context,
     )
-    return _times(layer, llama_config["num_hidden_layers"])
+    return _times(layer, sizes["num_hidden_layers"])
 
 
-def plan_cost(plan: Plan, llama_config: Mapping[str, Any], context: int) -> Cost:
+def plan_cost(plan: Plan, sizes: Mapping[str, Any], context: int) -> Cost:
     """Cost of the attention layers of a plan (with dense queries)."""
     total = Cost(0, 0, 0, 0)
     for shape in plan.layers:
-        total += _layer_cost(shape, llama_config, context)
+        total += _layer_cost(shape, sizes, context)
     return total
 
 
-def _layer_cost(shape: LayerShape, llama_config: Mapping[str, Any], context: int) -> Cost:
-    heads, groups = llama_config["num_attention_heads"], llama_config["num_key_value_heads"]
-    head_dim = llama_config["head_dim"]
+def _layer_cost(shape: LayerShape, sizes: Mapping[str, Any], context: int) -> Cost:
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    head_dim = sizes["head_dim"]
     cached = shape.cached_floats(groups)
     norms = 0 if shape.contextual else shape.key_head_factors(groups)
     query = key = shape.width_k
@@ -82,7 +82,7 @@ def _layer_cost(shape: LayerShape, llama_config: Mapping[str, Any], context: int
     if shape.value_gauge == "applied":
         gauge += groups * head_dim * shape.width_v
     return _cost(
-        llama_config["hidden_size"],
+        sizes["hidden_size"],
         cached=cached,
         projected=heads * (query + output) + cached - norms,
         query_heads=heads,

@@ -110,7 +110,7 @@ def floats_of_budget(
 
 
 def plan_uniform(
-    llama_config: dict[str, Any],
+    sizes: dict[str, Any],
     budget: Budget,
     *,
     form: Form = "static",
@@ -124,7 +124,7 @@ def plan_uniform(
     for values, or three eighths for latent keys.
 
     Args:
-        llama_config: `Architecture.llama_config` of the source.
+        sizes: `Family.sizes` of the source.
         budget: what the cache may hold.
         form: `static`, `affine` or `linear`.
         whole_heads: widths are multiples of the head dim and contextual layers have no gauge (the
@@ -138,8 +138,8 @@ def plan_uniform(
     Raises:
         UserError: a budget below the minimum or above the source, or shapes that cannot be built.
     """
-    groups, head_dim = llama_config["num_key_value_heads"], llama_config["head_dim"]
-    num_layers = llama_config["num_hidden_layers"]
+    groups, head_dim = sizes["num_key_value_heads"], sizes["head_dim"]
+    num_layers = sizes["num_hidden_layers"]
     source_floats = 2 * groups * head_dim
     if budget.outright:
         given = (budget.kv_floats, budget.kv_bytes, budget.kv_ratio)
@@ -159,7 +159,7 @@ def plan_uniform(
             rank_k, rank_v = -(-width_k // head_dim), -(-width_v // head_dim)
         else:
             divide = divide_heads if whole_heads else divide_features
-            norms = groups if llama_config["key_norm"] and form == "static" else 0
+            norms = groups if sizes["key_norm"] and form == "static" else 0
             rank_k, width_k, rank_v, width_v = divide(int(floats) - norms, form, groups, head_dim)
 
     if whole_heads and (width_k % head_dim or width_v % head_dim):
@@ -180,13 +180,13 @@ def plan_uniform(
         )
     shape = LayerShape(
         form,
-        *places_of_gauges(gauge, width_k, width_v, llama_config, key_cache),
+        *places_of_gauges(gauge, width_k, width_v, sizes, key_cache),
         rank_k,
         rank_v,
         width_k,
         width_v,
         key_cache,
-        key_norm=llama_config["key_norm"],
+        key_norm=sizes["key_norm"],
         rank_q=rank_q,
     )
     if whole_heads and form != "static":
@@ -211,23 +211,23 @@ def plan_uniform(
 
 def plan_widths(
     widths: list[tuple[int, int]],
-    llama_config: dict[str, Any],
+    sizes: dict[str, Any],
     *,
     gauge: Gauge | Literal["auto"] = "auto",
     key_cache: KeyCache = "rotated",
 ) -> Plan:
     """Static layers of the given (width_k, width_v), one pair for each layer."""
-    groups, head_dim = llama_config["num_key_value_heads"], llama_config["head_dim"]
+    groups, head_dim = sizes["num_key_value_heads"], sizes["head_dim"]
     layers = [
         LayerShape(
             "static",
-            *places_of_gauges(gauge, width_k, width_v, llama_config, key_cache),
+            *places_of_gauges(gauge, width_k, width_v, sizes, key_cache),
             -(-width_k // head_dim),
             -(-width_v // head_dim),
             width_k,
             width_v,
             key_cache,
-            key_norm=llama_config["key_norm"],
+            key_norm=sizes["key_norm"],
         )
         for width_k, width_v in widths
     ]
@@ -238,7 +238,7 @@ def places_of_gauges(
     gauge: Gauge | Literal["auto"],
     width_k: int,
     width_v: int,
-    llama_config: dict[str, Any],
+    sizes: dict[str, Any],
     key_cache: KeyCache,
 ) -> tuple[Gauge, Gauge]:
     """Where the gauges of keys and of values go.
@@ -247,10 +247,10 @@ def places_of_gauges(
     latent keys, and of keys that are normalised, is always applied, so that their width does not
     matter.
     """
-    applied = key_cache == "latent" or llama_config["key_norm"]
+    applied = key_cache == "latent" or sizes["key_norm"]
     widest = width_v if applied else max(width_k, width_v)
     if gauge == "auto":
-        gauge = "absorbed" if widest <= llama_config["head_dim"] else "applied"
+        gauge = "absorbed" if widest <= sizes["head_dim"] else "applied"
     return ("applied" if applied else gauge), gauge
 
 

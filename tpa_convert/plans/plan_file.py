@@ -40,7 +40,7 @@ def plan_to_yaml(plan: Plan, source: Mapping[str, Any]) -> str:
     return HEADER + yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
 
 
-def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
+def load_plan(path: Path, sizes: Mapping[str, Any]) -> Plan:
     """Reads a plan for a model with this config.
 
     Raises:
@@ -62,14 +62,14 @@ def load_plan(path: Path, llama_config: Mapping[str, Any]) -> Plan:
         raise UserError(
             f"{path} is not a plan, which has {', '.join(FIELDS)}: make one with tpa-convert plan"
         )
-    values = {**OPTIONAL, "key_norm": llama_config["key_norm"], **values}
+    values = {**OPTIONAL, "key_norm": sizes["key_norm"], **values}
     for name in ("num_key_value_heads", "head_dim"):
-        if values.get(name) != llama_config[name]:
+        if values.get(name) != sizes[name]:
             raise UserError(
-                f"{path} is for a model with {name} {values.get(name)}, not {llama_config[name]}: "
+                f"{path} is for a model with {name} {values.get(name)}, not {sizes[name]}: "
                 "make one for this model with tpa-convert plan"
             )
-    layers = llama_config["num_hidden_layers"]
+    layers = sizes["num_hidden_layers"]
     columns = {
         name: column if isinstance(column, list) else [column] * layers
         for name, column in ((name, values[name]) for name in FIELDS)

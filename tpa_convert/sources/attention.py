@@ -20,6 +20,7 @@ def attention_weights(
     config: Any,
     layer_idx: int,
     dtype: torch.dtype = torch.float64,
+    device: str | torch.device | None = None,
 ) -> AttentionWeights:
     """Weights of a source's attention module, biases as a last column.
 
@@ -29,7 +30,7 @@ def attention_weights(
     Args:
         attention: of layer `layer_idx` of the source.
         config: of the source.
-        dtype: of the result.
+        dtype, device: of the result; by default fp64, where the weights are.
 
     Raises:
         UserError: projections whose shapes do not fit the config.
@@ -38,12 +39,14 @@ def attention_weights(
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     order = half_split_order(head_dim, rotated_dims(config, head_dim, layer_idx))
     query, key, value = (
-        part.to(dtype).unflatten(0, (-1, head_dim))
+        part.to(device, dtype).unflatten(0, (-1, head_dim))
         for part in _projections(attention, names, heads, groups, head_dim, layer_idx)
     )
     output = getattr(attention, names.output)
-    query_norm = _head_norm(getattr(attention, names.query_norm, None), head_dim, dtype)
-    key_norm = _head_norm(getattr(attention, names.key_norm, None), head_dim, dtype)
+    query_norm, key_norm = (
+        _head_norm(getattr(attention, name, None), head_dim, query)
+        for name in (names.query_norm, names.key_norm)
+    )
     if key_norm is not None:
         key = key * key_norm.weight[:, None]
     if order is not None:
@@ -57,8 +60,8 @@ def attention_weights(
         query=query,
         key=key,
         value=value,
-        output=output.weight.to(dtype).unflatten(1, (-1, head_dim)),
-        output_bias=None if output.bias is None else output.bias.to(dtype),
+        output=output.weight.to(query).unflatten(1, (-1, head_dim)),
+        output_bias=None if output.bias is None else output.bias.to(query),
         scale=attention.scaling,
         query_norm=query_norm,
         key_norm=key_norm,
@@ -130,7 +133,7 @@ def _with_bias(projection: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _head_norm(norm: nn.Module | None, head_dim: int, dtype: torch.dtype) -> HeadNorm | None:
+def _head_norm(norm: nn.Module | None, head_dim: int, like: Tensor) -> HeadNorm | None:
     """The weight γ and the constant of an RMS norm over a head, however the family stores them."""
     if norm is None:
         return None
@@ -138,6 +141,6 @@ def _head_norm(norm: nn.Module | None, head_dim: int, dtype: torch.dtype) -> Hea
     parameter = next(norm.parameters())
     ones = torch.ones(head_dim, dtype=parameter.dtype, device=parameter.device)
     # The mean square of ones is 1: what comes out is γ / √(1 + ε).
-    weight = norm(ones).to(dtype) * (1.0 + eps) ** 0.5
+    weight = norm(ones).to(like) * (1.0 + eps) ** 0.5
     least = LEAST_NORM_WEIGHT * weight.abs().max()
     return HeadNorm(torch.where(weight.abs() < least, least, weight), eps)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tpa_convert.errors import UserError
-from tpa_convert.families.family import ALREADY_TPA, Architecture, architecture_of
+from tpa_convert.families.family import ALREADY_TPA, Family, family_of
 from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
 
 
@@ -50,7 +50,7 @@ class Source:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    architecture: Architecture
+    family: Family
     reference: SourceReference
 
 
@@ -62,7 +62,7 @@ def load_source(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Source:
-    """Loads a model, its tokenizer and what is known of its architecture.
+    """Loads a model, its tokenizer and what is known of its family.
 
     Args:
         spec: a Hub id, a directory, or a `.gguf` file (de-quantised while loading).
@@ -86,7 +86,7 @@ def load_source(
     return Source(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=_load_tokenizer(checkpoint, config, trust_remote_code),
-        architecture=architecture_of(model.config),
+        family=family_of(model.config),
         reference=reference,
     )
 
@@ -119,7 +119,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedC
             checkpoint.directory, trust_remote_code=trust_remote_code, **location
         )
     try:
-        architecture_of(config)
+        family_of(config)
     except UserError as error:
         raise checkpoint.error(str(error)) from error
     if config.dtype is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
+from tpa_convert.forward.cached import cache_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def cache_bytes(model: PreTrainedModel, tokens: int = 128) -> CacheBytes:
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(tokens, device=model.device) % vocabulary)[None]
-    cache = model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1))
     layers: list[list[Tensor]] = [
         [t for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
         for layer in getattr(cache, "layers", [])

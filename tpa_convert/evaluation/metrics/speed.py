@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tpa_convert.forward.cached import cache_argument
 from tpa_convert.progress import Track, no_tracking
 
 
@@ -87,7 +88,7 @@ def _time_once(
     after_prompt = _now(model.device)
     for _ in range(new_tokens):
         token: Tensor = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **cache_argument(output))
     return after_prompt - start, _now(model.device) - after_prompt
 
 

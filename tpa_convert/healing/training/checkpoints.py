@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
-from tpa_convert.healing.training.settings import HealingSettings
+from tpa_convert.options.healing import HealingSettings
 
 # A run may be continued with other values of these: they change its speed, not its loss curve.
 FREE_SETTINGS = {
@@ -67,8 +66,10 @@ def fingerprint(
     sharded: bool,
 ) -> dict[str, Any]:
     """What a checkpoint can be continued with, JSON-able: settings, hashes of source and text."""
+    # Options of a recipe hold more than settings.
+    kept = set(HealingSettings.model_fields) - FREE_SETTINGS
     return {
-        **{name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS},
+        **settings.model_dump(mode="json", include=kept),
         "source": _digest(_sample(weight) for weight in teacher.parameters()),
         "text": _digest([blocks]),
         "held-out text": None if valid_blocks is None else _digest([valid_blocks]),

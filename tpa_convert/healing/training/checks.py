@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tpa_convert.errors import UserError
-from tpa_convert.healing.training.settings import HIDDEN_WEIGHT
+
+HIDDEN_WEIGHT = 10.0  # of models with equally many layers of one width
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

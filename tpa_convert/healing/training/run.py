@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
-from tpa_convert.forward.divergence import (
-    Divergence,
-    default_chunk_tokens,
-    hidden_distance,
-    skewed_kl,
-)
+from tpa_convert.forward.divergence import Divergence, skewed_kl
 from tpa_convert.forward.passes import block_forward
 from tpa_convert.healing.monitoring.callbacks import (
     SOURCE_PERPLEXITY,
     VALID_AGREEMENT,
     VALID_LOSS,
     VALID_PERPLEXITY,
-    GracefulStop,
-    Intervals,
-    LossGuard,
-    Speedometer,
-    Validation,
     curve,
 )
-from tpa_convert.healing.monitoring.dashboard import Dashboard
 from tpa_convert.healing.monitoring.report import HealingReport
-from tpa_convert.healing.monitoring.trackers import trackers
-from tpa_convert.healing.training.adapters import is_adapter, mlp_adapters
+from tpa_convert.healing.monitoring.trackers import check_trackers
+from tpa_convert.healing.training.adapters import mlp_adapters
+from tpa_convert.healing.training.arguments import GRADIENT_CHECKPOINTING
 from tpa_convert.healing.training.checkpoints import (
     check_disk,
     check_run,
@@ -58,37 +41,10 @@ from tpa_convert.healing.training.checks import (
     memory_errors,
     quiet_transformers,
 )
-from tpa_convert.healing.training.data import (
-    BlockDataset,
-    blocks_that_fit,
-    collate,
-    largest_divisor,
-)
-from tpa_convert.healing.training.distributed import (
-    processes,
-    refuse_difference,
-    sharding,
-    smallest,
-)
-from tpa_convert.healing.training.flops import flops_per_token
-from tpa_convert.healing.training.settings import HealingSettings
-from tpa_convert.healing.training.trainer import (
-    DistillationTrainer,
-    in_attention,
-    modules_to_compile,
-    parameter_groups,
-    restore_offloaded,
-)
-
-LOGS = "runs"  # tensorboard's event files, in the output directory
-ADAM_BETAS = (0.9, 0.95)
-MAX_GRADIENT_NORM = 1.0
-# transformers renamed it after 5.17.
-GRADIENT_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
+from tpa_convert.healing.training.distributed import processes, refuse_difference, sharding
+from tpa_convert.healing.training.preparation import CHECKPOINTS, Run, prepare
+from tpa_convert.healing.training.trainer import modules_to_compile, restore_offloaded
+from tpa_convert.options.healing import HealingSettings
 
 
 class HealingInterrupted(KeyboardInterrupt):
@@ -146,165 +102,123 @@ def heal(
             disk space, no text, a loss that is not finite or far above where it began.
         HealingInterrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    settings = settings or HealingSettings()
+    settings = _prepared_settings(settings or HealingSettings(), student, teacher, valid_blocks)
+    blocks = _blocks(documents_or_blocks, tokenizer, settings)
+    this_run = fingerprint(settings, teacher, blocks, valid_blocks, sharded=sharding())
+    output_dir = Path(output_dir)
+    checkpoint = _claim_checkpoints(output_dir, this_run, student, resume)
+    student.float()
+    lora = settings.trainable == "lora"
+    with mlp_adapters(student, settings.lora_rank, settings.seed) if lora else nullcontext():
+        run = prepare(
+            student,
+            teacher,
+            blocks,
+            settings=settings,
+            output_dir=output_dir,
+            valid_blocks=valid_blocks,
+            divergence=divergence
+            or partial(skewed_kl, skew=settings.skew, temperature=settings.temperature),
+            progress=progress and processes().is_main_process,
+        )
+        seconds = _train(run, checkpoint)
+    return _report(run, checkpoint, seconds)
+
+
+def _prepared_settings(
+    settings: HealingSettings,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    valid_blocks: Tensor | None,
+) -> HealingSettings:
+    """The settings, checked against what they are to be used with."""
+    check_trackers(settings.log_to)
     if settings.stop_at is not None and valid_blocks is None:
         raise UserError("`stop_at` needs held-out text to judge by: give `valid_text`")
     if settings.offload_teacher and sharding():
         raise UserError("FSDP shards the source already: leave out `offload_teacher`")
     check_models(student, teacher)
-    settings = replace(
-        settings, hidden_weight=hidden_weight_for(student, teacher, settings.hidden_weight)
-    )
-    blocks = _blocks(documents_or_blocks, tokenizer, settings)
-    output_dir = Path(output_dir)
-    checkpoints = output_dir / "checkpoints"
-    this_run = fingerprint(settings, teacher, blocks, valid_blocks, sharded=sharding())
-    state = processes()
+    weight = hidden_weight_for(student, teacher, settings.hidden_weight)
+    return settings.model_copy(update={"hidden_weight": weight})
+
+
+def _claim_checkpoints(
+    output_dir: Path, this_run: dict[str, Any], student: PreTrainedModel, resume: bool
+) -> Path | None:
+    """The newest checkpoint of this run, once it is sure that the directory is this run's."""
+    checkpoints = output_dir / CHECKPOINTS
     refuse_difference(this_run, "text or settings")
-    if state.is_main_process:
+    if processes().is_main_process:
         if not resume and checkpoints.exists():
             shutil.rmtree(checkpoints)
         newest = newest_checkpoint(checkpoints)
         check_disk(student, output_dir, newest)
         check_run(output_dir / "healing.json", this_run, newest)
-    state.wait_for_everyone()
-    checkpoint = newest_checkpoint(checkpoints)
-
-    student.float()
-    lora = settings.trainable == "lora"
-    with mlp_adapters(student, settings.lora_rank, settings.seed) if lora else nullcontext():
-        return _train(
-            student,
-            teacher,
-            blocks,
-            checkpoints,
-            checkpoint,
-            settings=settings,
-            valid_blocks=valid_blocks,
-            divergence=divergence
-            or partial(skewed_kl, skew=settings.skew, temperature=settings.temperature),
-            progress=progress and state.is_main_process,
-        )
+    processes().wait_for_everyone()
+    return newest_checkpoint(checkpoints)
 
 
-def _train(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    blocks: Tensor,
-    checkpoints: Path,
-    checkpoint: Path | None,
-    *,
-    settings: HealingSettings,
-    valid_blocks: LongTensor | None,
-    divergence: Divergence,
-    progress: bool,
-) -> HealingReport:
-    for name, parameter in student.named_parameters():
-        trained = settings.trainable == "all" or in_attention(name) or is_adapter(name)
-        parameter.requires_grad_(trained)
-    whole_student = student
-    if sharding():
-        student = copy.deepcopy(student)  # FSDP changes a model for good
-    args = _training_arguments(student, settings, blocks.shape[1], checkpoints)
-    compiled = settings.torch_compile
-    if compiled is None:
-        compiled = args.device.type == "cuda"
-    groups = parameter_groups(
-        student,
-        attention_learning_rate=settings.attention_learning_rate,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
-    speedometer = Speedometer(settings.tokens_per_step)
-    stop = GracefulStop()
-    cost = flops_per_token(student, teacher, blocks.shape[1])
-    dashboard = Dashboard(speedometer, stop, cost) if progress else None
-    stop.announce = progress and not (dashboard and dashboard.is_live)
-    use_cache = student.config.use_cache  # the Trainer turns it off
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+def _train(run: Run, checkpoint: Path | None) -> float:
+    """Train from a checkpoint on, or from the start; returns the seconds that it took.
 
-    def compile_if(function: Callable) -> Callable:
-        return torch.compile(function, dynamic=False) if compiled else function
+    The models end as they were, but for the student's weights.
 
-    trainer = DistillationTrainer(
-        model=student,
-        teacher=teacher,
-        offload_teacher=settings.offload_teacher,
-        args=args,
-        train_dataset=BlockDataset(
-            blocks, args.max_steps * settings.tokens_per_step // blocks.shape[1], settings.seed
-        ),
-        data_collator=collate,
-        divergence=compile_if(divergence),
-        chunk_tokens=default_chunk_tokens(student.config.vocab_size, dtype, compiled),
-        hidden_weight=settings.hidden_weight or 0.0,
-        distance=compile_if(hidden_distance),
-        optimizer_cls_and_kwargs=(
-            torch.optim.AdamW,
-            {"params": groups, "lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True},
-        ),
-        callbacks=[
-            Intervals(),
-            speedometer,
-            LossGuard(),
-            *([dashboard] if dashboard else []),
-            *trackers(settings.log_to, checkpoints.parent / LOGS),
-            stop,
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    validation = None
-    if valid_blocks is not None:
-        validation = Validation(trainer, valid_blocks, settings.valid_steps, settings.stop_at)
-        trainer.add_callback(validation)
-
-    # Offloaded layers have hooks that do not compile.
-    teacher_modules = [] if settings.offload_teacher else modules_to_compile(teacher)
+    Raises:
+        HealingInterrupted: the run was stopped.
+    """
+    trainer, bf16 = run.trainer, run.trainer.args.bf16
     start = time.perf_counter()
-    if args.device.type == "cuda":
+    if trainer.args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    student_modules = modules_to_compile(run.student) if run.compiled else []
+    # Offloaded layers have hooks that do not compile.
+    compiled_teacher = run.compiled and not run.settings.offload_teacher
+    teacher_modules = modules_to_compile(run.teacher) if compiled_teacher else []
     try:
-        with memory_errors(args.per_device_train_batch_size):
+        with memory_errors(trainer.args.per_device_train_batch_size):
             trainer.measure_channels()
             with (
                 quiet_transformers(),
-                block_forward(student, modules_to_compile(student) if compiled else (), args.bf16),
-                block_forward(teacher, teacher_modules if compiled else (), args.bf16),
-                stop,
+                block_forward(run.student, student_modules, bf16),
+                block_forward(run.teacher, teacher_modules, bf16),
+                run.stop,
             ):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if sharding():
-            weights = trainer.accelerator.get_state_dict(student)  # whole in the first process
+            weights = trainer.accelerator.get_state_dict(run.student)  # whole in the first process
             if processes().is_main_process:
-                whole_student.load_state_dict(weights)
+                run.whole_student.load_state_dict(weights)
     finally:
-        if dashboard:
-            dashboard.close()
+        if run.dashboard:
+            run.dashboard.close()
         trainer.remove_hooks()
-        if settings.offload_teacher:
-            restore_offloaded(teacher)
-        _release(whole_student, use_cache)
+        if run.settings.offload_teacher:
+            restore_offloaded(run.teacher)
+        _release(run.whole_student, run.use_cache)
     end = trainer.state
-    recovered = validation is not None and validation.recovered
-    if end.global_step < end.max_steps and not recovered:
+    if end.global_step < end.max_steps and not run.recovered:
         raise HealingInterrupted(end.global_step, end.max_steps)
+    return time.perf_counter() - start
 
+
+def _report(run: Run, checkpoint: Path | None, seconds: float) -> HealingReport:
+    """What the run did, from the curves that the Trainer kept."""
+    end, args = run.trainer.state, run.trainer.args
+    cuda = args.device.type == "cuda"
     return HealingReport(
         steps=end.global_step,
-        tokens=end.global_step * settings.tokens_per_step,
+        tokens=end.global_step * run.settings.tokens_per_step,
         resumed_from=int(checkpoint.name.split("-")[1]) if checkpoint else 0,
-        seconds=time.perf_counter() - start,
-        tokens_per_second=speedometer.tokens_per_second,
+        seconds=seconds,
+        tokens_per_second=run.speedometer.tokens_per_second,
         batch_size=args.per_device_train_batch_size,
-        peak_memory_bytes=(
-            torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
-        ),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None,
         losses=curve(end, "loss"),
         valid_losses=curve(end, VALID_LOSS),
         valid_perplexities=curve(end, VALID_PERPLEXITY),
         valid_agreements=curve(end, VALID_AGREEMENT),
         source_perplexity=next((value for _, value in curve(end, SOURCE_PERPLEXITY)), None),
-        recovered=recovered,
+        recovered=run.recovered,
     )
 
 
@@ -330,63 +244,6 @@ def _blocks(
         )
     check_step(settings.tokens_per_step, blocks.shape[1])
     return blocks
-
-
-def _training_arguments(
-    student: PreTrainedModel, settings: HealingSettings, block_length: int, directory: Path
-) -> TrainingArguments:
-    device, count = processes().device, processes().num_processes
-    cuda = device.type == "cuda"
-    blocks_per_step = settings.tokens_per_step // block_length
-    if blocks_per_step % count:
-        raise UserError(
-            f"a step has {blocks_per_step} blocks, which {count} processes cannot share "
-            "equally: change `tokens_per_step`"
-        )
-    blocks_per_device = blocks_per_step // count
-    limit = settings.batch_size or smallest(
-        blocks_that_fit(
-            student,
-            block_length,
-            device,
-            settings.gradient_checkpointing,
-            shards=count if sharding() else 1,
-        )
-    )
-    batch_size = largest_divisor(blocks_per_device, limit)
-    steps = settings.steps
-    bf16 = cuda and torch.cuda.is_bf16_supported() if settings.bf16 is None else settings.bf16
-    args = TrainingArguments(
-        output_dir=str(directory),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=blocks_per_device // batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(settings.warmup_steps, steps // 4),
-        max_grad_norm=MAX_GRADIENT_NORM,
-        seed=settings.seed,
-        use_cpu=device.type == "cpu",
-        bf16=bf16,
-        # Reading a loss waits for the GPU; in between, steps are queued without waiting.
-        logging_steps=10 if cuda else 1,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        accelerator_config={"non_blocking": cuda},
-        dataloader_pin_memory=cuda,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        **({GRADIENT_CHECKPOINTING: True} if settings.gradient_checkpointing else {}),
-    )
-    if args.n_gpu > 1:
-        args._n_gpu = 1  # several GPUs want a launcher, not the Trainer's DataParallel
-    return args
 
 
 def _release(student: PreTrainedModel, use_cache: bool) -> None:

@@ -27,11 +27,6 @@ CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each c
 CHANNEL_FLOOR = 1e-6  # least variance of a channel, of the mean over channels
 
 
-def in_attention(name: str) -> bool:
-    """Whether a parameter of this name belongs to an attention layer."""
-    return "self_attn" in name.split(".")
-
-
 def attention_parameters(model: PreTrainedModel) -> set[nn.Parameter]:
     """The parameters of all attention modules."""
     return {p for module in attention_modules(model) for p in module.parameters()}
@@ -58,10 +53,10 @@ def parameter_groups(
     return [
         {
             "params": parameters,
-            "lr": attention_learning_rate if in_attention else learning_rate,
+            "lr": attention_learning_rate if attention else learning_rate,
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (in_attention, decays), parameters in sorted(groups.items(), reverse=True)
+        for (attention, decays), parameters in sorted(groups.items(), reverse=True)
     ]
 
 
@@ -140,12 +135,12 @@ class DistillationTrainer(Trainer):
             the training device, under FSDP sharded over all of them.
         offload_teacher: keep the teacher's layers in main memory; each goes to the training device
             for as long as it computes. `restore_offloaded` ends that.
-        divergence: of a chunk's logits, see `objective.Divergence`.
-        chunk_tokens: see `objective.chunked_divergence`.
+        divergence: of a chunk's logits, see `forward.divergence.Divergence`.
+        chunk_tokens: see `forward.divergence.chunked_divergence`.
         hidden_weight: of the mean of `distance` over the layers in the first step; both models need
             equally many, of one width. 0 leaves it out; otherwise call `measure_channels` before
             training, whose sequences `train_dataset` has to give as a tensor for a slice.
-        distance: see `objective.hidden_distance`.
+        distance: see `forward.divergence.hidden_distance`.
         **kwargs: the Trainer's.
     """
 

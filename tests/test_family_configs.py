@@ -27,9 +27,9 @@ from tests.conversions import convert_tiny, source_of
 from tests.generated import generated, telling
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
-from tpa_convert.families import Architecture, architecture_of, register_architecture
+from tpa_convert.families import Family, add_family, family_of
 from tpa_convert.modeling.tpa_llama import TPALlamaForCausalLM
-from tpa_convert.options.recipe import ConvertOptions
+from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.pipeline.prediction import predict
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.sources.attention import attention_weights
@@ -134,7 +134,7 @@ def test_nothing_of_a_source_is_left_out_in_silence() -> None:
     for layer, other in zip(model.model.layers, wrong.model.layers, strict=True):
         layer.self_attn = other.self_attn
     source = source_of(model)
-    plan = plan_uniform(source.architecture.llama_config(model.config), Budget(kv_ratio=0.5))
+    plan = plan_uniform(source.family.attention_sizes(model.config), Budget(kv_ratio=0.5))
     with pytest.raises(UserError, match=r"^8 tensors .* no place in .* \(the first: .*self_attn\."):
         convert_model(source, plan, None, whiten=False)
 
@@ -143,7 +143,7 @@ def test_fused_rows_that_do_not_fit_are_refused() -> None:
     model = random_model(FAMILIES["phi3"](num_attention_heads=4, num_key_value_heads=2))
     attention = model.model.layers[1].self_attn
     attention.qkv_proj.weight = torch.nn.Parameter(torch.zeros(60, 32))
-    names = architecture_of(model.config).names
+    names = family_of(model.config).names
     with pytest.raises(UserError, match=r"layer 1: qkv_proj has 60 rows"):
         attention_weights(attention, names, model.config, 1)
 
@@ -164,7 +164,7 @@ REFUSED = {
 def test_refusals_say_why(name: str) -> None:
     config, reason = REFUSED[name]
     with pytest.raises(UserError) as raised:
-        architecture_of(config)
+        family_of(config)
     message = str(raised.value)
     assert reason in message
     assert "\n" not in message
@@ -178,13 +178,13 @@ def test_tpa_is_refused_and_unknown_types_can_be_registered(
     class OtherConfig(LlamaConfig):
         model_type = "other"
 
-    with pytest.raises(UserError, match=r"'other' is unknown .*register_architecture"):
-        architecture_of(OtherConfig())
-    register_architecture(Architecture("other", TPALlamaForCausalLM))
-    assert architecture_of(OtherConfig()).model_type == "other"
+    with pytest.raises(UserError, match=r"'other' is unknown .*register_family"):
+        family_of(OtherConfig())
+    add_family(Family("other", TPALlamaForCausalLM))
+    assert family_of(OtherConfig()).model_type == "other"
 
     class TPAConfig(LlamaConfig):
         model_type = "tpa"
 
     with pytest.raises(UserError, match="TPA model already"):
-        architecture_of(TPAConfig())
+        family_of(TPAConfig())

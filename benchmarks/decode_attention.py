@@ -1,0 +1,173 @@
+"""Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
+
+    python benchmarks/decode_attention.py [--only plain|contextual|coded|bits|small]
+
+Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
+the cache over the bandwidth of a plain copy in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
+from machine import device_name, versions
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from tpa_convert.kernels import CodedRows, Tier, decode_attention
+
+# Names of sources: query heads, key/value heads, head dim.
+SOURCES = {"MHA": (32, 32, 128), "GQA-8": (32, 8, 128), "MQA": (32, 1, 128), "SmolLM2": (9, 3, 64)}
+MOST_BUFFERS = 100
+LONG = [(8, 32768), (1, 131072)]
+SHORT = [(1, 2048)]
+
+
+def rotating(make: Callable[[], Tensor]) -> list[Tensor]:
+    """As many of a cache as it takes for each to be cold when its turn comes."""
+    first = make()
+    more = min(MOST_BUFFERS, copies_needed(first.numel() * first.element_size())) - 1
+    return [first, *(make() for _ in range(more))]
+
+
+def source(name: str, batch: int, slots: int) -> tuple[float, int]:
+    """Seconds of the fastest of PyTorch's kernels, and bytes of the cache."""
+    heads, groups, width = SOURCES[name]
+    query = torch.randn(batch, heads, 1, width, device="cuda", dtype=torch.bfloat16)
+    caches = rotating(
+        lambda: torch.randn(2, batch, groups, slots, width, device="cuda", dtype=torch.bfloat16)
+    )
+
+    def call(backend: SDPBackend, i: int) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, *caches[i], enable_gqa=groups != heads)
+
+    backends = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    times = [seconds(partial(call, backend), len(caches)) for backend in backends]
+    return min(times), caches[0].numel() * 2
+
+
+def rotated(width: int, batch: int, slots: int, heads: int = 32) -> tuple[float, int]:
+    query = torch.randn(batch, heads, 1, width, device="cuda", dtype=torch.bfloat16)
+    caches = rotating(
+        lambda: torch.randn(2, batch, 1, slots, width, device="cuda", dtype=torch.bfloat16)
+    )
+    time = seconds(lambda i: decode_attention(query, *caches[i], scale=0.1), len(caches))
+    return time, caches[0].numel() * 2
+
+
+def contextual(rank: int, batch: int, slots: int) -> tuple[float, int]:
+    """Head factors of 8 heads in front of features of head dim 128, as caches pack them."""
+    heads, groups, width = 32, 8, 128 * rank
+    query = torch.randn(batch, heads, 1, width, device="cuda", dtype=torch.bfloat16)
+    shape = (2, batch, 1, slots, rank * groups + width)
+    caches = rotating(lambda: torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+
+    def call(i: int) -> Tensor:
+        (key_heads, keys), (value_heads, values) = (
+            part.split((rank * groups, width), -1) for part in caches[i]
+        )
+        factors = {"key_heads": key_heads, "value_heads": value_heads, "groups": groups}
+        return decode_attention(query, keys, values, scale=0.1, **factors)
+
+    return seconds(call, len(caches)), caches[0].numel() * 2
+
+
+def coded_layout(bits: int, width: int, align: int) -> tuple[CodedRows, int]:
+    """One tier, the header behind it, rows of whole multiples of `align` bytes."""
+    size = bits * width // 8
+    step = 0.05 * torch.rand(width, device="cuda") + 0.02
+    mean = torch.randn(2, width, device="cuda")
+    layout = CodedRows((Tier(bits, 0, size, 0, width),), size, step, mean)
+    return layout, (size // align + 1) * align
+
+
+def coded(
+    bits: int, width: int, batch: int, slots: int, heads: int = 32, align: int = 16
+) -> tuple[float, int]:
+    layout, size = coded_layout(bits, width, align)
+
+    def make() -> Tensor:
+        shape = (2, batch, 1, slots, size)
+        rows = torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
+        rows[..., layout.header] %= 16  # scales from 1 to 4, the first class
+        rows[..., 0, layout.header] += 128  # the first token is of the second class
+        return rows
+
+    caches = rotating(make)
+    query = torch.randn(batch, heads, 1, width, device="cuda", dtype=torch.bfloat16)
+    call = partial(decode_attention, scale=0.1, key_rows=layout, value_rows=layout)
+    time = seconds(lambda i: call(query, *caches[i]), len(caches))
+    return time, caches[0].numel()
+
+
+class Table:
+    """Rows of a Markdown table, each beside a source measured at the same shape."""
+
+    def __init__(self, bandwidth: float):
+        self.bandwidth = bandwidth
+        self.sources: dict[tuple[str, int, int], float] = {}
+        print("| case | batch × slots | ms | ns a token | of copy | against | ratio |")
+        print("|---|---|---|---|---|---|---|")
+
+    def row(
+        self, name: str, batch: int, slots: int, time: float, size: int, against: str = ""
+    ) -> None:
+        ratio = f"{self.sources[against, batch, slots] / time:.2f}" if against else ""
+        print(
+            f"| {name} | {batch} × {slots} | {time * 1e3:.4f} | {time / batch / slots * 1e9:.3f} | "
+            f"{size / time / self.bandwidth:.1%} | {against} | {ratio} |",
+            flush=True,
+        )
+
+    def source(self, name: str, batch: int, slots: int) -> None:
+        time, size = source(name, batch, slots)
+        self.sources[name, batch, slots] = time
+        self.row(f"source, {name}", batch, slots, time, size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["plain", "coded", "small", "bits", "contextual"])
+    only = parser.parse_args().only
+    print(f"{device_name()}, {versions()}")
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {matrix_rate() / 1e12:.0f} TFLOP/s\n")
+    table = Table(bandwidth)
+    for batch, slots in LONG + SHORT:
+        for name in ("MHA", "GQA-8", "MQA") if only in (None, "plain", "coded") else ():
+            table.source(name, batch, slots)
+        if only in (None, "plain"):
+            for width in (128, 256, 512):
+                name = f"rotated, {width}+{width}, bf16"
+                table.row(name, batch, slots, *rotated(width, batch, slots), "MQA")
+        if only in (None, "coded"):
+            for bits in (4, 2):
+                name = f"coded, 1024+1024, {bits} bits"
+                table.row(name, batch, slots, *coded(bits, 1024, batch, slots), "GQA-8")
+            name = "coded, 4096+4096, 2 bits"
+            table.row(name, batch, slots, *coded(2, 4096, batch, slots), "MHA")
+    if only in (None, "contextual"):
+        for batch, slots in LONG + SHORT:
+            for rank in (1, 2):
+                name = f"contextual, R = {rank}, d = 128, bf16"
+                table.row(name, batch, slots, *contextual(rank, batch, slots))
+    if only in (None, "bits"):
+        for bits in (1, 2, 4, 8):
+            name = f"coded, 1024+1024, {bits} bits"
+            table.row(name, *LONG[0], *coded(bits, 1024, *LONG[0]))
+    if only in (None, "small"):
+        table.source("SmolLM2", 64, 8192)
+        for align in (16, 4):
+            name = f"coded, 192+192, 2 bits, rows in {align} bytes"
+            table.row(name, 64, 8192, *coded(2, 192, 64, 8192, 9, align), "SmolLM2")
+        table.row("rotated, 192+192, bf16", 64, 8192, *rotated(192, 64, 8192, 9), "SmolLM2")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Every family: a row of checks, each beside a model that is broken so that the check must fail.
+
+The source is a tiny random model of the family; windows are 8 tokens, texts are longer.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from tests.conftest import make_tiny_tokenizer
+from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
+from tests.tiny_models import MODELS, WINDOW
+from tpa_convert.export.save import save_converted
+from tpa_convert.families import FAMILIES
+from tpa_convert.forward.comparison import agreement
+from tpa_convert.healing import HealingSettings, heal
+from tpa_convert.modeling import given_cache
+from tpa_convert.modeling.tpa_attention import TPAAttention
+from tpa_convert.modeling.tpa_keys import KeyNorm
+from tpa_convert.planning.sensitivity import measure_sensitivity
+from tpa_convert.refinement.least_squares import refit
+from tpa_convert.refinement.regression import RefinementSettings, refine
+
+NAMES = ["llama", "mistral", "qwen2", "phi3", "qwen3", "gemma3"]
+KEYS = ["rotated", "latent"]
+TOLERANCE = 1e-4
+NARROW = {"kv_ratio": 0.5}
+
+
+def test_the_table_has_every_family() -> None:
+    types = {MODELS[name]().config.model_type for name in NAMES}
+    assert types == {family.model_type for family in FAMILIES}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def source(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return MODELS[request.param]()
+
+
+@pytest.fixture(scope="module", params=KEYS)
+def narrowed(request: pytest.FixtureRequest, source) -> PreTrainedModel:
+    """At half of the cache, through the family's own decoder."""
+    model = convert_tiny(source, key_cache=request.param, **NARROW)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def attentions(model: PreTrainedModel) -> list[TPAAttention]:
+    return [module for module in model.modules() if isinstance(module, TPAAttention)]
+
+
+def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens, **kwargs).logits
+
+
+def text(count: int = 2, length: int = 3 * WINDOW) -> Tensor:
+    return random_blocks(count=count, length=length, seed=5)
+
+
+# ---------------------------------------------------------------------- the source at full width
+
+
+@pytest.mark.parametrize("key_cache", KEYS)
+@pytest.mark.parametrize("form", ["static", "affine"])
+def test_full_width_is_the_source(source, key_cache, form) -> None:
+    if (form, key_cache) == ("affine", "latent"):
+        pytest.skip("latent keys have constant head factors")
+    converted = convert_tiny(source, key_cache=key_cache, form=form)
+    expected = logits(source, text())
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits(converted, text()), expected, atol=TOLERANCE, rtol=0)
+
+    # Whatever belongs to the family alone has to be there: without it, the check fails.
+    for attention in attentions(converted):
+        attention.scaling *= 1.1
+    assert (logits(converted, text()) - expected).abs().max() > 100 * TOLERANCE
+
+
+def test_norms_of_queries_and_keys_matter(source) -> None:
+    """The check above sees QK-norm: a layer without one of the two is another model."""
+    expected = logits(source, text())
+    if not hasattr(source.model.layers[0].self_attn, "k_norm"):
+        assert not any(isinstance(m, KeyNorm) for m in convert_tiny(source).modules())
+        return
+    for key_cache in KEYS:
+        for part in ("keys", "queries"):
+            converted = convert_tiny(source, key_cache=key_cache)
+            for attention in attentions(converted):
+                if part == "queries":
+                    attention.q_norm = None
+                else:
+                    attention.keys.norm.forward = lambda keys: torch.ones_like(keys[..., :1])
+            assert (logits(converted, text()) - expected).abs().max() > 100 * TOLERANCE
+
+
+def test_windows_matter(source) -> None:
+    """The check above sees windows: texts longer than one differ where they are taken away."""
+    windows = [attention.sliding_window for attention in attentions(convert_tiny(source))]
+    assert (WINDOW in windows) == (getattr(source.config, "sliding_window", None) is not None)
+    if WINDOW not in windows:
+        return
+    expected, wide = logits(source, text()), copy.deepcopy(convert_tiny(source))
+    wide.config.sliding_window = 1000
+    assert (logits(wide, text()) - expected).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.gpu
+def test_a_source_on_a_gpu_is_converted_and_planned(source) -> None:
+    """Moments and decompositions are on the CPU wherever the source is."""
+    expected = convert_tiny(source, **NARROW)
+    there = copy.deepcopy(source).cuda()
+    converted = convert_tiny(there, **NARROW)
+    torch.testing.assert_close(
+        logits(converted, text()), logits(expected, text()), atol=1e-2, rtol=0
+    )
+    moments = tiny_moments(there)
+    report = measure_sensitivity(source_of(there), moments, text())
+    assert all(layer.keys.losses[0] > 0 for layer in report)
+
+
+# ------------------------------------------------------------------------- cached and uncached
+
+
+def stepwise(model: PreTrainedModel, tokens: Tensor, cache: Any, first: int = 5) -> Tensor:
+    steps = []
+    with torch.no_grad():
+        for start, end in [(0, first), *((t, t + 1) for t in range(first, tokens.shape[1]))]:
+            positions = torch.arange(start, end)[None]
+            output = model(
+                tokens[:, start:end], past_key_values=cache, position_ids=positions, use_cache=True
+            )
+            steps.append(output.logits)
+    return torch.cat(steps, dim=1)
+
+
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "dynamic": lambda config: DynamicCache(config=config),  # sliding where the family's layers are
+    "static": lambda config: StaticCache(config=config, max_cache_len=4 * WINDOW),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", CACHES)
+def test_every_step_has_the_logits_of_a_full_pass(narrowed, kind) -> None:
+    expected = logits(narrowed, text(), use_cache=False)
+    cache = CACHES[kind](narrowed.config)
+    torch.testing.assert_close(stepwise(narrowed, text(), cache), expected, atol=TOLERANCE, rtol=0)
+    kinds = getattr(narrowed.config, "layer_types", None)
+    if kinds is not None:
+        assert [layer.is_sliding for layer in cache.layers] == [
+            kind == "sliding_attention" for kind in kinds
+        ]
+
+    def forgetful(arguments: dict[str, Any], pop: bool = False) -> None:
+        given_cache(arguments, pop)
+
+    with pytest.MonkeyPatch.context() as patch:  # a layer that misses the cache
+        patch.setattr("tpa_convert.modeling.tpa_attention.given_cache", forgetful)
+        broken = stepwise(narrowed, text(), DynamicCache(config=narrowed.config))
+    assert (broken - expected).abs().max() > 100 * TOLERANCE
+
+
+def test_left_padding_changes_nothing(narrowed) -> None:
+    tokens, pad = text(count=1, length=WINDOW + 4), 5  # near enough to be seen through windows
+    padded = torch.cat((torch.zeros(1, pad, dtype=torch.long), tokens), dim=1)
+    mask = (torch.arange(padded.shape[1]) >= pad).long()[None]
+    settings = {"max_new_tokens": 12, "do_sample": False, "output_logits": True}
+
+    def generate(ids: Tensor, mask: Tensor) -> Tensor:
+        output = narrowed.generate(
+            ids, attention_mask=mask, return_dict_in_generate=True, **settings
+        )
+        return torch.stack(output.logits, dim=1)
+
+    expected = generate(tokens, torch.ones_like(tokens))
+    torch.testing.assert_close(generate(padded, mask), expected, atol=TOLERANCE, rtol=0)
+    seen = generate(padded, torch.ones_like(padded))  # padding that is attended to
+    assert (seen - expected).abs().max() > 100 * TOLERANCE
+
+
+# ----------------------------------------------------------- calibration, refinement, healing
+
+
+def divergence(source: PreTrainedModel, model: PreTrainedModel) -> float:
+    return agreement(source, model, random_blocks(count=8, length=32, seed=9)).kl
+
+
+@pytest.mark.parametrize("key_cache", KEYS)
+def test_calibration_pays(source, key_cache) -> None:
+    source = copy.deepcopy(source)  # whose attention reads some inputs far more than others
+    for layer in source.model.layers:
+        layer.input_layernorm.weight.data *= torch.logspace(0.5, -1.5, 32)
+    calibrated = convert_tiny(source, key_cache=key_cache, **NARROW)
+    weights_alone = convert_tiny(source, key_cache=key_cache, whiten=False, **NARROW)
+    assert divergence(source, calibrated) < divergence(source, weights_alone)
+    exact = convert_tiny(source, key_cache=key_cache)
+    assert divergence(source, exact) < 1e-6 < divergence(source, calibrated)
+
+
+@pytest.mark.parametrize("key_cache", KEYS)
+def test_narrower_parts_lose_more(source, key_cache) -> None:
+    """What a plan rests on: each part of a layer alone, the rest being the source."""
+    report = measure_sensitivity(
+        source_of(source), tiny_moments(source), text(count=4), key_cache=key_cache
+    )
+    assert len(report) == source.config.num_hidden_layers
+    for part in (part for layer in report for part in (layer.keys, layer.values)):
+        assert part.losses[0] > part.losses[-1] > 0
+        assert part.loss(torch.tensor(part.step * (len(part.error) - 1))) == 0  # at full width
+
+
+def test_refit_and_refinement_lower_the_loss(source, narrowed) -> None:
+    blocks = random_blocks(count=48, length=32, seed=3)
+    before = divergence(source, narrowed)
+    settings = RefinementSettings(steps=60, batch_size=8, checks=4)
+    for improve in (
+        lambda model: refit(source, model, blocks),
+        lambda model: refine(source, model, blocks, settings),
+    ):
+        model = copy.deepcopy(narrowed)
+        report = improve(model)
+        assert all(layer.after <= layer.before for layer in report)
+        assert divergence(source, model) < before
+    other = MODELS["llama" if source.config.model_type != "llama" else "mistral"](seed=7)
+    model = copy.deepcopy(narrowed)  # towards another model, it does not
+    if other.config.hidden_size == source.config.hidden_size:
+        refine(other, model, blocks, settings)
+        assert divergence(source, model) > before
+
+
+def test_healing_lowers_the_loss(source, narrowed, tmp_path) -> None:
+    blocks = random_blocks(count=64, length=32, seed=4)
+    before = divergence(source, narrowed)
+
+    def healed(teacher: PreTrainedModel, name: str) -> float:
+        student = copy.deepcopy(narrowed)
+        settings = HealingSettings(
+            tokens=16 * 256,
+            tokens_per_step=256,
+            block_length=32,
+            attention_learning_rate=3e-3,
+            learning_rate=1e-3,
+            warmup_steps=4,
+            hidden_weight=0.0,
+        )
+        heal(
+            student,
+            copy.deepcopy(teacher),
+            None,
+            blocks,
+            settings=settings,
+            output_dir=tmp_path / name,
+            progress=False,
+        )
+        return divergence(source, student)
+
+    # Another teacher leads elsewhere, or not as near.
+    assert healed(source, "source") < 0.92 * before
+    other = MODELS[next(n for n in NAMES if MODELS[n]().config == source.config)](seed=8)
+    assert healed(other, "another") > 0.92 * before
+
+
+# ------------------------------------------------------------------ exports without the package
+
+SCRIPT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tpa_convert":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM
+
+tokens = torch.load(sys.argv[1], weights_only=True)
+results = []
+for directory in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    with torch.no_grad():
+        results.append((type(model).__module__, model(tokens).logits))
+torch.save(results, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+    """Logits of each family's exports in memory, and as a process without the package has them."""
+    base = tmp_path_factory.mktemp("exports")
+    models = {}
+    for name in NAMES:
+        for key_cache in KEYS:
+            source = MODELS[name]()
+            model = convert_tiny(source, key_cache=key_cache, **NARROW)
+            plan = {"kv_bytes": 1, "source_kv_bytes": 2, "cache_dtype": "float32"}
+            record = {"settings": {}, "plan": plan, "versions": {}}
+            provenance = {"source": asdict(source_of(source).reference), "convert": record}
+            directory = base / f"{name}-{key_cache}"
+            directory.mkdir()
+            save_converted(model, make_tiny_tokenizer(), directory, "tiny", provenance)
+            models[directory] = model
+    torch.save(text(), base / "tokens.pt")
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, base / "tokens.pt", base / "results.pt", *models],
+        cwd=base,
+        env=os.environ | {"HF_MODULES_CACHE": str(base / "modules")},
+        check=True,
+        timeout=280,
+    )
+    found = torch.load(base / "results.pt", weights_only=True)
+    return {
+        Path(directory).name: (logits(model, text()), result)
+        for (directory, model), result in zip(models.items(), found, strict=True)
+    }
+
+
+@pytest.mark.parametrize("key_cache", KEYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_load_without_the_package(exports, name, key_cache) -> None:
+    expected, (module, found) = exports[f"{name}-{key_cache}"]
+    assert module.startswith("transformers_modules.")
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    other = exports[f"{name}-{KEYS[1 - KEYS.index(key_cache)]}"][0]
+    assert (found - other).abs().max() > 1e-2  # what another export has is told apart

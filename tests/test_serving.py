@@ -1,0 +1,95 @@
+"""Serving paths of transformers whose caches are made for the heads of a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from tests.conversions import convert_tiny, random_blocks
+from tests.generated import telling
+from tests.test_generation import LAYOUTS, SPEAKING
+from tpa_convert.modeling.tpa_attention import fold, unfold
+from tpa_convert.modeling.tpa_configuration import check_transformers
+
+NEW = 10
+
+
+@pytest.fixture(
+    scope="module",
+    params=["static absorbed", "static applied", "latent absorbed", "affine applied"],
+)
+def model(request: pytest.FixtureRequest, tiny_llama) -> PreTrainedModel:
+    converted = convert_tiny(tiny_llama("gqa", **SPEAKING), **LAYOUTS[request.param])
+    converted.generation_config.eos_token_id = None
+    converted.generation_config.pad_token_id = 0
+    return converted
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="refused before transformers 5.20"
+)
+@pytest.mark.parametrize("lengths", [[9], [9, 5, 12]], ids=["one request", "three requests"])
+def test_continuous_batching_gives_what_generate_gives(model, lengths) -> None:
+    prompts = [random_blocks(count=1, length=length, seed=length) for length in lengths]
+    expected = [telling(model, prompt, NEW)[0].tolist() for prompt in prompts]
+    settings = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    outputs = model.generate_batch(
+        inputs=[prompt[0].tolist() for prompt in prompts],
+        generation_config=settings,
+        # By default it takes most of the memory that is free.
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64),
+        progress_bar=False,
+    )
+    assert [output.error for output in outputs.values()] == [None] * len(prompts)
+    assert [output.generated_tokens for output in outputs.values()] == expected
+
+
+def test_a_static_cache_that_is_made_for_the_heads_of_the_config(model) -> None:
+    """As `TorchExportableModuleForDecoderOnlyLM` makes it, before the model sees it."""
+    from transformers import StaticCache
+
+    tokens = random_blocks(count=1, length=20, seed=5)
+    expected = model(tokens, use_cache=False).logits
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=24)
+    cache.early_initialization(
+        1, config.num_key_value_heads, config.head_dim, torch.float32, torch.device("cpu")
+    )
+    steps: list[Any] = []
+    with torch.no_grad():
+        for start, end in [(0, 9), *((t, t + 1) for t in range(9, 20))]:
+            positions = torch.arange(start, end)[None]
+            steps.append(
+                model(tokens[:, start:end], past_key_values=cache, position_ids=positions).logits
+            )
+    torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-5, rtol=1e-5)
+    assert cache.layers[0].keys.shape[1:] == (config.num_key_value_heads, 24, config.head_dim)
+
+
+def test_rows_are_folded_and_unfolded() -> None:
+    row = torch.randn(2, 1, 5, 7)
+    folded = fold(row, (3, 4))
+    assert folded.shape == (2, 3, 5, 4)
+    assert torch.equal(unfold(folded, 7), row)
+    assert not torch.equal(unfold(folded.flip(1), 7), row)
+    with pytest.raises(ValueError, match="7 numbers a token do not fit into a cache of 3 heads of"):
+        fold(row, (3, 2))
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.24.0.dev0", "5.99"])
+def test_versions_that_run(version) -> None:
+    check_transformers(version)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.16.1", "6.0.0"])
+def test_versions_that_do_not_run_are_told_in_a_line(version) -> None:
+    with pytest.raises(ImportError, match=rf"transformers >= 5\.17 and < 6, and {version} is"):
+        check_transformers(version)

@@ -1,0 +1,205 @@
+"""Results as the command line shows them: small tables and a few sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tpa_convert.cli.terminal import console
+
+if TYPE_CHECKING:
+    import torch
+
+    from tpa_convert.modeling import LayerShape
+    from tpa_convert.pipeline import HealingResult, PlanningResult
+    from tpa_convert.pipeline.prediction import Prediction
+    from tpa_convert.plans import Plan
+
+LAYERS_ACROSS = 10  # in the table of an uneven plan
+
+
+def show_plan(prediction: Prediction) -> None:
+    """What is cached before and after, and the shapes of the layers."""
+    plan = prediction.plan
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in ("source", "converted", "kept"):
+        table.add_column(column, justify="right")
+    unit = str(prediction.cache_dtype).removeprefix("torch.")
+    for name, before, after in (
+        (f"cache bytes per token ({unit})", prediction.source_kv_bytes, prediction.kv_bytes),
+        ("cached numbers per token and layer", plan.source_kv_floats, plan.kv_floats),
+        ("parameters", prediction.source_parameters, prediction.parameters),
+    ):
+        table.add_row(
+            name,
+            f"{before:,}",
+            f"{after:,.6g}" if after < 1e6 else f"{after:,}",
+            f"{after / before:.1%}",
+        )
+    console.print(table)
+    show_layers(plan.layers)
+    _show_rebuilding(plan, prediction.cache_dtype)
+
+
+def show_layers(layers: Sequence[LayerShape]) -> None:
+    """One line on layers that are all alike; else their numbers in a table, ten layers across."""
+    kept_as = {layer.key_cache for layer in layers}
+    key = "latent key" if kept_as == {"latent"} else "key"
+    rows: dict[str, list[int | None]] = {
+        f"{key} width": [layer.width_k for layer in layers],
+        "value width": [layer.width_v for layer in layers],
+    }
+    if any(layer.contextual for layer in layers):
+        # the rank of a static layer follows from its decomposition, so a plan cannot know it
+        rows["key rank"] = [layer.rank_k if layer.contextual else None for layer in layers]
+        rows["value rank"] = [layer.rank_v if layer.contextual else None for layer in layers]
+    if len(set(zip(*rows.values(), strict=True))) > 1:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column()
+        for _ in range(LAYERS_ACROSS):
+            table.add_column(justify="right", no_wrap=True)
+        for start in range(0, len(layers), LAYERS_ACROSS):
+            across = range(start, min(start + LAYERS_ACROSS, len(layers)))
+            table.add_row("layer", *map(str, across), style="dim")
+            for name, numbers in rows.items():
+                table.add_row(name, *(str(numbers[i] or "–") for i in across))
+            table.add_row()
+        console.print(table)
+        widths = ""
+    else:
+        widths = "; " + ", ".join(f"{name} {numbers[0]}" for name, numbers in rows.items())
+    kinds: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        kind = f"{layer.form} head factors, gauge {layer.value_gauge}"
+        if len(kept_as) > 1:
+            kind += f", {layer.key_cache} keys"
+        kinds.setdefault(kind, []).append(i)
+    for kind, where in kinds.items():
+        console.print(f"{'layers' if len(where) > 1 else 'layer'} {_ranges(where)}: {kind}{widths}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 3-5 for 1, 3, 4, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
+
+
+def _show_rebuilding(plan: Plan, cache_dtype: torch.dtype) -> None:
+    from tpa_convert.plans.cost import rebuilding_per_byte
+
+    operations = rebuilding_per_byte(plan, cache_dtype)
+    if operations:
+        unit = str(cache_dtype).removeprefix("torch.")
+        console.print(
+            f"Every step rebuilds the keys of the context: {operations:.0f} operations per cached "
+            f"byte ({unit}); an H100 has time for about 300 while it reads one."
+        )
+
+
+def show_planning(result: PlanningResult) -> None:
+    """All candidates, the chosen one marked, and what they cost."""
+    report = result.report
+    unit = str(result.cache_dtype).removeprefix("torch.")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    columns = ["bytes/token", "kept", "predicted", "perplexity", "KL"]
+    columns += ["context"] if result.memory is not None else []
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    previous = report.candidates[0].budget
+    for i, candidate in enumerate(report.candidates):
+        if candidate.budget != previous:
+            table.add_section()
+            previous = candidate.budget
+        plan, chosen = candidate.plan, i == report.chosen
+        name = candidate.form if candidate.form != "static" else candidate.split
+        predicted = candidate.predicted_kl
+        cells = [
+            f"{'→' if chosen else ' '} {name}",
+            f"{plan.kv_bytes(result.cache_dtype):,.0f}",
+            f"{plan.kv_floats / plan.source_kv_floats:.1%}",
+            "" if predicted is None else _times(math.exp(min(predicted, 700.0))),
+            _times(candidate.perplexity_ratio),
+            f"{candidate.kl:.3f}",
+        ]
+        context = result.context(candidate)
+        table.add_row(
+            *cells,
+            *([f"{context:,}"] if context is not None else []),
+            style="bold green" if chosen else None,
+        )
+    console.print(table)
+    for line in (
+        f"Perplexity {'after refinement, before' if result.refined else 'before refinement and'} "
+        f"healing, relative to the source's {report.source_perplexity:.2f} on held-out "
+        f"calibration text; bytes in {unit}.",
+        "uniform: the same widths everywhere; measured: widths by sensitivity; halfway: their "
+        "mean. Predicted from the sensitivities, without refinement.",
+        "→: the least KL at the budget, or the smallest cache within the accepted loss.",
+        *(
+            [
+                f"Context: tokens in {result.memory / 1e9:g} GB beside the weights, "
+                f"batch {result.batch_size}."
+            ]
+            if result.memory is not None
+            else []
+        ),
+    ):
+        console.print(line, style="dim")
+    cost, source = report.candidates[report.chosen].cost, report.source_cost
+    console.print(
+        f"\nAttention layers of the chosen plan (→) against the source's, at {report.context:,} "
+        f"tokens: weights {_times(cost.parameters / source.parameters)}, arithmetic of decoding "
+        f"{_times(cost.decode_flops / source.decode_flops)}, of prefill "
+        f"{_times(cost.prefill_flops / source.prefill_flops)}."
+    )
+    _show_rebuilding(report.plan, result.cache_dtype)
+
+
+def _times(ratio: float) -> str:
+    return f"×{ratio:.3f}" if ratio < 10 else f"×{ratio:.1f}" if ratio < 100 else f"×{ratio:.0f}"
+
+
+def show_healing(result: HealingResult) -> None:
+    """How far from the source the model was and is, and what that took."""
+    report = result.report
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def row(name: str, points: Sequence[tuple[int, float]], shown: Callable[[float], str]) -> None:
+        if points:
+            table.add_row(name, *(shown(points[end][1]) for end in (0, -1)))
+
+    row("loss on training text, first and last steps", report.losses, "{:.4f}".format)
+    row("KL from the source, held-out text", report.valid_losses, "{:.4f}".format)
+    source = report.source_perplexity
+    if source is not None:
+        points = report.valid_perplexities
+        row(f"perplexity, held-out text (source {source:.2f})", points, "{:.2f}".format)
+        row("  against the source", points, lambda value: _times(value / source))
+        row("  same likeliest token", report.valid_agreements, "{:.1%}".format)
+    console.print(table)
+    if report.recovered:
+        console.print(f"Stopped early, after {report.steps} steps: recovered as far as asked.")
+    resumed = f" (this time from step {report.resumed_from} on)" if report.resumed_from else ""
+    speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
+    console.print(
+        f"Healed on {report.tokens:,} tokens{resumed} in {duration(report.seconds)}{speed}.",
+        soft_wrap=True,
+    )
+    console.print(f"Picture: {result.chart}", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 4 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

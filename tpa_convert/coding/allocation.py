@@ -1,0 +1,177 @@
+"""Bits for components: where the next bit takes most of the error away. Pure functions.
+
+The energy of a component is what leaving it out would cost: its importance times its variance. Of
+that n bits leave a share ε(n), the same for all components, so Σ energy · ε(bits) is to be made
+small (reverse water-filling with the curve of the quantiser instead of 2^(−2n)). Energies of
+several layers, of keys and of values may stand in one tensor if they have one unit: then all share
+one budget, and nothing else decides between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tpa_convert.coding.codes import HEADER_BYTES, MAX_BITS, RowLayout, tier_bits_of
+
+# A uniform midrise quantiser of 0 … 8 bits for a Gaussian of unit variance: the step with the least
+# squared error, and that error (Max, "Quantizing for minimum distortion", 1960, table II).
+GAUSSIAN_STEP = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.05687, 0.03076)
+GAUSSIAN_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 8.714e-5)
+LEVELS = (0, 1, 2, 3, 4, 8)
+
+
+def allocate_bits(energy: Tensor, budget: int, levels: Sequence[int] = LEVELS) -> Tensor:
+    """Bits of each component, without regard to how they pack.
+
+    Greedy by gain per bit, along the lower convex envelope of ε over the levels, which is optimal
+    for every budget that ends with a whole step.
+
+    Args:
+        energy: non-negative, [c].
+        budget: most bits in all.
+        levels: bits that a component may have, 0 among them.
+
+    Returns: int64 [c].
+
+    Raises:
+        ValueError: levels without 0 or outside 0 … 8, or a negative budget.
+    """
+    _check_levels(levels)
+    if budget < 0:
+        raise ValueError(f"a budget of {budget} bits")
+    steps = envelope(sorted(levels))
+    if not steps:
+        return torch.zeros_like(energy, dtype=torch.long)
+    gain = torch.stack(
+        [(GAUSSIAN_ERROR[a] - GAUSSIAN_ERROR[b]) / (b - a) * energy.double() for a, b in steps]
+    )
+    cost = torch.tensor([b - a for a, b in steps], device=energy.device)
+    cost = cost[:, None].expand_as(gain).flatten()
+    # A stable sort takes the steps of one component in order also where its gains are equal, so
+    # that what is taken of a component is always a beginning.
+    order = gain.flatten().sort(descending=True, stable=True).indices
+    taken = order[cost[order].cumsum(0) <= budget]
+    bits = torch.zeros_like(cost).index_copy_(0, taken, cost[taken])
+    return bits.view_as(gain).sum(0)
+
+
+def _check_levels(levels: Sequence[int]) -> None:
+    if 0 not in levels or min(levels) < 0 or max(levels) > MAX_BITS:
+        raise ValueError(f"levels {tuple(levels)}: 0 and up to {MAX_BITS} bits are possible")
+
+
+def envelope(levels: Sequence[int]) -> list[tuple[int, int]]:
+    """Steps (from, to) between ascending `levels` along the lower convex envelope of ε."""
+    steps, low = [], levels[0]
+    while low < levels[-1]:
+        slope = {
+            b: (GAUSSIAN_ERROR[low] - GAUSSIAN_ERROR[b]) / (b - low) for b in levels if b > low
+        }
+        high = max(slope, key=lambda b: (slope[b], b))
+        steps.append((low, high))
+        low = high
+    return steps
+
+
+def remaining_error(energy: Tensor, bits: Tensor) -> Tensor:
+    """Σ energy · ε(bits), a scalar, for both of one shape."""
+    return (energy * energy.new_tensor(GAUSSIAN_ERROR)[bits]).sum()
+
+
+def row_layout(bits: Tensor, align: int) -> tuple[RowLayout, Tensor]:
+    """The layout of components with these bits [c], and the coded ones in its order, int64."""
+    order = bits.argsort(descending=True, stable=True)
+    order = order[bits[order] > 0]
+    values, counts = bits[order].unique_consecutive(return_counts=True)
+    groups = tuple(zip(values.tolist(), counts.tolist(), strict=True))
+    return RowLayout(groups, align), order
+
+
+def fit_row(
+    energy: Tensor, row_bytes: int, align: int = 2, levels: Sequence[int] = LEVELS
+) -> Tensor:
+    """Bits of each component in a row of at most `row_bytes` bytes, padding and header included.
+
+    More energy never gets fewer bits, so a row is how many of the strongest components get the most
+    bits, how many of the next get the level below, and so on: dynamic programming over levels,
+    components and bytes, in whole tiers. Exact, but for a tier that would reach beyond the last
+    component, which counts as a whole one.
+
+    Args:
+        energy: non-negative, [c].
+        row_bytes: of the row, at least its header's.
+        align: what the bytes of each tier are padded to a multiple of.
+        levels: bits that a component may have, 0 among them.
+
+    Returns: int64 [c].
+
+    Raises:
+        ValueError: as `allocate_bits`, or no room for a header.
+    """
+    if row_bytes < RowLayout((), align).row_bytes:
+        raise ValueError(f"a row of {row_bytes} bytes has no room for its header")
+    _check_levels(levels)
+    order = energy.argsort(descending=True, stable=True)
+    # u: components in units of `align`, which 8 bits need; r: bytes in units of `align`
+    blocks = (row_bytes // 2 * 2 - HEADER_BYTES) // align  # rows have an even number of bytes
+    strongest = pad(energy[order].double().cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
+    before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
+    last = len(before) - 1
+    left = (before[-1] - before)[:, None].expand(-1, blocks + 1)  # [u, r]: error of all from u on
+    u = torch.arange(last + 1)
+    taken = {}
+    for bits in sorted(b for b in levels if b):  # the lowest level comes last in a row
+        unit = 8 // min(tier_bits_of(bits))
+        size = bits * unit // 8
+        counts = range(min(blocks // size, -(-last // unit)) + 1)
+        errors = torch.full((len(counts), last + 1, blocks + 1), torch.inf, dtype=torch.float64)
+        for n in counts:
+            end = (u + n * unit).clamp_max(last)
+            coded = GAUSSIAN_ERROR[bits] * (before[end] - before)
+            errors[n, :, n * size :] = coded[:, None] + left[end, : blocks + 1 - n * size]
+        left, taken[bits] = errors.min(0)
+    result = torch.zeros(len(energy), dtype=torch.long)
+    at, room = 0, blocks
+    for bits in sorted(taken, reverse=True):
+        n = int(taken[bits][min(at, last), room])
+        unit = 8 // min(tier_bits_of(bits))
+        result[align * at : align * (at + n * unit)] = bits
+        at, room = at + n * unit, room - n * bits * unit // 8
+    return torch.empty_like(order).index_copy_(0, order, result.to(order.device))
+
+
+def share_rows(
+    energies: Sequence[Tensor], total_bytes: int, align: int = 2, levels: Sequence[int] = LEVELS
+) -> list[Tensor]:
+    """Bits of the components of every part of every layer, from one budget.
+
+    Args:
+        energies: [c] of each part, in one unit.
+        total_bytes: of one token's rows of all parts together, padding and headers included.
+        align: what the bytes of each tier are padded to a multiple of.
+        levels: bits that a component may have, 0 among them.
+
+    Returns: int64 [c] for each part; their rows have at most `total_bytes` bytes.
+
+    Raises:
+        ValueError: as `allocate_bits`, or no room for the headers.
+    """
+    header = RowLayout((), align).row_bytes
+    room = total_bytes - header * len(energies)
+    if room < 0:
+        raise ValueError(f"{total_bytes} bytes have no room for {len(energies)} headers")
+    ideal = allocate_bits(torch.cat(list(energies)), 8 * room, levels)
+    sizes = [bits.sum().item() / 8 for bits in ideal.split([len(e) for e in energies])]
+    unit = max(2, align)  # rows have an even number of bytes
+    units = [int(size // unit) for size in sizes]
+    spare = min(len(units), room // unit - sum(units))
+    for i in sorted(range(len(sizes)), key=lambda i: unit * units[i] - sizes[i])[:spare]:
+        units[i] += 1
+    return [
+        fit_row(energy, header + unit * n, align, levels)
+        for energy, n in zip(energies, units, strict=True)
+    ]

@@ -1,0 +1,285 @@
+"""Components to codes to bytes, and back. Imports torch alone, so that an export can carry it.
+
+A token keeps one row of bytes of a fixed length for each layer and part (keys or values): *tiers*
+of codes with equally many bits, most bits first, then a header byte.
+
+    component c = mean[class, c] + scale · step[c] · (code − (2^bits[c] − 1) / 2)                (1)
+
+Class and scale are the token's and lie in the header: the class in its high bits, below it the
+scale in steps of 2^(1/8). All else is constant, so that attention can run on the codes: steps fold
+into what the components meet, and each class adds one constant.
+
+In a tier of b ∈ {1, 2, 4, 8} bits and n bytes, byte i holds the codes of components i, i + n,
+i + 2n, …, in its lowest bits first: one shift and mask for all bytes gives the codes of n
+components in a row. Codes of other lengths lie in several tiers, the longest with their lowest
+bits: 3 bits are two low ones and a high one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+MAX_BITS = 8
+HEADER_BYTES = 1
+SCALES_PER_OCTAVE = 8
+LOWEST_OCTAVE = -8  # the scale of header 0, as a power of two
+# Scales that are tried for a token, in octaves around the root mean square of its components.
+TRIED_OCTAVES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+
+
+class Tier(NamedTuple):
+    """Codes, or parts of codes, of equally many bits side by side.
+
+    Attributes:
+        bits: 1, 2, 4 or 8.
+        offset: first byte in the row.
+        size: bytes, padding included.
+        first: component of the first code.
+        components: how many follow each other.
+        shift: bits of the codes that lie in earlier tiers.
+    """
+
+    bits: int
+    offset: int
+    size: int
+    first: int
+    components: int
+    shift: int
+
+
+class RowLayout(NamedTuple):
+    """Where the codes of one row lie.
+
+    Attributes:
+        groups: (bits, components) of each run of components with equal bits, most bits first;
+            components are in this order.
+        align: what the bytes of each tier are padded to a multiple of.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    align: int = 2
+
+    @property
+    def components(self) -> int:
+        return sum(count for _, count in self.groups)
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """In the order of their offsets.
+
+        Raises:
+            ValueError: bits outside 1 … 8.
+        """
+        tiers: list[Tier] = []
+        first = offset = 0
+        for bits, count in self.groups:
+            shift = 0
+            for tier_bits in tier_bits_of(bits):
+                size = tier_bytes(tier_bits, count, self.align)
+                tiers.append(Tier(tier_bits, offset, size, first, count, shift))
+                offset, shift = offset + size, shift + tier_bits
+            first += count
+        return tiers
+
+    @property
+    def header(self) -> int:
+        """Offset of the header byte."""
+        return sum(tier.size for tier in self.tiers)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, header and padding included: even, since kernels load words."""
+        return round_up(self.header + HEADER_BYTES, 2)
+
+    @property
+    def bits(self) -> list[int]:
+        """Of each component."""
+        return [bits for bits, count in self.groups for _ in range(count)]
+
+
+class Quantiser(NamedTuple):
+    """How the coded components of one part of a layer become codes and numbers (1).
+
+    Attributes:
+        layout: of its rows, c components.
+        mean: of each class of tokens, fp32 [classes, c]; the number of classes is a power of two.
+        step: fp32 [c], larger than 0.
+        spread: root mean square of each component around its class's mean, fp32 [c].
+        importance: weight of a squared error of each component, fp32 [c].
+    """
+
+    layout: RowLayout
+    mean: Tensor
+    step: Tensor
+    spread: Tensor
+    importance: Tensor
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of the header that hold the scale."""
+        return 8 - (len(self.mean) - 1).bit_length()
+
+    @property
+    def reach(self) -> Tensor:
+        """Half of the highest code, fp32 [c]."""
+        bits = torch.tensor(self.layout.bits, dtype=self.step.dtype, device=self.step.device)
+        return (torch.exp2(bits) - 1) / 2
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def tier_bits_of(bits: int) -> list[int]:
+    """Bits of the tiers that hold codes of `bits` bits, the tier of their lowest bits first.
+
+    Raises:
+        ValueError: bits outside 1 … 8.
+    """
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"{bits} bits a code: 1 to {MAX_BITS} are possible")
+    return [b for b in (8, 4, 2, 1) if bits & b]
+
+
+def tier_bytes(bits: int, count: int, align: int) -> int:
+    """Bytes of a tier of `count` components, padding included."""
+    return round_up(round_up(bits * count, 8) // 8, align)
+
+
+# ------------------------------------------------------------------------------- packing
+
+
+def pack_rows(codes: Tensor, header: Tensor, layout: RowLayout) -> Tensor:
+    """Rows of bytes.
+
+    Args:
+        codes: uint8 [..., c], each below 2 to its bits.
+        header: uint8 [...].
+
+    Returns: uint8 [..., row_bytes].
+
+    Raises:
+        ValueError: the layout has another number of components.
+    """
+    if codes.shape[-1] != layout.components:
+        raise ValueError(f"{codes.shape[-1]} codes for {layout.components} components")
+    parts = []
+    for tier in layout.tiers:
+        part = codes[..., tier.first : tier.first + tier.components] >> tier.shift
+        part = part & (2**tier.bits - 1)
+        planes = 8 // tier.bits
+        part = pad(part, (0, planes * tier.size - tier.components)).unflatten(-1, (planes, -1))
+        # the planes share no bits, so that their sum is their union
+        parts.append((part << _shifts(tier, codes)).sum(-2, dtype=torch.uint8))
+    tail = pad(header[..., None], (0, layout.row_bytes - layout.header - HEADER_BYTES))
+    return torch.cat((*parts, tail), dim=-1)
+
+
+def unpack_rows(rows: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack_rows`: codes uint8 [..., c] and header uint8 [...].
+
+    Raises:
+        ValueError: rows of another length than the layout's.
+    """
+    if rows.shape[-1] != layout.row_bytes:
+        raise ValueError(f"rows of {rows.shape[-1]} bytes in a layout of {layout.row_bytes}")
+    codes = rows.new_zeros(*rows.shape[:-1], layout.components)
+    for tier in layout.tiers:
+        packed = rows[..., None, tier.offset : tier.offset + tier.size]
+        part = (packed >> _shifts(tier, rows)) & (2**tier.bits - 1)
+        part = part.flatten(-2)[..., : tier.components] << tier.shift
+        codes[..., tier.first : tier.first + tier.components] |= part
+    return codes, rows[..., layout.header]
+
+
+def _shifts(tier: Tier, like: Tensor) -> Tensor:
+    """Of the planes of a tier, uint8 [8 / bits, 1]."""
+    return torch.arange(0, 8, tier.bits, dtype=torch.uint8, device=like.device)[:, None]
+
+
+# ------------------------------------------------------------------------------- quantising
+
+
+def scale_of(header: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
+    """Scale fp32 [..., 1] and class int64 [...] of header bytes uint8 [...]."""
+    index = (header & (2**quantiser.scale_bits - 1)).float()
+    scale = torch.exp2(index / SCALES_PER_OCTAVE + LOWEST_OCTAVE)
+    return scale[..., None], (header >> quantiser.scale_bits).long()
+
+
+@torch.no_grad()
+def choose_header(x: Tensor, quantiser: Quantiser) -> Tensor:
+    """Class and scale of each token, from its numbers alone.
+
+    The class is that of the nearest mean. The scale is the one with the least error of a few around
+    the root mean square of the components relative to their spread, which it has to follow up (or
+    large components are clipped) as well as down (or the roundings of a sink, which hardly varies
+    and is attended to most, weigh more than all others).
+
+    Args:
+        x: components fp32 [..., c].
+
+    Returns: uint8 [...].
+    """
+    mean, step, importance = quantiser.mean, quantiser.step, quantiser.importance
+    weighted = mean * importance
+    label = ((mean * weighted).sum(-1) - 2 * x @ weighted.mT).argmin(-1)
+    centred = x - mean[label]
+    ratio = ((centred / quantiser.spread).square().sum(-1) / max(1, x.shape[-1])).sqrt()
+    most = 2**quantiser.scale_bits - 1
+    lowest = 2.0**LOWEST_OCTAVE
+    around = SCALES_PER_OCTAVE * (ratio.clamp_min(lowest).log2() - LOWEST_OCTAVE)
+    best = torch.full_like(ratio, torch.inf)
+    index = torch.zeros_like(ratio)
+    for octaves in TRIED_OCTAVES:
+        tried = (around + SCALES_PER_OCTAVE * octaves).round().clamp(0, most)
+        size = torch.exp2(tried / SCALES_PER_OCTAVE + LOWEST_OCTAVE)[..., None] * step
+        error = centred - size * rounded(centred / size, quantiser.reach)
+        error = (error.square() * importance).sum(-1)
+        index = torch.where(error < best, tried, index)
+        best = torch.minimum(error, best)
+    return (label << quantiser.scale_bits).to(torch.uint8) | index.to(torch.uint8)
+
+
+def rounded(u: Tensor, reach: Tensor) -> Tensor:
+    """The nearest of −reach, −reach + 1, …, reach."""
+    return torch.minimum((u + reach).round().clamp_min(0), 2 * reach) - reach
+
+
+def encode(x: Tensor, quantiser: Quantiser) -> Tensor:
+    """Components fp32 [..., c] as rows uint8 [..., row_bytes]."""
+    header = choose_header(x, quantiser)
+    scale, label = scale_of(header, quantiser)
+    reach = quantiser.reach
+    codes = rounded((x - quantiser.mean[label]) / (scale * quantiser.step), reach) + reach
+    return pack_rows(codes.to(torch.uint8), header, quantiser.layout)
+
+
+def decode(rows: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
+    """Components fp32 [..., c] and classes int64 [...] of rows uint8 [..., row_bytes]."""
+    codes, header = unpack_rows(rows, quantiser.layout)
+    scale, label = scale_of(header, quantiser)
+    return quantiser.mean[label] + scale * quantiser.step * (codes - quantiser.reach), label
+
+
+def straight_through(x: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
+    """What `decode(encode(x))` gives, with gradients for learning.
+
+    Rounding has the gradient of the identity, so that components pass theirs on unless they are
+    clipped, and steps and means get those of learned step size quantisation (arXiv 1902.08153).
+    Class and scale are constants to it.
+
+    Args:
+        x: components fp32 [..., c].
+
+    Returns: components fp32 [..., c] and classes int64 [...].
+    """
+    scale, label = scale_of(choose_header(x, quantiser), quantiser)
+    mean, step, reach = quantiser.mean[label], scale * quantiser.step, quantiser.reach
+    code = torch.minimum(((x - mean) / step + reach).clamp_min(0), 2 * reach)
+    code = code + (code.round() - code).detach()
+    return mean + step * (code - reach), label

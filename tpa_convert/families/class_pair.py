@@ -1,0 +1,115 @@
+"""The classes that put Tensor Product Attention into a family: written from one template.
+
+The package's own families stand in `modeling/` as this template writes them, where an auditor reads
+them and exports take them from; a test holds them against it. A family that is registered at run
+time gets its classes from here as well.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from dataclasses import fields
+from types import ModuleType
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tpa_convert.modeling import AttentionNames
+
+TEMPLATE = '''"""{title} with Tensor Product Attention (arXiv 2501.06425)."""
+
+{source_imports}
+
+{names_import}from .tpa_configuration import TPAConfigMixin
+from .tpa_model import TPAModelMixin
+
+
+class TPA{title}Config(TPAConfigMixin, {config}):
+    """[`{config}`] with the shapes of the TPA layers."""
+
+    model_type = "tpa_{model_type}"
+    tpa_layers: list | dict | None = None
+
+
+class TPA{title}Model(TPAModelMixin, {model}):
+    """The decoder without its language-model head."""
+
+    config: TPA{title}Config
+{names}
+    def __init__(self, config: TPA{title}Config):
+        super().__init__(config)
+        self.replace_attention()
+        self.post_init()
+
+
+class TPA{title}ForCausalLM(TPAModelMixin, {causal_lm}):
+    """The decoder with its language-model head."""
+
+    config: TPA{title}Config
+    decoder_class = TPA{title}Model
+
+    def __init__(self, config: TPA{title}Config):
+        super().__init__(config)
+        self.model = TPA{title}Model(config)
+        self.post_init()
+
+
+__all__ = ["TPA{title}Config", "TPA{title}ForCausalLM", "TPA{title}Model"]
+'''
+
+
+def class_pair_source(
+    config: type[PreTrainedConfig],
+    model: type[PreTrainedModel],
+    causal_lm: type[PreTrainedModel],
+    names: AttentionNames,
+) -> str:
+    """Python source of a family's converted classes.
+
+    Args:
+        config, model, causal_lm: classes of the source.
+        names: where its attention is.
+    """
+    modules: dict[str, list[str]] = {}
+    for cls in (config, causal_lm, model):
+        root = cls.__module__.partition(".")[0]
+        modules.setdefault(root if root == "transformers" else cls.__module__, []).append(
+            cls.__name__
+        )
+    default = AttentionNames()
+    changed = [
+        f"{field.name}={getattr(names, field.name)!r}".replace("'", '"')
+        for field in fields(names)
+        if getattr(names, field.name) != getattr(default, field.name)
+    ]
+    return TEMPLATE.format(
+        title=causal_lm.__name__.removesuffix("ForCausalLM"),
+        model_type=config.model_type,
+        config=config.__name__,
+        model=model.__name__,
+        causal_lm=causal_lm.__name__,
+        source_imports="\n".join(
+            f"from {module} import {', '.join(sorted(found))}" for module, found in modules.items()
+        ),
+        names_import="from .tpa_attention import AttentionNames\n" if changed else "",
+        names=f"    attention_names = AttentionNames({', '.join(changed)})\n" if changed else "",
+    )
+
+
+def class_pair(
+    config: type[PreTrainedConfig],
+    model: type[PreTrainedModel],
+    causal_lm: type[PreTrainedModel],
+    names: AttentionNames,
+) -> type:
+    """The converted `ForCausalLM` of a family that the package does not come with."""
+    title = causal_lm.__name__.removesuffix("ForCausalLM")
+    name = f"tpa_convert.modeling.tpa_{config.model_type}"
+    source = class_pair_source(config, model, causal_lm, names)
+    module = ModuleType(name)
+    module.__package__ = "tpa_convert.modeling"
+    module.__file__ = f"<{name}>"
+    linecache.cache[module.__file__] = (len(source), None, source.splitlines(True), module.__file__)
+    sys.modules[name] = module
+    exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
+    return getattr(module, f"TPA{title}ForCausalLM")

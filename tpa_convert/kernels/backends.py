@@ -1,0 +1,120 @@
+"""Which implementation decodes: each says what it can run, the first that can is taken.
+
+`TPA_CONVERT_BACKEND` names one to force it: `reference` or `triton`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+VARIABLE = "TPA_CONVERT_BACKEND"
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYOUTS = ("rotated", "contextual", "coded")
+MAX_WIDTH = 8192
+TRITON_MISSING = importlib.util.find_spec("triton") is None
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot run; the message is one line."""
+
+
+class Case(NamedTuple):
+    """What is to be decoded.
+
+    Attributes:
+        layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
+            `coded` (rows of bytes).
+        width_k, width_v: components of keys and of values.
+        dtype, device: of the queries.
+        strides: of keys and values, from sequence to sequence and slot to slot.
+        cached: types of keys and values.
+        ranks: of contextual keys and values.
+        paged: whether the cache is a pool of pages.
+    """
+
+    layout: str
+    width_k: int
+    width_v: int
+    dtype: torch.dtype
+    device: torch.device
+    strides: tuple[int, ...] = ()
+    cached: tuple[torch.dtype, ...] = ()
+    ranks: tuple[int, ...] = ()
+    paged: bool = False
+
+
+class Backend(NamedTuple):
+    """A name, and the reason why it cannot run a case, or None."""
+
+    name: str
+    can_use: Callable[[Case], str | None]
+
+
+def _reference(case: Case) -> str | None:
+    return None if case.layout in LAYOUTS else f"no layout {case.layout}"
+
+
+def forced_backend() -> str:
+    """The name that the environment asks for, or `auto`."""
+    return os.environ.get(VARIABLE, "auto")
+
+
+def _triton(case: Case) -> str | None:
+    if case.layout not in LAYOUTS:
+        return f"no kernel for the layout {case.layout}"
+    if TRITON_MISSING:
+        return "triton is not installed"
+    # Triton's interpreter runs on a CPU, slowly: for those who ask for both.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and forced_backend() == "triton"
+    if case.device.type != "cuda" and not interpreted:
+        return f"its kernels need a CUDA device, not {case.device.type}"
+    if not interpreted and torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "its kernels need compute capability 8.0"
+    if case.dtype not in TYPES:
+        return f"no kernel for queries in {str(case.dtype).removeprefix('torch.')}"
+    if max(case.width_k, case.width_v) > MAX_WIDTH:
+        return f"widths above {MAX_WIDTH}"
+    if case.layout != "coded" and (case.width_k % 8 or case.width_v % 8):
+        return f"widths {case.width_k} and {case.width_v} are not multiples of 8"
+    if case.layout != "coded" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
+        return "keys and values of more than 2048 bytes a slot"
+    if case.layout != "coded" and any(cached != case.dtype for cached in case.cached):
+        return "queries, keys and values have several types"
+    if case.layout == "coded" and case.paged:
+        return "no kernel for pages of coded rows"
+    if case.layout == "contextual":
+        rank_k, rank_v = case.ranks
+        pairs, features = case.width_k // (2 * rank_k), case.width_v // rank_v
+        if pairs & (pairs - 1) or features & (features - 1) or pairs < 16 or features < 16:
+            return f"{pairs} pairs and {features} features a rank are not powers of two from 16 on"
+    if case.layout == "coded" and any(stride % 4 for stride in case.strides):
+        return "rows are not whole words of four bytes"
+    return None
+
+
+BACKENDS = (Backend("triton", _triton), Backend("reference", _reference))
+
+
+def choose_backend(case: Case) -> str:
+    """Name of the backend that runs `case`.
+
+    Raises:
+        BackendError: the one that the environment names is unknown or cannot run it.
+    """
+    forced = forced_backend()
+    names = [backend.name for backend in BACKENDS]
+    if forced != "auto" and forced not in names:
+        raise BackendError(f"{VARIABLE}={forced}: choose auto, {' or '.join(names)}")
+    reasons = []
+    for backend in BACKENDS:
+        if forced in ("auto", backend.name):
+            reason = backend.can_use(case)
+            if reason is None:
+                return backend.name
+            reasons.append(f"{backend.name}: {reason}")
+    raise BackendError(f"{VARIABLE}={forced} cannot decode here ({'; '.join(reasons)})")

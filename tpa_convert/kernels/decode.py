@@ -1,0 +1,123 @@
+"""Attention of a few query positions over a cache of components, on the best backend there is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import ops, reference
+from .backends import Case, choose_backend
+from .rows import CodedRows
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    key_rows: CodedRows | None = None,
+    value_rows: CodedRows | None = None,
+    key_heads: Tensor | None = None,
+    value_heads: Tensor | None = None,
+    groups: int = 1,
+    pages: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · query keysᵀ) values, for one head of keys and values that all queries share.
+
+    The last query stands in slot `end − 1`, those before it in the slots before. Nothing is read
+    from slots that no query attends to, and nothing waits for the device.
+
+    Args:
+        query: in the space of the key components, [b, h, s, w_k].
+        keys, values: the cache, [b, 1, t, w_k] and [b, 1, t, w_v]; with any strides but the last.
+            Of coded parts the rows, uint8 [b, 1, t, bytes].
+        scale: of the scores.
+        start: first slot in use of each sequence, integers [b]; None for 0.
+        end: slots in use of each sequence, those of the queries included, [b]; None for all.
+        window: slots that a query attends to at most, its own included.
+        softcap: scores x become softcap · tanh(x / softcap).
+        key_rows, value_rows: how coded rows become numbers; both or neither.
+        key_heads, value_heads: contextual head factors beside numbers, [b, 1, t, R * groups]; both
+            or neither. See `reference.decode_attention` for the layout of features.
+        groups: key/value heads, for head factors.
+        pages: of each sequence in order, integers [b, n], where the cache is a pool of pages:
+            [pages, 1, slots of a page, …] instead of [b, 1, t, …].
+
+    Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
+
+    Raises:
+        ValueError: only one part is coded or has head factors, or codes have them.
+        BackendError: the environment asks for a backend that cannot run this.
+    """
+    if (key_rows is None) != (value_rows is None):
+        raise ValueError("keys and values are both coded or both numbers")
+    contextual = key_heads is not None
+    if contextual != (value_heads is not None) or (contextual and key_rows is not None):
+        raise ValueError("head factors belong to keys and values, and to numbers")
+    coded = key_rows is not None and value_rows is not None
+    backend = choose_backend(
+        Case(
+            "coded" if coded else "contextual" if contextual else "rotated",
+            query.shape[-1],
+            value_rows.width if value_rows is not None else values.shape[-1],
+            query.dtype,
+            query.device,
+            tuple(x.stride(i) for x in (keys, values) for i in (0, 2)),
+            (keys.dtype, values.dtype),
+            tuple(x.shape[-1] // groups for x in (key_heads, value_heads) if x is not None),
+            pages is not None,
+        )
+    )
+    if key_rows is not None and value_rows is not None:
+        if backend == "reference":
+            keys, values = key_rows.numbers(keys), value_rows.numbers(values)
+        else:
+            key_layout, *key_tables = key_rows.key_places
+            value_layout, *value_tables = value_rows.value_places
+            return ops.decode_coded(
+                query,
+                keys,
+                values,
+                key_layout,
+                key_tables,
+                value_layout,
+                value_tables,
+                scale,
+                start,
+                end,
+                window,
+                softcap,
+            )
+    if backend == "triton":
+        return ops.decode_rotated(
+            query,
+            keys,
+            values,
+            scale,
+            start,
+            end,
+            window,
+            softcap,
+            key_heads,
+            value_heads,
+            groups,
+            pages,
+        )
+    return reference.decode_attention(
+        query,
+        keys,
+        values,
+        scale=scale,
+        start=start,
+        end=end,
+        window=window,
+        softcap=softcap,
+        key_heads=key_heads,
+        value_heads=value_heads,
+        groups=groups,
+        pages=pages,
+    )

@@ -1,0 +1,81 @@
+"""Decoding as PyTorch operators, opaque to `torch.compile` and safe in CUDA graphs.
+
+Triton is imported when an operator first runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("tpa_convert::decode_rotated", mutates_args=())
+def decode_rotated(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    start: Tensor | None,
+    end: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    key_heads: Tensor | None = None,
+    value_heads: Tensor | None = None,
+    groups: int = 1,
+    pages: Tensor | None = None,
+) -> Tensor:
+    """`reference.decode_attention` on the Triton kernels of `split_kv.py`."""
+    from .launch import launch_rotated
+
+    return launch_rotated(
+        query,
+        keys,
+        values,
+        scale,
+        start,
+        end,
+        window,
+        softcap,
+        key_heads,
+        value_heads,
+        groups,
+        pages,
+    )
+
+
+@decode_rotated.register_fake
+def _(query, keys, values, *others):
+    return query.new_empty(*query.shape[:3], values.shape[-1])
+
+
+@torch.library.custom_op("tpa_convert::decode_coded", mutates_args=())
+def decode_coded(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_layout: Sequence[int],
+    key_tables: Sequence[Tensor],
+    value_layout: Sequence[int],
+    value_tables: Sequence[Tensor],
+    scale: float,
+    start: Tensor | None,
+    end: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The same over coded rows; layouts and tables are those of `places.Places`."""
+    from .launch_coded import launch_coded
+    from .places import Places
+
+    key_places = Places(list(key_layout), *key_tables)
+    value_places = Places(list(value_layout), *value_tables)
+    return launch_coded(
+        query, keys, values, key_places, value_places, scale, start, end, window, softcap
+    )
+
+
+@decode_coded.register_fake
+def _(query, keys, values, key_layout, key_tables, value_layout, value_tables, *others):
+    return query.new_empty(*query.shape[:3], value_tables[-1].shape[-1])

@@ -1,0 +1,215 @@
+"""How to convert a model: how much to cache, by which method, measured on which text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from tpa_convert.options.declaration import (
+    BUDGET,
+    CALIBRATION,
+    METHOD,
+    OUTPUT,
+    SOURCE,
+    FloatType,
+    Section,
+    Seed,
+    Texts,
+    option,
+)
+
+HeadFactorForm = Literal["static", "affine", "linear"]
+Method = Literal["gauge", "svd", "tucker", "cp"]
+GaugePlace = Literal["auto", "absorbed", "applied"]
+KeyCacheKind = Literal["rotated", "latent"]
+
+BUDGETS = ("kv_floats", "kv_bytes", "kv_ratio")
+RANKS = ("rank_k", "rank_v", "width_k", "width_v")
+
+
+class CacheBudget(Section):
+    """How much to cache."""
+
+    kv_floats: int | None = option(
+        None, "Numbers cached per token and layer, as a mean over the layers.", BUDGET, ge=1
+    )
+    kv_bytes: int | None = option(None, "Bytes cached per token by the whole model.", BUDGET, ge=1)
+    kv_ratio: float | None = option(
+        None, "Share of the source's cache to keep: 0.25 keeps a quarter.", BUDGET, gt=0, le=1
+    )
+    cache_dtype: FloatType | None = option(
+        None,
+        "Type in which bytes of the cache are counted.",
+        BUDGET,
+        shown_default="the type of the weights",
+    )
+
+    @property
+    def budgets(self) -> list[str]:
+        """Which of the budgets are given."""
+        return [f"`{name}`" for name in BUDGETS if getattr(self, name) is not None]
+
+
+class KeyOptions(Section):
+    """How keys are cached."""
+
+    gauge: GaugePlace = option(
+        "auto",
+        "Fold the constant maps per head into the projections (absorbed) or apply them at run "
+        "time (applied); auto absorbs them while the projections do not grow.",
+        METHOD,
+    )
+    key_cache: KeyCacheKind = option(
+        "rotated",
+        "Cache rotated keys, ready to use; or latent ones, which are better at the same bytes, but "
+        "every step has to rebuild and rotate the keys of the whole context.",
+        METHOD,
+    )
+
+
+class CalibrationOptions(Section):
+    """Which text the source's activations are measured on."""
+
+    calibration: Texts = option(
+        (),
+        "Text file (txt, jsonl, parquet, also .gz .xz .zst), directory, glob or Hub dataset. May "
+        "be repeated.",
+        CALIBRATION,
+        metavar="PATH|DATASET",
+        shown_default="a short text in this package",
+    )
+    text_column: str = option(
+        "text", "Column of the text in jsonl, parquet and datasets.", CALIBRATION
+    )
+    calibration_blocks: int = option(64, "Number of sequences.", CALIBRATION, ge=1)
+    block_length: int = option(512, "Tokens per sequence.", CALIBRATION, ge=2)
+    save_moments: Path | None = option(
+        None,
+        "Keep what the calibration measured, so that another budget or method costs seconds.",
+        CALIBRATION,
+    )
+    moments: Path | None = option(
+        None,
+        "Use moments saved before from the same source instead of calibrating.",
+        CALIBRATION,
+    )
+    seed: Seed = option(
+        0, "Chooses the calibration documents; the same seed gives the same result.", SOURCE
+    )
+
+
+class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
+    """How to convert: exactly one budget, the form of the head factors, the method, the text."""
+
+    plan: Path | None = option(
+        None, "Widths of every layer, from a file that `tpa-convert plan` wrote.", BUDGET
+    )
+    rank_k: int | None = option(
+        None, "Components of the keys that share one head factor each.", BUDGET, ge=1
+    )
+    rank_v: int | None = option(
+        None, "Components of the values that share one head factor each.", BUDGET, ge=1
+    )
+    width_k: int | None = option(
+        None, "Numbers cached for the keys per token and layer.", BUDGET, ge=1
+    )
+    width_v: int | None = option(
+        None, "Numbers cached for the values per token and layer.", BUDGET, ge=1
+    )
+
+    form: HeadFactorForm = option(
+        "static",
+        "Head factors: static (constant, cost nothing at run time), affine (constant + linear in "
+        "the token), linear (the layer of the TPA paper).",
+        METHOD,
+    )
+    method: Method = option(
+        "gauge",
+        "gauge is the calibrated decomposition of this package; svd, tucker and cp are baselines.",
+        METHOD,
+    )
+    whiten: bool = option(
+        True,
+        "Weigh errors by what the calibration text activates, or by the weights alone.",
+        METHOD,
+    )
+    refit: bool = option(
+        False,
+        "After the decomposition, refit the output projections by least squares on the calibration "
+        "text. A few minutes without a GPU.",
+        METHOD,
+    )
+    refine: bool = option(
+        False,
+        "After the decomposition, regress each layer's attention output on the calibration text. "
+        "A minute on a GPU; wants more text (256 sequences of 1024 tokens).",
+        METHOD,
+    )
+    refine_steps: int = option(600, "Steps of the refinement per layer.", METHOD, ge=1)
+    rank_q: int | None = option(
+        None,
+        "Factor the queries as well (only with the form linear; saves parameters, no cache).",
+        METHOD,
+        ge=1,
+    )
+    dtype: FloatType | None = option(
+        None,
+        "Type of the output's weights.",
+        OUTPUT,
+        shown_default="the source's; float32 for GGUF",
+    )
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> ConvertOptions:
+        budgets = self.budgets
+        if any(getattr(self, name) is not None for name in RANKS):
+            budgets.append("ranks and widths")
+        if self.plan is not None:
+            budgets.append("`plan`")
+        if len(budgets) != 1:
+            found = f"got {' and '.join(budgets)}" if budgets else "got none"
+            raise ValueError(
+                "give exactly one budget: `kv_floats`, `kv_bytes`, `kv_ratio`, `plan`, or ranks "
+                f"and widths (`rank_k`, `rank_v`, `width_k`, `width_v`); {found}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_method(self) -> ConvertOptions:
+        if self.plan is not None and self.form != "static":
+            raise ValueError("the plan says the form of every layer: leave out `form`")
+        if self.key_cache == "latent":
+            if self.plan is not None:
+                raise ValueError("the plan says what every layer caches: leave out `key_cache`")
+            if self.form != "static" or self.method != "gauge":
+                raise ValueError(
+                    "latent keys go with no other form or method: leave out `form` and `method`"
+                )
+            if self.rank_k is not None:
+                raise ValueError("latent keys have no `rank_k`: give `width_k`")
+        if self.rank_q is not None and self.form != "linear":
+            raise ValueError(f"`rank_q` needs `form` linear, not {self.form}")
+        if self.refit and self.refine:
+            raise ValueError("`refine` does more than `refit`: leave out `refit`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_moments(self) -> ConvertOptions:
+        refuse_moments_twice(self)
+        if self.save_moments is not None and not self.whiten and self.form != "linear":
+            raise ValueError("without `whiten` no moments are measured: leave out `save_moments`")
+        if self.moments is not None and self.calibration and not (self.refit or self.refine):
+            raise ValueError("`moments` replaces the calibration: leave out `calibration`")
+        return self
+
+
+def refuse_moments_twice(options: CalibrationOptions) -> None:
+    """Refuses to save moments that were read from a file.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    if options.moments is not None and options.save_moments is not None:
+        raise ValueError("moments are there already: leave out `save_moments`")

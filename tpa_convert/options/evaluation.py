@@ -1,0 +1,73 @@
+"""What to measure of a model, and how to try it."""
+
+from __future__ import annotations
+
+from tpa_convert.options.declaration import (
+    MEASURE,
+    SAMPLING,
+    SOURCE,
+    TEXT,
+    Section,
+    Seed,
+    Texts,
+    option,
+)
+
+
+class EvaluationSettings(Section):
+    """What `evaluation.evaluate` measures beside the perplexity of texts it is given."""
+
+    choices: Texts = option(
+        (),
+        "Multiple choice, one JSON object {query, choices, gold} a line. May be repeated.",
+        MEASURE,
+        metavar="FILE",
+    )
+    tasks: Texts = option(
+        (),
+        "Task of lm-evaluation-harness by name. May be repeated. Needs the extra eval.",
+        MEASURE,
+        flags="--task",
+    )
+    block_length: int = option(
+        1024, "Tokens per sequence of the text, at most the models' context.", MEASURE, ge=2
+    )
+    max_blocks: int = option(64, "Sequences per text source.", MEASURE, ge=1)
+    limit: int | None = option(
+        None, "Questions per file and task.", MEASURE, shown_default="all", ge=1
+    )
+    batch_size: int = option(8, "Sequences per forward pass.", MEASURE, ge=1)
+    speed: bool = option(True, "Measure the speed of prefill and decoding.", MEASURE)
+    prompt: str | None = option(
+        None,
+        'Continue this prompt with each model, as a sample; "" for none.',
+        MEASURE,
+        metavar="TEXT",
+        shown_default="the first words of the text",
+    )
+
+
+class EvaluateOptions(EvaluationSettings):
+    """What to measure, of the source and of the converted model."""
+
+    text: Texts = option(
+        (),
+        "Text file, directory, glob or Hub dataset for perplexity. May be repeated.",
+        TEXT,
+        metavar="PATH|DATASET",
+    )
+    text_column: str = option("text", "Column of the text in jsonl, parquet and datasets.", TEXT)
+    split: str = option("train", "Split of a Hub dataset; local files have only one.", TEXT)
+
+
+class GenerateOptions(Section):
+    """How to continue a text."""
+
+    max_new_tokens: int = option(100, "Length of the continuation.", SAMPLING, ge=1)
+    temperature: float = option(
+        0.0, "0 always takes the likeliest token; 1 samples.", SAMPLING, ge=0
+    )
+    top_p: float = option(
+        1.0, "Sample from the likeliest tokens of this total share.", SAMPLING, gt=0, le=1
+    )
+    seed: Seed = option(0, "The same seed gives the same result.", SOURCE)

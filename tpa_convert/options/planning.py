@@ -1,0 +1,54 @@
+"""How to choose the widths of every layer."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from tpa_convert.options.conversion import (
+    CacheBudget,
+    CalibrationOptions,
+    KeyOptions,
+    refuse_moments_twice,
+)
+from tpa_convert.options.declaration import METHOD, PLANNING, option
+
+
+class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
+    """How to choose widths: a budget, or what may be lost."""
+
+    max_increase: float = option(
+        0.1,
+        "Without a budget: take the smallest cache whose perplexity, before refinement and "
+        "healing, rises by at most this share.",
+        PLANNING,
+        gt=0,
+    )
+    memory: float | None = option(
+        None,
+        "Memory that weights and cache have to share, in GB: shows the largest context of every "
+        "plan.",
+        PLANNING,
+        metavar="GB",
+        gt=0,
+    )
+    batch_size: int = option(1, "Sequences cached at once, for the memory.", PLANNING, ge=1)
+    context: int = option(4096, "Tokens at which arithmetic is counted.", PLANNING, ge=1)
+    multiple_of: int = option(8, "Measured widths are multiples of this.", PLANNING, ge=2)
+    refine: bool = option(
+        False,
+        "Refine every candidate before it is measured, for a model that is going to be refined.",
+        METHOD,
+    )
+    refine_steps: int = option(200, "Steps of that refinement per layer.", METHOD, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> PlanOptions:
+        if len(self.budgets) > 1:
+            raise ValueError(
+                "give at most one of `kv_floats`, `kv_bytes`, `kv_ratio`; got "
+                f"{' and '.join(self.budgets)}"
+            )
+        if self.calibration_blocks < 2:
+            raise ValueError("a plan needs `calibration_blocks` of at least 2: one is held out")
+        refuse_moments_twice(self)
+        return self
