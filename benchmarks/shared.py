@@ -40,6 +40,7 @@ from tpa_convert.planning.sensitivity import LayerSensitivity
 from tpa_convert.plans import Budget, Plan, load_plan, plan_uniform
 from tpa_convert.sources import Source, load_source
 from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
+from tpa_convert.text.tokens import begin
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -61,14 +62,14 @@ def train_blocks(path: str, source: Source, length: int, count: int | None = Non
     """Token blocks [count, length] of the training text, shuffled; `shipped`: the package's."""
     if path == "shipped":
         documents = default_calibration_documents()
-        return begun(token_blocks(documents, source.tokenizer, length, count, seed=0), source)
+        return token_blocks(documents, source.tokenizer, length, count, seed=0)
     if not path.endswith((".npy", ".npz")):
         given = load_documents(path)
-        return begun(token_blocks(given, source.tokenizer, length, count, seed=0), source)
+        return token_blocks(given, source.tokenizer, length, count, seed=0)
     parts = [part for file in path.split(",") for part in load_blocks(file, length).values()]
     blocks = torch.cat(parts)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    return begun(blocks[order[:count]].long(), source)
+    return begin(blocks[order[:count]].long(), source.tokenizer)
 
 
 def valid_blocks(path: str, source: Source, length: int, max_blocks: int) -> Mapping[str, Tensor]:
@@ -78,18 +79,7 @@ def valid_blocks(path: str, source: Source, length: int, max_blocks: int) -> Map
         found = {k: part[:max_blocks].long() for k, part in load_blocks(path, length).items()}
     else:
         found = blocks_by_source(source.tokenizer, load_documents(path), length, max_blocks)
-    return {name: begun(part, source) for name, part in found.items()}
-
-
-def begun(blocks: Tensor, source: Source) -> Tensor:
-    """The blocks with the begin-of-text token in front, instead of their first, if the tokenizer
-    puts one before every text: Gemma 3 predicts several times worse without it."""
-    bos = source.tokenizer.bos_token_id
-    if bos is None or source.tokenizer("a")["input_ids"][0] != bos:
-        return blocks
-    blocks = blocks.clone()
-    blocks[:, 0] = bos
-    return blocks
+    return {name: begin(part, source.tokenizer) for name, part in found.items()}
 
 
 def save_blocks(path: str, blocks: Mapping[str, Tensor]) -> None:

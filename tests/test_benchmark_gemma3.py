@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 
 from tests.benchmarks import benchmark, figures, record_rows, run_main
 from tests.command_line import save_text
 from tests.conftest import make_tiny_tokenizer
-from tests.conversions import convert_tiny, random_blocks, source_of
+from tests.conversions import convert_tiny, random_blocks
 from tests.tiny_models import GEMMA_LAYERS, MODELS, WINDOW
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.model import convert_model
@@ -44,20 +42,6 @@ def test_windows_cap_the_cache_that_is_measured() -> None:
         for one, numbers in ((source, 2 * 2 * 8), (model, 6 + 5 + 2)):
             found = benchmark("shared").Table.cache_kilobytes(one, tokens)
             assert found == pytest.approx(2 * numbers * sum(held) / 1000)
-
-
-def test_blocks_begin_as_the_tokenizer_begins_a_text() -> None:
-    begun, blocks = benchmark("shared").begun, random_blocks(count=3, length=9)
-    source = source_of(MODELS["gemma3"]())
-    plain = replace(source, tokenizer=make_tiny_tokenizer())
-    assert torch.equal(begun(blocks, plain), blocks)
-    tokenizer = make_tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    found = begun(blocks, replace(source, tokenizer=tokenizer))
-    assert found[:, 0].tolist() == [1, 1, 1]
-    assert torch.equal(found[:, 1:], blocks[:, 1:])
 
 
 def test_a_whole_run(

@@ -94,7 +94,7 @@ def test_the_command_line_writes_once(tmp_path: Path, monkeypatch: pytest.Monkey
     record = json.loads((healed / "tpa_convert.json").read_text())
     assert record["heal"]["report"]["steps"] == 4
     assert not (tmp_path / "healed.healing").exists()
-    assert AutoModelForCausalLM.from_pretrained(healed).config.model_type == "tpa"
+    assert AutoModelForCausalLM.from_pretrained(healed).config.model_type == "tpa_llama"
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = tpa_convert("eval", healed)

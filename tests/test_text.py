@@ -16,15 +16,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
+from tests.conftest import make_tiny_tokenizer
+from tests.conversions import random_blocks
 from tpa_convert.errors import UserError
 from tpa_convert.text import tokens as tokens_module
+from tpa_convert.text.packing import packed_blocks
 from tpa_convert.text.read import (
     default_calibration_documents,
     load_documents,
     load_texts,
     token_blocks,
 )
+from tpa_convert.text.tokens import begin
 
 TEXTS = ["one\n\ntwo\n", 'three, "four"']
 
@@ -270,3 +275,20 @@ def test_seed(tiny_tokenizer, streamed: bool) -> None:
 def test_no_text(tiny_tokenizer) -> None:
     with pytest.raises(UserError, match="no text"):
         token_blocks([""], tiny_tokenizer, 8)
+
+
+def test_blocks_begin_as_the_tokenizer_begins_a_text() -> None:
+    blocks = random_blocks(count=3, length=9)
+    assert torch.equal(begin(blocks.clone(), make_tiny_tokenizer()), blocks)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    found = begin(blocks.clone(), tokenizer)
+    assert found[:, 0].tolist() == [1, 1, 1]
+    assert torch.equal(found[:, 1:], blocks[:, 1:])
+    text = ["abcdefgh" * 20]
+    for cut in (token_blocks, packed_blocks):
+        found, plain = cut(text, tokenizer, 16), cut(text, make_tiny_tokenizer(), 16)
+        assert found[:, 0].unique().tolist() == [1] != plain[:, 0].unique().tolist()
+        assert torch.equal(found[:, 1:], plain[:, 1:])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tpa_convert.text.tokens import Documents, token_documents
+from tpa_convert.text.tokens import Documents, begin, token_documents
 
 
 def packed_blocks(
@@ -34,9 +34,8 @@ def packed_blocks(
     Returns:
         Token ids, uint16 where the vocabulary fits and else int32, shape [N, block_length], N >= 1.
     """
-    return torch.from_numpy(
-        pack(token_documents(documents, tokenizer, block_length, max_blocks, seed), block_length)
-    )
+    tokens = token_documents(documents, tokenizer, block_length, max_blocks, seed)
+    return torch.from_numpy(begin(pack(tokens, block_length), tokenizer))
 
 
 def pack(documents: Sequence[np.ndarray], block_length: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
-from tpa_convert.text.tokens import Documents, token_documents
+from tpa_convert.text.tokens import Documents, begin, token_documents
 
 BUILDERS = {
     ".txt": "text",
@@ -126,11 +126,12 @@ def token_blocks(
 ) -> LongTensor:
     """Tokenise documents and cut them into blocks; every block is full, the rest is dropped.
 
-    Documents are joined by the EOS token (if the tokenizer has one); no other special tokens are
-    added. Reading and tokenising stop once `max_blocks` are full. With a seed the order of the
-    documents is shuffled, and long ones are first cut into pieces of 64 Ki characters, so that a
-    small sample covers the corpus; a `Dataset` is then read completely (a few seconds for 200 MB),
-    an `IterableDataset` is shuffled in a buffer of 10 000 documents.
+    Documents are joined by the EOS token (if the tokenizer has one), and each block begins with the
+    begin-of-text token where the tokenizer puts it before a text. Reading and tokenising stop once
+    `max_blocks` are full. With a seed the order of the documents is shuffled, and long ones are
+    first cut into pieces of 64 Ki characters, so that a small sample covers the corpus; a `Dataset`
+    is then read completely (a few seconds for 200 MB), an `IterableDataset` is shuffled in a buffer
+    of 10 000 documents.
 
     Args:
         documents: rows with a `text` column (see `load_documents`), or plain strings.
@@ -148,7 +149,8 @@ def token_blocks(
     flat = np.concatenate(tokens)
     blocks = len(flat) // block_length
     flat = flat[: blocks * block_length]
-    return torch.from_numpy(flat).view(blocks, block_length).long()  # type: ignore[return-value]
+    cut = torch.from_numpy(flat).view(blocks, block_length).long()
+    return begin(cut, tokenizer)  # type: ignore[return-value]
 
 
 def default_calibration_documents() -> Dataset:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
 
 Documents: TypeAlias = Dataset | IterableDataset
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 # Long documents are handled in pieces, so that tokenising needs little memory and a seeded sample
 # of a corpus is not one book. 64 Ki characters are about 16 blocks of 1024 tokens.
@@ -57,6 +59,15 @@ def token_documents(
             "give more text or a shorter block length"
         )
     return tokens
+
+
+def begin(blocks: Array, tokenizer: PreTrainedTokenizerBase) -> Array:
+    """Blocks [N, L] with the begin-of-text token in the place of their first, if the tokenizer puts
+    one before a text: some models predict several times worse without it (Gemma)."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        blocks[:, 0] = bos
+    return blocks
 
 
 def _pieces(documents: Documents | Iterable[str], seed: int | None) -> Iterator[tuple[str, bool]]:

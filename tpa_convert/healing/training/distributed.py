@@ -46,9 +46,15 @@ def sharding() -> bool:
     return True
 
 
+def _of_all(value: Any) -> list[Any]:
+    """What each process has."""
+    processes()  # else accelerate takes this process for the only one, also later
+    return gather_object([value])
+
+
 def smallest(number: int) -> int:
     """The smallest of all processes' numbers."""
-    return min(gather_object([number]))
+    return min(_of_all(number))
 
 
 def refuse_difference(value: Any, what: str) -> None:
@@ -57,7 +63,7 @@ def refuse_difference(value: Any, what: str) -> None:
     Raises:
         UserError: on all of them.
     """
-    if any(other != value for other in gather_object([value])):
+    if any(other != value for other in _of_all(value)):
         raise UserError(f"the processes of this run have different {what}")
 
 
