@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from tests.conversions import convert_tiny, random_blocks
 from tests.generated import telling
@@ -72,6 +74,27 @@ def test_a_static_cache_that_is_made_for_the_heads_of_the_config(model) -> None:
             )
     torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-5, rtol=1e-5)
     assert cache.layers[0].keys.shape[1:] == (config.num_key_value_heads, 24, config.head_dim)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_exported_program_with_a_static_cache(model) -> None:
+    """transformers' recipe for `torch.export`, token by token."""
+    tokens = random_blocks(count=1, length=8, seed=3)
+    expected = model(tokens, use_cache=False).logits
+    model = copy.deepcopy(model)
+    model.generation_config = GenerationConfig(
+        use_cache=True,
+        cache_implementation="static",
+        max_length=16,
+        cache_config={"batch_size": 1, "max_cache_len": 16},
+    )
+    recipe = TorchExportableModuleForDecoderOnlyLM(
+        model, batch_size=1, max_cache_len=16, device=torch.device("cpu")
+    )
+    at = torch.tensor([0])
+    program = recipe.export(input_ids=tokens[:, :1], cache_position=at).module()
+    steps = [program(input_ids=tokens[:, t : t + 1], cache_position=at + t) for t in range(8)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_are_folded_and_unfolded() -> None:
