@@ -6,7 +6,7 @@ Importing the package makes converted models known to transformers' Auto classes
 import sys
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _is_command_line() -> bool:
