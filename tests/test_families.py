@@ -17,11 +17,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from tests.conftest import make_tiny_tokenizer
 from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
-from tests.tiny_models import MODELS, WINDOW
+from tests.tiny_models import MODELS, SIZES, WINDOW, random_model
 from tpa_convert.export.save import save_converted
 from tpa_convert.families import FAMILIES
 from tpa_convert.forward.comparison import agreement
@@ -29,6 +35,7 @@ from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.modeling import given_cache
 from tpa_convert.modeling.tpa_attention import TPAAttention
 from tpa_convert.modeling.tpa_keys import KeyNorm
+from tpa_convert.planning.search import plan_measured
 from tpa_convert.planning.sensitivity import measure_sensitivity
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
@@ -127,6 +134,17 @@ def test_norms_of_queries_and_keys_matter(source) -> None:
                 else:
                     attention.keys.norm.forward = _no_norm
             assert (logits(converted, text()) - expected).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.45])
+@pytest.mark.parametrize("key_cache", KEYS)
+def test_a_part_of_each_head_is_rotated(share, key_cache) -> None:
+    """Also where the share of 12 dimensions is no whole number of pairs."""
+    sizes = SIZES | {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = Phi3Config(**sizes, partial_rotary_factor=share)
+    source = random_model(Phi3ForCausalLM, config)
+    found = logits(convert_tiny(source, key_cache=key_cache), text())
+    torch.testing.assert_close(found, logits(source, text()), atol=TOLERANCE, rtol=0)
 
 
 def test_windows_matter(source) -> None:
@@ -240,6 +258,10 @@ def test_narrower_parts_lose_more(source, key_cache) -> None:
         source_of(source), tiny_moments(source), text(count=4), key_cache=key_cache
     )
     assert len(report) == source.config.num_hidden_layers
+    sizes = source_of(source).family.attention_sizes(source.config)
+    for floats in (14, 17):  # and a plan made of it keeps to its budget, norms of keys included
+        plan = plan_measured(report, sizes, floats, multiple_of=2, key_cache=key_cache)
+        assert floats - 2 < plan.kv_floats <= floats
     for part in (part for layer in report for part in (layer.keys, layer.values)):
         assert part.losses[0] > part.losses[-1] > 0
         assert part.loss(torch.tensor(part.step * (len(part.error) - 1))) == 0  # at full width

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
@@ -56,8 +56,6 @@ def test_continuous_batching_gives_what_generate_gives(model, lengths) -> None:
 
 def test_a_static_cache_that_is_made_for_the_heads_of_the_config(model) -> None:
     """As `TorchExportableModuleForDecoderOnlyLM` makes it, before the model sees it."""
-    from transformers import StaticCache
-
     tokens = random_blocks(count=1, length=20, seed=5)
     expected = model(tokens, use_cache=False).logits
     config = model.config
@@ -74,6 +72,18 @@ def test_a_static_cache_that_is_made_for_the_heads_of_the_config(model) -> None:
             )
     torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-5, rtol=1e-5)
     assert cache.layers[0].keys.shape[1:] == (config.num_key_value_heads, 24, config.head_dim)
+
+
+@pytest.mark.parametrize("key_cache", ["rotated", "latent"])
+def test_a_cache_made_for_one_head_that_is_as_wide_as_the_keys(tiny_llama, key_cache) -> None:
+    model = convert_tiny(tiny_llama("mqa"), width_k=8, width_v=4, key_cache=key_cache)
+    tokens = random_blocks(count=1, length=12, seed=5)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    cache.early_initialization(1, 1, 8, torch.float32, torch.device("cpu"))
+    positions = torch.arange(12)[None]
+    found = model(tokens, past_key_values=cache, position_ids=positions).logits
+    expected = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

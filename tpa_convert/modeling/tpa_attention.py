@@ -209,8 +209,8 @@ class TPAAttention(nn.Module):
             slots = slot_positions(
                 cache, self.layer_idx, length, positions, attention_mask, hidden_states.device
             )
-        grid = self.cache_grid(cache)
         widths = key.shape[-1], value.shape[-1]
+        grid = self.cache_grid(cache, widths)
         if grid is not None:
             key, value = fold(key, grid), fold(value, grid)
         key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
@@ -226,23 +226,26 @@ class TPAAttention(nn.Module):
             table = pair_table((cos, sin), self.head_dim // 2)
         return key, value, table
 
-    def cache_grid(self, cache: Any) -> tuple[int, int] | None:
+    def cache_grid(self, cache: Any, widths: tuple[int, int]) -> tuple[int, int] | None:
         """Heads and head dim of a cache that was made for those of the config, None for others.
 
         Paged caches, and static ones that somebody has initialised, hold [heads, head dim] numbers
         a token whatever comes; rows lie in there with zeros behind them.
+
+        Args:
+            widths: of the packed keys and values.
         """
         if not isinstance(cache, Cache):
             return self.num_key_value_heads, self.head_dim
         if self.layer_idx >= len(cache.layers):
             return None
-        keys = getattr(cache.layers[self.layer_idx], "keys", None)
-        if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or not keys.numel():
+        layer = cache.layers[self.layer_idx]
+        held: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
+        if not all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.numel() for x in held):
             return None
-        grid, shape = (self.num_key_value_heads, self.head_dim), self.shape
-        packed = shape.key_head_factors(self.num_key_value_heads) + shape.width_k
-        found = keys.shape[1], keys.shape[3]
-        return grid if found == grid and found != (1, packed) else None
+        grid = self.num_key_value_heads, self.head_dim
+        found = [(x.shape[1], x.shape[3]) for x in held]
+        return grid if found == [grid, grid] and found != [(1, w) for w in widths] else None
 
     def decode(
         self,

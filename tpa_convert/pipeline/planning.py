@@ -173,7 +173,7 @@ def _budgets(
         kv_floats = floats_of_budget(budget, layers, source_floats, cache_dtype)
     # Without a budget of the user's, one budget on the curve has to fit.
     largest = max(curve) if kv_floats is None else kv_floats
-    check_multiples(sizes, largest, options.multiple_of)
+    check_multiples(sizes, largest, options.multiple_of, options.key_cache)
     return kv_floats, curve
 
 

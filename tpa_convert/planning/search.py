@@ -20,7 +20,7 @@ from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivi
 from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.plans.allocation import allocate
 from tpa_convert.plans.cost import Cost, plan_cost, source_cost
-from tpa_convert.plans.plan import smallest_budget
+from tpa_convert.plans.plan import norm_floats, smallest_budget
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.sources import Source
@@ -81,12 +81,15 @@ class PlanReport:
         return self.candidates[self.chosen].plan
 
 
-def least_floats(multiple_of: int) -> int:
-    """Numbers per token and layer that `plan_measured` needs: one multiple for each part."""
-    return 2 * multiple_of
+def least_floats(sizes: dict[str, Any], multiple_of: int, key_cache: KeyCache) -> int:
+    """Numbers per token and layer that `plan_measured` needs: one multiple for each part, and the
+    norms of keys."""
+    return 2 * multiple_of + norm_floats(sizes, key_cache)
 
 
-def check_multiples(sizes: dict[str, Any], kv_floats: float, multiple_of: int) -> None:
+def check_multiples(
+    sizes: dict[str, Any], kv_floats: float, multiple_of: int, key_cache: KeyCache
+) -> None:
     """Refuses what `plan_measured` could not fill, before anything is measured for it.
 
     Raises:
@@ -97,10 +100,11 @@ def check_multiples(sizes: dict[str, Any], kv_floats: float, multiple_of: int) -
         raise UserError(
             f"widths cannot be multiples of {multiple_of}: give an even divisor of {width}"
         )
-    if kv_floats < least_floats(multiple_of):
+    least = least_floats(sizes, multiple_of, key_cache)
+    if kv_floats < least:
         raise UserError(
             f"widths in multiples of {multiple_of} need a budget of at least "
-            f"{least_floats(multiple_of)} numbers per token and layer: lower --multiple-of or "
+            f"{least} numbers per token and layer: lower --multiple-of or "
             "give a larger budget"
         )
 
@@ -123,11 +127,12 @@ def plan_measured(
     Raises:
         UserError: a budget too small for one multiple a part, or multiples that do not fit.
     """
-    check_multiples(sizes, kv_floats, multiple_of)
+    check_multiples(sizes, kv_floats, multiple_of, key_cache)
     width = sizes["num_key_value_heads"] * sizes["head_dim"]
     grid = torch.arange(multiple_of, width + 1, multiple_of)
     curves = [part.loss(grid) for layer in sensitivity for part in (layer.keys, layer.values)]
-    units = min(int(kv_floats * len(sensitivity)) // multiple_of, len(curves) * len(grid))
+    widths_floats = (kv_floats - norm_floats(sizes, key_cache)) * len(sensitivity)
+    units = min(int(widths_floats) // multiple_of, len(curves) * len(grid))
     widths = [multiple_of * count for count in allocate(curves, units)]
     pairs = list(zip(widths[::2], widths[1::2], strict=True))
     return plan_widths(pairs, sizes, key_cache=key_cache)
@@ -187,7 +192,8 @@ def search(
         source, moments, few, key_cache=options.key_cache, track=track
     )
     wanted = [] if kv_floats is None else [kv_floats]
-    fitting = [floats for floats in curve if floats >= least_floats(options.multiple_of)]
+    least = least_floats(sizes, options.multiple_of, options.key_cache)
+    fitting = [floats for floats in curve if floats >= least]
     proposals = [
         proposal
         for floats in sorted({*fitting, *wanted}, reverse=True)

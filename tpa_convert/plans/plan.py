@@ -92,6 +92,12 @@ def stays_applied(shape: LayerShape) -> bool:
     return shape.latent_keys or shape.key_norm
 
 
+def norm_floats(sizes: dict[str, Any], key_cache: KeyCache) -> int:
+    """Numbers per token that static layers cache beside their widths: a norm for each key head."""
+    rotated = key_cache == "rotated"
+    return sizes["num_key_value_heads"] if sizes["key_norm"] and rotated else 0
+
+
 def floats_of_budget(
     budget: Budget, num_layers: int, source_floats: int, cache_dtype: torch.dtype
 ) -> float:
@@ -159,8 +165,8 @@ def plan_uniform(
             rank_k, rank_v = -(-width_k // head_dim), -(-width_v // head_dim)
         else:
             divide = divide_heads if whole_heads else divide_features
-            norms = groups if sizes["key_norm"] and form == "static" else 0
-            rank_k, width_k, rank_v, width_v = divide(int(floats) - norms, form, groups, head_dim)
+            rest = int(floats) - (norm_floats(sizes, key_cache) if form == "static" else 0)
+            rank_k, width_k, rank_v, width_v = divide(rest, form, groups, head_dim)
 
     if whole_heads and (width_k % head_dim or width_v % head_dim):
         raise UserError(

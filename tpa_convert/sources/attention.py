@@ -75,7 +75,8 @@ def rotated_dims(config: Any, head_dim: int, layer_idx: int) -> int:
     if kinds is not None and kinds[layer_idx] in rope:
         rope = rope[kinds[layer_idx]]
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
-    return head_dim if share is None else int(head_dim * share)
+    # transformers' table has a column for each half of a pair, also where the share leaves a rest.
+    return head_dim if share is None else -(-int(head_dim * share) // 2) * 2
 
 
 def half_split_order(head_dim: int, rotated: int) -> list[int] | None:
