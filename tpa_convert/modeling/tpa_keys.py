@@ -13,6 +13,8 @@ Shape suffixes and einsum letters:
     P  rotary pairs of all components, width = 2 P           c  real or imaginary part (2)
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -86,14 +88,8 @@ class KeyNorm(nn.Module):
         return (scale * (weight / divisor) if hide else scale).to(keys.dtype)
 
 
-class RotatedKeys(nn.Module):
-    """Components on single rotary pairs, cached after rotation, with constant head factors.
-
-    Queries meet the cache as it is: q' = conj(T) q, folded into the query projection (`absorbed`)
-    or applied to each query. Keys that are normalised cache one scale for each head in front.
-    """
-
-    rotary_pair: torch.Tensor
+class KeyLayout(nn.Module):
+    """What all layouts of keys have: a projection to what is cached, and perhaps a norm."""
 
     def __init__(
         self,
@@ -106,12 +102,25 @@ class RotatedKeys(nn.Module):
     ):
         super().__init__()
         self.shape, self.heads, self.head_dim = shape, heads, head_dim
+        self.feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
+        self.norm = None if norm_eps is None else KeyNorm(head_dim, norm_eps)
+
+
+class RotatedKeys(KeyLayout):
+    """Components on single rotary pairs, cached after rotation, with constant head factors.
+
+    Queries meet the cache as it is: q' = conj(T) q, folded into the query projection (`absorbed`)
+    or applied to each query. Keys that are normalised cache one scale for each head in front.
+    """
+
+    rotary_pair: torch.Tensor
+
+    def __init__(self, shape: LayerShape, hidden_size: int, heads: int, *rest: Any, **named: Any):
+        super().__init__(shape, hidden_size, heads, *rest, **named)
         self.absorbed = shape.key_gauge == "absorbed"
         self.rank = shape.rank_k if shape.contextual else 1
         self.expanded_heads = 1 if self.absorbed and not shape.contextual else heads
-        self.feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
         self.gauge = PairGauge(heads, shape.width_k // 2) if shape.key_gauge == "applied" else None
-        self.norm = None if norm_eps is None else KeyNorm(head_dim, norm_eps)
         # Follows from the config: what loading leaves out, `init_weights` makes again.
         self.register_buffer("rotary_pair", self._rotary_pair(), persistent=False)
 
@@ -216,23 +225,15 @@ class RotatedKeys(nn.Module):
 class ContextualKeys(RotatedKeys):
     """Rotated keys whose head factors depend on the token (`affine`, `linear`) and are cached."""
 
-    def __init__(
-        self,
-        shape: LayerShape,
-        hidden_size: int,
-        heads: int,
-        head_dim: int,
-        bias: bool,
-        norm_eps: float | None,
-    ):
-        super().__init__(shape, hidden_size, heads, head_dim, bias, norm_eps)
+    def __init__(self, shape: LayerShape, hidden_size: int, heads: int, *rest: Any, **named: Any):
+        super().__init__(shape, hidden_size, heads, *rest, **named)
         self.head_factor = nn.Linear(hidden_size, shape.rank_k * heads, bias=shape.form == "affine")
 
     def head_factors(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.head_factor(hidden_states).unflatten(-1, (self.rank, self.heads))
 
 
-class LatentKeys(nn.Module):
+class LatentKeys(KeyLayout):
     """Features of all rotary pairs together, cached before rotation: k_j = T_j b + c_j.
 
     A real T_j mixes pairs and does not commute with RoPE: keys are rebuilt, normalised if the
@@ -241,21 +242,10 @@ class LatentKeys(nn.Module):
 
     absorbed = False
 
-    def __init__(
-        self,
-        shape: LayerShape,
-        hidden_size: int,
-        heads: int,
-        head_dim: int,
-        bias: bool,
-        norm_eps: float | None,
-    ):
-        super().__init__()
-        self.shape, self.heads, self.head_dim = shape, heads, head_dim
+    def __init__(self, shape: LayerShape, hidden_size: int, heads: int, *rest: Any, **named: Any):
+        super().__init__(shape, hidden_size, heads, *rest, **named)
         self.expanded_heads = heads
-        self.feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
-        self.gauge = HeadGauge(heads, head_dim, shape.width_k, offset=True)
-        self.norm = None if norm_eps is None else KeyNorm(head_dim, norm_eps)
+        self.gauge = HeadGauge(heads, self.head_dim, shape.width_k, offset=True)
 
     def query_table(self, table: Table) -> Table:
         """As `RotatedKeys.query_table`: queries have the source's size."""

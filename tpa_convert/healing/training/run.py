@@ -82,10 +82,10 @@ def heal(
     healed in the first process only.
 
     Args:
-        student: any Hugging Face causal language model whose logits are `lm_head(hidden states)`.
+        student: any Hugging Face causal language model with a head for its logits.
         teacher: another one with the same vocabulary.
         tokenizer: of both; not needed for ready-made blocks.
-        documents_or_blocks: documents as `calibration.packing.packed_blocks` takes them, or blocks
+        documents_or_blocks: documents as `text.packing.packed_blocks` takes them, or blocks
             of token ids [N, L] of any integer type.
         output_dir: where checkpoints live (in `checkpoints/`), to resume from and to delete later,
             and event files for tensorboard (in `runs/`); all processes have to see it.
