@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tpa_configuration import LayerShape, source_head_dim
@@ -154,11 +154,12 @@ class TPAAttention(nn.Module):
         query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query = query if self.q_norm is None else self.q_norm(query)
         query = rotate(query, self.keys.query_table(table))
-        key, value = self.keys.pack(hidden_states, table), self.values.pack(hidden_states)
+        key, value = self.pack(hidden_states, table, cached=cache is not None)
         if cache is not None:
             key, value, table = self.update(
                 cache, key, value, hidden_states, table, attention_mask, kwargs
             )
+            key, value = self.unpack(key, value, query.dtype)
         implementation = self.config._attn_implementation
         paged = cache is not None and not isinstance(cache, Cache)
         weights = None
@@ -185,6 +186,42 @@ class TPAAttention(nn.Module):
             )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
+    def pack(
+        self, hidden_states: torch.Tensor, table: Table, cached: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of new tokens, [b, 1, s, ...] each.
+
+        Args:
+            hidden_states: [b, s, D].
+            table: of the new tokens.
+            cached: what is coded comes in rows of bytes, as the cache holds it. Otherwise it comes
+                in features, as `unpack` gives them, and with gradients.
+        """
+        key = self.keys.pack(hidden_states, table)
+        if self.keys.coder is None or self.values.coder is None:
+            return key, self.values.pack(hidden_states)
+        dtype = key.dtype
+        if not cached and torch.is_grad_enabled():
+            key = self.keys.coder.straight_through(key)
+            value = self.values.coder.straight_through(self.values.pack(hidden_states, key))
+            return key, self._with_parents(key, value)
+        key = self.keys.coder(key)
+        value = self.values.coder(self.values.pack(hidden_states, self.keys.coder(key, dtype)))
+        return (key, value) if cached else self.unpack(key, value, dtype)
+
+    def unpack(
+        self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the cache as features in `dtype`; what is not coded stays as it is."""
+        if self.keys.coder is None or self.values.coder is None:
+            return key, value
+        key = self.keys.coder(key, dtype)
+        return key, self._with_parents(key, self.values.coder(value, dtype))
+
+    def _with_parents(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The features that values are made of: where they are predicted, those of the keys too."""
+        return torch.cat((value, key), dim=-1) if self.shape.predict_values else value
+
     def update(
         self,
         cache: Any,
@@ -209,13 +246,15 @@ class TPAAttention(nn.Module):
             slots = slot_positions(
                 cache, self.layer_idx, length, positions, attention_mask, hidden_states.device
             )
-        widths = key.shape[-1], value.shape[-1]
+        if stock and self.shape.coded:
+            refuse_quantised(cache, self.layer_idx)
+        widths, dtype = (key.shape[-1], value.shape[-1]), key.dtype
         grid = self.cache_grid(cache, widths)
-        if grid is not None:
-            key, value = fold(key, grid), fold(value, grid)
+        if grid is not None:  # its numbers are of the model's type, which holds bytes exactly
+            key, value = (fold(x, grid).to(hidden_states.dtype) for x in (key, value))
         key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if grid is not None:
-            key, value = unfold(key, widths[0]), unfold(value, widths[1])
+            key, value = (unfold(x, n).to(dtype) for x, n in zip((key, value), widths, strict=True))
         if self.shape.latent_keys and not stock:
             starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
             assert positions is not None, "continuous batching gives positions"
@@ -326,6 +365,17 @@ def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
 def norm_epsilon(norm: Any) -> float:
     """What a norm of the source adds to the mean square; families call it one of two names."""
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
+def refuse_quantised(cache: Cache, layer_idx: int) -> None:
+    """Raises `ValueError` if a layer of the cache would quantise the codes it is given."""
+    layers = cache.layers[layer_idx : layer_idx + 1] or [cache.layer_class_to_replicate]
+    kind = layers[0] if isinstance(layers[0], type) else type(layers[0])
+    if kind is not None and issubclass(kind, QuantizedLayer):
+        raise ValueError(
+            "the cache of this model is coded in bits already: use a dynamic or static cache, not "
+            "a quantized one"
+        )
 
 
 def fold(row: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
