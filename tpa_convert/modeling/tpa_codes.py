@@ -316,6 +316,7 @@ class RowCoder(nn.Module):
     def __init__(self, layout: RowLayout):
         super().__init__()
         self.layout, count = layout, layout.components
+        self.learning_features = learning_features  # where it is trained, perhaps a compiled one
         self.register_buffer("mean", torch.zeros(CLASSES, count))
         for name in ("step", "spread", "importance"):
             self.register_buffer(name, torch.ones(count))
@@ -333,21 +334,32 @@ class RowCoder(nn.Module):
 
     @property
     def quantiser(self) -> Quantiser:
-        floats = (x.float() for x in (self.mean, self.step, self.spread, self.importance))
-        return Quantiser(self.layout, *floats, self.highest)
+        return Quantiser(self.layout, *self._tables())
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        floats = (self.mean, self.step, self.spread, self.importance)
+        return *(table.float() for table in floats), self.highest
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Components [..., c] as rows, uint8 [..., row_bytes]; with a type, rows as features of
         this type, [..., c + classes − 1]."""
         if dtype is None:
             return encode(x.float(), self.quantiser)
-        return self._features(*decode(x, self.quantiser), dtype)
+        return features_of(*decode(x, self.quantiser), dtype)
 
     def straight_through(self, x: Tensor) -> Tensor:
         """Features of components [..., c], with gradients as if nothing were rounded."""
-        return self._features(*straight_through(x.float(), self.quantiser), x.dtype)
+        return self.learning_features(x, *self._tables())
 
-    @staticmethod
-    def _features(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
-        classes = torch.arange(1, CLASSES, device=label.device)
-        return torch.cat((numbers.to(dtype), (label[..., None] == classes).to(dtype)), dim=-1)
+
+def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a token's codes say [..., c], and its class [...], side by side."""
+    classes = torch.arange(1, CLASSES, device=label.device)
+    return torch.cat((numbers.to(dtype), (label[..., None] == classes).to(dtype)), dim=-1)
+
+
+def learning_features(x: Tensor, *tables: Tensor) -> Tensor:
+    """`straight_through` with the tables of a quantiser, as features. All arguments are tensors, so
+    that one compiled graph serves the coders of all layers."""
+    numbers, label = straight_through(x.float(), Quantiser(RowLayout(()), *tables))
+    return features_of(numbers, label, x.dtype)
