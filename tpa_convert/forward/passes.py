@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tpa_convert.modeling.tpa_codes import RowCoder, learning_features
-
 # Full blocks need no mask but causality and, in some layers, a window. Under its own name, SDPA is
 # called with `is_causal` and transformers builds no mask for it: building one costs a device
 # synchronisation in every forward pass and, under torch.compile, a [batch, 1, length, length] mask
@@ -80,14 +78,9 @@ def block_forward(
         model.set_attn_implementation(CAUSAL_SDPA)
     for module in compiled_modules:
         module.forward = torch.compile(module.forward, dynamic=False)
-    coders = [m for m in model.modules() if isinstance(m, RowCoder) and compiled_modules]
-    for coder in coders:  # their widths differ: one graph for any
-        coder.learning_features = torch.compile(learning_features, dynamic=True)
     try:
         yield
     finally:
-        for coder in coders:
-            coder.learning_features = learning_features
         cast.remove()
         for module in compiled_modules:
             del module.forward

@@ -200,14 +200,13 @@ class TPAAttention(nn.Module):
         key = self.keys.pack(hidden_states, table)
         if self.keys.coder is None or self.values.coder is None:
             return key, self.values.pack(hidden_states)
-        dtype = key.dtype
-        if not cached and torch.is_grad_enabled():
-            key = self.keys.coder.straight_through(key)
-            value = self.values.coder.straight_through(self.values.pack(hidden_states, key))
+        if not cached:
+            key = self.keys.coder(key)
+            value = self.values.coder(self.values.pack(hidden_states, key))
             return key, self._with_parents(key, value)
-        key = self.keys.coder(key)
-        value = self.values.coder(self.values.pack(hidden_states, self.keys.coder(key, dtype)))
-        return (key, value) if cached else self.unpack(key, value, dtype)
+        row = self.keys.coder(key, rows=True)
+        components = self.values.pack(hidden_states, self.keys.coder(row, dtype=key.dtype))
+        return row, self.values.coder(components, rows=True)
 
     def unpack(
         self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype
@@ -215,8 +214,8 @@ class TPAAttention(nn.Module):
         """Rows of the cache as features in `dtype`; what is not coded stays as it is."""
         if self.keys.coder is None or self.values.coder is None:
             return key, value
-        key = self.keys.coder(key, dtype)
-        return key, self._with_parents(key, self.values.coder(value, dtype))
+        key = self.keys.coder(key, dtype=dtype)
+        return key, self._with_parents(key, self.values.coder(value, dtype=dtype))
 
     def _with_parents(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The features that values are made of: where they are predicted, those of the keys too."""

@@ -93,6 +93,9 @@ class RowLayout(NamedTuple):
         return [bits for bits, count in self.groups for _ in range(count)]
 
 
+NO_ROWS = RowLayout(())  # one for all layers, so that one compiled graph serves them
+
+
 @cache
 def tiers_of(layout: RowLayout) -> tuple[Tier, ...]:
     """The tiers of a layout; the many rows of a text ask again and again."""
@@ -242,7 +245,8 @@ def choose_header(x: Tensor, quantiser: Quantiser) -> Tensor:
     weighted = mean * importance
     label = ((mean * weighted).sum(-1) - 2 * x @ weighted.mT).argmin(-1)
     centred = x - mean[label]
-    ratio = ((centred / quantiser.spread).square().sum(-1) / max(1, x.shape[-1])).sqrt()
+    count = (quantiser.highest > 0).sum().clamp_min(1)
+    ratio = ((centred / quantiser.spread).square().sum(-1) / count).sqrt()
     most = 2**quantiser.scale_bits - 1
     lowest = 2.0**LOWEST_OCTAVE
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(lowest).log2() - LOWEST_OCTAVE)
@@ -316,7 +320,6 @@ class RowCoder(nn.Module):
     def __init__(self, layout: RowLayout):
         super().__init__()
         self.layout, count = layout, layout.components
-        self.learning_features = learning_features  # where it is trained, perhaps a compiled one
         self.register_buffer("mean", torch.zeros(CLASSES, count))
         for name in ("step", "spread", "importance"):
             self.register_buffer(name, torch.ones(count))
@@ -332,34 +335,31 @@ class RowCoder(nn.Module):
         """Fills the highest codes again, from the config."""
         self.highest.copy_(highest_codes(self.layout))
 
-    @property
-    def quantiser(self) -> Quantiser:
-        return Quantiser(self.layout, *self._tables())
-
-    def _tables(self) -> tuple[Tensor, ...]:
+    def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
+        """The tables; with the layout, if there are rows to be made or read."""
         floats = (self.mean, self.step, self.spread, self.importance)
-        return *(table.float() for table in floats), self.highest
+        return Quantiser(layout, *(table.float() for table in floats), self.highest)
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Components [..., c] as rows, uint8 [..., row_bytes]; with a type, rows as features of
-        this type, [..., c + classes − 1]."""
-        if dtype is None:
-            return encode(x.float(), self.quantiser)
-        return features_of(*decode(x, self.quantiser), dtype)
+    def forward(self, x: Tensor, rows: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """Components or rows to rows or features.
 
-    def straight_through(self, x: Tensor) -> Tensor:
-        """Features of components [..., c], with gradients as if nothing were rounded."""
-        return self.learning_features(x, *self._tables())
+        Args:
+            x: components [..., c], or rows, uint8 [..., row_bytes].
+            rows: make rows of components; otherwise features, with gradients as if nothing were
+                rounded, and the same that rows of these components give.
+            dtype: of features that are made of rows.
+
+        Returns: uint8 [..., row_bytes], or features [..., c + classes − 1].
+        """
+        if dtype is not None:
+            return features_of(*decode(x, self.quantiser(self.layout)), dtype)
+        if rows:
+            return encode(x.float(), self.quantiser(self.layout))
+        numbers, label = straight_through(x.float(), self.quantiser())
+        return features_of(numbers, label, x.dtype)
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
     """What a token's codes say [..., c], and its class [...], side by side."""
     classes = torch.arange(1, CLASSES, device=label.device)
     return torch.cat((numbers.to(dtype), (label[..., None] == classes).to(dtype)), dim=-1)
-
-
-def learning_features(x: Tensor, *tables: Tensor) -> Tensor:
-    """`straight_through` with the tables of a quantiser, as features. All arguments are tensors, so
-    that one compiled graph serves the coders of all layers."""
-    numbers, label = straight_through(x.float(), Quantiser(RowLayout(()), *tables))
-    return features_of(numbers, label, x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from tpa_convert.forward.head import final_hidden_states, logit_finish, with_hea
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.training.distributed import gathered, set_wrapping, shard_frozen
-from tpa_convert.modeling.tpa_codes import RowCoder
 
 CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each channel varies
 CHANNEL_FLOOR = 1e-6  # least variance of a channel, of the mean over channels
@@ -67,25 +66,15 @@ def modules_to_compile(model: PreTrainedModel) -> list[nn.Module]:
 
     Equal layers share one compiled graph, so that compilation takes seconds and not minutes. Layers
     that differ would each need a graph of their own, and every call would search through them.
-    Layers with coded caches all differ, and so much that only what they have in common is compiled.
     """
     decoder = model.get_decoder()
     layers = list(decoder.layers)
+    shapes = {tuple(parameter.shape for parameter in layer.parameters()) for layer in layers}
+    if len(shapes) > 1:
+        return [decoder]
     outside = (decoder.layers, model.get_input_embeddings())
     others = [module for module in decoder.children() if module not in outside]
-    others = [module for module in others if any(True for _ in module.parameters())]
-    if _alike(layers):
-        return [*layers, *others]
-    if not any(isinstance(module, RowCoder) for module in decoder.modules()):
-        return [decoder]
-    children = zip(*(layer.children() for layer in layers), strict=True)
-    return [part for parts in children if _alike(parts) for part in parts] + others
-
-
-def _alike(modules: Iterable[nn.Module]) -> bool:
-    """Whether they have parameters, and all of the same shapes."""
-    shapes = {tuple(parameter.shape for parameter in module.parameters()) for module in modules}
-    return len(shapes) == 1 and shapes != {()}
+    return [*layers, *(module for module in others if any(True for _ in module.parameters()))]
 
 
 def offload_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
