@@ -1,4 +1,4 @@
-"""Which implementation decodes: each says what it can run, the first that can is taken.
+"""Which implementation decodes or encodes: each says what it can run, the first that can is taken.
 
 `TPA_CONVERT_BACKEND` names one to force it: `reference` or `triton`.
 """
@@ -14,7 +14,7 @@ import torch
 
 VARIABLE = "TPA_CONVERT_BACKEND"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-LAYOUTS = ("rotated", "contextual", "coded")
+LAYOUTS = ("rotated", "contextual", "coded", "components")
 MAX_WIDTH = 8192
 TRITON_MISSING = importlib.util.find_spec("triton") is None
 
@@ -24,13 +24,13 @@ class BackendError(RuntimeError):
 
 
 class Case(NamedTuple):
-    """What is to be decoded.
+    """What is to be decoded, or encoded.
 
     Attributes:
         layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
-            `coded` (rows of bytes).
-        width_k, width_v: components of keys and of values.
-        dtype, device: of the queries.
+            `coded` (rows of bytes); `components` are to be encoded.
+        width_k, width_v: components of keys and of values; of components the first alone.
+        dtype, device: of the queries or components.
         strides: of keys and values, from sequence to sequence and slot to slot.
         cached: types of keys and values.
         ranks: of contextual keys and values.
@@ -76,9 +76,11 @@ def _triton(case: Case) -> str | None:
     if not interpreted and torch.cuda.get_device_capability(case.device) < (8, 0):
         return "its kernels need compute capability 8.0"
     if case.dtype not in TYPES:
-        return f"no kernel for queries in {str(case.dtype).removeprefix('torch.')}"
+        return f"no kernel for numbers in {str(case.dtype).removeprefix('torch.')}"
     if max(case.width_k, case.width_v) > MAX_WIDTH:
         return f"widths above {MAX_WIDTH}"
+    if case.layout == "components":
+        return None
     if case.layout != "coded" and (case.width_k % 8 or case.width_v % 8):
         return f"widths {case.width_k} and {case.width_v} are not multiples of 8"
     if case.layout != "coded" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
@@ -117,4 +119,4 @@ def choose_backend(case: Case) -> str:
             if reason is None:
                 return backend.name
             reasons.append(f"{backend.name}: {reason}")
-    raise BackendError(f"{VARIABLE}={forced} cannot decode here ({'; '.join(reasons)})")
+    raise BackendError(f"{VARIABLE}={forced} cannot run here ({'; '.join(reasons)})")

@@ -1,4 +1,4 @@
-"""Decoding as PyTorch operators, opaque to `torch.compile` and safe in CUDA graphs.
+"""Decoding and encoding as PyTorch operators, opaque to `torch.compile` and safe in CUDA graphs.
 
 Triton is imported when an operator first runs.
 """
@@ -79,3 +79,46 @@ def decode_coded(
 @decode_coded.register_fake
 def _(query, keys, values, key_layout, key_tables, value_layout, value_tables, *others):
     return query.new_empty(*query.shape[:3], value_tables[-1].shape[-1])
+
+
+@torch.library.custom_op("tpa_convert::encode", mutates_args=())
+def encode(
+    x: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    spread: Tensor,
+    importance: Tensor,
+    reach: Tensor,
+    lowest_octave: int,
+) -> tuple[Tensor, Tensor]:
+    """Headers and codes of components [n, c]; see `encode_reference.CodeTables`."""
+    from .launch_encode import CodeTables, launch_encode
+
+    return launch_encode(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
+
+
+@encode.register_fake
+def _(x, *tables):
+    return x.new_empty(x.shape[:1], dtype=torch.uint8), x.new_empty(x.shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())
+def encode_straight(
+    x: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    spread: Tensor,
+    importance: Tensor,
+    reach: Tensor,
+    lowest_octave: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled codes of components [n, c], which of them were not clipped, and classes."""
+    from .launch_encode import CodeTables, launch_straight
+
+    return launch_straight(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
+
+
+@encode_straight.register_fake
+def _(x, *tables):
+    inside = x.new_empty(x.shape, dtype=torch.bool)
+    return x.new_empty(x.shape), inside, x.new_empty(x.shape[:1], dtype=torch.int64)
