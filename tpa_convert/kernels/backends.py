@@ -33,7 +33,7 @@ class Case(NamedTuple):
         dtype, device: of the queries or components.
         strides: of keys and values, from sequence to sequence and slot to slot.
         cached: types of keys and values.
-        ranks: of contextual keys and values.
+        ranks: of contextual keys and values, 0 without head factors.
         paged: whether the cache is a pool of pages.
     """
 
@@ -91,7 +91,9 @@ def _triton(case: Case) -> str | None:
         return "no kernel for pages of coded rows"
     if case.layout == "contextual":
         rank_k, rank_v = case.ranks
-        pairs, features = case.width_k // (2 * rank_k), case.width_v // rank_v
+        # Of a single rank all features have the same factor, however many they are.
+        pairs = case.width_k // (2 * rank_k) if rank_k > 1 else 16
+        features = case.width_v // rank_v if rank_v > 1 else 16
         if pairs & (pairs - 1) or features & (features - 1) or pairs < 16 or features < 16:
             return f"{pairs} pairs and {features} features a rank are not powers of two from 16 on"
     if case.layout == "coded" and any(stride % 4 for stride in case.strides):

@@ -68,6 +68,11 @@ def longest(length: int, positions: int, window: int | None) -> int:
     return length if window is None else min(length, window + positions - 1)
 
 
+def batch_stride(mask: Tensor | None) -> int:
+    """From sequence to sequence of a mask [b or 1, t]."""
+    return mask.stride(0) if mask is not None and len(mask) > 1 else 0
+
+
 def choose_shape(row_bytes: int, query_bytes: int, limit: int) -> tuple[int, int]:
     """One of `SHAPES` for keys and values of `row_bytes` a slot, beside the queries."""
     for block, stages in SHAPES:
@@ -91,10 +96,12 @@ def launch_rotated(
     value_heads: Tensor | None = None,
     groups: int = 1,
     pages: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention`, for widths in multiples of 8 and any strides but the last.
 
-    With head factors, the features of a rank (half of them, for keys) are a power of two.
+    With head factors of several ranks, the features of a rank (half of them, for keys) are a power
+    of two.
     """
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, positions, width_k = query.shape
@@ -106,19 +113,23 @@ def launch_rotated(
     chunk_k = power_of_two(width_k, 16, 128)
     chunk_v = power_of_two(width_v, 64, 128)
     rank_k = rank_v = 0
-    if key_heads is not None and value_heads is not None:
-        rank_k, rank_v = (x.shape[-1] // groups for x in (key_heads, value_heads))
-        chunk_k, chunk_v = width_k // (2 * rank_k), width_v // rank_v
+    if key_heads is not None:
+        rank_k = key_heads.shape[-1] // groups
+        chunk_k = width_k // (2 * rank_k) if rank_k > 1 else chunk_k
+    if value_heads is not None:
+        rank_v = value_heads.shape[-1] // groups
+        chunk_v = width_v // rank_v if rank_v > 1 else chunk_v
     padded_k = triton.cdiv(width_k, chunk_k) * chunk_k
     padded_v = triton.cdiv(width_v, chunk_v) * chunk_v
     size = query.element_size()
     widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
     per_program = power_of_two(columns, 16, widest)
     tiles = triton.cdiv(columns, per_program)
-    factors_k, factors_v = (power_of_two(r * groups, 16, 1 << 16) for r in (rank_k, rank_v))
-    factors = factors_k + factors_v if rank_k else 0
+    factors_k, factors_v = (
+        power_of_two(rank * groups, 16, 1 << 16) if rank else 0 for rank in (rank_k, rank_v)
+    )
     block, stages = choose_shape(
-        (padded_k + padded_v + factors) * size,
+        (padded_k + padded_v + factors_k + factors_v) * size,
         padded_k * size * per_program,
         shared_bytes(query.device),
     )
@@ -148,7 +159,9 @@ def launch_rotated(
         pages,
         start,
         end,
+        mask,
         pages.stride(0) if pages is not None else 0,
+        batch_stride(mask),
         *strides,
         *factor_strides,
         heads,

@@ -25,6 +25,7 @@ def decode_rotated(
     value_heads: Tensor | None = None,
     groups: int = 1,
     pages: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention` on the Triton kernels of `split_kv.py`."""
     from .launch import launch_rotated
@@ -42,6 +43,7 @@ def decode_rotated(
         value_heads,
         groups,
         pages,
+        mask,
     )
 
 
@@ -64,6 +66,7 @@ def decode_coded(
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The same over coded rows; layouts and tables are those of `places.Places`."""
     from .launch_coded import launch_coded
@@ -72,7 +75,7 @@ def decode_coded(
     key_places = Places(list(key_layout), *key_tables)
     value_places = Places(list(value_layout), *value_tables)
     return launch_coded(
-        query, keys, values, key_places, value_places, scale, start, end, window, softcap
+        query, keys, values, key_places, value_places, scale, start, end, window, softcap, mask
     )
 
 
