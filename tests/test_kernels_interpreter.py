@@ -13,7 +13,11 @@ import torch
 
 TESTS = [
     Path(__file__).with_name(name)
-    for name in ("test_kernels_triton.py", "test_kernels_encode_triton.py")
+    for name in (
+        "test_kernels_triton.py",
+        "test_kernels_encode_triton.py",
+        "test_kernels_model.py",
+    )
 ]
 
 

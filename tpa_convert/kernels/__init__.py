@@ -1,7 +1,7 @@
 """Kernels that decode attention and code components, and the PyTorch references they agree with."""
 
 from .backends import BACKENDS, Backend, BackendError, Case, choose_backend
-from .decode import decode_attention
+from .decode import decode_attention, decode_on_kernel
 from .encode import encode, straight_through
 from .encode_reference import CodeTables
 from .rows import CodedRows, Tier
@@ -16,6 +16,7 @@ __all__ = [
     "Tier",
     "choose_backend",
     "decode_attention",
+    "decode_on_kernel",
     "encode",
     "straight_through",
 ]

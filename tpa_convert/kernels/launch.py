@@ -68,9 +68,12 @@ def longest(length: int, positions: int, window: int | None) -> int:
     return length if window is None else min(length, window + positions - 1)
 
 
-def batch_stride(mask: Tensor | None) -> int:
-    """From sequence to sequence of a mask [b or 1, t]."""
-    return mask.stride(0) if mask is not None and len(mask) > 1 else 0
+def in_rows(mask: Tensor | None) -> tuple[Tensor | None, int]:
+    """A mask [b or 1, t] whose slots lie side by side, and the stride from sequence to sequence."""
+    if mask is None:
+        return None, 0
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return mask, mask.stride(0) if len(mask) > 1 else 0
 
 
 def choose_shape(row_bytes: int, query_bytes: int, limit: int) -> tuple[int, int]:
@@ -144,6 +147,7 @@ def launch_rotated(
         *query.stride()[:3],
         *(x.stride(i) for x in (keys, values) for i in (0, 2)),
     )
+    mask, mask_stride = in_rows(mask)
     factor_strides = [
         x.stride(i) if x is not None else 0 for x in (key_heads, value_heads) for i in (0, 2)
     ]
@@ -161,7 +165,7 @@ def launch_rotated(
         end,
         mask,
         pages.stride(0) if pages is not None else 0,
-        batch_stride(mask),
+        mask_stride,
         *strides,
         *factor_strides,
         heads,

@@ -12,8 +12,8 @@ from torch import Tensor
 from .coded import coded_kernel, fold_kernel, join_coded_kernel
 from .launch import (
     INTERPRETED,
-    batch_stride,
     choose_splits,
+    in_rows,
     longest,
     multiprocessors,
     overlapped,
@@ -82,7 +82,7 @@ def launch_coded(
     columns = heads * positions
     places_k, places_v = len(key_places.gain), len(value_places.gain)
     classes_k, classes_v = key_places.layout[1], value_places.layout[1]
-    mask_stride = batch_stride(mask)
+    mask, mask_stride = in_rows(mask)
     options = overlapped(query.device)
 
     folded = query.new_empty((batch, columns, places_k), dtype=torch.float16)
