@@ -1,6 +1,6 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
-    python benchmarks/decode_attention.py [--only plain|contextual|coded|bits|small]
+    python benchmarks/decode_attention.py [--only plain|contextual|coded|bits|small|masked|host]
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
 the cache over the bandwidth of a plain copy in the same run.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 
 import torch
 from kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from tpa_convert.kernels import CodedRows, Tier, decode_attention
+from tpa_convert.kernels.launch import launch_rotated
 
 # Names of sources: query heads, key/value heads, head dim.
 SOURCES = {"MHA": (32, 32, 128), "GQA-8": (32, 8, 128), "MQA": (32, 1, 128), "SmolLM2": (9, 3, 64)}
@@ -106,6 +108,45 @@ def coded(
     return time, caches[0].numel()
 
 
+def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
+    """A static cache of `slots` slots of which the mask leaves the first `used`."""
+    query = torch.randn(batch, 32, 1, width, device="cuda", dtype=torch.bfloat16)
+    mask = (torch.arange(slots, device="cuda") < used).expand(batch, -1)
+    caches = rotating(
+        lambda: torch.randn(2, batch, 1, slots, width, device="cuda", dtype=torch.bfloat16)
+    )
+    time = seconds(lambda i: decode_attention(query, *caches[i], scale=0.1, mask=mask), len(caches))
+    return time, 2 * batch * used * width * 2
+
+
+def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
+    """What the host spends on a call that the device is not waited for."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    spent = perf_counter() - start
+    torch.cuda.synchronize()
+    return spent / calls * 1e6
+
+
+def host_rows() -> None:
+    """Short caches, so that the device is always ahead."""
+    query = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 1, 1, 64, 128, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(1, 64, device="cuda", dtype=torch.bool)
+    print("\n| call | host, µs |\n|---|---|")
+    for name, call in (
+        ("decode_attention", lambda: decode_attention(query, keys, values, scale=0.1)),
+        ("with a mask", lambda: decode_attention(query, keys, values, scale=0.1, mask=mask)),
+        ("launch alone", lambda: launch_rotated(query, keys, values, 0.1, None, None, None, None)),
+        ("PyTorch's", lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)),
+    ):
+        print(f"| {name} | {host_microseconds(call):.1f} |")
+
+
 class Table:
     """Rows of a Markdown table, each beside a source measured at the same shape."""
 
@@ -133,7 +174,8 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["plain", "coded", "small", "bits", "contextual"])
+    choices = ["plain", "coded", "small", "bits", "contextual", "masked", "host"]
+    parser.add_argument("--only", choices=choices)
     only = parser.parse_args().only
     print(f"{device_name()}, {versions()}")
     bandwidth = copy_bandwidth()
@@ -157,6 +199,11 @@ def main() -> None:
             for rank in (1, 2):
                 name = f"contextual, R = {rank}, d = 128, bf16"
                 table.row(name, batch, slots, *contextual(rank, batch, slots))
+    if only in (None, "masked"):
+        for batch, slots, used in ((8, 32768, 32768), (8, 32768, 8192), (1, 131072, 2048)):
+            name = f"rotated, 128+128, masked, {used} used"
+            table.row(name, batch, slots, *masked(128, batch, slots, used))
+        table.row("rotated, 128+128, no mask", 8, 8192, *rotated(128, 8, 8192))
     if only in (None, "bits"):
         for bits in (1, 2, 4, 8):
             name = f"coded, 1024+1024, {bits} bits"
@@ -167,6 +214,8 @@ def main() -> None:
             name = f"coded, 192+192, 2 bits, rows in {align} bytes"
             table.row(name, 64, 8192, *coded(2, 192, 64, 8192, 9, align), "SmolLM2")
         table.row("rotated, 192+192, bf16", 64, 8192, *rotated(192, 64, 8192, 9), "SmolLM2")
+    if only in (None, "host"):
+        host_rows()
 
 
 if __name__ == "__main__":
