@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tpa_configuration import LayerShape, source_head_dim
-from .tpa_kernels import decode_components, find_kernel
+from .tpa_kernels import decode_components, find_kernel, of_one_width
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_rotary import Table, paged_positions, pair_table, rotate, slot_positions
 from .tpa_values import ContextualValues, StaticValues
@@ -175,6 +175,8 @@ class TPAAttention(nn.Module):
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
             key, value = self.keys.expand(key, table), self.values.expand(value)
+            if implementation == "sdpa":
+                query, key, value = of_one_width(query, key, value)
             output, weights = attention_interface(
                 self,
                 query,
@@ -185,6 +187,7 @@ class TPAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
+            output = output[..., : self.values.output_width]
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def update(

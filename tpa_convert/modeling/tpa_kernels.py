@@ -1,10 +1,29 @@
-"""The kernels of tpa-convert, for models that find the package installed; others do without."""
+"""What kernels of attention take: those of tpa-convert, for models that find the package installed
+(others do without), and PyTorch's."""
 
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
+
+WIDEST_FLASH = 256  # head dim of PyTorch's flash attention
+
+
+def of_one_width(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values with zeros behind them, as wide as the widest: flash attention takes
+    a single width, and where it does not run, shared heads are attended to in plain products."""
+    widths = key.shape[-1], value.shape[-1]
+    if not query.is_cuda or widths[0] == widths[1] or max(widths) > WIDEST_FLASH:
+        return query, key, value
+    width = -(-max(widths) // 8) * 8
+    query, key, value = (
+        nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value)
+    )
+    return query, key, value
 
 
 def find_kernel() -> Callable[..., torch.Tensor | None] | None:
