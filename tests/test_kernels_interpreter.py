@@ -16,6 +16,7 @@ TESTS = [
     for name in (
         "test_kernels_triton.py",
         "test_kernels_encode_triton.py",
+        "test_kernels_latent_triton.py",
         "test_kernels_model.py",
     )
 ]

@@ -198,7 +198,13 @@ def launch_rotated(
         num_warps=4,
         num_stages=stages,
     )
-    output = query.new_empty((batch, heads, positions, width_v))
+    return launch_join(partial, partial_lse, query.new_empty((batch, heads, positions, width_v)))
+
+
+def launch_join(partial: Tensor, partial_lse: Tensor, output: Tensor) -> Tensor:
+    """Fills `output` [b, h, s, w_v] with what splits [b, splits, h * s, w_v] and their log-sum-exps
+    sum up to."""
+    batch, splits, columns, width_v = partial.shape
     chunk = power_of_two(width_v, 16, 64)
     join_kernel[(columns, triton.cdiv(width_v, chunk), batch)](
         partial,
@@ -210,6 +216,6 @@ def launch_rotated(
         CHUNK=chunk,
         SPLITS=power_of_two(splits, 1, SPLITS_AT_ONCE),
         num_warps=4,
-        **options,
+        **overlapped(output.device),
     )
     return output
