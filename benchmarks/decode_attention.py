@@ -1,6 +1,6 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
-    python benchmarks/decode_attention.py [--only plain|contextual|coded|bits|small|masked|host]
+    python benchmarks/decode_attention.py [--only plain|contextual|latent|coded|bits|small|masked]
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
 the cache over the bandwidth of a plain copy in the same run.
@@ -21,7 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from tpa_convert.kernels import CodedRows, Tier, decode_attention
+from tpa_convert.kernels.latent_reference import LatentKeys
 from tpa_convert.kernels.launch import launch_rotated
+from tpa_convert.kernels.launch_latent import launch_latent
 
 # Names of sources: query heads, key/value heads, head dim.
 SOURCES = {"MHA": (32, 32, 128), "GQA-8": (32, 8, 128), "MQA": (32, 1, 128), "SmolLM2": (9, 3, 64)}
@@ -119,6 +121,32 @@ def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
     return time, 2 * batch * used * width * 2
 
 
+def latent(
+    groups: int, head_dim: int, widths: tuple[int, int], batch: int, slots: int
+) -> tuple[float, int, float]:
+    """Seconds, bytes of the cache and operations: rebuilding, scores and sums of values."""
+    heads, (width_k, width_v) = 32, widths
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
+
+    query = random(batch, heads, 1, head_dim)
+    how = LatentKeys(
+        0.1 * random(groups, head_dim, width_k),
+        random(groups, head_dim),
+        *random(2, 1, slots, head_dim // 2).unbind(),
+    )
+    caches = rotating(lambda: random(batch, slots, width_k + width_v))
+
+    def call(i: int) -> Tensor:
+        keys, values = (part[:, None] for part in caches[i].split(widths, -1))
+        return launch_latent(query, keys, values, how, 0.1, None, None, None, None)
+
+    operations = 2 * groups * head_dim * width_k + 2 * heads * (head_dim + width_v)
+    time = seconds(call, len(caches))
+    return time, caches[0].numel() * 2, float(operations * batch * slots)
+
+
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
     """What the host spends on a call that the device is not waited for."""
     for _ in range(20):
@@ -174,12 +202,12 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choices = ["plain", "coded", "small", "bits", "contextual", "masked", "host"]
+    choices = ["plain", "coded", "small", "bits", "contextual", "latent", "masked", "host"]
     parser.add_argument("--only", choices=choices)
     only = parser.parse_args().only
     print(f"{device_name()}, {versions()}")
-    bandwidth = copy_bandwidth()
-    print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {matrix_rate() / 1e12:.0f} TFLOP/s\n")
+    bandwidth, rate = copy_bandwidth(), matrix_rate()
+    print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s\n")
     table = Table(bandwidth)
     for batch, slots in LONG + SHORT:
         for name in ("MHA", "GQA-8", "MQA") if only in (None, "plain", "coded") else ():
@@ -199,6 +227,12 @@ def main() -> None:
             for rank in (1, 2):
                 name = f"contextual, R = {rank}, d = 128, bf16"
                 table.row(name, batch, slots, *contextual(rank, batch, slots))
+    for groups, head_dim, widths in ((8, 64, (112, 208)), (8, 128, (256, 416))):
+        for batch, slots in LONG + SHORT if only in (None, "latent") else ():
+            time, size, operations = latent(groups, head_dim, widths, batch, slots)
+            floor = max(size / bandwidth, operations / rate)
+            name = f"latent, {widths[0]}+{widths[1]}, floor is {floor / time:.0%} of"
+            table.row(name, batch, slots, time, size)
     if only in (None, "masked"):
         for batch, slots, used in ((8, 32768, 32768), (8, 32768, 8192), (1, 131072, 2048)):
             name = f"rotated, 128+128, masked, {used} used"
