@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tpa_configuration import LayerShape, source_head_dim
+from .tpa_kernels import decode_components, find_kernel, of_one_width
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_rotary import Table, paged_positions, pair_table, rotate, slot_positions
 from .tpa_values import ContextualValues, StaticValues
@@ -132,6 +133,7 @@ class TPAAttention(nn.Module):
         self.expanded_heads = max(self.keys.expanded_heads, self.values.expanded_heads)
         self.num_key_value_groups = heads // self.expanded_heads  # read by attention functions
         self.rotary_emb: Callable[[torch.Tensor, torch.Tensor], Table] | None = None
+        self.kernel = find_kernel()
 
     def forward(
         self,
@@ -174,6 +176,8 @@ class TPAAttention(nn.Module):
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
             key, value = self.keys.expand(key, table), self.values.expand(value)
+            if implementation == "sdpa":
+                query, key, value = of_one_width(query, key, value)
             output, weights = attention_interface(
                 self,
                 query,
@@ -184,6 +188,7 @@ class TPAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
+            output = output[..., : self.values.output_width]
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def pack(
@@ -309,6 +314,9 @@ class TPAAttention(nn.Module):
             key, heads = keys.expand(packed_key, table), keys.heads
         else:
             query, key, heads = keys.component_queries(query), packed_key, 1
+            mixed = self.decode_on_kernel(query, packed_key, packed_value, attention_mask)
+            if mixed is not None:
+                return values.output(mixed)
             if keys.shape.key_head_factors(keys.heads):
                 scores = keys.scores(query, packed_key) * self.scaling
                 weights = masked_softmax(scores, attention_mask)
@@ -322,6 +330,29 @@ class TPAAttention(nn.Module):
             scale=self.scaling,
         )
         return values.output(mixed.flatten(1, 2).unsqueeze(2))
+
+    def decode_on_kernel(
+        self,
+        query: torch.Tensor,
+        packed_key: torch.Tensor,
+        packed_value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """What `decode` mixes of rotated keys and values, [b, h, 1, width_v], or None."""
+        shape, groups = self.shape, self.num_key_value_heads
+        linear = shape.form == "linear"
+        mixed = decode_components(
+            self.kernel,
+            query,
+            packed_key,
+            packed_value,
+            attention_mask,
+            key_factors=shape.key_head_factors(groups),
+            value_factors=shape.rank_v * groups if shape.contextual else 0,
+            scale=self.scaling / shape.rank_k if linear else self.scaling,
+            groups=groups,
+        )
+        return mixed / shape.rank_v if linear and mixed is not None else mixed
 
 
 def replace_attention(decoder: Any, names: AttentionNames) -> None:

@@ -23,6 +23,15 @@ from .tpa_configuration import LayerShape
 from .tpa_rotary import Table, rotate
 
 
+def heads_of(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Products [b, j, s, d] of features [b, 1, s, w] with a matrix for each head, [j, d, w].
+
+    As a single product: a batched one would copy the features for every head.
+    """
+    heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1))
+    return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
+
+
 class PairGauge(nn.Module):
     """One complex number for each head and component, commuting with RoPE: weight [j, 2, P]."""
 
@@ -30,9 +39,22 @@ class PairGauge(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, 2, pairs))
 
-    def forward(self, pairs: torch.Tensor, conjugate: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        pairs: torch.Tensor,
+        conjugate: bool = False,
+        spread: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Products [b, j, s, 2, P] of pairs [b, j or 1, s, 2, P] with the gauge or its conjugate,
-        in halves."""
+        in halves.
+
+        With `spread`, 1 where a component [P] is on a rotary pair [f], products of [b, 1, s, 2, P]
+        are summed there: [b, j, s, 2 f].
+        """
+        if spread is not None:
+            real, imaginary = (x[:, None] * spread for x in self.weight.unbind(-2))
+            halves = (torch.cat(h, -1) for h in ((real, -imaginary), (imaginary, real)))
+            return heads_of(pairs.flatten(-2), torch.cat(tuple(halves), 1))
         real, imaginary = pairs.unbind(-2)
         gauge_real, gauge_imaginary = self.weight[:, None].unbind(-2)
         if conjugate:
@@ -56,7 +78,10 @@ class HeadGauge(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, j or 1, s, width]."""
-        heads = features @ self.weight.mT
+        if features.shape[1] == 1:
+            heads = heads_of(features, self.weight)
+        else:
+            heads = features @ self.weight.mT
         return heads if self.offset is None else heads + self.offset[:, None]
 
 
@@ -208,6 +233,11 @@ class RotatedKeys(KeyLayout):
     def _heads(self, head: torch.Tensor | None, feature: torch.Tensor) -> torch.Tensor:
         """Σ_r a_{r,j} T_{r,j} b_r as heads [b, j, t, d]; [b, j, t, width] if T is absorbed."""
         pairs = feature.unflatten(-1, (2, -1))  # [b, 1, t, 2, P]
+        if self.gauge is not None and not self.shape.contextual:
+            pair = torch.arange(self.head_dim // 2, device=feature.device)[:, None]
+            spread = (pair == self.rotary_pair).to(feature.dtype)
+            keys = self.gauge(pairs, spread=spread)
+            return keys if head is None else keys * head[:, :, 0].mT[..., None]
         if head is not None:
             component = pairs[:, 0].unflatten(-1, (self.rank, -1))
             if self.shape.key_gauge == "none":

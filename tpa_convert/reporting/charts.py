@@ -52,7 +52,7 @@ def planning_chart(
         cache_dtype: in which bytes are counted.
         refined: whether candidates were refined before they were measured.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (curve, widths) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 
     for split, label in LABELS.items():
@@ -103,14 +103,14 @@ def planning_chart(
     widths.set_ylabel("numbers cached per token")
     widths.set_title("Chosen widths: keys above, values below")
     widths.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     plt.close(figure)
 
 
 def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> None:
     """What healing did, against tokens seen: perplexity on the held-out text beside the source's
     (if there was some), and the divergence from the source."""
-    plt = _pyplot()
+    plt = pyplot()
     measured = report.source_perplexity is not None
     unit, name = (1e6, "millions") if report.steps * tokens_per_step >= 1e6 else (1e3, "thousands")
     figure, panels = plt.subplots(
@@ -149,7 +149,7 @@ def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> No
         axes.yaxis.set_minor_formatter(plt.NullFormatter())
         axes.set_xlabel(f"tokens, {name}")
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -157,16 +157,16 @@ def _ratio(kl: float | None) -> float:
     return math.nan if kl is None else math.exp(kl)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     # Imported here: it takes a second, and most commands draw nothing.
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt
