@@ -128,9 +128,7 @@ def plan(
         _write_text(files.out, result.to_yaml())
     _write_json(files.json_file, result)
     if files.chart is not None:
-        planning_chart(
-            result.report, files.chart, cache_dtype=result.cache_dtype, refined=result.refined
-        )
+        planning_chart(result.report, files.chart, refined=result.refined)
     show_planning(result)
     if files.out is not None:
         show_next(

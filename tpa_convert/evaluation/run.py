@@ -34,7 +34,6 @@ def evaluate(
     *,
     texts: Documents | Sequence[Text] | None = None,
     timing: SpeedSettings | None = None,
-    cache_dtype: torch.dtype | None = None,
     include_path: str | Path | None = None,
     track: Track = no_tracking,
 ) -> EvaluationReport:
@@ -46,8 +45,6 @@ def evaluate(
         texts: for perplexity and agreement (see `load_texts`), a row per source (see
             `blocks_by_source`).
         timing: what is timed, where the settings ask for the speed.
-        cache_dtype: type in which bytes of the cache are counted; by default the one that each
-            model computes in.
         include_path: directory of task files of one's own for the harness.
         track: shows progress, called as `track(items, description)`.
 
@@ -56,7 +53,7 @@ def evaluate(
     """
     inputs = _prepare(models, tokenizer, settings or EvaluationSettings(), texts)
     timing = timing or SpeedSettings()
-    measured = _measure(inputs, timing, cache_dtype, include_path, track)
+    measured = _measure(inputs, timing, include_path, track)
     return _report(inputs, measured, _notes(inputs, measured, timing))
 
 
@@ -106,7 +103,6 @@ def _prepare(
 def _measure(
     inputs: _Inputs,
     timing: SpeedSettings,
-    cache_dtype: torch.dtype | None,
     include_path: str | Path | None,
     track: Track,
 ) -> _Measured:
@@ -126,7 +122,7 @@ def _measure(
         choices, errors = rows.choice_rows(models, tokenizer, inputs.questions, batch_size, track)
         found += choices
     found += tasks
-    found += rows.cache_rows(models, cache_dtype)
+    found += rows.cache_rows(models)
     if settings.speed:
         found += rows.speed_rows(models, timing, track)
     return _Measured(found, errors)

@@ -337,8 +337,14 @@ class RowCoder(nn.Module):
 
     def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
         """The tables; with the layout, if there are rows to be made or read."""
-        floats = (self.mean, self.step, self.spread, self.importance)
-        return Quantiser(layout, *(table.float() for table in floats), self.highest)
+        return Quantiser(
+            layout,
+            self.mean.float(),
+            self.step.float(),
+            self.spread.float(),
+            self.importance.float(),
+            self.highest,
+        )
 
     def forward(self, x: Tensor, rows: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """Components or rows to rows or features.

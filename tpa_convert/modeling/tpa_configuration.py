@@ -105,6 +105,11 @@ class LayerShape:
         return [sum(count for _, count in block) for block in groups_of(self.key_codes)]
 
     @property
+    def key_blocks(self) -> int:
+        """Blocks of rotary pairs that coded keys are rebuilt in."""
+        return len(self.key_block_widths) if self.coded else 1
+
+    @property
     def latent_keys(self) -> bool:
         """Whether keys are rebuilt from what is cached."""
         return self.key_cache == "latent"
@@ -185,7 +190,6 @@ class LayerShape:
                     f"key_pairs must place {self.width_k // 2} components on {head_dim // 2} pairs"
                 )
         return None
-
 
     def _problem_of_codes(self, head_dim: int) -> str | None:
         if (self.key_codes is None) != (self.value_codes is None):
