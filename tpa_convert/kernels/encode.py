@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import Case, choose_backend
-from .encode_reference import CodeTables, encode_components
+from .encode_reference import CodeTables, RowTables, encode_components, pack
 
 
 def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,17 @@ def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     else:
         header, codes, *_ = encode_components(flat, tables)
     return header.view(x.shape[:-1]), codes.view(x.shape)
+
+
+def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> Tensor:
+    """Rows of bytes, uint8 [..., n], of components [..., c]; without gradients."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if _backend(x) == "triton":
+        packed = ops.encode_rows(flat, *tables, *rows)
+    else:
+        header, codes, *_ = encode_components(flat, tables)
+        packed = pack(codes, header, rows)
+    return packed.view(*x.shape[:-1], len(rows.bits))
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:

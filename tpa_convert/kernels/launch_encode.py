@@ -6,9 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .encode_reference import CodeTables
+from .encode_reference import CodeTables, RowTables
 from .quantise import encode_kernel
 
+OUTPUTS = ("header", "codes", "scaled", "inside", "label", "packed")
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
 
 
@@ -16,7 +17,7 @@ def launch_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """Headers uint8 [n] and codes uint8 [n, c] of [n, c], any stride from token to token."""
     header = x.new_empty(x.shape[:1], dtype=torch.uint8)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
-    _launch(x, tables, header, codes, None, None, None)
+    _launch(x, tables, {"header": header, "codes": codes})
     return header, codes
 
 
@@ -25,29 +26,42 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     scaled = x.new_empty(x.shape)
     inside = x.new_empty(x.shape, dtype=torch.bool)
     label = x.new_empty(x.shape[:1], dtype=torch.int64)
-    _launch(x, tables, None, None, scaled, inside, label)
+    _launch(x, tables, {"scaled": scaled, "inside": inside, "label": label})
     return scaled, inside, label
 
 
-def _launch(x: Tensor, tables: CodeTables, *outputs: Tensor | None) -> None:
+def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> Tensor:
+    """Rows of bytes, uint8 [n, bytes]."""
+    packed = x.new_empty((len(x), len(rows.bits)), dtype=torch.uint8)
+    _launch(x, tables, {"packed": packed}, rows)
+    return packed
+
+
+def _launch(
+    x: Tensor, tables: CodeTables, outputs: dict[str, Tensor], packing: RowTables | None = None
+) -> None:
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape
     if not rows:
         return
+    row_bytes = len(packing.bits) if packing else 1
     padded = triton.next_power_of_2(width)
     at_once = max(1, NUMBERS // padded)
     encode_kernel[(triton.cdiv(rows, at_once),)](
         x,
         *(table.contiguous() for table in tables[:5]),
-        *outputs,
+        *(outputs.get(name) for name in OUTPUTS),
+        *(packing[:3] if packing else (None,) * 3),
         rows,
         x.stride(0),
         width,
         float(tables.lowest_octave),
+        packing.header if packing else 0,
+        row_bytes,
         CLASSES=len(tables.mean),
         SCALE_BITS=tables.scale_bits,
-        STRAIGHT=outputs[0] is None,
         ROWS=at_once,
         WIDTH=padded,
+        BYTES=triton.next_power_of_2(row_bytes),
         num_warps=min(16, max(1, padded // NUMBERS)),
     )

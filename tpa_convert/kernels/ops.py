@@ -105,6 +105,32 @@ def _(x, *tables):
     return x.new_empty(x.shape[:1], dtype=torch.uint8), x.new_empty(x.shape, dtype=torch.uint8)
 
 
+@torch.library.custom_op("tpa_convert::encode_rows", mutates_args=())
+def encode_rows(
+    x: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    spread: Tensor,
+    importance: Tensor,
+    reach: Tensor,
+    lowest_octave: int,
+    component: Tensor,
+    bits: Tensor,
+    low: Tensor,
+    header: int,
+) -> Tensor:
+    """Rows of bytes [n, bytes] of components [n, c]; see `encode_reference.RowTables`."""
+    from .launch_encode import CodeTables, RowTables, launch_rows
+
+    tables = CodeTables(mean, step, spread, importance, reach, lowest_octave)
+    return launch_rows(x, tables, RowTables(component, bits, low, header))
+
+
+@encode_rows.register_fake
+def _(x, *tables):
+    return x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
+
+
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())
 def encode_straight(
     x: Tensor,

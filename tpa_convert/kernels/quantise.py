@@ -5,12 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .encode_reference import SCALES_PER_OCTAVE, TRIED_STEPS
+from .encode_reference import PLANES, SCALES_PER_OCTAVE, TRIED_STEPS
 
 FIRST_TRIED = tl.constexpr(TRIED_STEPS.start)
 TRIED_STEP = tl.constexpr(TRIED_STEPS.step)
 TRIED = tl.constexpr(len(TRIED_STEPS))
 STEPS = tl.constexpr(SCALES_PER_OCTAVE)
+AT_MOST = tl.constexpr(PLANES)
 WHOLE = tl.constexpr(2.0**23)  # from here on fp32 numbers are whole
 
 
@@ -26,6 +27,24 @@ def code_of(u, reach):
     return round_to_even(tl.minimum(tl.maximum(u + reach, 0.0), 2 * reach))
 
 
+@triton.jit
+def packed_rows(code, header, component, bits, low, header_at, bytes, BYTES: tl.constexpr):
+    """Bytes [ROWS, BYTES] of codes [ROWS, WIDTH] and headers [ROWS], both int32; tables are those
+    of `encode_reference.RowTables`."""
+    byte = tl.arange(0, BYTES)
+    used = byte < bytes
+    width = tl.load(bits + byte, mask=used, other=1)
+    shift = tl.load(low + byte, mask=used, other=0)
+    packed = tl.zeros([code.shape[0], BYTES], tl.int32)
+    for plane in tl.static_range(AT_MOST):
+        index = tl.load(component + plane * bytes + byte, mask=used, other=-1)
+        of_rows = tl.broadcast_to(tl.maximum(index, 0)[None, :], packed.shape)
+        field = (tl.gather(code, of_rows, 1) >> shift[None, :]) & ((1 << width) - 1)[None, :]
+        placed = field << tl.minimum(plane * width, 8)[None, :]
+        packed |= tl.where((index >= 0)[None, :], placed, 0)
+    return tl.where((byte == header_at)[None, :], header[:, None], packed)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def encode_kernel(
     x,
@@ -39,17 +58,27 @@ def encode_kernel(
     scaled,
     inside,
     label,
+    packed,
+    component,
+    bits,
+    low,
     rows,
     stride,
     width,
     octave,
+    header_at,
+    bytes,
     CLASSES: tl.constexpr,
     SCALE_BITS: tl.constexpr,
-    STRAIGHT: tl.constexpr,  # scaled codes, what was not clipped and classes, not headers and codes
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
-    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart."""
+    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
+
+    Of the outputs those are written that are not None: `scaled`, `inside` and `label`; `packed`; or
+    `header` and `codes`.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     used = column < width
@@ -97,12 +126,19 @@ def encode_kernel(
     u = in_steps * (1 / scale)[:, None]
     code = code_of(u, limit)
     place = of_row * width + column[None, :]
-    if STRAIGHT:
+    head = (kind << SCALE_BITS) | index.to(tl.int32)
+    if scaled is not None:
         numbers = scale[:, None] * size[None, :] * (code - limit)
         tl.store(scaled + place, numbers.to(scaled.dtype.element_ty), mask=mask)
         tl.store(inside + place, tl.abs(u) <= limit, mask=mask)
         tl.store(label + row, kind.to(tl.int64), mask=row < rows)
+    elif packed is not None:
+        byte = tl.arange(0, BYTES)[None, :]
+        numbers = packed_rows(
+            code.to(tl.int32), head, component, bits, low, header_at, bytes, BYTES
+        )
+        mask = (row < rows)[:, None] & (byte < bytes)
+        tl.store(packed + of_row * bytes + byte, numbers.to(tl.uint8), mask=mask)
     else:
         tl.store(codes + place, code.to(tl.uint8), mask=mask)
-        head = (kind << SCALE_BITS) | index.to(tl.int32)
         tl.store(header + row, head.to(tl.uint8), mask=row < rows)
