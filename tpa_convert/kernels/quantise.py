@@ -27,24 +27,6 @@ def code_of(u, reach):
     return round_to_even(tl.minimum(tl.maximum(u + reach, 0.0), 2 * reach))
 
 
-@triton.jit
-def packed_rows(code, header, component, bits, low, header_at, bytes, BYTES: tl.constexpr):
-    """Bytes [ROWS, BYTES] of codes [ROWS, WIDTH] and headers [ROWS], both int32; tables are those
-    of `encode_reference.RowTables`."""
-    byte = tl.arange(0, BYTES)
-    used = byte < bytes
-    width = tl.load(bits + byte, mask=used, other=1)
-    shift = tl.load(low + byte, mask=used, other=0)
-    packed = tl.zeros([code.shape[0], BYTES], tl.int32)
-    for plane in tl.static_range(AT_MOST):
-        index = tl.load(component + plane * bytes + byte, mask=used, other=-1)
-        of_rows = tl.broadcast_to(tl.maximum(index, 0)[None, :], packed.shape)
-        field = (tl.gather(code, of_rows, 1) >> shift[None, :]) & ((1 << width) - 1)[None, :]
-        placed = field << tl.minimum(plane * width, 8)[None, :]
-        packed |= tl.where((index >= 0)[None, :], placed, 0)
-    return tl.where((byte == header_at)[None, :], header[:, None], packed)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def encode_kernel(
     x,
@@ -58,26 +40,19 @@ def encode_kernel(
     scaled,
     inside,
     label,
-    packed,
-    component,
-    bits,
-    low,
     rows,
     stride,
     width,
     octave,
-    header_at,
-    bytes,
     CLASSES: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BYTES: tl.constexpr,
 ):
     """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
 
-    Of the outputs those are written that are not None: `scaled`, `inside` and `label`; `packed`; or
-    `header` and `codes`.
+    Of the outputs those are written that are not None: `scaled`, `inside` and `label`, or `header`
+    and `codes`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -132,13 +107,39 @@ def encode_kernel(
         tl.store(scaled + place, numbers.to(scaled.dtype.element_ty), mask=mask)
         tl.store(inside + place, tl.abs(u) <= limit, mask=mask)
         tl.store(label + row, kind.to(tl.int64), mask=row < rows)
-    elif packed is not None:
-        byte = tl.arange(0, BYTES)[None, :]
-        numbers = packed_rows(
-            code.to(tl.int32), head, component, bits, low, header_at, bytes, BYTES
-        )
-        mask = (row < rows)[:, None] & (byte < bytes)
-        tl.store(packed + of_row * bytes + byte, numbers.to(tl.uint8), mask=mask)
     else:
         tl.store(codes + place, code.to(tl.uint8), mask=mask)
         tl.store(header + row, head.to(tl.uint8), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def pack_kernel(
+    codes,
+    header,
+    packed,
+    component,
+    bits,
+    low,
+    header_at,
+    rows,
+    width,
+    bytes,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """`encode_reference.pack` of codes [rows, width]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    mask = (row < rows)[:, None] & (byte < bytes)[None, :]
+    of_row = row.to(tl.int64)[:, None]
+    size = tl.load(bits + byte, mask=byte < bytes, other=1)
+    shift = tl.load(low + byte, mask=byte < bytes, other=0)
+    result = tl.zeros([ROWS, BYTES], tl.int32)
+    for plane in tl.static_range(AT_MOST):
+        index = tl.load(component + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
+        code = tl.load(codes + of_row * width + index, mask=mask & (index >= 0), other=0)
+        field = (code.to(tl.int32) >> shift[None, :]) & ((1 << size) - 1)[None, :]
+        result |= field << tl.minimum(plane * size, 8)[None, :]
+    head = tl.load(header + row, mask=row < rows, other=0).to(tl.int32)
+    result = tl.where((byte == header_at)[None, :], head[:, None], result)
+    tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=mask)
