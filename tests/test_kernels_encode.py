@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpa_convert.coding import codes as cache
+from tpa_convert.modeling import tpa_codes as cache
 from tpa_convert.kernels import (
     CodeTables,
     Tier,

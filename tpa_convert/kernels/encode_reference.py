@@ -110,7 +110,8 @@ def encode_components(x: Tensor, tables: CodeTables) -> Coded:
     weighted = mean * importance
     label = ((mean * weighted).sum(-1) - 2 * numbers @ weighted.mT).argmin(-1)
     centred = numbers - mean[label]
-    ratio = (centred / spread).square().mean(-1).sqrt()
+    coded = (reach > 0).sum().clamp_min(1)  # others are padding
+    ratio = ((centred / spread).square().sum(-1) / coded).sqrt()
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(2.0**lowest_octave).log2() - lowest_octave)
     best = torch.full_like(ratio, torch.inf)
     index = torch.zeros_like(ratio)
@@ -128,7 +129,7 @@ def encode_components(x: Tensor, tables: CodeTables) -> Coded:
         (label << tables.scale_bits).to(torch.uint8) | index.to(torch.uint8),
         codes.to(torch.uint8),
         (size * (codes - reach)).to(x.dtype),
-        (unclipped >= 0) & (unclipped <= 2 * reach),
+        (unclipped >= -0.5) & (unclipped <= 2 * reach + 0.5),
         label,
     )
 

@@ -78,10 +78,11 @@ def encode_kernel(
             centred = tl.where(nearer[:, None], numbers - of_class[None, :], centred)
 
     relative = centred / tl.load(spread + column, mask=used, other=1.0)[None, :]
-    ratio = tl.sqrt(tl.sum(relative * relative, 1) / width)
+    limit = tl.load(reach + column, mask=used, other=0.0)[None, :]
+    coded = tl.maximum(tl.sum((limit > 0).to(tl.float32), 1), 1.0)
+    ratio = tl.sqrt(tl.sum(relative * relative, 1) / coded)
     around = STEPS * (tl.log2(tl.maximum(ratio, tl.exp2(octave))) - octave)
     size = tl.load(step + column, mask=used, other=1.0)
-    limit = tl.load(reach + column, mask=used, other=0.0)[None, :]
     weight = (weight * size * size)[None, :]
     in_steps = centred / size[None, :]
     best = tl.full([ROWS], float("inf"), tl.float32)
@@ -105,7 +106,7 @@ def encode_kernel(
     if scaled is not None:
         numbers = scale[:, None] * size[None, :] * (code - limit)
         tl.store(scaled + place, numbers.to(scaled.dtype.element_ty), mask=mask)
-        tl.store(inside + place, tl.abs(u) <= limit, mask=mask)
+        tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
         tl.store(label + row, kind.to(tl.int64), mask=row < rows)
     else:
         tl.store(codes + place, code.to(tl.uint8), mask=mask)
