@@ -50,12 +50,15 @@ class TPA{title}ForCausalLM(TPAModelMixin, {causal_lm}):
 
     def __init__(self, config: TPA{title}Config):
         super().__init__(config)
-        self.model = TPA{title}Model(config)
+        self.{decoder} = TPA{title}Model(config)
         self.post_init()
 
 
 __all__ = ["TPA{title}Config", "TPA{title}ForCausalLM", "TPA{title}Model"]
 '''
+
+
+LINE_LENGTH = 100
 
 
 def class_pair_source(
@@ -85,6 +88,7 @@ def class_pair_source(
     return TEMPLATE.format(
         title=causal_lm.__name__.removesuffix("ForCausalLM"),
         model_type=config.model_type,
+        decoder=causal_lm.base_model_prefix,
         config=config.__name__,
         model=model.__name__,
         causal_lm=causal_lm.__name__,
@@ -92,8 +96,20 @@ def class_pair_source(
             f"from {module} import {', '.join(sorted(found))}" for module, found in modules.items()
         ),
         names_import="from .tpa_attention import AttentionNames\n" if changed else "",
-        names=f"    attention_names = AttentionNames({', '.join(changed)})\n" if changed else "",
+        names=_call("    attention_names = AttentionNames", changed) if changed else "",
     )
+
+
+def _call(function: str, arguments: list[str]) -> str:
+    """A line that calls `function`, or the lines that it takes."""
+    line = f"{function}({', '.join(arguments)})\n"
+    if len(line) <= LINE_LENGTH:
+        return line
+    indent = " " * (len(function) - len(function.lstrip()))
+    inner = f"{indent}    {', '.join(arguments)}\n"
+    if len(inner) > LINE_LENGTH:
+        inner = "".join(f"{indent}    {argument},\n" for argument in arguments)
+    return f"{function}(\n{inner}{indent})\n"
 
 
 def class_pair(

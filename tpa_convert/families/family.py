@@ -8,14 +8,20 @@ stands in these classes, since they travel with an export.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tpa_convert.errors import UserError
 from tpa_convert.families.class_pair import class_pair
-from tpa_convert.modeling import AttentionNames, register, source_head_dim
+from tpa_convert.modeling import (
+    CAUSAL_LMS,
+    AttentionNames,
+    register,
+    source_head_dim,
+    source_key_value_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,23 @@ class Family:
 
     Attributes:
         model_type: as in the config of the source.
-        causal_lm: class of the converted models, as in `modeling/tpa_llama.py`.
-        key_norm: whether queries and keys are normalised for each head (QK-norm).
+        converted: class of the converted models, as in `modeling/tpa_llama.py`; by default what
+            `modeling` has for this `model_type`.
+        key_norm: whether queries and keys are normalised for each head (QK-norm), or "all" heads
+            together.
+        refused: fields of the source's config that turn on what a converted layer does not do, and
+            what that is.
     """
 
     model_type: str
-    causal_lm: Any
-    key_norm: bool = False
+    converted: Any = None
+    key_norm: bool | Literal["all"] = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def causal_lm(self) -> Any:
+        """Class of the converted models."""
+        return self.converted or CAUSAL_LMS[self.model_type]
 
     @property
     def names(self) -> AttentionNames:
@@ -49,13 +65,15 @@ class Family:
 
     def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
+        groups = source_key_value_heads(config)
         return {
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_hidden_layers,
             "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
+            "num_key_value_heads": groups,
             "head_dim": source_head_dim(config),
-            "key_norm": self.key_norm,
+            # Of one head, a norm over all heads is a norm of each.
+            "key_norm": self.key_norm if groups > 1 else bool(self.key_norm),
         }
 
     def check_names(self, model: PreTrainedModel) -> None:
@@ -157,6 +175,9 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
     if is_tpa(config):
         return ALREADY_TPA
     if kind in _REGISTRY:
+        for name, what in _REGISTRY[kind].refused.items():
+            if getattr(config, name, None):
+                return f"{kind} with {name} has {what}, which is not supported"
         return None
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder model; only decoder-only models can be converted"

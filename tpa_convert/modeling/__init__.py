@@ -9,17 +9,47 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import legacy, tpa_gemma3_text, tpa_llama, tpa_mistral, tpa_phi3, tpa_qwen2, tpa_qwen3
+from . import (
+    legacy,
+    tpa_cohere,
+    tpa_cohere2,
+    tpa_gemma2,
+    tpa_gemma3_text,
+    tpa_gpt_neox,
+    tpa_granite,
+    tpa_llama,
+    tpa_mistral,
+    tpa_mixtral,
+    tpa_olmo2,
+    tpa_phi,
+    tpa_phi3,
+    tpa_qwen2,
+    tpa_qwen2_moe,
+    tpa_qwen3,
+    tpa_qwen3_moe,
+    tpa_smollm3,
+    tpa_stablelm,
+    tpa_starcoder2,
+)
 from .tpa_attention import (
     AttentionNames,
     TPAAttention,
     given_cache,
     norm_epsilon,
+    norm_width,
     sliding_window,
 )
-from .tpa_configuration import Form, Gauge, KeyCache, LayerShape, TPAConfigMixin, source_head_dim
+from .tpa_configuration import (
+    Form,
+    Gauge,
+    KeyCache,
+    LayerShape,
+    TPAConfigMixin,
+    source_head_dim,
+    source_key_value_heads,
+)
 from .tpa_model import TPAModelMixin
-from .tpa_rotary import pair_table
+from .tpa_rotary import PairOrder, pair_table
 
 
 def register(causal_lm: Any, with_code: bool = True) -> None:
@@ -34,32 +64,52 @@ def register(causal_lm: Any, with_code: bool = True) -> None:
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
 
 
-for _causal_lm in (
-    tpa_gemma3_text.TPAGemma3ForCausalLM,
-    tpa_llama.TPALlamaForCausalLM,
-    tpa_mistral.TPAMistralForCausalLM,
-    tpa_phi3.TPAPhi3ForCausalLM,
-    tpa_qwen2.TPAQwen2ForCausalLM,
-    tpa_qwen3.TPAQwen3ForCausalLM,
-):
+CAUSAL_LMS = {
+    "cohere": tpa_cohere.TPACohereForCausalLM,
+    "cohere2": tpa_cohere2.TPACohere2ForCausalLM,
+    "gemma2": tpa_gemma2.TPAGemma2ForCausalLM,
+    "gemma3_text": tpa_gemma3_text.TPAGemma3ForCausalLM,
+    "gpt_neox": tpa_gpt_neox.TPAGPTNeoXForCausalLM,
+    "granite": tpa_granite.TPAGraniteForCausalLM,
+    "llama": tpa_llama.TPALlamaForCausalLM,
+    "mistral": tpa_mistral.TPAMistralForCausalLM,
+    "mixtral": tpa_mixtral.TPAMixtralForCausalLM,
+    "olmo2": tpa_olmo2.TPAOlmo2ForCausalLM,
+    "phi": tpa_phi.TPAPhiForCausalLM,
+    "phi3": tpa_phi3.TPAPhi3ForCausalLM,
+    "qwen2": tpa_qwen2.TPAQwen2ForCausalLM,
+    "qwen2_moe": tpa_qwen2_moe.TPAQwen2MoeForCausalLM,
+    "qwen3": tpa_qwen3.TPAQwen3ForCausalLM,
+    "qwen3_moe": tpa_qwen3_moe.TPAQwen3MoeForCausalLM,
+    "smollm3": tpa_smollm3.TPASmolLM3ForCausalLM,
+    "stablelm": tpa_stablelm.TPAStableLmForCausalLM,
+    "starcoder2": tpa_starcoder2.TPAStarcoder2ForCausalLM,
+}
+"""Converted models by the `model_type` of their source."""
+
+for _causal_lm in CAUSAL_LMS.values():
     register(_causal_lm)
 
 AutoConfig.register("tpa", legacy.TPAConfig, exist_ok=True)
 AutoModelForCausalLM.register(legacy.TPAConfig, legacy.TPAForCausalLM, exist_ok=True)
 
 __all__ = [
+    "CAUSAL_LMS",
     "AttentionNames",
     "Form",
     "Gauge",
     "KeyCache",
     "LayerShape",
+    "PairOrder",
     "TPAAttention",
     "TPAConfigMixin",
     "TPAModelMixin",
     "given_cache",
     "norm_epsilon",
+    "norm_width",
     "pair_table",
     "register",
     "sliding_window",
     "source_head_dim",
+    "source_key_value_heads",
 ]
