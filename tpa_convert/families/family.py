@@ -63,6 +63,12 @@ class Family:
         """The converted decoder without its head."""
         return self.causal_lm.decoder_class
 
+    @property
+    def attention_implementation(self) -> str:
+        """What its models run with: sdpa, which is causal without a mask, or eager where the
+        family does what sdpa cannot (soft caps)."""
+        return "sdpa" if self.causal_lm._supports_sdpa else "eager"
+
     def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
         groups = source_key_value_heads(config)
@@ -111,7 +117,8 @@ class Family:
             values.pop(name, None)
         values.pop("quantization_config", None)
         converted = self.config_class(**values, tpa_layers=layers)
-        converted._attn_implementation = config._attn_implementation or "sdpa"
+        implementation = config._attn_implementation or self.attention_implementation
+        converted._attn_implementation = implementation
         return converted
 
 

@@ -26,8 +26,8 @@ ATTENTION = "self_attn"  # the attribute of a layer that holds its attention in 
 
 
 def attention_name(model: PreTrainedModel) -> str:
-    """The attribute of a layer that holds its attention; a converted model knows."""
-    names = getattr(model, "attention_names", None)
+    """The attribute of a layer that holds its attention; a converted decoder knows."""
+    names = getattr(model.get_decoder(), "attention_names", None)
     return ATTENTION if names is None else names.attention
 
 
@@ -160,7 +160,9 @@ class DecoderWalk:
         for batch in self.batches:
             hook = attention.register_forward_hook(record, with_kwargs=True)
             try:
-                self.states[batch] = self.run(index, self.states[batch])
+                # Where no norm stands before the attention its input is what enters the layer, and
+                # has to outlive what takes its place in `states`.
+                self.states[batch] = self.run(index, self.states[batch].clone())
             finally:
                 hook.remove()
             yield calls.pop()

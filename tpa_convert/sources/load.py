@@ -162,7 +162,7 @@ def _load_model(
             config=config,
             dtype=dtype,
             use_safetensors=None if location else True,
-            attn_implementation="sdpa",  # causal without a mask, as a walk by layers needs it
+            attn_implementation=family_of(config).attention_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **location,
