@@ -171,14 +171,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     return _REGISTRY[config.model_type]
 
 
-_QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm")
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CUSTOM_PAGE = "docs/custom-architectures.md"
+_SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def _why_unsupported(config: PreTrainedConfig) -> str | None:
     """One line on the first thing that stands in the way of a conversion, None if nothing does."""
     kind = config.model_type
-    rope = getattr(config, "rope_parameters", None)
     if is_tpa(config):
         return ALREADY_TPA
     if kind in _REGISTRY:
@@ -192,25 +191,18 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
         return f"{kind} uses multi-head latent attention (MLA), whose cache is compressed already"
     if getattr(config, "text_config", None) is not None:
         return f"{kind} is a multimodal model; save its language model alone and convert that"
-    if any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
-        return f"{kind} is a mixture-of-experts model, which is not supported yet; use a dense one"
-    if not rope:
+    others = set(getattr(config, "layer_types", None) or ()) - _SOFTMAX_LAYERS
+    if others:
+        return (
+            f"{kind} has layers of other kinds ({', '.join(sorted(others))}), which cannot be "
+            "converted; use a model that has softmax attention in all of its layers"
+        )
+    if not getattr(config, "rope_parameters", None):
         return (
             f"{kind} has no rotary position embedding (RoPE), which TPA builds on; "
             "use a Llama-style model"
         )
-    if any(getattr(config, name, False) for name in _QK_NORM_FLAGS):
-        return f"{kind} normalises queries and keys (QK-norm) in a way that is not supported yet"
-    if _rotary_share(config, rope) < 1:
-        return f"{kind} rotates only a part of each head (partial RoPE); this is not supported yet"
     return (
-        f"model type {kind!r} is unknown (known: {', '.join(sorted(_REGISTRY))}); describe it "
-        "with tpa_convert.families.register_family"
+        f"model type {kind!r} is unknown (known: {', '.join(sorted(_REGISTRY))}); {CUSTOM_PAGE} "
+        "shows how to describe it"
     )
-
-
-def _rotary_share(config: PreTrainedConfig, rope: Mapping[str, Any]) -> float:
-    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    if share is None and getattr(config, "rotary_dim", None):
-        return config.rotary_dim / source_head_dim(config)
-    return 1.0 if share is None else share

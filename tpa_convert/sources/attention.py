@@ -85,6 +85,8 @@ def rotated_dims(config: Any, head_dim: int, layer_idx: int) -> int:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer_idx] in rope:
         rope = rope[kinds[layer_idx]]
+    if rope.get("rope_type") == "proportional":
+        return head_dim  # pairs of the whole head, those beyond the share with frequency 0
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
     # transformers' table has a column for each half of a pair, also where the share leaves a rest.
     return head_dim if share is None else -(-int(head_dim * share) // 2) * 2
