@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tpa_convert.errors import UserError
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.healing.training.chat import ChatTurns, chat_script
 from tpa_convert.modeling import source_head_dim, source_key_value_heads
 from tpa_convert.progress import Track, no_tracking
@@ -100,6 +101,7 @@ def sample_blocks(
     """
     script = chat_script(tokenizer) if chat else None
     start = script.prefix if script else [_begin_of_text(tokenizer)]
+    check_ids(model, max(start + (script.between + script.after if script else [])))
     if len(start) >= block_length:
         raise UserError(
             f"the chat template takes {len(start)} tokens before the user speaks: "
