@@ -22,6 +22,7 @@ from transformers import (
 from tpa_convert import __version__
 from tpa_convert.errors import UserError
 from tpa_convert.export.card import render_card
+from tpa_convert.export.code import write_own_code
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
 
 PACKAGES = ("torch", "transformers", "safetensors", "tensorly", "datasets", "accelerate")
@@ -69,6 +70,7 @@ def save_converted(
             )
     model.config.auto_map = auto_map(type(model))
     model.save_pretrained(directory)
+    write_own_code(type(model), directory)
     tokenizer.save_pretrained(directory)
     write_provenance(directory, name, provenance)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import ModuleType
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,19 +67,24 @@ def class_pair_source(
     model: type[PreTrainedModel],
     causal_lm: type[PreTrainedModel],
     names: AttentionNames,
+    beside: bool = False,
 ) -> str:
     """Python source of a family's converted classes.
 
     Args:
         config, model, causal_lm: classes of the source.
         names: where its attention is.
+        beside: whether classes that are not transformers' own are in files beside it, as in an
+            export.
     """
     modules: dict[str, list[str]] = {}
     for cls in (config, causal_lm, model):
-        root = cls.__module__.partition(".")[0]
-        modules.setdefault(root if root == "transformers" else cls.__module__, []).append(
-            cls.__name__
-        )
+        module = cls.__module__
+        if module.partition(".")[0] == "transformers":
+            module = "transformers"
+        elif beside:
+            module = f".{Path(sys.modules[module].__file__ or module).stem}"
+        modules.setdefault(module, []).append(cls.__name__)
     default = AttentionNames()
     changed = [
         f"{field.name}={getattr(names, field.name)!r}".replace("'", '"')

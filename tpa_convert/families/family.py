@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tpa_convert.errors import UserError
 from tpa_convert.families.class_pair import class_pair
+from tpa_convert.families.own_code import warn_of_code_that_cannot_travel
+from tpa_convert.families.parts import missing_parts
 from tpa_convert.modeling import (
     CAUSAL_LMS,
     AttentionNames,
@@ -69,6 +72,11 @@ class Family:
         family does what sdpa cannot (soft caps)."""
         return "sdpa" if self.causal_lm._supports_sdpa else "eager"
 
+    @property
+    def source_class(self) -> Any:
+        """The source's model with its head."""
+        return self.causal_lm.__bases__[-1]
+
     def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
         groups = source_key_value_heads(config)
@@ -82,26 +90,26 @@ class Family:
             "key_norm": self.key_norm if groups > 1 else bool(self.key_norm),
         }
 
+    @property
+    def registered(self) -> bool:
+        """Whether its classes are not the package's own."""
+        return self.converted is not None
+
     def check_names(self, model: PreTrainedModel) -> None:
-        """Refuses a model whose attention is not where the names say.
+        """Refuses a model that is not built as the record says.
+
+        Args:
+            model: of the source; its weights may be anywhere, also nowhere.
 
         Raises:
-            UserError: names that are missing, and those that are there instead.
+            UserError: all that is missing, and what is there instead.
         """
-        names = self.names
-        projections = [names.fused] if names.fused else [names.query, names.key, names.value]
-        for layer in cast(Any, model.get_decoder()).layers:
-            for module, wanted in (
-                (layer, [names.attention]),
-                (getattr(layer, names.attention, None), [*projections, names.output]),
-            ):
-                missing = [name for name in wanted if not hasattr(module, name)]
-                if missing:
-                    found = ", ".join(name for name, _ in cast(Any, module).named_children())
-                    raise UserError(
-                        f"{self.model_type}: {type(module).__name__} has no {', '.join(missing)} "
-                        f"(it has {found}); register the family with the names that it uses"
-                    )
+        problems = missing_parts(model, self.names)
+        if problems:
+            raise UserError(
+                f"{self.model_type}: {'; '.join(problems)}: register the family with the names "
+                f"that it uses ({CUSTOM_PAGE})"
+            )
 
     def tpa_config(self, config: PreTrainedConfig, layers: list[dict[str, Any]]) -> Any:
         """Config of the model that a source with this config becomes.
@@ -138,18 +146,32 @@ def register_family(
     causal_lm: type[PreTrainedModel],
     names: AttentionNames | None = None,
     *,
-    key_norm: bool = False,
+    key_norm: bool | Literal["all"] = False,
+    refused: Mapping[str, str] | None = None,
+    example: PreTrainedConfig | None = None,
 ) -> Family:
     """Makes a class that the package does not know convertible, and its conversions loadable.
+
+    The source's classes become known to transformers' Auto classes too. A model is made without
+    weights to see whether names and shapes are as the record says.
 
     Args:
         config, model, causal_lm: the source's config, decoder and decoder with head.
         names: where its attention is and what its projections are called.
-        key_norm: whether it normalises queries and keys for each head.
+        key_norm, refused: as `Family` has them.
+        example: a config to make that model of; by default `config()`.
+
+    Raises:
+        UserError: everything that the record says and the model has not.
     """
     converted = class_pair(config, model, causal_lm, names or AttentionNames())
+    family = Family(config.model_type, converted, key_norm, refused or {})
+    with torch.device("meta"):
+        family.check_names(causal_lm(config() if example is None else example))
+    warn_of_code_that_cannot_travel(config, model, causal_lm)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     register(converted, with_code=False)
-    family = Family(config.model_type, converted, key_norm)
     add_family(family)
     return family
 

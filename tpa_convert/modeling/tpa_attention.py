@@ -105,9 +105,9 @@ class TPAAttention(nn.Module):
         self.num_heads = heads = config.num_attention_heads
         self.num_key_value_heads = groups = source_key_value_heads(config)
         self.head_dim = head_dim = source_head_dim(config)
-        self.scaling: float = source.scaling
-        self.attention_dropout = source.attention_dropout
-        self.is_causal = source.is_causal
+        self.scaling: float = getattr(source, "scaling", head_dim**-0.5)
+        self.attention_dropout = getattr(source, "attention_dropout", 0.0)
+        self.is_causal = getattr(source, "is_causal", True)
         self.sliding_window = sliding_window(source, config, layer_idx)
         self.softcap = getattr(source, "attn_logit_softcapping", None)
 

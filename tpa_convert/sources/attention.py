@@ -71,7 +71,7 @@ def attention_weights(
         value=value,
         output=output.weight.to(query).unflatten(1, (-1, head_dim)),
         output_bias=None if output.bias is None else output.bias.to(query),
-        scale=attention.scaling,
+        scale=getattr(attention, "scaling", head_dim**-0.5),
         query_norm=query_norm,
         key_norm=key_norm,
         window=sliding_window(attention, config, layer_idx),
@@ -81,7 +81,7 @@ def attention_weights(
 
 def rotated_dims(config: Any, head_dim: int, layer_idx: int) -> int:
     """How many of a head's dimensions the source rotates."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer_idx] in rope:
         rope = rope[kinds[layer_idx]]
