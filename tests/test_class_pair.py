@@ -108,10 +108,8 @@ def test_a_class_of_ones_own_is_converted_once_its_names_are_registered() -> Non
 
 def test_a_wrong_name_is_told() -> None:
     names = AttentionNames("mixer", "to_query", "to_keys", "to_value", output="out")
-    register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
     with pytest.raises(UserError, match=r"OtherAttention has no to_query, to_value \(it has .*out"):
-        convert_tiny(source())
+        register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
     names = AttentionNames("attention")
-    register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
     with pytest.raises(UserError, match=r"OtherLayer has no attention \(it has .*mixer"):
-        convert_tiny(source())
+        register_family(OtherConfig, OtherModel, OtherForCausalLM, names)

@@ -7,8 +7,9 @@ the probe looks for the field that would have made it right.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.families.family import CUSTOM_PAGE, Family
+from tpa_convert.families.parts import key_norm_of
 from tpa_convert.forward.cached import cache_argument
 from tpa_convert.modeling import AttentionNames
 from tpa_convert.plans import Budget, plan_uniform
@@ -41,10 +43,15 @@ def probe(family: Family, config: PreTrainedConfig) -> None:
     """
     model = random_model(family, one_layer(config))
     family.check_names(model)
-    difference = _difference(family, model)
-    if difference is not None and difference < TOLERANCE:
-        return
+    failure: UserError | None = None
+    try:
+        if _difference(family, model) < TOLERANCE:
+            return
+    except UserError as error:
+        failure = error
     wrong = _wrong_field(family, model)
+    if wrong is None and failure is not None:
+        raise failure
     if wrong is None:
         raise UserError(
             f"the conversion of {type(model).__name__} at full width is another model, and no "
@@ -84,9 +91,12 @@ def random_model(family: Family, config: PreTrainedConfig) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _difference(family: Family, model: PreTrainedModel) -> float | None:
-    """Largest difference of the logits, relative to their spread, in one pass and with a cache;
-    None where the conversion cannot be made."""
+def _difference(family: Family, model: PreTrainedModel) -> float:
+    """Largest difference of the logits, relative to their spread, in one pass and with a cache.
+
+    Raises:
+        UserError: the conversion cannot be made, or not run in the model's layers.
+    """
     reference = SourceReference("probe", None, "", None)
     source = Source(model, None, family, reference)  # type: ignore[arg-type]
     sizes = family.attention_sizes(model.config)
@@ -96,15 +106,21 @@ def _difference(family: Family, model: PreTrainedModel) -> float | None:
     expected = model(input_ids=tokens, use_cache=False).logits
     worst = 0.0
     for key_cache in ("rotated", "latent"):
-        plan = plan_uniform(sizes, Budget(width_k=width, width_v=width), key_cache=key_cache)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that nothing is saved
+            plan = plan_uniform(sizes, Budget(width_k=width, width_v=width), key_cache=key_cache)
+        converted: Any = convert_model(source, plan, None, whiten=False)
         try:
-            converted = convert_model(source, plan, None, whiten=False)
-        except UserError:
-            return None
-        for found in (
-            converted(input_ids=tokens, use_cache=False).logits,
-            _in_two_steps(converted, tokens),
-        ):
+            whole = converted(input_ids=tokens, use_cache=False).logits
+            steps = _in_two_steps(converted, tokens)
+        except Exception as error:  # whatever the model's code does with what is in its layers now
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the layers of {type(model).__name__} cannot run with a converted attention "
+                f"({type(error).__name__}: {reason}); they have to call it with hidden_states, "
+                f"position_embeddings and all else by name ({CUSTOM_PAGE})"
+            ) from error
+        for found in (whole, steps):
             worst = max(worst, ((found - expected).abs().max() / expected.std()).item())
     return worst
 
@@ -117,13 +133,19 @@ def _in_two_steps(model: Any, tokens: Tensor) -> Tensor:
 
 def _wrong_field(family: Family, model: PreTrainedModel) -> str | None:
     """The change of the record that makes the conversion the source, as one would write it."""
-    attention = getattr(model.get_decoder().layers[0], family.names.attention)
+    decoder: Any = model.get_decoder()
+    attention = getattr(decoder.layers[0], family.names.attention)
     for changes in _candidates(family.names, attention):
-        with _changed(family, replace(family.names, **changes)):
-            difference = _difference(family, model)
-        if difference is not None and difference < TOLERANCE:
+        with _changed(family, replace(family.names, **changes)), suppress(UserError):
+            if _difference(_with_norm(family, model), model) >= TOLERANCE:
+                continue
             return ", ".join(f"{name}={value!r}" for name, value in changes.items())
     return None
+
+
+def _with_norm(family: Family, model: PreTrainedModel) -> Family:
+    """The family with the norm of keys that its names of the moment find."""
+    return replace(family, key_norm=key_norm_of(model, family.names))
 
 
 def _candidates(names: AttentionNames, attention: nn.Module) -> Iterator[dict[str, Any]]:

@@ -8,8 +8,8 @@ stands in these classes, since they travel with an export.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from tpa_convert.errors import UserError
 from tpa_convert.families.class_pair import class_pair
 from tpa_convert.families.own_code import warn_of_code_that_cannot_travel
-from tpa_convert.families.parts import missing_parts
+from tpa_convert.families.parts import key_norm_of, missing_parts
 from tpa_convert.modeling import (
     CAUSAL_LMS,
     AttentionNames,
@@ -146,7 +146,6 @@ def register_family(
     causal_lm: type[PreTrainedModel],
     names: AttentionNames | None = None,
     *,
-    key_norm: bool | Literal["all"] = False,
     refused: Mapping[str, str] | None = None,
     example: PreTrainedConfig | None = None,
 ) -> Family:
@@ -158,16 +157,24 @@ def register_family(
     Args:
         config, model, causal_lm: the source's config, decoder and decoder with head.
         names: where its attention is and what its projections are called.
-        key_norm, refused: as `Family` has them.
+        refused: as `Family` has it.
         example: a config to make that model of; by default `config()`.
 
     Raises:
         UserError: everything that the record says and the model has not.
     """
-    converted = class_pair(config, model, causal_lm, names or AttentionNames())
-    family = Family(config.model_type, converted, key_norm, refused or {})
+    names = names or AttentionNames()
+    for cls in (model, causal_lm):
+        if cls.config_class is not config:
+            raise UserError(f"{cls.__name__} has another config_class than {config.__name__}")
+    converted = class_pair(config, model, causal_lm, names)
+    family = Family(config.model_type, converted, refused=refused or {})
     with torch.device("meta"):
-        family.check_names(causal_lm(config() if example is None else example))
+        source = causal_lm(config() if example is None else example)
+    family.check_names(source)
+    family = replace(family, key_norm=key_norm_of(source, names))
+    if names.layers != "layers":  # what walks over a model calls them that
+        cast(Any, model).layers = property(lambda decoder: getattr(decoder, names.layers))
     warn_of_code_that_cannot_travel(config, model, causal_lm)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from tpa_convert.modeling import AttentionNames, source_head_dim, source_key_value_heads
+from tpa_convert.modeling import (
+    AttentionNames,
+    normalised_together,
+    source_head_dim,
+    source_key_value_heads,
+)
 
 CONFIG_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -21,13 +26,21 @@ def missing_parts(model: PreTrainedModel, names: AttentionNames) -> list[str]:
     decoder: Any = model.get_decoder()
     if decoder is None or decoder is model:
         return [f"{type(model).__name__} has no decoder (get_decoder returns none)"]
-    problems = _lacks(decoder, ["layers", "rotary_emb"])
-    for layer in getattr(decoder, "layers", []):
+    problems = _lacks(decoder, [names.layers, names.rotary])
+    for layer in getattr(decoder, names.layers, []):
         found = _lacks(layer, [names.attention])
         if not found:
             found = _attention_problems(getattr(layer, names.attention), names, config)
         problems += [problem for problem in found if problem not in problems]
     return problems
+
+
+def key_norm_of(model: PreTrainedModel, names: AttentionNames) -> bool | Literal["all"]:
+    """What `Family.key_norm` says of a model without missing parts."""
+    layer = getattr(model.get_decoder(), names.layers)[0]
+    norm = getattr(getattr(layer, names.attention), names.key_norm, None)
+    config: Any = model.config
+    return normalised_together(norm, source_head_dim(config), source_key_value_heads(config))
 
 
 def _attention_problems(attention: nn.Module, names: AttentionNames, config: Any) -> list[str]:

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
 
+CHUNK = 1 << 12  # rows that are made another type at once
+
 
 def check_ids(model: PreTrainedModel, largest: int | Tensor) -> None:
     """Refuse ids beyond the rows of a model's embedding, as added tokens have where a tokenizer
@@ -19,7 +21,9 @@ def check_ids(model: PreTrainedModel, largest: int | Tensor) -> None:
         UserError: names the largest id and the rows.
     """
     if isinstance(largest, Tensor):
-        largest = int(largest.max()) if largest.numel() else 0
+        # Some types of token ids (uint16) have no largest number to torch.
+        parts = largest.split(CHUNK) if largest.numel() else ()
+        largest = max((int(part.int().max()) for part in parts), default=0)
     rows = len(model.get_input_embeddings().weight)
     if largest >= rows:
         raise UserError(

@@ -37,6 +37,7 @@ from .tpa_attention import (
     given_cache,
     norm_epsilon,
     norm_width,
+    normalised_together,
     sliding_window,
 )
 from .tpa_configuration import (
@@ -107,6 +108,7 @@ __all__ = [
     "given_cache",
     "norm_epsilon",
     "norm_width",
+    "normalised_together",
     "pair_table",
     "register",
     "sliding_window",

@@ -38,6 +38,7 @@ class AttentionNames:
         table: which two columns of the position embeddings belong to one pair.
         rotated_if: attribute of the attention module that is false or None where a layer rotates
             nothing; None if all layers rotate.
+        layers, rotary: the layers of the decoder, and its rotary embedding.
     """
 
     attention: str = "self_attn"
@@ -52,6 +53,8 @@ class AttentionNames:
     pairs: PairOrder = "halves"
     table: PairOrder = "halves"
     rotated_if: str | None = None
+    layers: str = "layers"
+    rotary: str = "rotary_emb"
 
     def projection(self, attention: nn.Module, part: str) -> nn.Module:
         """The projection of the source's attention that makes its `query`, `key` or `value`."""
@@ -312,9 +315,9 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
     The layers know the decoder's rotary embedding, since latent keys are rotated where they are
     used; it stays the decoder's own module.
     """
-    rotary = decoder.rotary_emb
+    rotary = getattr(decoder, names.rotary)
     by_type = "layer_type" in signature(type(rotary).forward).parameters
-    for i, layer in enumerate(decoder.layers):
+    for i, layer in enumerate(getattr(decoder, names.layers)):
         attention = TPAAttention(decoder.config, i, getattr(layer, names.attention), names)
         kind = {"layer_type": decoder.config.layer_types[i]} if by_type else {}
         # Past nn.Module's own setter, which would make it a submodule of every layer.

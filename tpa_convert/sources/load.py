@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tpa_convert.errors import UserError
-from tpa_convert.families.family import ALREADY_TPA, Family, family_of
+from tpa_convert.families.family import ALREADY_TPA, CUSTOM_PAGE, Family, family_of
 from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
 
 
@@ -144,7 +144,7 @@ def _refuse_unreadable_type(
     if "auto_map" not in raw:
         raise checkpoint.error(
             f"model type {model_type!r} is unknown to transformers {transformers.__version__}; "
-            "upgrade transformers, or use a Llama-style model"
+            f"upgrade transformers, or describe it in a file for --import ({CUSTOM_PAGE})"
         )
     if not trust_remote_code:
         raise checkpoint.error(
