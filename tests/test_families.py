@@ -271,10 +271,11 @@ def test_calibration_pays(source, key_cache) -> None:
     source = copy.deepcopy(source)  # whose attention reads some inputs far more than others
     layers = source.get_decoder().layers
     scales = torch.logspace(0.5, -1.5, 32)
-    if hasattr(layers[0], "input_layernorm"):
-        for layer in layers:
-            layer.input_layernorm.weight.data *= scales
-    else:  # OLMo 2 norms what attention returns: inputs are the residual stream itself
+    norms = [getattr(layer, "input_layernorm", None) for layer in layers]
+    if hasattr(norms[0], "weight"):
+        for norm in norms:
+            norm.weight.data *= scales
+    else:  # no norm before the attention (OLMo 2), or one without weights (OLMo)
         source.get_input_embeddings().weight.data *= scales
     calibrated = convert_tiny(source, key_cache=key_cache, **NARROW)
     weights_alone = convert_tiny(source, key_cache=key_cache, whiten=False, **NARROW)

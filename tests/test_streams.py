@@ -16,8 +16,9 @@ from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.refinement.streams import StreamPair, find_sum
 
 BLOCKS = random_blocks(count=6, length=32, seed=3)
-NONE = ["cohere", "cohere2", "gemma2", "gemma3", "olmo2", "phi"]
-"""Families that norm the output first (Gemma, OLMo 2), or run the MLP beside it (Cohere, Phi)."""
+NONE = ["cohere", "cohere2", "gemma2", "gemma3", "glm4", "olmo2", "olmo3", "phi"]
+"""Families that norm the output first (Gemma 2, GLM-4, OLMo 2), or run the MLP beside the attention
+(Cohere, Phi)."""
 SUMS = {name: 0.3 if name == "granite" else 1.0 for name in SELF_ATTENTION if name not in NONE}
 
 

@@ -13,11 +13,18 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    OlmoeConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedModel,
@@ -25,6 +32,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -70,6 +78,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "cohere2": lambda: Cohere2Config(
         **SIZES, logit_scale=0.25, sliding_window=WINDOW, layer_types=GEMMA_LAYERS
     ),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=8),
     "gemma2": lambda: Gemma2Config(
         **SIZES,
         head_dim=8,
@@ -86,6 +95,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         layer_types=GEMMA_LAYERS,
         final_logit_softcapping=2.0,
     ),
+    "glm4": lambda: Glm4Config(**SIZES, head_dim=8),
     "gpt_neox": lambda: GPTNeoXConfig(**MULTI_HEAD, rotary_pct=0.5),
     "granite": lambda: GraniteConfig(
         **SIZES,
@@ -94,6 +104,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         attention_multiplier=0.5,
         logits_scaling=5.0,
     ),
+    "granitemoe": lambda: GraniteMoeConfig(
+        **SIZES | {"intermediate_size": 16},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attention_multiplier=0.5,
+    ),
+    "ministral3": lambda: Ministral3Config(**SIZES, head_dim=8, sliding_window=WINDOW),
     "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=WINDOW),
     "mixtral": lambda: MixtralConfig(
         **SIZES | {"intermediate_size": 16},
@@ -102,7 +119,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    "olmo": lambda: OlmoConfig(**SIZES),
     "olmo2": lambda: Olmo2Config(**SIZES),
+    "olmo3": lambda: Olmo3Config(**SIZES, sliding_window=WINDOW, layer_types=GEMMA_LAYERS),
+    "olmoe": lambda: OlmoeConfig(
+        **SIZES | {"intermediate_size": 16}, num_experts=4, num_experts_per_tok=2
+    ),
     "phi": lambda: PhiConfig(**SIZES),
     "phi3": lambda: Phi3Config(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),
@@ -116,6 +138,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=8),
+    "seed_oss": lambda: SeedOssConfig(**SIZES, head_dim=8),
     "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
     "stablelm": lambda: StableLmConfig(**SIZES, use_qkv_bias=True),
     "starcoder2": lambda: Starcoder2Config(**SIZES, sliding_window=WINDOW),

@@ -71,12 +71,13 @@ def one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == layers:  # one entry for each layer
             values[name] = value[:1]
-        elif name.endswith("_token_id"):
-            values[name] = None
+        elif name.endswith("_token_id") and value is not None:
+            values[name] = 0
     values |= {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
     return type(config)(**values)
 
 
+@torch.no_grad()
 def random_model(family: Family, config: PreTrainedConfig) -> Any:
     """In fp32 and eval mode, with attention that is far from even and norms that are none of 1."""
     config._attn_implementation = family.attention_implementation

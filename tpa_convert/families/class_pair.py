@@ -2,7 +2,9 @@
 
 The package's own families stand in `modeling/` as this template writes them, where an auditor reads
 them and exports take them from; a test holds them against it. A family that is registered at run
-time gets its classes from here as well.
+time gets its classes from here as well. To write such a file:
+
+    python -m tpa_convert.families.class_pair PhiForCausalLM output=dense
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from tpa_convert.modeling import AttentionNames
 
@@ -135,3 +139,20 @@ def class_pair(
     sys.modules[name] = module
     exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
     return getattr(module, f"TPA{title}ForCausalLM")
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the class pair of a family of transformers: the name of its `ForCausalLM`, then fields
+    of `AttentionNames` that are not as in most, as `output=dense`."""
+    name, *changes = arguments
+    causal_lm = getattr(transformers, name)
+    model = MODEL_MAPPING[causal_lm.config_class]
+    values: dict[str, Any] = dict(change.split("=", 1) for change in changes)
+    if "fused_by_head" in values:
+        values["fused_by_head"] = values["fused_by_head"].lower() == "true"
+    names = AttentionNames(**values)
+    print(class_pair_source(causal_lm.config_class, model, causal_lm, names), end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
