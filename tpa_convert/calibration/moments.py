@@ -119,10 +119,11 @@ class MomentAccumulator:
         weights = self.weights
         inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), dim=-1)
         positions = torch.arange(offset, inputs.shape[1], self.query_stride, device=inputs.device)
-        query = torch.einsum("bsx,hdx->bhsd", inputs[:, positions], weights.query)
+        query = torch.einsum("bsx,hdx->bshd", inputs[:, positions], weights.query)
         key = torch.einsum("btx,gdx->btgd", inputs, weights.key)
         value = torch.einsum("btx,gdx->btgd", inputs, weights.value).flatten(2)
         query = query if weights.query_norm is None else weights.query_norm(query)
+        query = query.transpose(1, 2)
         scale = (
             torch.ones_like(key[..., :1])
             if weights.key_norm is None
@@ -151,7 +152,7 @@ class MomentAccumulator:
             inputs: homogeneous, [b, t, D + 1].
             query_pairs, key_pairs: rotated, complex [b, h, s, f] and [b, t, g, f].
             key: before rotation, [b, t, g, d].
-            scale: of the norm of the keys, [b, t, g, 1]; ones without one.
+            scale: of the norm of the keys, [b, t, g or 1, 1]; ones without one.
             value: all heads together, [b, t, g d].
             attention: p, [b, h, s, t].
         """
@@ -174,7 +175,7 @@ class MomentAccumulator:
         self.add("key_weight", (weighted_scale * token_scale).sum())
         energy = query_pairs.abs().square().sum((0, 2)).unflatten(0, (-1, weights.heads_per_group))
         self.add("query_energy", energy.sum(1))
-        self.add("head_weight", (token_weight * scale.square()).sum((0, 1)))  # [g, 1]
+        self.add("head_weight", (token_weight * scale.square()).sum((0, 1)))  # [g or 1, 1]
         mixed = (attention @ value[:, None]).flatten(0, 2)
         heads = attention.shape[1]
         self.add("value_covariance", mixed.mT @ mixed / heads)
@@ -247,9 +248,9 @@ def collect_moments(
             walk.attention(i), names, source.model.config, i, dtype=torch.float32
         )
         accumulator = MomentAccumulator(weights, query_stride)
-        pairs = weights.key.shape[1] // 2
+        pairs, order = weights.key.shape[1] // 2, names.table_order(walk.attention(i))
         for b, call in enumerate(walk.observe(i)):
-            cos, sin = pair_table(call.keywords["position_embeddings"], pairs)
+            cos, sin = pair_table(call.keywords["position_embeddings"], pairs, order)
             rotation = torch.complex(cos[0, 0].float(), sin[0, 0].float())
             accumulator.update(call.hidden.float(), rotation, b % query_stride)
         layers.append(accumulator.finish())

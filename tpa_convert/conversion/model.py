@@ -75,7 +75,7 @@ def convert_model(
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     layers = [getattr(layer, family.names.attention) for layer in decoder.layers]
     attention_prefixes = tuple(
-        f"{prefix}.layers.{i}.{family.names.attention}." for i in range(len(layers))
+        f"{prefix}.{family.names.layers}.{i}.{family.names.attention}." for i in range(len(layers))
     )
     state = {
         name: tensor.to("cpu", dtype if tensor.is_floating_point() else None, copy=True)

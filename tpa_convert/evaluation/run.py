@@ -17,6 +17,7 @@ from tpa_convert.evaluation.metrics.multiple_choice import Question, load_questi
 from tpa_convert.evaluation.metrics.speed import SpeedSettings, fitting_prompt
 from tpa_convert.evaluation.report import EvaluationReport, Row
 from tpa_convert.evaluation.texts import blocks_by_source
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.options.evaluation import EvaluationSettings
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.text.read import Text, distinct_names
@@ -97,6 +98,9 @@ def _prepare(
     blocks: dict[str, LongTensor] = {}
     if texts is not None:
         blocks = blocks_by_source(tokenizer, texts, block_length, settings.max_blocks)
+        for model in models.values():
+            for found in blocks.values():
+                check_ids(model, found)
     return _Inputs(models, tokenizer, settings, blocks, questions)
 
 

@@ -101,7 +101,9 @@ def predict(
         raise UserError(str(error)) from error
     with torch.device("meta"):
         source = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            config,
+            attn_implementation=family.attention_implementation,
+            trust_remote_code=trust_remote_code,
         )
         converted = family.causal_lm(tpa_config)
     return Prediction(

@@ -128,13 +128,13 @@ class Plan:
 
 def stays_applied(shape: LayerShape) -> bool:
     """Whether the gauge of the keys cannot be absorbed, wherever that of the values is."""
-    return shape.latent_keys or shape.key_norm
+    return shape.latent_keys or bool(shape.key_norm)
 
 
 def norm_floats(sizes: dict[str, Any], key_cache: KeyCache) -> int:
     """Numbers per token that static layers cache beside their widths: a norm for each key head."""
-    rotated = key_cache == "rotated"
-    return sizes["num_key_value_heads"] if sizes["key_norm"] and rotated else 0
+    cached = sizes["key_norm"] is True and key_cache == "rotated"
+    return sizes["num_key_value_heads"] if cached else 0
 
 
 def floats_of_budget(budget: Budget, num_layers: int, source_floats: int) -> float:
