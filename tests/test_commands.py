@@ -39,6 +39,8 @@ STARTED: dict[str, list[str]] = {
     ],
     "eval": ["CONVERTED", "--no-speed", "--prompt", ""],
     "generate": ["CONVERTED", "Once", "--max-new-tokens", "2"],
+    "inspect": ["CONVERTED"],
+    "export": ["CONVERTED", "--to", "llama", "--out", "OUT"],
     "run": ["RECIPE", "--out", "OUT"],
 }
 """How each command is started; words in capitals stand for files."""

@@ -24,7 +24,7 @@ def render_card(name: str, provenance: Mapping[str, Any]) -> str:
     to others, and `base_model` in the metadata would have to be a Hub id.
     """
     source = provenance["source"]
-    local = _is_local(source["id"])
+    local = is_local(source["id"])
     data = ModelCardData(
         base_model=None if local else source["id"],
         library_name="transformers",
@@ -79,10 +79,10 @@ def _without_folders(spec: Any) -> Any:
     """Of paths only the names; Hub ids as they are. A list is treated entry by entry."""
     if isinstance(spec, list):
         return [_without_folders(entry) for entry in spec]
-    return Path(spec).name if _is_local(spec) else spec
+    return Path(spec).name if is_local(spec) else spec
 
 
-def _is_local(spec: str) -> bool:
+def is_local(spec: str) -> bool:
     """Hub ids are `name` or `owner/name`; anything else, or anything on this disk, is a path."""
     return (
         spec.startswith((".", "/", "~"))

@@ -148,10 +148,15 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 def write_provenance(directory: Path, name: str, provenance: Mapping[str, Any]) -> None:
     """Write tpa_convert.json and the model card that follows from it."""
-    with atomic_file(directory / PROVENANCE_FILE) as path:
-        path.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    write_record(directory, provenance)
     with atomic_file(directory / "README.md") as path:
         path.write_text(render_card(name, provenance), encoding="utf-8")
+
+
+def write_record(directory: Path, provenance: Mapping[str, Any]) -> None:
+    """Write tpa_convert.json, without a card."""
+    with atomic_file(directory / PROVENANCE_FILE) as path:
+        path.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
 def read_provenance(directory: str | Path) -> Provenance:

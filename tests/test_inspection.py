@@ -1,0 +1,141 @@
+"""`inspect` and `export` as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
+from tpa_convert.cli.inspection import sparkline
+from tpa_convert.pipeline.inspection import inspect
+
+LEGACY = sorted((Path(__file__).parent / "legacy").iterdir())
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    out = folder / "converted"
+    arguments = (*CONVERT, "--gauge", "applied", "--out", out)
+    result = tpa_convert("convert", save_source(folder / "source"), *arguments)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def healed(converted: Path) -> Path:
+    text, valid = (save_text(converted.parent / name) for name in ("text.txt", "valid.txt"))
+    valid.write_text("Another text altogether, to hold out. " * 200)
+    out = converted.parent / "healed"
+    settings = ("--tokens", "128", "--tokens-per-step", "64", "--block-length", "32")
+    files = ("--text", text, "--valid-text", valid, "--out", out)
+    result = tpa_convert("heal", converted, *files, *settings)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_bytes_are_those_of_the_live_cache(converted: Path) -> None:
+    found = inspect(converted)
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    cache = model(model.dummy_inputs["input_ids"][:1], use_cache=True).past_key_values
+    tokens = cache.get_seq_length()
+    live = [(layer.keys.nbytes + layer.values.nbytes) / tokens for layer in cache.layers]
+    assert list(found.layer_bytes) == live
+    assert found.kv_bytes == 128
+    assert found.source_kv_bytes == 256
+    assert found.weights.parameters == model.num_parameters()
+
+
+def test_no_weights_are_loaded(converted: Path, tmp_path: Path) -> None:
+    """What stands behind the header of the file is not read."""
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    data[header:] = b"\xff" * (len(data) - header)
+    file.write_bytes(data)
+    assert inspect(copy).weights == inspect(converted).weights
+    file.write_bytes(data[: header - 20])  # but a header that is cut is told
+    result = tpa_convert("inspect", copy)
+    assert "model.safetensors is damaged" in error_of(result)
+
+
+def test_what_is_shown(healed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    result = tpa_convert("inspect", healed, "--json", path)
+    assert result.exit_code == 0, result.output
+    output = result.output
+    assert "cache bytes per token (float32)" in output
+    assert "50.0%" in output
+    assert "layers 0-1: static head factors, gauge applied; key width 8, value width 8" in output
+    assert "healed on 128 tokens: held-out perplexity" in output
+    assert str(healed.parent / "source") in output.replace("\n", "")
+    found = json.loads(path.read_text())
+    assert [layer["width_k"] for layer in found["layers"]] == [8, 8]
+    assert found["kv_bytes"] == sum(layer["kv_bytes"] for layer in found["layers"]) == 128
+    (step,) = found["healings"]
+    assert step["tokens"] == step["curve"][-1][0] == 128
+    assert found["provenance"]["convert"]["settings"]["kv_ratio"] == 0.5
+
+
+@pytest.mark.parametrize("directory", LEGACY, ids=lambda path: path.name)
+def test_checkpoints_of_version_0_1(directory: Path) -> None:
+    found = inspect(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    cache = model(model.dummy_inputs["input_ids"][:1], use_cache=True).past_key_values
+    live = [layer.keys.shape[-1] + layer.values.shape[-1] for layer in cache.layers]
+    assert [shape.cached_floats(found.kv_heads) for shape in found.shapes] == live
+    result = tpa_convert("inspect", directory)
+    assert result.exit_code == 0, result.output
+    assert "tpa, without a record of its making" in result.output
+
+
+def test_what_is_no_converted_model_is_refused(converted: Path, tmp_path: Path) -> None:
+    assert "no such directory" in error_of(tpa_convert("inspect", tmp_path / "none"))
+    source = converted.parent / "source"
+    assert "not a converted model" in error_of(tpa_convert("inspect", source))
+
+
+def test_a_curve_in_a_line() -> None:
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert sparkline([1.0, 1.0]) == "▁▁"
+    assert len(sparkline(range(1000))) == 24
+
+
+# ------------------------------------------------------------------------------- export
+
+
+def test_an_export_is_a_plain_model_with_a_record(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "llama"
+    result = tpa_convert("export", converted, "--to", "llama", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM with the same logits" in result.output
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert "auto_map" not in config
+    assert not list(out.glob("*.py"))
+    record = json.loads((out / "tpa_convert.json").read_text())
+    assert record["export"] == {"to": "llama"}
+    assert record["convert"]["settings"]["kv_ratio"] == 0.5
+    assert "LlamaForCausalLM" in (out / "README.md").read_text()
+    assert "exists" in error_of(tpa_convert("export", converted, "--to", "dense", "--out", out))
+    again = tpa_convert("export", converted, "--to", "dense", "--out", out, "--overwrite")
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "config.json").read_text())["num_key_value_heads"] == 2
+
+
+def test_exports_that_cannot_be_are_one_line(converted: Path, tmp_path: Path) -> None:
+    gguf = tpa_convert("export", converted, "--to", "gguf", "--out", tmp_path / "model")
+    assert error_of(gguf).endswith(f"--out {tmp_path / 'model'}.gguf")
+    file = tpa_convert("export", converted, "--to", "gguf", "--out", tmp_path / "model.gguf")
+    assert "only byte-level BPE tokenizers" in error_of(file)
+    source = tpa_convert(
+        "export", converted.parent / "source", "--to", "llama", "--out", tmp_path / "model"
+    )
+    assert "not a converted model" in error_of(source)
+    assert not list(tmp_path.iterdir())

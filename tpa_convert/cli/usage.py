@@ -1,0 +1,46 @@
+"""Commands that look at a converted model and put it to use."""
+
+from __future__ import annotations
+
+from tpa_convert.cli.commands import command
+from tpa_convert.cli.files import write_json
+from tpa_convert.cli.terminal import console, show_next
+from tpa_convert.export.output import check_file
+from tpa_convert.options.usage import ExportFiles, ExportOptions, InspectFiles
+
+
+@command("inspect small")
+def inspect(files: InspectFiles) -> None:
+    """Say what a converted model is: layers, cache, how it was made and healed.
+
+    Reads its files only, no weights, so it takes no time. Works for every converted model, also
+    those of version 0.1 and those that something else has saved again.
+    """
+    check_file(files.json_file, overwrite=True)
+    from tpa_convert.cli.inspection import show_inspection
+    from tpa_convert.pipeline.inspection import inspect as inspect_directory
+
+    found = inspect_directory(files.directory)
+    write_json(files.json_file, found)
+    show_inspection(found)
+
+
+@command("export small --to llama --out small-llama")
+def export(files: ExportFiles, options: ExportOptions) -> None:
+    """Write a converted model in a form that other software runs.
+
+    What the form cannot hold is refused, with the option of convert that makes a model which it
+    can. The output is checked to give the same logits before it is written.
+    """
+    check_file(files.json_file, files.overwrite)
+    from tpa_convert.pipeline.export import export as export_model
+
+    result = export_model(files.directory, files.out, options, overwrite=files.overwrite)
+    write_json(files.json_file, result)
+    kept = result.floats / result.converted_floats
+    console.print(
+        f"{result.architecture} with the same logits; it caches {result.floats:,} numbers per "
+        f"token, the converted model {result.converted_floats:,} (×{kept:.2f}).",
+        soft_wrap=True,
+    )
+    show_next(f"Wrote {result.out}.")
