@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_transformers_reads_the_same_model(written) -> None:
     assert read.config.num_key_value_heads == 1
     assert read.config.head_dim == exported.config.head_dim
     found = read.state_dict()
-    for name, tensor in exported.float().state_dict().items():
+    for name, tensor in copy.deepcopy(exported).float().state_dict().items():
         if not name.endswith("proj.bias"):  # which it does not read for this architecture
             torch.testing.assert_close(found[name], tensor, atol=0, rtol=0, msg=name)
 
@@ -79,11 +80,14 @@ def test_llama_cpp_computes_the_same(written) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     exported, path = written
     tokens = random_blocks(vocab_size=90, count=1, length=24, seed=5)
-    engine = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    engine = llama_cpp.Llama(
+        str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, **exact
+    )
     engine.eval(tokens[0].tolist())
     found = torch.tensor(engine.scores[: tokens.shape[1]])
-    expected = exported.float()(tokens).logits[0]
-    tolerance = 1e-2 if exported.dtype == torch.float32 else 5e-2
+    expected = copy.deepcopy(exported).float()(tokens).logits[0]
+    tolerance = 1e-3 if exported.dtype == torch.float32 else 5e-2  # it computes in bf16, too
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 

@@ -6,7 +6,16 @@ from tpa_convert.cli.commands import command
 from tpa_convert.cli.files import write_json
 from tpa_convert.cli.terminal import console, show_next
 from tpa_convert.export.output import check_file
-from tpa_convert.options.usage import ExportFiles, ExportOptions, InspectFiles
+from tpa_convert.options.source import DeviceOptions
+from tpa_convert.options.usage import (
+    ChatFiles,
+    ChatOptions,
+    ExportFiles,
+    ExportOptions,
+    InspectFiles,
+    ServeFiles,
+    ServeOptions,
+)
 
 
 @command("inspect small")
@@ -44,3 +53,31 @@ def export(files: ExportFiles, options: ExportOptions) -> None:
         soft_wrap=True,
     )
     show_next(f"Wrote {result.out}.")
+
+
+@command("chat small --temperature 0.7")
+def chat(files: ChatFiles, options: ChatOptions, where: DeviceOptions) -> None:
+    """Talk to a converted model in the terminal.
+
+    Answers come token by token; below stand the speed and the bytes of the cache, beside what the
+    source would take. Without a chat template the model continues the text. Where no terminal is,
+    lines come from standard input.
+    """
+    from tpa_convert.cli.conversation import converse
+    from tpa_convert.pipeline.chat import chat as begin
+
+    converse(begin(files.directory, options, device=where.device))
+
+
+@command("serve small --continuous-batching")
+def serve(files: ServeFiles, options: ServeOptions, where: DeviceOptions) -> None:
+    """Serve a converted model to clients of the OpenAI API.
+
+    Starts transformers' own server: /v1/chat/completions with the model's chat template,
+    /v1/completions, /v1/models, streaming too. The model is called as DIR is written here.
+    """
+    from tpa_convert.pipeline import serving
+
+    url = f"http://{options.host}:{options.port}/v1"
+    console.print(f"Loading {files.directory} for {url}; Ctrl-C stops the server.", soft_wrap=True)
+    serving.serve(files.directory, options, device=where.device)

@@ -97,6 +97,21 @@ def is_converted(directory: str | Path) -> bool:
     )
 
 
+def check_converted(directory: str | Path) -> None:
+    """Refuses what is no converted model.
+
+    Raises:
+        UserError: no such directory, or another model.
+    """
+    if not Path(directory).is_dir():
+        raise UserError(f"no such directory: {directory}")
+    if not is_converted(directory):
+        raise UserError(
+            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
+            "one with `tpa-convert convert`"
+        )
+
+
 def load_converted(
     directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -116,13 +131,7 @@ def load_model(
     directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """`load_converted` without the tokenizer."""
-    if not Path(directory).is_dir():
-        raise UserError(f"no such directory: {directory}")
-    if not is_converted(directory):
-        raise UserError(
-            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
-            "one with `tpa-convert convert`"
-        )
+    check_converted(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

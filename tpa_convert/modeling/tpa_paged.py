@@ -35,7 +35,9 @@ def pack_paged_cache(model: Any) -> None:
 def measured_rows(model: Any) -> list[tuple[Row, Row]]:
     """What each layer hands to a cache, seen on two tokens."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    # transformers renamed it in 5.24
+    cache = next(output[name] for name in ("cache", "past_key_values") if name in output)
     return [
         ((layer.keys.shape[-1], layer.keys.dtype), (layer.values.shape[-1], layer.values.dtype))
         for layer in cache.layers

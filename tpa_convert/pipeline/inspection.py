@@ -15,7 +15,7 @@ from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.export.output import PROVENANCE_FILE
-from tpa_convert.export.save import Provenance, is_converted, read_provenance
+from tpa_convert.export.save import Provenance, check_converted, read_provenance
 from tpa_convert.modeling import LayerShape, source_head_dim
 from tpa_convert.modeling.legacy import TPAConfig
 from tpa_convert.sources.checkpoint import Checkpoint
@@ -128,14 +128,8 @@ def inspect(directory: str | Path) -> Inspection:
     Raises:
         UserError: there is no converted model in `directory`, or a file of it is damaged.
     """
+    check_converted(directory)
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"no such directory: {directory}")
-    if not is_converted(directory):
-        raise UserError(
-            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
-            "one with `tpa-convert convert`"
-        )
     checkpoint = Checkpoint(str(directory), str(directory.resolve()), directory)
     config = checkpoint.read_config()
     try:
