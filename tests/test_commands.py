@@ -45,8 +45,12 @@ STARTED: dict[str, list[str]] = {
 }
 """How each command is started; words in capitals stand for files."""
 
-ANSWERING = {"chat": ["CONVERTED"], "serve": ["CONVERTED"]}
-"""Commands without results, which answer somebody: started in `test_chat` and `test_serve`."""
+WITHOUT_RESULTS = {
+    "chat": ["CONVERTED"],
+    "report": ["CONVERTED", "--out", "OUT"],
+    "serve": ["CONVERTED"],
+}
+"""Commands that have no --json, each started in a file of tests of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def not_started(commands: Iterable[str]) -> set[str]:
-    return set(commands) - set(STARTED) - set(ANSWERING)
+    return set(commands) - set(STARTED) - set(WITHOUT_RESULTS)
 
 
 def test_every_command_is_started_here() -> None:
@@ -83,7 +87,7 @@ def test_a_command_does_its_work(command: str, files: dict[str, Path], tmp_path:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_a_command_refuses_what_it_does_not_know(command: str) -> None:
-    arguments = (STARTED | ANSWERING)[command]
+    arguments = (STARTED | WITHOUT_RESULTS)[command]
     result = tpa_convert(command, *arguments, "--no-such-option")
     assert result.exit_code == 2
     assert "No such option: --no-such-option" in result.stderr

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tpa_convert.cli.inspection import sparkline
-from tpa_convert.pipeline.inspection import inspect
+from tpa_convert.export.inspection import inspect
 
 LEGACY = sorted((Path(__file__).parent / "legacy").iterdir())
 

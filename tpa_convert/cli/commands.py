@@ -263,7 +263,7 @@ def run(files: RunFiles) -> None:
         console.print(result.evaluation)
     kept = " and ".join(str(d) for d in (result.converted, result.healed) if d is not None)
     further = ["", *steps.next_steps.rstrip().splitlines()] if steps.next_steps else []
-    show_next(f"The models are in {kept}.", *further)
+    show_next(f"The models are in {kept}, and {result.page} shows the last.", *further)
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from tpa_convert.cli.tables import show_layers
 from tpa_convert.cli.terminal import console
+from tpa_convert.export.inspection import HealingStep, Inspection
 from tpa_convert.modeling import LayerShape
-from tpa_convert.pipeline.inspection import HealingStep, Inspection
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 24  # of a healing curve

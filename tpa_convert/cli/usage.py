@@ -13,6 +13,7 @@ from tpa_convert.options.usage import (
     ExportFiles,
     ExportOptions,
     InspectFiles,
+    ReportFiles,
     ServeFiles,
     ServeOptions,
 )
@@ -27,7 +28,7 @@ def inspect(files: InspectFiles) -> None:
     """
     check_file(files.json_file, overwrite=True)
     from tpa_convert.cli.inspection import show_inspection
-    from tpa_convert.pipeline.inspection import inspect as inspect_directory
+    from tpa_convert.export.inspection import inspect as inspect_directory
 
     found = inspect_directory(files.directory)
     write_json(files.json_file, found)
@@ -81,3 +82,17 @@ def serve(files: ServeFiles, options: ServeOptions, where: DeviceOptions) -> Non
     url = f"http://{options.host}:{options.port}/v1"
     console.print(f"Loading {files.directory} for {url}; Ctrl-C stops the server.", soft_wrap=True)
     serving.serve(files.directory, options, device=where.device)
+
+
+@command("report small --out small.html")
+def report(files: ReportFiles) -> None:
+    """Write a page that shows a converted model: cache, quality, healing, results, samples.
+
+    One file that needs no network, for light and dark screens of any width, from whatever is known
+    of the model.
+    """
+    check_file(files.out, files.overwrite)
+    from tpa_convert.pipeline.report import report as write_report
+
+    write_report(files.directory, files.out, files.results)
+    show_next(f"Wrote {files.out}.")

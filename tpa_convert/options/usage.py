@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from tpa_convert.options.command_line import CONVERTED, JSON_FILE, OVERWRITE, REPLACED_JSON_FILE
 from tpa_convert.options.declaration import (
+    MEASURE,
     METHOD,
     OUTPUT,
     REQUIRED,
@@ -17,6 +18,7 @@ from tpa_convert.options.declaration import (
     SOURCE,
     FloatType,
     Section,
+    Texts,
     option,
 )
 from tpa_convert.options.evaluation import GenerateOptions
@@ -133,3 +135,17 @@ class ChatFiles(Section):
     """What `chat` works on."""
 
     directory: Path = CONVERTED
+
+
+class ReportFiles(Section):
+    """What `report` reads and writes."""
+
+    directory: Path = CONVERTED
+    out: Path = option(REQUIRED, "Page to write.", OUTPUT, flags="--out -o", metavar="FILE.html")
+    results: Texts = option(
+        (),
+        "Results that eval --json wrote, beside those in the model's card. May be repeated.",
+        MEASURE,
+        metavar="FILE",
+    )
+    overwrite: bool = option(False, "Replace the file.", OUTPUT)

@@ -13,10 +13,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.generation.streamers import TextStreamer
 
 from tpa_convert.errors import UserError
+from tpa_convert.export.inspection import inspect
 from tpa_convert.export.save import load_converted
 from tpa_convert.forward.cached import cache_name
 from tpa_convert.options.usage import ChatOptions
-from tpa_convert.pipeline.inspection import inspect
 from tpa_convert.pipeline.selection import usable_device
 
 

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from tpa_convert.errors import UserError
+from tpa_convert.export.inspection import inspect as inspect_directory
 from tpa_convert.export.save import check_converted
 from tpa_convert.families import FAMILIES
 from tpa_convert.modeling.legacy import TPAForCausalLM
 from tpa_convert.options.usage import ServeOptions
-from tpa_convert.pipeline.inspection import inspect as inspect_directory
 from tpa_convert.pipeline.selection import usable_device
 
 PAGE = 256  # tokens of a block, transformers' own choice

@@ -52,7 +52,7 @@ def planning_chart(
         cache_dtype: in which bytes are counted.
         refined: whether candidates were refined before they were measured.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (curve, widths) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 
     for split, label in LABELS.items():
@@ -110,7 +110,7 @@ def planning_chart(
 def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> None:
     """What healing did, against tokens seen: perplexity on the held-out text beside the source's
     (if there was some), and the divergence from the source."""
-    plt = _pyplot()
+    plt = pyplot()
     measured = report.source_perplexity is not None
     unit, name = (1e6, "millions") if report.steps * tokens_per_step >= 1e6 else (1e3, "thousands")
     figure, panels = plt.subplots(
@@ -162,11 +162,12 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib without a screen."""
     # Imported here: it takes a second, and most commands draw nothing.
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
-    return pyplot
+    return plt

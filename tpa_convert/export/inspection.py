@@ -42,6 +42,7 @@ class HealingStep:
 
     Attributes:
         tokens: it was trained on.
+        losses: (tokens, mean loss on the training text since the point before).
         curve: (tokens, perplexity on held-out text) in the course of it, if there was such text.
         divergences: (tokens, KL from the source there).
         source_perplexity: of the source on that text.
@@ -49,6 +50,7 @@ class HealingStep:
     """
 
     tokens: int
+    losses: tuple[tuple[int, float], ...]
     curve: tuple[tuple[int, float], ...]
     divergences: tuple[tuple[int, float], ...]
     source_perplexity: float | None
@@ -67,7 +69,7 @@ class Inspection:
         shapes: the same, checked.
         kv_heads: key-value heads of the source.
         source_kv_bytes: cached per token by the source, all layers.
-        layer_bytes: cached per token by each layer.
+        rows: bytes that each layer caches per token, of keys and of values.
         weights: their files.
         provenance: how it was made; None for a model that something else saved again.
         healings: the first one first.
@@ -81,11 +83,21 @@ class Inspection:
     shapes: Sequence[LayerShape]
     kv_heads: int
     source_kv_bytes: int
-    layer_bytes: Sequence[int]
+    rows: Sequence[tuple[int, int]]
     weights: Weights
     provenance: Provenance | None
     healings: Sequence[HealingStep]
     evaluation: EvaluationReport | None
+
+    @property
+    def name(self) -> str:
+        """Of the directory."""
+        return self.directory.resolve().name
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Cached per token by each layer."""
+        return [sum(row) for row in self.rows]
 
     @property
     def kv_bytes(self) -> int:
@@ -151,7 +163,7 @@ def inspect(directory: str | Path) -> Inspection:
         shapes=shapes,
         kv_heads=heads,
         source_kv_bytes=2 * heads * head_dim * len(layers) * dtype.itemsize,
-        layer_bytes=[cached_bytes(shape, heads, dtype.itemsize) for shape in shapes],
+        rows=[cached_bytes(shape, heads, dtype.itemsize) for shape in shapes],
         weights=_weights(checkpoint),
         provenance=provenance,
         healings=_healings(provenance),
@@ -159,9 +171,10 @@ def inspect(directory: str | Path) -> Inspection:
     )
 
 
-def cached_bytes(shape: LayerShape, kv_heads: int, itemsize: int) -> int:
-    """Bytes that a layer caches per token."""
-    return shape.cached_floats(kv_heads) * itemsize
+def cached_bytes(shape: LayerShape, kv_heads: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that a layer caches per token, of keys and of values."""
+    keys = shape.width_k + shape.key_head_factors(kv_heads)
+    return keys * itemsize, (shape.cached_floats(kv_heads) - keys) * itemsize
 
 
 def _layers(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -202,6 +215,7 @@ def _healings(provenance: Provenance | None) -> tuple[HealingStep, ...]:
         steps.append(
             HealingStep(
                 tokens=report["tokens"],
+                losses=by_tokens(report.get("losses") or ()),
                 curve=by_tokens(report.get("valid_perplexities") or ()),
                 divergences=by_tokens(report.get("valid_losses") or ()),
                 source_perplexity=report.get("source_perplexity"),
