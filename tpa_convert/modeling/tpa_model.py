@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import initialization as init
 
+from .tpa_adapters import tell_peft
 from .tpa_attention import AttentionNames, TPAAttention, replace_attention
 from .tpa_keys import HeadGauge, KeyNorm, PairGauge, RotatedKeys
 from .tpa_paged import pack_paged_cache
@@ -24,6 +25,7 @@ class TPAModelMixin:
     def replace_attention(self) -> None:
         """Puts TPA into every layer; to be called once the source's modules are there."""
         replace_attention(self, self.attention_names)
+        tell_peft(self.config)  # type: ignore[attr-defined]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         pack_paged_cache(self)
