@@ -38,6 +38,10 @@ STARTED: dict[str, list[str]] = {
         *("--tokens-per-step", "64", "--block-length", "32"),
     ],
     "eval": ["CONVERTED", "--no-speed", "--prompt", ""],
+    "bench": [
+        *("CONVERTED", "--batch", "1", "--batch", "2", "--context", "8", "--new-tokens", "2"),
+        *("--repeats", "1"),
+    ],
     "generate": ["CONVERTED", "Once", "--max-new-tokens", "2"],
     "inspect": ["CONVERTED"],
     "export": ["CONVERTED", "--to", "llama", "--out", "OUT"],

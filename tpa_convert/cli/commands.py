@@ -30,7 +30,9 @@ from tpa_convert.cli.terminal import (
 )
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import check_file
+from tpa_convert.options.bench import BenchOptions
 from tpa_convert.options.command_line import (
+    BenchFiles,
     ConvertFiles,
     EvalFiles,
     GenerateFiles,
@@ -221,6 +223,32 @@ def evaluate(
         track=track,
     )
     write_json(files.json_file, report)
+    console.print(report)
+
+
+@command("bench small --batch 1 --batch 16 --context 8192 --chart speed.png")
+def bench(
+    files: BenchFiles, options: BenchOptions, reference: Reference, where: DeviceOptions
+) -> None:
+    """Time models side by side, against batch and context: a source and the models made from it.
+
+    Prefill and decoding, and how near a decoding step comes to the time that the device takes to
+    read weights and cache.
+    """
+    from tpa_convert import pipeline
+    from tpa_convert.reporting.charts import check_chart
+    from tpa_convert.reporting.speed import speed_chart
+
+    if files.chart is not None:
+        check_chart(files.chart)
+    for path in (files.chart, files.json_file):
+        check_file(path, files.overwrite)
+    report = pipeline.bench(
+        files.models, options, against=reference.model, device=where.device, track=track
+    )
+    write_json(files.json_file, report)
+    if files.chart is not None:
+        speed_chart(report, files.chart)
     console.print(report)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpa_convert.conversion.coded import CacheMoments, coded_parameters
 from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,
@@ -123,6 +124,28 @@ def attention_parameters(
                 head = factors.head_factor
             output |= head_factor_parameters(f"{name}.head_factor", head, functional, shape.form)
     return output
+
+
+def coded_attention_parameters(
+    weights: AttentionWeights, moments: CacheMoments, tokens: int, shape: LayerShape
+) -> dict[str, Tensor]:
+    """As `attention_parameters`, of a layer whose cache is coded; its queries and its output
+    projection are the source's own.
+
+    Args:
+        moments: of the layer, of this many `tokens`.
+    """
+    query = weights.query.flatten(0, 1)
+    output = {
+        "q_proj.weight": query[:, :-1],
+        "q_proj.bias": query[:, -1],
+        "o_proj.weight": weights.output.flatten(1),
+    }
+    if weights.output_bias is not None:
+        output["o_proj.bias"] = weights.output_bias
+    if weights.key_norm is not None:
+        output["keys.norm.weight"] = weights.key_norm.weight
+    return output | coded_parameters(weights, moments, tokens, shape)
 
 
 def convert_layer(

@@ -68,6 +68,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 def _obstacle(layer: TPAAttention) -> str | None:
     shape = layer.shape
+    if shape.coded:
+        return "it caches codes of bits; convert with --cache-bits 16"
     if shape.contextual:
         return "its head factors depend on the token; convert with --form static"
     if shape.key_gauge == "absorbed":

@@ -173,6 +173,8 @@ def inspect(directory: str | Path) -> Inspection:
 
 def cached_bytes(shape: LayerShape, kv_heads: int, itemsize: int) -> tuple[int, int]:
     """Bytes that a layer caches per token, of keys and of values."""
+    if shape.coded:
+        return shape.key_layout.row_bytes, shape.value_layout.row_bytes
     keys = shape.width_k + shape.key_head_factors(kv_heads)
     return keys * itemsize, (shape.cached_floats(kv_heads) - keys) * itemsize
 

@@ -112,6 +112,8 @@ def check_expressible(model: PreTrainedModel, layers: Sequence[TPAAttention]) ->
 
 def _obstacle(layer: TPAAttention) -> str | None:
     shape = layer.shape
+    if shape.coded:
+        return "it caches codes of bits; convert with --cache-bits 16"
     if shape.contextual:
         return "its head factors depend on the token; convert with --form static"
     if shape.latent_keys:

@@ -1,4 +1,4 @@
-"""Which implementation decodes: each says what it can run, the first that can is taken.
+"""Which implementation decodes or encodes: each says what it can run, the first that can is taken.
 
 `TPA_CONVERT_BACKEND` names one to force it: `reference` or `triton`.
 """
@@ -14,7 +14,7 @@ import torch
 
 VARIABLE = "TPA_CONVERT_BACKEND"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-LAYOUTS = ("rotated", "contextual", "coded")
+LAYOUTS = ("rotated", "contextual", "coded", "components")
 MAX_WIDTH = 8192
 TRITON_MISSING = importlib.util.find_spec("triton") is None
 
@@ -24,16 +24,16 @@ class BackendError(RuntimeError):
 
 
 class Case(NamedTuple):
-    """What is to be decoded.
+    """What is to be decoded, or encoded.
 
     Attributes:
         layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
-            `coded` (rows of bytes).
-        width_k, width_v: components of keys and of values.
-        dtype, device: of the queries.
+            `coded` (rows of bytes); `components` are to be encoded.
+        width_k, width_v: components of keys and of values; of components the first alone.
+        dtype, device: of the queries or components.
         strides: of keys and values, from sequence to sequence and slot to slot.
         cached: types of keys and values.
-        ranks: of contextual keys and values.
+        ranks: of contextual keys and values, 0 without head factors.
         paged: whether the cache is a pool of pages.
     """
 
@@ -76,9 +76,11 @@ def _triton(case: Case) -> str | None:
     if not interpreted and torch.cuda.get_device_capability(case.device) < (8, 0):
         return "its kernels need compute capability 8.0"
     if case.dtype not in TYPES:
-        return f"no kernel for queries in {str(case.dtype).removeprefix('torch.')}"
+        return f"no kernel for numbers in {str(case.dtype).removeprefix('torch.')}"
     if max(case.width_k, case.width_v) > MAX_WIDTH:
         return f"widths above {MAX_WIDTH}"
+    if case.layout == "components":
+        return None
     if case.layout != "coded" and (case.width_k % 8 or case.width_v % 8):
         return f"widths {case.width_k} and {case.width_v} are not multiples of 8"
     if case.layout != "coded" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
@@ -89,7 +91,9 @@ def _triton(case: Case) -> str | None:
         return "no kernel for pages of coded rows"
     if case.layout == "contextual":
         rank_k, rank_v = case.ranks
-        pairs, features = case.width_k // (2 * rank_k), case.width_v // rank_v
+        # Of a single rank all features have the same factor, however many they are.
+        pairs = case.width_k // (2 * rank_k) if rank_k > 1 else 16
+        features = case.width_v // rank_v if rank_v > 1 else 16
         if pairs & (pairs - 1) or features & (features - 1) or pairs < 16 or features < 16:
             return f"{pairs} pairs and {features} features a rank are not powers of two from 16 on"
     if case.layout == "coded" and any(stride % 4 for stride in case.strides):
@@ -117,4 +121,4 @@ def choose_backend(case: Case) -> str:
             if reason is None:
                 return backend.name
             reasons.append(f"{backend.name}: {reason}")
-    raise BackendError(f"{VARIABLE}={forced} cannot decode here ({'; '.join(reasons)})")
+    raise BackendError(f"{VARIABLE}={forced} cannot run here ({'; '.join(reasons)})")

@@ -1,4 +1,4 @@
-"""Decoding as PyTorch operators, opaque to `torch.compile` and safe in CUDA graphs.
+"""Decoding and encoding as PyTorch operators, opaque to `torch.compile` and safe in CUDA graphs.
 
 Triton is imported when an operator first runs.
 """
@@ -25,6 +25,7 @@ def decode_rotated(
     value_heads: Tensor | None = None,
     groups: int = 1,
     pages: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention` on the Triton kernels of `split_kv.py`."""
     from .launch import launch_rotated
@@ -42,6 +43,7 @@ def decode_rotated(
         value_heads,
         groups,
         pages,
+        mask,
     )
 
 
@@ -64,6 +66,7 @@ def decode_coded(
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The same over coded rows; layouts and tables are those of `places.Places`."""
     from .launch_coded import launch_coded
@@ -72,10 +75,53 @@ def decode_coded(
     key_places = Places(list(key_layout), *key_tables)
     value_places = Places(list(value_layout), *value_tables)
     return launch_coded(
-        query, keys, values, key_places, value_places, scale, start, end, window, softcap
+        query, keys, values, key_places, value_places, scale, start, end, window, softcap, mask
     )
 
 
 @decode_coded.register_fake
 def _(query, keys, values, key_layout, key_tables, value_layout, value_tables, *others):
     return query.new_empty(*query.shape[:3], value_tables[-1].shape[-1])
+
+
+@torch.library.custom_op("tpa_convert::encode", mutates_args=())
+def encode(
+    x: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    spread: Tensor,
+    importance: Tensor,
+    reach: Tensor,
+    lowest_octave: int,
+) -> tuple[Tensor, Tensor]:
+    """Headers and codes of components [n, c]; see `encode_reference.CodeTables`."""
+    from .launch_encode import CodeTables, launch_encode
+
+    return launch_encode(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
+
+
+@encode.register_fake
+def _(x, *tables):
+    return x.new_empty(x.shape[:1], dtype=torch.uint8), x.new_empty(x.shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())
+def encode_straight(
+    x: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    spread: Tensor,
+    importance: Tensor,
+    reach: Tensor,
+    lowest_octave: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled codes of components [n, c], which of them were not clipped, and classes."""
+    from .launch_encode import CodeTables, launch_straight
+
+    return launch_straight(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
+
+
+@encode_straight.register_fake
+def _(x, *tables):
+    inside = x.new_empty(x.shape, dtype=torch.bool)
+    return x.new_empty(x.shape), inside, x.new_empty(x.shape[:1], dtype=torch.int64)

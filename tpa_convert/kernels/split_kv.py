@@ -57,18 +57,28 @@ def split_range(start, end, length, positions, window, batch, split, splits, BLO
 
 
 @triton.jit
+def in_use(slot, last, mask):
+    """Which slots [T] are to be read; `mask` is that of the sequence, or None."""
+    valid = slot < last
+    if mask is not None:
+        # What is masked is not even read: a cache may be much longer than its text.
+        valid = valid & (tl.load(mask + slot, mask=valid, other=0) != 0)
+    return valid
+
+
+@triton.jit
 def softmax_step(
-    scores, slot, own, last, scale, softcap, window, highest, total, MULTIPLE: tl.constexpr
+    scores, slot, valid, own, scale, softcap, window, highest, total, MULTIPLE: tl.constexpr
 ):
     """A step of the running softmax over rows: weights, rescaling factor, new running values.
 
-    `scores` and weights are [T, C], the others [C]. Exponents are in base 2.
+    `scores` and weights are [T, C], slots [T], the others [C]. Exponents are in base 2.
     """
     if softcap is not None:
         scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
     else:
         scores = scores * (scale * LOG2_E)
-    attended = (slot < last)[:, None]
+    attended = valid[:, None]
     if MULTIPLE:  # several query positions, each with its own last slot
         attended = attended & (slot[:, None] <= own[None, :])
         if window is not None:
@@ -120,7 +130,9 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
-@triton.jit(do_not_specialize=["length", "positions", "window", "splits", "pages_stride_b"])
+@triton.jit(
+    do_not_specialize=["length", "positions", "window", "splits", "pages_stride_b", "mask_stride_b"]
+)
 def split_kernel(
     query,
     keys,
@@ -132,7 +144,9 @@ def split_kernel(
     pages,
     start,
     end,
+    mask,
     pages_stride_b,
+    mask_stride_b,
     query_stride_b,
     query_stride_h,
     query_stride_s,
@@ -199,6 +213,8 @@ def split_kernel(
             key_heads += tl.multiple_of(batch.to(tl.int64) * key_heads_stride_b, FACTORS_ALIGN)
         if RANK_V > 0:
             value_heads += tl.multiple_of(batch.to(tl.int64) * value_heads_stride_b, FACTORS_ALIGN)
+    if mask is not None:
+        mask += batch.to(tl.int64) * mask_stride_b
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     outputs = ()
@@ -207,22 +223,25 @@ def split_kernel(
 
     for block in tl.range(first, last, BLOCK, num_stages=STAGES):
         slot = block + tl.arange(0, BLOCK)
-        valid = slot < last
+        valid = in_use(slot, last, mask)
         page = 0
         if PAGE > 0:
             page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
             page = page.to(tl.int64)
         key_offset = _slot_offset(slot, page, key_stride_b, key_stride_t, PAGE, ALIGN)
         scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
-        if RANK_K == 0:
-            for i in tl.static_range(CHUNKS_K):
-                key = _load(keys, key_offset, valid, i * CHUNK_K, width_k, CHUNK_K)
-                scores = tl.dot(key, queries[i], scores, input_precision=PRECISION)
-        else:  # the real and the imaginary parts of a rank are RANK_K chunks apart
+        if RANK_K > 0:
             factor_offset = _slot_offset(
                 slot, page, key_heads_stride_b, key_heads_stride_t, PAGE, FACTORS_ALIGN
             )
             key_factors = _load_factors(key_heads, factor_offset, valid, RANK_K * GROUPS, FACTORS_K)
+        if RANK_K <= 1:
+            for i in tl.static_range(CHUNKS_K):
+                key = _load(keys, key_offset, valid, i * CHUNK_K, width_k, CHUNK_K)
+                scores = tl.dot(key, queries[i], scores, input_precision=PRECISION)
+            if RANK_K == 1:
+                scores *= _of_columns(key_factors, group, 0, GROUPS, PRECISION)
+        else:  # the real and the imaginary parts of a rank are RANK_K chunks apart
             for rank in tl.static_range(RANK_K):
                 of_rank = tl.zeros([BLOCK, COLUMNS], tl.float32)
                 for half in tl.static_range(2):
@@ -233,9 +252,8 @@ def split_kernel(
                     )
                 scores += of_rank * _of_columns(key_factors, group, rank, GROUPS, PRECISION)
         weights, rescale, highest, total = softmax_step(
-            scores, slot, own, last, scale, softcap, window, highest, total, MULTIPLE
+            scores, slot, valid, own, scale, softcap, window, highest, total, MULTIPLE
         )
-        scaled = weights.to(values.dtype.element_ty)
         value_offset = _slot_offset(slot, page, value_stride_b, value_stride_t, PAGE, ALIGN)
         value_factor_offset = _slot_offset(
             slot, page, value_heads_stride_b, value_heads_stride_t, PAGE, FACTORS_ALIGN
@@ -244,10 +262,13 @@ def split_kernel(
             value_factors = _load_factors(
                 value_heads, value_factor_offset, valid, RANK_V * GROUPS, FACTORS_V
             )
+        if RANK_V == 1:
+            weights *= _of_columns(value_factors, group, 0, GROUPS, PRECISION)
+        scaled = weights.to(values.dtype.element_ty)
         updated = ()
         for i in tl.static_range(CHUNKS_V):
             value = _load(values, value_offset, valid, i * CHUNK_V, width_v, CHUNK_V)
-            if RANK_V > 0:
+            if RANK_V > 1:  # a chunk is a rank
                 factors = _of_columns(value_factors, group, i, GROUPS, PRECISION)
                 scaled = (weights * factors).to(values.dtype.element_ty)
             updated = updated + (

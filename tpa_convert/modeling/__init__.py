@@ -17,7 +17,17 @@ from .tpa_attention import (
     norm_epsilon,
     sliding_window,
 )
-from .tpa_configuration import Form, Gauge, KeyCache, LayerShape, TPAConfigMixin, source_head_dim
+from .tpa_codes import CLASSES, RowLayout
+from .tpa_configuration import (
+    Form,
+    Gauge,
+    KeyCache,
+    LayerShape,
+    TPAConfigMixin,
+    codes_of,
+    groups_of,
+    source_head_dim,
+)
 from .tpa_model import TPAModelMixin
 from .tpa_rotary import pair_table
 
@@ -48,15 +58,19 @@ AutoConfig.register("tpa", legacy.TPAConfig, exist_ok=True)
 AutoModelForCausalLM.register(legacy.TPAConfig, legacy.TPAForCausalLM, exist_ok=True)
 
 __all__ = [
+    "CLASSES",
     "AttentionNames",
     "Form",
     "Gauge",
     "KeyCache",
     "LayerShape",
+    "RowLayout",
     "TPAAttention",
     "TPAConfigMixin",
     "TPAModelMixin",
+    "codes_of",
     "given_cache",
+    "groups_of",
     "norm_epsilon",
     "pair_table",
     "register",

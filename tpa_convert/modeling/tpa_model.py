@@ -7,6 +7,7 @@ from transformers import initialization as init
 
 from .tpa_adapters import tell_peft
 from .tpa_attention import AttentionNames, TPAAttention, replace_attention
+from .tpa_codes import RowCoder
 from .tpa_keys import HeadGauge, KeyNorm, PairGauge, RotatedKeys
 from .tpa_paged import pack_paged_cache
 
@@ -43,6 +44,11 @@ class TPAModelMixin:
             init.ones_(module.weight)
         elif isinstance(module, RotatedKeys):
             module.reset_rotary_pair()
+        elif isinstance(module, RowCoder):
+            init.zeros_(module.mean)
+            for scale in (module.step, module.spread, module.importance):
+                init.ones_(scale)
+            module.reset_highest()
 
     def _get_static_cache_init_shape(self) -> None:
         # The cache is packed: its shapes follow from the first update, not from the config's heads.

@@ -103,7 +103,7 @@ def planning_chart(
     widths.set_ylabel("numbers cached per token")
     widths.set_title("Chosen widths: keys above, values below")
     widths.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -149,7 +149,7 @@ def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> No
         axes.yaxis.set_minor_formatter(plt.NullFormatter())
         axes.set_xlabel(f"tokens, {name}")
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -157,7 +157,7 @@ def _ratio(kl: float | None) -> float:
     return math.nan if kl is None else math.exp(kl)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
@@ -168,6 +168,6 @@ def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot as plt
 
     return plt
