@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
+from tests.conversions import random_coded
 from tpa_convert.cli.inspection import sparkline
 from tpa_convert.export.inspection import inspect
 
@@ -48,6 +49,18 @@ def test_bytes_are_those_of_the_live_cache(converted: Path) -> None:
     assert found.kv_bytes == 128
     assert found.source_kv_bytes == 256
     assert found.weights.parameters == model.num_parameters()
+
+
+def test_coded_caches_are_counted_in_bytes(tmp_path: Path) -> None:
+    model = random_coded()
+    model.save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    cache = model(model.dummy_inputs["input_ids"][:1], use_cache=True).past_key_values
+    tokens = cache.get_seq_length()
+    live = [(layer.keys.nbytes // tokens, layer.values.nbytes // tokens) for layer in cache.layers]
+    assert list(found.rows) == live
+    result = tpa_convert("inspect", tmp_path)
+    assert "key codes: 4x8 2x8" in result.output
 
 
 def test_no_weights_are_loaded(converted: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tests.conftest import make_tiny_llama
-from tests.conversions import convert_tiny, random_blocks
+from tests.conversions import convert_tiny, random_blocks, random_coded
 from tests.generated import generated, telling
 from tests.test_generation import LAYOUTS, SPEAKING
 from tests.tiny_models import MODELS
@@ -115,6 +115,16 @@ def test_windows_and_normalised_keys(caches, monkeypatch, name, key_cache) -> No
     assert batched(model, prompts()) != alone, "this text does not tell a broken cache"
 
 
+def test_coded_rows_are_packed_as_they_are(caches) -> None:
+    model = speaking(random_coded())
+    assert batched(model, prompts()) == expected(model, prompts())
+    (cache,) = caches
+    allocator = cache.cache_allocators["full_attention"]
+    shape = model.config.layer_shape(0)
+    assert allocator.bytes_per_token == 2 * shape.cached_bytes(2) == live_bytes(model)
+    assert {dtype for row in measured_rows(model) for _, dtype in row} == {torch.uint8}
+
+
 def test_rows_that_lie_over_each_other_are_noticed(monkeypatch) -> None:
     """The comparison above can fail."""
     model = speaking(convert_tiny(make_tiny_llama("gqa", **SPEAKING), kv_floats=14))
@@ -152,7 +162,7 @@ def test_offsets_keep_numbers_aligned() -> None:
 
 
 def test_rows_of_any_type_and_width_are_held() -> None:
-    """As coded keys and values will be: bytes, an odd number of them, beside floats."""
+    """Bytes, an odd number of them, beside floats."""
     config = convert_tiny(make_tiny_llama("gqa"), kv_floats=14).config
     ROWS[id(config)] = [((5, BYTES), (6, BYTES)), ((4, FLOATS), (3, torch.bfloat16))]
     try:

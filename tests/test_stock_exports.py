@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
-from tests.conversions import convert_tiny, random_blocks
+from tests.conversions import convert_tiny, random_blocks, random_coded
 from tests.generated import telling
 from tests.test_generation import SPEAKING
 from tests.tiny_models import MODELS, SIZES, random_model
@@ -139,6 +139,12 @@ def test_what_a_llama_cannot_hold_is_refused_with_what_helps(source, conversion,
 # ------------------------------------------------------------------------------- dense
 
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+
+
+@pytest.mark.parametrize("make", [to_llama, to_dense])
+def test_caches_of_codes_are_refused(make) -> None:
+    with pytest.raises(UserError, match="codes of bits; convert with --cache-bits 16"):
+        make(random_coded())
 
 
 @pytest.mark.parametrize("key_cache", ["rotated", "latent"])

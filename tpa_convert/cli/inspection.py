@@ -10,12 +10,17 @@ from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
-from tpa_convert.cli.tables import show_layers
+from tpa_convert.cli.tables import ranges, show_layers
 from tpa_convert.cli.terminal import console
 from tpa_convert.export.inspection import HealingStep, Inspection
 from tpa_convert.modeling import LayerShape
 
 BARS = "▁▂▃▄▅▆▇█"
+SHOWN = {
+    *("form", "key_gauge", "value_gauge", "key_cache", "key_norm", "key_pairs", "row_align"),
+    *("rank_k", "rank_v", "width_k", "width_v"),
+}
+"""Fields of layers that have a place in the tables, or are of no use to a reader."""
 POINTS = 24  # of a healing curve
 
 
@@ -53,15 +58,20 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _further(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Fields of the layers that are numbers and that the table above does not have."""
-    shown = {"rank_k", "rank_v", "width_k", "width_v", "key_norm", "key_pairs"}
-    for name in (field.name for field in fields(LayerShape) if field.name not in shown):
-        values: list[Any] = [layer.get(name) for layer in layers]
-        numbers = [value for value in values if type(value) in (int, float)]
-        if numbers:
-            low, high = min(numbers), max(numbers)
-            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            yield f"{name.replace('_', ' ')}: {span}"
+    """Fields of the layers that the table above does not have, whatever they are, where they are
+    not the default: one line each, or one for each kind of layer."""
+    for field in fields(LayerShape):
+        if field.name in SHOWN:
+            continue
+        values = [layer.get(field.name, field.default) for layer in layers]
+        kinds = list(dict.fromkeys(values))
+        if kinds == [field.default]:
+            continue
+        name = field.name.replace("_", " ")
+        for kind in kinds:
+            where = [i for i, value in enumerate(values) if value == kind]
+            of = "" if len(kinds) == 1 else f", layers {ranges(where)}"
+            yield f"{name}{of}: {kind}"
 
 
 def _files(found: Inspection) -> Iterator[str]:
