@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
+from tests.conftest import make_tiny_tokenizer
 from tests.conversions import random_coded
+from tests.tiny_models import MODELS
 from tpa_convert.cli.inspection import sparkline
 from tpa_convert.export.inspection import inspect
 
@@ -152,3 +154,40 @@ def test_exports_that_cannot_be_are_one_line(converted: Path, tmp_path: Path) ->
     )
     assert "not a converted model" in error_of(source)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_made_for_it_loses_no_room(converted: Path, tmp_path: Path) -> None:
+    source, made = converted.parent / "source", tmp_path / "made"
+    result = tpa_convert("convert", source, *CONVERT, "--target", "llama", "--out", made)
+    assert result.exit_code == 0, result.output
+    for directory, hint in ((made, False), (converted, True)):
+        out = tmp_path / f"{directory.name}-llama"
+        result = tpa_convert("export", directory, "--to", "llama", "--out", out)
+        assert result.exit_code == 0, result.output
+        assert ("--target llama" in result.output) == hint
+    assert json.loads((tmp_path / "made-llama" / "config.json").read_text())["head_dim"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--key-cache", "latent"], "--target llama needs --key-cache rotated"),
+        (["--form", "affine"], "--target llama needs --form static"),
+        (["--no-whiten"], "--target llama needs --whiten"),
+    ],
+)
+def test_what_does_not_go_with_a_target(converted: Path, tmp_path, arguments, reason) -> None:
+    source = converted.parent / "source"
+    refused = tpa_convert(
+        "convert", source, *CONVERT, "--target", "llama", *arguments, "--out", tmp_path / "out"
+    )
+    assert reason in error_of(refused)
+
+
+def test_a_source_that_is_no_llama_is_told_before_any_work(tmp_path: Path) -> None:
+    MODELS["qwen3"]().save_pretrained(tmp_path / "source")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "source")
+    refused = tpa_convert(
+        "convert", tmp_path / "source", *CONVERT, "--target", "llama", "--out", tmp_path / "out"
+    )
+    assert "a Qwen3ForCausalLM is no Llama inside" in error_of(refused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,23 @@ from transformers import (
 )
 
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
-from tests.conversions import convert_tiny, random_blocks, random_coded
+from tests.conversions import (
+    convert_tiny,
+    random_blocks,
+    random_coded,
+    source_of,
+    tiny_moments,
+)
 from tests.generated import telling
 from tests.test_generation import SPEAKING
 from tests.tiny_models import MODELS, SIZES, random_model
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
 from tpa_convert.export.dense import to_dense
 from tpa_convert.export.llama import shared_slots, to_llama
 from tpa_convert.export.stock import attention_layers, check_same_logits, save_stock, source_class
+from tpa_convert.plans import Budget, plan_uniform
 
 TOLERANCE = 1e-3
 YARN = {
@@ -105,6 +115,38 @@ def test_layers_share_one_table(tiny_llama) -> None:
     assert slots.head_dim % 8 == 0
 
 
+def with_shared_pairs(source: PreTrainedModel, **budget: Any) -> PreTrainedModel:
+    sizes = source_of(source).family.attention_sizes(source.config)
+    plan = plan_uniform(sizes, Budget(**budget), form="static", gauge="applied")
+    moments = tiny_moments(source)
+    return convert_model(source_of(source), share_pairs(plan, moments), moments)
+
+
+def test_a_shared_table_costs_no_room() -> None:
+    source = make_tiny_llama("gqa", num_hidden_layers=4)
+    model = with_shared_pairs(source, width_k=8, width_v=8)
+    tables = {tuple(layer.keys.rotary_pair.tolist()) for layer in attention_layers(model)}
+    assert len(tables) == 1
+    exported = to_llama(model)
+    assert exported.config.head_dim == 8
+    assert_same(model, exported)
+    apart = convert_tiny(source, width_k=8, width_v=8, gauge="applied")
+    assert to_llama(apart).config.head_dim > 8
+    assert (logits(apart) - logits(model)).abs().max() > 1e-3
+
+
+def test_narrower_layers_take_fewer_of_the_same_pairs() -> None:
+    source = make_tiny_llama("gqa", num_hidden_layers=3)
+    sizes = source_of(source).family.attention_sizes(source.config)
+    plan = plan_uniform(sizes, Budget(width_k=12, width_v=8), form="static", gauge="applied")
+    layers = [replace(plan.layers[0], width_k=width) for width in (6, 12, 10)]
+    moments = tiny_moments(source)
+    shared = share_pairs(replace(plan, layers=layers), moments)
+    model = convert_model(source_of(source), shared, moments)
+    assert 2 * len(shared_slots(attention_layers(model)).pairs) == 12
+    assert_same(model, to_llama(model))
+
+
 def test_the_config_scales_no_attention(tiny_llama) -> None:
     """Engines do where a context is longer than the original one."""
     exported = to_llama(convert_tiny(tiny_llama("gqa", rope_parameters=YARN), kv_floats=22))
@@ -122,7 +164,7 @@ CHANGING = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     [
         ("llama", {"key_cache": "latent"}, "convert with --key-cache rotated"),
         ("llama", {"form": "affine", "kv_floats": 20}, "convert with --form static"),
-        ("mistral", {}, "it attends in a window .*--to dense"),
+        ("mistral", {}, "it attends in a window, .*--to dense"),
         ("qwen3", {}, "a Qwen3ForCausalLM is no Llama inside: .*--to dense"),
         ("gemma3", {}, "--to dense"),
         ("dynamic", {}, r"change with the length \(dynamic\)"),

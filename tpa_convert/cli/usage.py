@@ -18,6 +18,8 @@ from tpa_convert.options.usage import (
     ServeOptions,
 )
 
+ROOM = 1.1  # how much larger an exported cache may be without a word on what helps
+
 
 @command("inspect small")
 def inspect(files: InspectFiles) -> None:
@@ -53,6 +55,12 @@ def export(files: ExportFiles, options: ExportOptions) -> None:
         f"token, the converted model {result.converted_floats:,} (×{kept:.2f}).",
         soft_wrap=True,
     )
+    if options.to != "dense" and kept > ROOM:
+        console.print(
+            "Its layers put their keys on different rotary pairs, and a Llama has one table for "
+            "all: convert with --target llama to share one.",
+            soft_wrap=True,
+        )
     show_next(f"Wrote {result.out}.")
 
 

@@ -93,21 +93,37 @@ def check_expressible(model: PreTrainedModel, layers: Sequence[TPAAttention]) ->
     Raises:
         UserError: see `to_llama`.
     """
-    source = source_class(model)
+    check_source(source_class(model), model.config)
+    for i, layer in enumerate(layers):
+        if reason := _obstacle(layer):
+            raise UserError(f"layer {i} cannot be a Llama's: {reason}")
+
+
+def check_source(source: Any, config: Any) -> None:
+    """Refuses sources of which no conversion can be a Llama.
+
+    Args:
+        source: class of transformers.
+
+    Raises:
+        UserError: what is in the way.
+    """
     if source not in SAME_DECODERS:
         raise UserError(
             f"a {source.__name__} is no Llama inside: export it with --to dense, which keeps its "
             "own class but not the small cache"
         )
-    kind = model.config.rope_parameters["rope_type"]
+    kind = config.rope_parameters["rope_type"]
     if kind in CHANGING_ROPE:
         raise UserError(
             f"the frequencies of its RoPE change with the length ({kind}), those of the exported "
-            "table cannot: use --to dense"
+            "table cannot: export it with --to dense"
         )
-    for i, layer in enumerate(layers):
-        if reason := _obstacle(layer):
-            raise UserError(f"layer {i} cannot be a Llama's: {reason}")
+    if getattr(config, "sliding_window", None) is not None:
+        raise UserError(
+            "it attends in a window, which a Llama cannot: export it with --to dense, or set its "
+            "sliding_window to null where no text is longer"
+        )
 
 
 def _obstacle(layer: TPAAttention) -> str | None:

@@ -36,9 +36,14 @@ is that of the source.
 
 def source_class(model: PreTrainedModel) -> Any:
     """The class of transformers whose attention was replaced."""
+    return stock_class(type(model))
+
+
+def stock_class(converted: type) -> Any:
+    """The class of transformers that a converted one is made of."""
     return next(
         cls
-        for cls in type(model).__mro__
+        for cls in converted.__mro__
         if issubclass(cls, PreTrainedModel) and not issubclass(cls, TPAModelMixin)
     )
 

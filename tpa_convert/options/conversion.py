@@ -161,6 +161,23 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
         shown_default="the source's; float32 for GGUF",
     )
 
+    target: Literal["llama"] | None = option(
+        None,
+        "Make a model that `export --to llama` (or gguf) writes without loss: static rotated keys, "
+        "with one table of rotary pairs for all layers.",
+        METHOD,
+    )
+
+    @model_validator(mode="after")
+    def _check_target(self) -> ConvertOptions:
+        if self.target == "llama":
+            for name, wanted in (("form", "static"), ("key_cache", "rotated"), ("method", "gauge")):
+                if getattr(self, name) != wanted:
+                    raise ValueError(f"`target` llama needs `{name}` {wanted}")
+            if not self.whiten:
+                raise ValueError("`target` llama needs `whiten`")
+        return self
+
     @model_validator(mode="after")
     def _check_budget(self) -> ConvertOptions:
         budgets = self.budgets
