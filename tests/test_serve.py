@@ -77,7 +77,10 @@ class Server:
     def stop(self) -> None:
         """As a service manager does; it has to end by itself."""
         self.process.terminate()
-        rest, _ = self.process.communicate(timeout=60)
+        try:
+            rest, _ = self.process.communicate(timeout=60)
+        finally:
+            self.process.kill()
         self.output += rest
 
 
