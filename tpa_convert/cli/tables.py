@@ -78,10 +78,10 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
             kind += f", {layer.key_cache} keys"
         kinds.setdefault(kind, []).append(i)
     for kind, where in kinds.items():
-        console.print(f"{'layers' if len(where) > 1 else 'layer'} {_ranges(where)}: {kind}{widths}")
+        console.print(f"{'layers' if len(where) > 1 else 'layer'} {ranges(where)}: {kind}{widths}")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """1, 3-5 for 1, 3, 4, 5."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]

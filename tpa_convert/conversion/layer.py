@@ -171,7 +171,10 @@ def convert_layer(
     if shape.latent_keys:
         latent = with_unit_gauge(decompose_latent_keys(weights, basis, shape.width_k))
         return attention_parameters(weights, latent, values, shape, functional), shape
-    keys = with_unit_gauge(decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k))
+    limit: int | Tensor | None = rank_limit_k
+    if shape.key_pairs is not None:  # the plan says how many components each pair gets
+        limit = torch.tensor([int(count) for count in shape.key_pairs.split()])
+    keys = with_unit_gauge(decompose.decompose_keys(weights, basis, shape.width_k, limit))
     if shape.key_gauge != "none":
         keys = by_rotary_pair(keys)
         counts = keys.rotary_pair.bincount(minlength=weights.key.shape[1] // 2)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_kernels import decode_components, find_kernel, of_one_width
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
+from .tpa_paged import holds_rows
 from .tpa_rotary import PairOrder, Table, paged_positions, pair_table, rotate, slot_positions
 from .tpa_values import ContextualValues, StaticValues
 
@@ -302,7 +303,8 @@ class TPAAttention(nn.Module):
             widths: of the packed keys and values.
         """
         if not isinstance(cache, Cache):
-            return self.num_key_value_heads, self.head_dim
+            packed = holds_rows(cache, self.layer_idx)
+            return None if packed else (self.num_key_value_heads, self.head_dim)
         if self.layer_idx >= len(cache.layers):
             return None
         layer = cache.layers[self.layer_idx]

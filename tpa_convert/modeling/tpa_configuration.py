@@ -274,7 +274,8 @@ class TPAConfigMixin:
     @property
     def cached_bytes(self) -> list[int]:
         """Bytes cached per token, one entry per layer; numbers have 16 bits."""
-        return [shape.cached_bytes(self.num_key_value_heads) for shape in self.layer_shapes]
+        heads = source_key_value_heads(self)
+        return [shape.cached_bytes(heads) for shape in self.layer_shapes]
 
     def validate_tpa_layers(self) -> None:
         """Checks the shapes. Raises `ValueError` naming the first bad layer."""

@@ -5,9 +5,11 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import initialization as init
 
+from .tpa_adapters import tell_peft
 from .tpa_attention import AttentionNames, TPAAttention, replace_attention
 from .tpa_codes import RowCoder
 from .tpa_keys import HeadGauge, KeyNorm, PairGauge, RotatedKeys
+from .tpa_paged import pack_paged_cache
 
 
 class TPAModelMixin:
@@ -24,6 +26,11 @@ class TPAModelMixin:
     def replace_attention(self) -> None:
         """Puts TPA into every layer; to be called once the source's modules are there."""
         replace_attention(self, self.attention_names)
+        tell_peft(self.config)  # type: ignore[attr-defined]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        pack_paged_cache(self)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]

@@ -185,6 +185,13 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
         shown_default="the source's; float32 for GGUF",
     )
 
+    target: Literal["llama"] | None = option(
+        None,
+        "Make a model that `export --to llama` (or gguf) writes without loss: static rotated keys, "
+        "with one table of rotary pairs for all layers.",
+        METHOD,
+    )
+
     @property
     def coded(self) -> bool:
         """Whether the cache is to be coded in bits. A plan says that by itself."""
@@ -196,12 +203,29 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
         """Options given that only a cache of plain numbers has."""
         given = plain_only(self)
         given += [f"`{name}`" for name in RANKS if getattr(self, name) is not None]
-        for name, default in (("plan", None), ("form", "static"), ("method", "gauge")):
+        for name, default in (
+            ("plan", None),
+            ("form", "static"),
+            ("method", "gauge"),
+            ("target", None),
+        ):
             if getattr(self, name) != default:
                 given.append(f"`{name}`")
         if not self.whiten:
             given.append("`whiten` off")
         return given
+
+    @model_validator(mode="after")
+    def _check_target(self) -> ConvertOptions:
+        if self.target == "llama":
+            for name, wanted in (("form", "static"), ("method", "gauge")):
+                if getattr(self, name) != wanted:
+                    raise ValueError(f"`target` llama needs `{name}` {wanted}")
+            if self.plain_key_cache != "rotated" or self.coded:
+                raise ValueError("`target` llama needs rotated keys of 16 bits")
+            if not self.whiten:
+                raise ValueError("`target` llama needs `whiten`")
+        return self
 
     @model_validator(mode="after")
     def _check_budget(self) -> ConvertOptions:

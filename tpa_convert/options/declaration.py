@@ -32,6 +32,7 @@ TEXT = "Text"
 TRAINING = "Training"
 MEASURE = "What to measure"
 SAMPLING = "Sampling"
+SERVING = "Serving"
 OUTPUT = "Output"
 SOURCE = "Model and device"
 PANELS = (
@@ -44,6 +45,7 @@ PANELS = (
     TRAINING,
     MEASURE,
     SAMPLING,
+    SERVING,
     OUTPUT,
     SOURCE,
 )

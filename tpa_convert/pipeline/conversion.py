@@ -11,9 +11,13 @@ import torch
 
 from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
+from tpa_convert.export.llama import check_source
 from tpa_convert.export.output import atomic_directory, check_output
 from tpa_convert.export.save import save_converted, stamp
+from tpa_convert.export.stock import stock_class
+from tpa_convert.families import family_of
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
@@ -75,6 +79,8 @@ def convert(
         raise UserError(
             f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
         )
+    if options.target == "llama":
+        _refuse_other_than_llama(source)
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
@@ -90,6 +96,9 @@ def convert(
         if plan.coded is not None:
             assert moments is not None
             plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+        if options.target == "llama":
+            assert moments is not None, "`whiten` is asked for"
+            plan = share_pairs(plan, moments)
         model = convert_model(
             loaded,
             plan,
@@ -120,3 +129,11 @@ def convert(
         provenance = {"source": asdict(loaded.reference), "convert": record}
         save_converted(model, loaded.tokenizer, directory, out.name, provenance)
     return ConversionResult(out, prediction, time.perf_counter() - start)
+
+
+def _refuse_other_than_llama(source: str | SourceOptions) -> None:
+    where = source_options(source)
+    config = read_source_config(
+        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
+    )
+    check_source(stock_class(family_of(config).causal_lm), config)

@@ -158,6 +158,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def pyplot() -> Any:
+    """matplotlib without a screen."""
     # Imported here: it takes a second, and most commands draw nothing.
     import matplotlib
 
