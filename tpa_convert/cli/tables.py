@@ -23,24 +23,31 @@ LAYERS_ACROSS = 10  # in the table of an uneven plan
 
 def show_plan(prediction: Prediction) -> None:
     """What is cached before and after, and the shapes of the layers."""
-    plan = prediction.plan
+    plan, layers = prediction.plan, len(prediction.plan.layers)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for column in ("source", "converted", "kept"):
         table.add_column(column, justify="right")
     for name, before, after in (
         ("cache bytes per token", prediction.source_kv_bytes, prediction.kv_bytes),
-        ("cached numbers per token and layer", plan.source_kv_floats, plan.kv_floats),
+        ("  of them per layer", plan.source_kv_bytes / layers, plan.kv_bytes / layers),
         ("parameters", prediction.source_parameters, prediction.parameters),
     ):
         table.add_row(
             name,
-            f"{before:,}",
+            f"{before:,.0f}",
             f"{after:,.6g}" if after < 1e6 else f"{after:,}",
             f"{after / before:.1%}",
         )
     console.print(table)
-    show_layers(plan.layers)
+    if plan.coded is None:
+        show_layers(plan.layers)
+    else:
+        blocks = plan.coded.key_blocks
+        console.print(
+            "Which number gets how many bits is decided on the calibration text; keys are rebuilt "
+            f"in {blocks} block{'s' if blocks > 1 else ''} of rotary pairs."
+        )
     _show_rebuilding(plan)
 
 
@@ -52,6 +59,9 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
         f"{key} width": [layer.width_k for layer in layers],
         "value width": [layer.width_v for layer in layers],
     }
+    if any(layer.coded for layer in layers):
+        rows["key bytes"] = [layer.key_layout.row_bytes for layer in layers]
+        rows["value bytes"] = [layer.value_layout.row_bytes for layer in layers]
     if any(layer.contextual for layer in layers):
         # the rank of a static layer follows from its decomposition, so a plan cannot know it
         rows["key rank"] = [layer.rank_k if layer.contextual else None for layer in layers]
@@ -74,6 +84,9 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
     kinds: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
         kind = f"{layer.form} head factors, gauge {layer.value_gauge}"
+        if layer.coded:
+            blocks = f" in {layer.key_blocks} blocks" if layer.key_blocks > 1 else ""
+            kind = f"coded in bits, keys rebuilt from codes{blocks}"
         if len(kept_as) > 1:
             kind += f", {layer.key_cache} keys"
         kinds.setdefault(kind, []).append(i)
