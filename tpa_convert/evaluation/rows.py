@@ -14,6 +14,7 @@ from tpa_convert.evaluation.metrics.multiple_choice import Accuracy, multiple_ch
 from tpa_convert.evaluation.metrics.speed import SpeedSettings, measure_speed
 from tpa_convert.evaluation.report import Row
 from tpa_convert.forward.comparison import compare, geometric_mean
+from tpa_convert.forward.quantised import share_of_bytes
 from tpa_convert.progress import Track
 
 CHOICES = "Multiple choice (% right)"
@@ -123,14 +124,25 @@ def task_rows(
     return rows
 
 
-def cache_rows(models: Mapping[str, PreTrainedModel]) -> list[Row]:
+def cache_rows(
+    models: Mapping[str, PreTrainedModel], quantised: Mapping[str, int] | None = None
+) -> list[Row]:
     """What each model caches of a token, measured on the live cache; numbers count as 16 bits,
-    whatever type they have here."""
+    whatever type they have here.
+
+    Args:
+        quantised: bits of the quantised caches of the first model, whose bytes are counted.
+    """
     caches = {name: cache_bytes(model) for name, model in models.items()}
     per_token: dict[str, float | None] = {name: c.at(2) for name, c in caches.items()}
+    whole = next(iter(per_token.values())) or 0.0
+    layers = len(next(iter(caches.values())).per_layer)
+    shares = {name: share_of_bytes(bits) * whole for name, bits in (quantised or {}).items()}
+    per_token |= shares
     per_layer: dict[str, float | None] = {
         name: c.at(2) / len(c.per_layer) for name, c in caches.items()
     }
+    per_layer |= {name: share / layers for name, share in shares.items()}
     section = "Key-value cache, measured"
     return [
         Row(section, "bytes per token", "bytes", per_token, False),

@@ -18,6 +18,7 @@ from tpa_convert.evaluation.metrics.speed import SpeedSettings, fitting_prompt
 from tpa_convert.evaluation.report import EvaluationReport, Row
 from tpa_convert.evaluation.texts import blocks_by_source
 from tpa_convert.forward.ids import check_ids
+from tpa_convert.forward.quantised import quantised_source
 from tpa_convert.options.evaluation import EvaluationSettings
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.text.read import Text, distinct_names
@@ -121,15 +122,34 @@ def _measure(
             models, tokenizer, settings.tasks, settings.limit, batch_size, include_path
         )
     if inputs.blocks:
-        found += rows.text_rows(models, inputs.blocks, batch_size, track)
+        compared = with_quantised(models, settings.quantised)
+        found += rows.text_rows(compared, inputs.blocks, batch_size, track)
     if inputs.questions:
         choices, errors = rows.choice_rows(models, tokenizer, inputs.questions, batch_size, track)
         found += choices
     found += tasks
-    found += rows.cache_rows(models)
+    found += rows.cache_rows(models, quantised_names(settings.quantised))
     if settings.speed:
         found += rows.speed_rows(models, timing, track)
+    names = [*models, *quantised_names(settings.quantised)]
+    found = [row.with_columns(names) for row in found]
     return _Measured(found, errors)
+
+
+def quantised_names(bits: Sequence[int]) -> dict[str, int]:
+    """Columns of the source with its own cache quantised."""
+    return {f"source int{count}": count for count in bits}
+
+
+def with_quantised(
+    models: Mapping[str, PreTrainedModel], bits: Sequence[int]
+) -> dict[str, PreTrainedModel]:
+    """The models, and behind them the first with its own cache quantised to so many bits."""
+    source = next(iter(models.values()))
+    others = {
+        name: quantised_source(source, count) for name, count in quantised_names(bits).items()
+    }
+    return {**models, **others}
 
 
 def _notes(inputs: _Inputs, measured: _Measured, timing: SpeedSettings) -> list[str]:
@@ -148,6 +168,8 @@ def _notes(inputs: _Inputs, measured: _Measured, timing: SpeedSettings) -> list[
         )
         if len(models) > 1:
             notes.append("drop: mean over tasks ± 95 % interval, compared question by question")
+    if settings.quantised:
+        notes.append("source int…: its own cache quantised, keys by channel, values by token")
     if settings.speed:
         notes.append(
             f"speed: {_hardware(models)}, batch {timing.batch}, prompt of "
@@ -174,7 +196,11 @@ def _report(inputs: _Inputs, measured: _Measured, notes: list[str]) -> Evaluatio
         "notes": notes,
     }
     return EvaluationReport(
-        tuple(models), tuple(measured.rows), prompt or None, samples, conditions
+        tuple([*models, *quantised_names(settings.quantised)]),
+        tuple(measured.rows),
+        prompt or None,
+        samples,
+        conditions,
     )
 
 
