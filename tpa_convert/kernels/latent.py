@@ -131,7 +131,7 @@ def latent_kernel(
     for _ in tl.static_range(CHUNKS_V):
         outputs = outputs + (tl.zeros([CHUNK_V, COLUMNS], tl.float32),)
 
-    for block in range(first, last, BLOCK):
+    for block in tl.range(first, last, BLOCK, num_stages=1):
         slot = block + tl.arange(0, BLOCK)
         valid = in_use(slot, last, mask)
         key_offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
