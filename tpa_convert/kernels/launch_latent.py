@@ -21,7 +21,7 @@ from .launch import (
 )
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
-BLOCK, STAGES, WARPS = 64, 2, 4
+BLOCK, STAGES, WARPS = 128, 2, 8
 
 
 def launch_latent(
