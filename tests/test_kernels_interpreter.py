@@ -24,11 +24,12 @@ TESTS = [
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("tests", TESTS, ids=lambda path: path.stem)
+def test_kernels_under_the_interpreter(tests) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=TESTS[0].parents[1],
+        cwd=tests.parents[1],
         capture_output=True,
         text=True,
     )

@@ -1,12 +1,14 @@
 """Split-KV decoding over latent keys: rebuilt, normalised and rotated tile by tile.
 
-A program holds all heads, so that what is cached is read once. Keys of one head after the other
-are made of a tile of slots in the matrix unit,
+A program holds all heads, so that what is cached is read once. Keys of a few heads after the
+others are made of a tile of slots in the matrix unit,
 
     keys_j [T, d] = cached [T, w_k] · weight_jᵀ [w_k, d]
 
 and meet all queries, of which those of other heads are zeros: that takes g times the products of
-scores, few beside those that rebuild, and leaves the scores where values want them.
+scores, few beside those that rebuild, and leaves the scores where values want them. Real and
+imaginary parts of a rotary pair stand side by side, as one thread holds them, so that rotating
+moves nothing.
 """
 
 # Triton's language has tuples that grow by addition only, and no types for them.
@@ -28,29 +30,6 @@ def _load(rows, offset, valid, first, width, SIZE: tl.constexpr):
     component = first + tl.arange(0, SIZE)[None, :]
     mask = valid[:, None] & (component < width)
     return tl.load(rows + offset[:, None] + component, mask=mask, other=0.0)
-
-
-@triton.jit
-def _half(
-    features,
-    weight,
-    offset,
-    first,
-    width,
-    pairs,
-    CHUNK: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Real or imaginary parts [T, PAIRS] of the keys of a head, from `first` on in its rows."""
-    pair = tl.arange(0, PAIRS)
-    used = pair < pairs
-    rows = (first + pair) * width
-    total = tl.zeros([features[0].shape[0], PAIRS], tl.float32)
-    for i in tl.static_range(len(features)):
-        part = _load(weight, rows, used, i * CHUNK, width, CHUNK)
-        total = tl.dot(features[i], tl.trans(part), total, input_precision=PRECISION)
-    return total + tl.load(offset + first + pair, mask=used, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["length", "positions", "window", "splits", "mask_stride_b"])
@@ -91,7 +70,8 @@ def latent_kernel(
     splits,
     GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS: tl.constexpr,  # of a head, padded
+    JOINT: tl.constexpr,  # heads whose keys are made at a time
     CHUNK_K: tl.constexpr,
     CHUNKS_K: tl.constexpr,
     CHUNK_V: tl.constexpr,
@@ -124,55 +104,54 @@ def latent_kernel(
     sine += batch.to(tl.int64) * table_stride_b
     if mask is not None:
         mask += batch.to(tl.int64) * mask_stride_b
-    pair = tl.arange(0, PAIRS)
+    # Columns of keys: heads, their pairs, the two parts of each.
+    SIZE: tl.constexpr = JOINT * 2 * PAIRS
+    number = tl.arange(0, SIZE)
+    joint, pair, part = number // (2 * PAIRS), number % (2 * PAIRS) // 2, number % 2
+    used = pair < pairs
+    of_key = joint * 2 * pairs + part * pairs + pair
+    turned = tl.arange(0, SIZE // 2) % PAIRS
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     outputs = ()
     for _ in tl.static_range(CHUNKS_V):
         outputs = outputs + (tl.zeros([CHUNK_V, COLUMNS], tl.float32),)
 
-    for block in range(first, last, BLOCK):
+    for block in tl.range(first, last, BLOCK, num_stages=1):
         slot = block + tl.arange(0, BLOCK)
         valid = in_use(slot, last, mask)
         key_offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
         features = ()
         for i in tl.static_range(CHUNKS_K):
             features = features + (_load(keys, key_offset, valid, i * CHUNK_K, width_k, CHUNK_K),)
-        table = slot.to(tl.int64) * pairs
-        cos = _load(cosine, table, valid, 0, pairs, PAIRS)
-        sin = _load(sine, table, valid, 0, pairs, PAIRS)
+        table = (slot.to(tl.int64) * pairs)[:, None] + turned[None, :]
+        known = valid[:, None] & (turned < pairs)[None, :]
+        cos = tl.load(cosine + table, mask=known, other=0.0)
+        sin = tl.load(sine + table, mask=known, other=0.0)
         scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
-        for j in tl.range(0, GROUPS, num_stages=STAGES):
-            of_head = weight + j * (2 * pairs * width_k)
-            offset_j = offset + j * 2 * pairs
-            real = _half(features, of_head, offset_j, 0, width_k, pairs, CHUNK_K, PAIRS, PRECISION)
-            imaginary = _half(
-                features, of_head, offset_j, pairs, width_k, pairs, CHUNK_K, PAIRS, PRECISION
+        for step in tl.range(0, GROUPS // JOINT, num_stages=STAGES):
+            first_key = step * (JOINT * 2) * pairs
+            rows = (first_key + of_key) * width_k
+            key = tl.zeros([BLOCK, SIZE], tl.float32)
+            for i in tl.static_range(CHUNKS_K):
+                of_heads = _load(weight, rows, used, i * CHUNK_K, width_k, CHUNK_K)
+                key = tl.dot(features[i], tl.trans(of_heads), key, input_precision=PRECISION)
+            key += tl.load(offset + first_key + of_key, mask=used, other=0.0).to(tl.float32)[
+                None, :
+            ]
+            if unscale is not None:  # then JOINT is 1
+                unscaled = key * tl.load(unscale + of_key, mask=used, other=0.0)[None, :]
+                size = tl.sum(unscaled * unscaled, 1) / (2 * pairs)
+                key *= tl.rsqrt(size + epsilon)[:, None]
+                key *= tl.load(gain + of_key, mask=used, other=0.0)[None, :]
+            real, imaginary = tl.split(tl.reshape(key, (BLOCK, SIZE // 2, 2)))
+            turned_key = tl.join(real * cos - imaginary * sin, imaginary * cos + real * sin)
+            turned_key = tl.reshape(turned_key, (BLOCK, SIZE)).to(query.dtype.element_ty)
+            mine = inside[:, None] & (group[:, None] == (step * JOINT + joint)[None, :])
+            queries = tl.load(
+                query + of_column[:, None] + (number % (2 * PAIRS))[None, :], mask=mine, other=0.0
             )
-            if unscale is not None:
-                used = pair < pairs
-                of_real = real * tl.load(unscale + pair, mask=used, other=0.0)[None, :]
-                of_imaginary = imaginary * tl.load(unscale + pairs + pair, mask=used, other=0.0)
-                size = tl.sum(of_real * of_real, 1) + tl.sum(of_imaginary * of_imaginary, 1)
-                size = tl.rsqrt(size / (2 * pairs) + epsilon)[:, None]
-                real *= size * tl.load(gain + pair, mask=used, other=0.0)[None, :]
-                imaginary *= size * tl.load(gain + pairs + pair, mask=used, other=0.0)[None, :]
-            mine = inside & (group == j)
-            query_real = _load(query, of_column, mine, 0, pairs, PAIRS)
-            query_imaginary = _load(query + pairs, of_column, mine, 0, pairs, PAIRS)
-            number = query.dtype.element_ty
-            scores = tl.dot(
-                (real * cos - imaginary * sin).to(number),
-                tl.trans(query_real),
-                scores,
-                input_precision=PRECISION,
-            )
-            scores = tl.dot(
-                (imaginary * cos + real * sin).to(number),
-                tl.trans(query_imaginary),
-                scores,
-                input_precision=PRECISION,
-            )
+            scores = tl.dot(turned_key, tl.trans(queries), scores, input_precision=PRECISION)
         weights, rescale, highest, total = softmax_step(
             scores, slot, valid, own, scale, softcap, window, highest, total, MULTIPLE
         )

@@ -21,7 +21,8 @@ from .launch import (
 )
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
-BLOCK, STAGES, WARPS = 64, 2, 4
+KEYS = 128  # numbers of keys, of all heads made at a time
+BLOCK, STAGES, WARPS = 128, 2, 8
 
 
 def launch_latent(
@@ -38,10 +39,16 @@ def launch_latent(
 ) -> Tensor:
     """`latent_reference.decode_latent`, for widths in multiples of 8 and any strides but the
     last."""
-    query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, positions, head_dim = query.shape
     length, width_v = values.shape[2:]
     width_k, pairs = keys.shape[-1], head_dim // 2
+    padded = power_of_two(pairs, 8, 1 << 16)
+    query = torch.nn.functional.pad(query.unflatten(-1, (2, -1)), (0, padded - pairs))
+    query = query.mT.flatten(-2)  # the two parts of each pair side by side
+    groups = len(latent.weight)
+    joint = 1
+    while latent.unscale is None and groups % (2 * joint) == 0 and 4 * joint * padded <= KEYS:
+        joint *= 2
     columns = heads * positions
     per_program = power_of_two(columns, 16, MAX_COLUMNS)
     tiles = triton.cdiv(columns, per_program)
@@ -87,9 +94,10 @@ def launch_latent(
         window,
         latent.epsilon,
         splits,
-        GROUPS=len(weight),
+        GROUPS=groups,
         COLUMNS=per_program,
-        PAIRS=power_of_two(pairs, 16, 1 << 16),
+        PAIRS=padded,
+        JOINT=joint,
         CHUNK_K=chunk_k,
         CHUNKS_K=triton.cdiv(width_k, chunk_k),
         CHUNK_V=chunk_v,
