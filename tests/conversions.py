@@ -10,12 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import make_tiny_llama
+from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.calibration.moments import Moments, collect_moments
+from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.families import family_of
 from tpa_convert.modeling import Form, Gauge, KeyCache, LayerShape
 from tpa_convert.modeling.tpa_llama import TPALlamaConfig, TPALlamaForCausalLM
-from tpa_convert.plans import Budget, plan_uniform
+from tpa_convert.plans import Budget, plan_coded, plan_uniform
 from tpa_convert.sources import Source, SourceReference
 
 
@@ -91,3 +93,27 @@ def random_coded() -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return TPALlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def coded_moments(model: PreTrainedModel, blocks: torch.Tensor | None = None) -> Moments:
+    return collect_cache_moments(source_of(model), random_blocks() if blocks is None else blocks)
+
+
+def convert_coded(
+    model: PreTrainedModel,
+    *,
+    bits: int | None = None,
+    key_blocks: int | None = None,
+    moments: Moments | None = None,
+    dtype: torch.dtype | None = None,
+    **budget: Any,
+) -> PreTrainedModel:
+    """Converts a tiny model to a cache coded in bits, at a quarter of the bytes by default."""
+    source = source_of(model)
+    sizes = source.family.attention_sizes(model.config)
+    plan = plan_coded(
+        sizes, Budget(**(budget or {"kv_ratio": 0.25})), bits=bits, key_blocks=key_blocks
+    )
+    moments = moments or coded_moments(model)
+    plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+    return convert_model(source, plan, moments, dtype=dtype)

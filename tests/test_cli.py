@@ -53,18 +53,19 @@ def test_convert_writes_a_model_for_plain_transformers(source: Path, converted: 
     assert model.config.model_type == "tpa_llama"
     assert model.dtype == torch.float32
     cache = model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
-    # Half of 2 layers x 2 heads x (8 + 8) numbers of 4 bytes.
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 5 * 128
+    # Half of 2 layers x 2 heads x (8 + 8) numbers of 2 bytes, in codes.
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 5 * 64
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.uint8}
 
     record = json.loads((converted / "tpa_convert.json").read_text())
     assert record["source"]["id"] == str(source)
     assert record["convert"]["settings"]["kv_ratio"] == 0.5
-    assert record["convert"]["plan"]["kv_bytes"] == 128
+    assert record["convert"]["plan"]["kv_bytes"] == 64
     assert record["convert"]["versions"]["torch"]
     card = (converted / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "license" not in card
-    assert "**128 bytes per token instead of 256**" in card
+    assert "**64 bytes per token instead of 128** (50.0 %; numbers at 16 bits)" in card
 
 
 WITHOUT_THE_PACKAGE = """
@@ -105,31 +106,39 @@ def test_dry_run_touches_no_weights(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     plan = json.loads((tmp_path / "p").read_text())
     assert plan["kv_floats"] == 12
-    assert plan["kv_bytes"] == 2 * 12 * 4
+    assert plan["kv_bytes"] == 2 * 12 * 2
     assert contents(tmp_path) == ["bare", "p"]
 
 
-def test_dry_run_predicts_what_convert_measures(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--form", "affine"], ["--cache-bits", "16"]])
+def test_dry_run_predicts_what_convert_measures(
+    source: Path, tmp_path: Path, options: list[str]
+) -> None:
     for name, extra in (("plan", ["--dry-run"]), ("made", ["--out", tmp_path / "out"])):
-        arguments = ["convert", source, *CONVERT, "--form", "affine", *extra]
+        arguments = ["convert", source, *CONVERT, *options, *extra]
         result = tpa_convert(*arguments, "--json", tmp_path / name)
         assert result.exit_code == 0, result.output
     plan = json.loads((tmp_path / "plan").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     cache = model(torch.zeros(1, 3, dtype=torch.long), use_cache=True).past_key_values
     measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert measured == 3 * plan["kv_bytes"]
+    assert measured == 3 * 2 * plan["kv_bytes"]  # bytes are promised at 16 bits a number
     assert model.num_parameters() == plan["parameters"]
 
 
-def test_moments_are_kept_and_reused(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("bits", "measure"), [("auto", "collect_cache_moments"), ("16", "collect_moments")]
+)
+def test_moments_are_kept_and_reused(
+    source: Path, tmp_path: Path, monkeypatch: Any, bits: str, measure: str
+) -> None:
     moments = tmp_path / "moments.safetensors"
-    first = ["convert", source, *CONVERT, "--save-moments", moments, "--out", tmp_path / "first"]
+    command = ["convert", source, *CONVERT, "--cache-bits", bits]
+    first = [*command, "--save-moments", moments, "--out", tmp_path / "first"]
     assert tpa_convert(*first).exit_code == 0
-    monkeypatch.setattr(
-        "tpa_convert.pipeline.calibration.collect_moments", None
-    )  # must not be called again
-    second = ["convert", source, "--kv-ratio", "0.5", "--moments", moments]
+    # must not be called again
+    monkeypatch.setattr(f"tpa_convert.pipeline.calibration.{measure}", None)
+    second = ["convert", source, "--kv-ratio", "0.5", "--cache-bits", bits, "--moments", moments]
     assert tpa_convert(*second, "--out", tmp_path / "second").exit_code == 0
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("first", "second"))
     tokens = torch.arange(3, 20)[None]
@@ -239,7 +248,7 @@ def failing(error: BaseException) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     "step",
-    ["calibration.collect_moments", "conversion.convert_model", "conversion.save_converted"],
+    ["calibration.collect_cache_moments", "conversion.convert_model", "conversion.save_converted"],
 )
 def test_ctrl_c_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str

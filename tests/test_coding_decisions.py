@@ -9,31 +9,21 @@ from hypothesis import strategies as st
 
 from tpa_convert.coding import (
     allocate_bits,
-    class_means,
-    class_offset,
-    decode,
+    coded_order,
     design_quantiser,
-    encode,
     fisher_metric,
-    fit_row,
-    importance_and_variance,
-    key_metric,
+    fit_tiers,
+    groups_of_bits,
     pair_blocks,
-    prediction,
+    part_of,
+    predict_values,
     principal_components,
-    rotated_covariance,
-    rotated_gauge,
-    rotation_invariant,
-    row_layout,
-    share_rows,
-    spreads,
-    weighted_covariance,
+    remaining_error,
+    share_bytes,
 )
-from tpa_convert.coding.allocation import GAUSSIAN_ERROR, GAUSSIAN_STEP, envelope, remaining_error
-from tpa_convert.modeling.tpa_codes import tier_bits_of
-from tpa_convert.decomposition.gauge import decompose_keys, decompose_values, value_metric
-from tpa_convert.decomposition.latent import decompose_latent_keys, latent_components
-from tpa_convert.decomposition.moments import data_free_moments
+from tpa_convert.coding.allocation import GAUSSIAN_ERROR, GAUSSIAN_STEP, envelope, share_units
+from tpa_convert.modeling import RowLayout
+from tpa_convert.modeling.tpa_codes import decode, encode, tier_bits_of
 
 LEVEL_SETS = ((0, 1, 2, 3, 4, 8), (0, 1, 2, 4, 8), (0, 2, 4, 8), (0, 4), (0, 1))
 energies = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=4).map(
@@ -101,62 +91,152 @@ def test_impossible_levels_are_refused(levels):
         allocate_bits(torch.ones(3), 5, levels)
 
 
+def layout_of(blocks: list[torch.Tensor], align: int) -> RowLayout:
+    """Of the row of a part with these bits in its blocks."""
+    groups = [group for bits in blocks for group in groups_of_bits(bits)[0]]
+    return RowLayout(tuple(groups), align)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
-    st.integers(1, 100), st.integers(2, 120), st.sampled_from((1, 2, 4, 16)),
+    st.integers(1, 100), st.integers(0, 120), st.sampled_from((1, 2, 4, 16)),
     st.sampled_from(LEVEL_SETS), st.integers(0, 1000),
 )  # fmt: skip
-def test_rows_fit_and_the_strongest_get_most(count, size, align, levels, seed):
+def test_tiers_fit_and_the_strongest_get_most(count, size, align, levels, seed):
     energy = torch.rand(count, generator=torch.Generator().manual_seed(seed)).double() ** 8
-    bits = fit_row(energy, size, align, levels)
-    layout, order = row_layout(bits, align)
-    assert layout.row_bytes <= size
+    bits = fit_tiers(energy, size, align, levels)
+    layout, order = layout_of([bits], align), groups_of_bits(bits)[1]
+    assert layout.header <= size
     assert torch.equal(bits[order], torch.tensor(layout.bits, dtype=torch.long))
     assert (bits[energy.argsort(descending=True)].diff() <= 0).all()
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 80), st.integers(0, 60), st.integers(0, 40), st.sampled_from((1, 2, 4)))
+def test_more_bytes_never_expect_more_loss(count, size, more, align):
+    energy = torch.rand(count, generator=torch.Generator().manual_seed(count)).double() ** 6
+    errors = [
+        remaining_error(energy, fit_tiers(energy, n, align)).item() for n in (size, size + more)
+    ]
+    assert errors[1] <= errors[0] * (1 + 1e-9)
+
+
 @settings(deadline=None, max_examples=25)
-@given(energies, st.integers(2, 9), st.sampled_from((1, 2)), st.sampled_from(LEVEL_SETS))
-def test_no_row_of_as_many_bytes_is_better(energy, size, align, levels):
+@given(energies, st.integers(0, 7), st.sampled_from((1, 2)), st.sampled_from(LEVEL_SETS))
+def test_no_tiers_of_as_many_bytes_are_better(energy, size, align, levels):
     least = min(
         remaining_error(energy, torch.tensor(bits)).item()
         for bits in itertools.product(levels, repeat=len(energy))
-        if row_layout(torch.tensor(bits), align)[0].row_bytes <= size
+        if layout_of([torch.tensor(bits)], align).header <= size
         and whole_tiers(torch.tensor(bits), align)
     )
-    assert remaining_error(energy, fit_row(energy, size, align, levels)).item() <= least * 1.000001
+    assert remaining_error(energy, fit_tiers(energy, size, align, levels)).item() <= least * (
+        1 + 1e-6
+    )
 
 
 def whole_tiers(bits: torch.Tensor, align: int) -> bool:
-    """Whether the row would have as many bytes with all its tiers filled up."""
-    layout, _ = row_layout(bits, align)
+    """Whether the tiers would have as many bytes if all were filled up."""
+    layout = layout_of([bits], align)
     full = [(b, -(-n * min(tier_bits_of(b)) // (8 * align))) for b, n in layout.groups]
     filled = [(b, n * 8 * align // min(tier_bits_of(b))) for b, n in full]
-    return layout._replace(groups=tuple(filled)).row_bytes == layout.row_bytes
+    return layout._replace(groups=tuple(filled)).header == layout.header
 
 
 def test_padding_costs_little_in_wide_rows():
     energy = torch.logspace(0, -5, 1024, dtype=torch.float64)
     free = remaining_error(energy, allocate_bits(energy, 8 * 256))
-    assert remaining_error(energy, fit_row(energy, 258, align=16)) < 1.1 * free
+    assert remaining_error(energy, fit_tiers(energy, 256, align=16)) < 1.1 * free
 
 
 def test_a_row_needs_its_header():
-    with pytest.raises(ValueError, match="header"):
-        fit_row(torch.ones(3), 1)
-    with pytest.raises(ValueError, match="headers"):
-        share_rows([torch.ones(3), torch.ones(3)], 3)
+    with pytest.raises(ValueError, match="tiers of -1 bytes"):
+        fit_tiers(torch.ones(3), -1)
+    with pytest.raises(ValueError, match="no room for 2 rows of 4 bytes"):
+        share_bytes([[torch.ones(3)], [torch.ones(3)]], 7)
 
 
 def test_one_budget_goes_to_the_part_that_needs_it():
     energy = torch.logspace(0, -3, 64)
-    loud, quiet = share_rows([10 * energy, energy], 40)
-    sizes = [row_layout(bits, 2)[0].row_bytes for bits in (loud, quiet)]
+    loud, quiet = share_bytes([[10 * energy], [energy]], 40)
+    sizes = [layout_of(bits, 2).row_bytes for bits in (loud, quiet)]
     assert sum(sizes) <= 40
     assert sum(sizes) > 32
     assert sizes[0] > sizes[1]
-    alike = share_rows([energy, energy], 40)
-    assert torch.equal(*alike)
+    alike = share_bytes([[energy], [energy]], 40)
+    assert torch.equal(alike[0][0], alike[1][0])
+
+
+@st.composite
+def models(draw):
+    """Energies of parts in blocks, as of layers that differ a lot, and a size of their rows."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    align = draw(st.sampled_from((1, 2, 4, 16)))
+    parts = [
+        [
+            10 ** draw(st.integers(-6, 3))
+            * torch.rand(draw(st.integers(1, 40)), generator=generator).double() ** 4
+            for _ in range(draw(st.integers(1, 4)))
+        ]
+        for _ in range(draw(st.integers(1, 6)))
+    ]
+    least = 4 * -(-(1 + align) // 4) * len(parts)
+    return parts, least + draw(st.integers(0, 200)), align
+
+
+@settings(deadline=None, max_examples=60)
+@given(models(), st.sampled_from(LEVEL_SETS))
+def test_shares_keep_to_the_budget_and_leave_no_part_out(model, levels):
+    parts, total, align = model
+    found = share_bytes(parts, total, align, levels)
+    rows = [layout_of(bits, align).row_bytes for bits in found]
+    assert sum(rows) <= total
+    assert all(row % 4 == 0 for row in rows)
+    for part, bits in zip(parts, found, strict=True):
+        assert [len(energy) for energy in part] == [len(block) for block in bits]
+        assert sum(int((block > 0).sum()) for block in bits) >= 1
+        assert all(set(block.tolist()) <= set(levels) for block in bits)
+
+
+def test_rows_that_overrun_would_be_seen():
+    """Negative control of the check above: two parts that take the bits of one each."""
+    energy = torch.logspace(0, -3, 64)
+    (alone,) = share_bytes([[energy]], 40)
+    assert 2 * layout_of(alone, 2).row_bytes > 40
+
+
+def expected_loss(parts, found) -> float:
+    return sum(
+        remaining_error(energy, bits).item()
+        for part, blocks in zip(parts, found, strict=True)
+        for energy, bits in zip(part, blocks, strict=True)
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(models(), st.integers(0, 200))
+def test_more_budget_never_expects_more_loss(model, more):
+    parts, total, align = model
+    losses = [expected_loss(parts, share_bytes(parts, n, align)) for n in (total, total + more)]
+    assert losses[1] <= losses[0] * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.floats(0, 30), st.integers(0, 5)), min_size=1, max_size=8),
+    st.integers(0, 60),
+)
+def test_whole_units_are_near_those_wanted(wanted, more):
+    sizes, least = zip(*wanted, strict=True)
+    total = sum(least) + more
+    units = share_units(sizes, total, least)
+    assert sum(units) <= total
+    assert all(unit >= low for unit, low in zip(units, least, strict=True))
+    assert all(
+        unit <= max(low, int(size)) + 1 for unit, (size, low) in zip(units, wanted, strict=True)
+    )
+    with pytest.raises(ValueError, match="cannot hold"):
+        share_units(sizes, sum(least) - 1, least)
 
 
 # ------------------------------------------------------------------------------- components
@@ -188,142 +268,117 @@ def test_blocks_of_pairs_keep_both_halves_of_all_heads():
 
 
 def test_wider_blocks_leave_less_energy_to_many_components():
-    covariance, metric = positive_definite(64, 3), key_metric(torch.rand(2, 16).double() + 0.1)
+    covariance, metric = positive_definite(64, 3), positive_definite(64, 4)
     errors = []
     for blocks in (1, 4, 16):
-        found = principal_components(covariance, metric, pair_blocks(2, 32, blocks))
-        energy = found.importance * (found.feature @ covariance @ found.feature.mT).diagonal()
+        part = part_of(covariance, metric, pair_blocks(2, 32, blocks))
+        assert part.blocks == [64 // blocks] * blocks
+        energy = torch.cat(part.energies)
         errors.append(remaining_error(energy, allocate_bits(energy, 128)).item())
     assert errors[0] < errors[1] < errors[2]
 
 
-def test_rotated_components_commute_with_rotation():
-    head_dim, pairs = 8, 4
-    covariance = rotation_invariant(positive_definite(16, 5), head_dim)
-    metric = rotation_invariant(positive_definite(16, 6), head_dim)
-    angle = torch.rand(pairs, dtype=torch.float64) * 6
-    rotation = torch.zeros(16, 16, dtype=torch.float64)
-    for j, f in itertools.product(range(2), range(pairs)):
-        a, b = j * head_dim + f, j * head_dim + pairs + f
-        rotation[a, a] = rotation[b, b] = angle[f].cos()
-        rotation[b, a], rotation[a, b] = angle[f].sin(), -angle[f].sin()
-    found = principal_components(covariance, metric, pair_blocks(2, head_dim, pairs))
-    for matrix in (covariance, metric):  # inside pairs, rotations change neither
-        turned = rotation @ matrix @ rotation.mT
-        for index in pair_blocks(2, head_dim, pairs):
-            torch.testing.assert_close(turned[index][:, index], matrix[index][:, index])
-    # both components of one complex one: dropping them leaves a projection that commutes
-    kept = [0, 1, 4, 5]
-    projection = found.gauge[:, kept] @ found.feature[kept]
-    torch.testing.assert_close(projection @ rotation, rotation @ projection, atol=1e-9, rtol=0)
-    half = found.gauge[:, [0]] @ found.feature[[0]]  # negative control: half a complex component
-    assert (half @ rotation - rotation @ half).abs().max() > 1e-3
-
-
-def test_metrics_and_weights():
+def test_the_metric_of_few_tokens_is_shrunk_to_the_identity():
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(500, 6, generator=generator) * torch.tensor([3.0, 1, 1, 1, 1, 0])
-    metric = fisher_metric(gradient, torch.eye(6), 0.0)
-    torch.testing.assert_close(metric, gradient.double().mT @ gradient.double() / 500)
-    shrunk = fisher_metric(gradient, torch.eye(6), 0.1)
-    assert shrunk[5, 5] > 0
-    torch.testing.assert_close(shrunk.trace(), metric.trace())
-    value = torch.randn(500, 6, generator=generator)
-    mean, covariance = weighted_covariance(value, gradient, shrunk)
-    # a token without a gradient costs nothing, whatever it is
-    value[0], gradient[0] = 1e6, 0.0
-    again = weighted_covariance(value, gradient, shrunk)
-    assert (again[0] - mean).abs().max() < 0.1
-    assert (again[1] - covariance).abs().max() < 0.2
-
-
-@pytest.fixture(scope="module")
-def layer():
-    from tpa_convert.decomposition import AttentionWeights
-
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"query": (4, 8, 13), "key": (2, 8, 13), "value": (2, 8, 13), "output": (12, 4, 8)}
-    weights = AttentionWeights(
-        **{k: torch.randn(*s, generator=generator).double() for k, s in shapes.items()},
-        output_bias=None,
-        scale=1.0,
-    )
-    return weights, data_free_moments(weights)
-
-
-def test_energies_of_the_decompositions_are_their_eigenvalues(layer):
-    """ι σ² of the factors of rotated keys, latent keys and values: what truncation costs."""
-    weights, moments = layer
-    keys = decompose_keys(weights, moments, 16)
-    gauge = rotated_gauge(keys.gauge, keys.rotary_pair, 4)
-    covariance = rotated_covariance(moments.pair_covariance)
-    importance, variance = importance_and_variance(
-        gauge, key_metric(moments.query_energy), covariance
-    )
-    w = moments.query_energy.sqrt().mT
-    hermitian = moments.pair_covariance * w[:, :, None] * w[:, None, :]
-    expected = torch.linalg.eigvalsh(hermitian).flatten().sort().values
-    energy = importance * variance
-    torch.testing.assert_close((energy[:8] + energy[8:]).sort().values, expected)
-
-    latent = decompose_latent_keys(weights, moments, 16)
-    importance, variance = importance_and_variance(
-        latent.gauge.flatten(0, 1), key_metric(moments.query_energy), moments.key_covariance
-    )
-    expected = latent_components(moments)[0].flip(0)
-    torch.testing.assert_close(importance * variance, expected, atol=1e-9, rtol=1e-6)
-
-    metric = value_metric(weights)
-    values = decompose_values(weights, moments, 16, metric)
-    gauge, dense = values.gauge.flatten(0, 1), torch.block_diag(*metric)
-    importance, variance = importance_and_variance(gauge, dense, moments.value_covariance)
-    total = (dense @ moments.value_covariance).trace()
-    torch.testing.assert_close((importance * variance).sum(), total)
-    scaled = importance_and_variance(2 * gauge, dense, moments.value_covariance)
-    torch.testing.assert_close(scaled[0] * scaled[1], importance * variance)
+    moment = gradient.double().mT @ gradient.double() / 500
+    metrics = [fisher_metric(moment, tokens) for tokens in (1, 500, 10**9)]
+    for metric in metrics:
+        torch.testing.assert_close(metric.trace(), moment.trace())
+    assert metrics[0][5, 5] > metrics[1][5, 5] > metrics[2][5, 5] > 0 == moment[5, 5]
+    torch.testing.assert_close(metrics[2], moment, atol=1e-6, rtol=0)
+    assert (metrics[0] - moment).abs().max() > 1  # negative control: few tokens say little
 
 
 # ------------------------------------------------------------------------------- design
 
 
-def test_designed_quantisers_leave_the_error_that_was_planned():
-    generator = torch.Generator().manual_seed(0)
-    covariance, metric = positive_definite(64, 8), positive_definite(64, 9)
-    found = principal_components(covariance, metric)
+def samples(covariance: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
     root = torch.linalg.cholesky(covariance)
-    x = torch.randn(4000, 64, generator=generator, dtype=torch.float64) @ root.mT
+    return torch.randn(count, len(root), generator=generator, dtype=torch.float64) @ root.mT
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_designed_quantisers_leave_the_error_that_was_planned(blocks):
+    covariance, metric = positive_definite(64, 8), positive_definite(64, 9)
+    part = part_of(covariance, metric, pair_blocks(2, 32, blocks))
+    x = samples(covariance, 4000)
     sink = torch.zeros(4000, dtype=torch.bool)
     sink[::100] = True
     x[sink] = 30 + 0.01 * x[sink]
-    samples = x @ found.feature.mT
-    mean = class_means(samples, sink)
-    spread = spreads(samples, mean, found.importance)
-    energy = found.importance * spread.square()
-    for size, align in ((20, 2), (36, 16)):
-        bits = fit_row(energy, size, align)
-        q, order = design_quantiser(spread, mean, found.importance, bits, align)
-        rows = encode(samples[:, order].float(), q)
+    sink_mean = torch.full((64,), 30.0, dtype=torch.float64)
+    for total, align in ((20, 2), (36, 16)):
+        (bits,) = share_bytes([part.energies], total, align)
+        groups = [groups_of_bits(block)[0] for block in bits]
+        order = coded_order(part, groups)
+        q = design_quantiser(part, sink_mean, order, layout_of(bits, align))
+        rows = encode((x @ part.components.feature[order].mT).float(), q)
         assert rows.shape == (4000, q.layout.row_bytes)
         kept, label = decode(rows, q)
         assert torch.equal(label.bool(), sink)
-        numbers = kept.double() @ found.gauge[:, order].mT
-        numbers = numbers + class_offset(found.gauge, mean, order)[label]
-        error = numbers - x
+        numbers = kept.double() @ part.components.gauge[:, order].mT
+        error = numbers + torch.where(sink[:, None], sink_mean, 0) - x
+        if blocks == 2:  # costs between blocks do not count
+            outside = torch.ones(64, 64, dtype=torch.bool)
+            for index in pair_blocks(2, 32, 2):
+                outside[index[:, None], index] = False
+            metric = metric.masked_fill(outside, 0)
         cost = torch.einsum("tn,nm,tm->t", error, metric, error)
-        planned = remaining_error(energy, bits).item()
+        planned = expected_loss([part.energies], [bits])
         assert 0.7 * planned < cost[~sink].mean() < 1.1 * planned
         assert cost[sink].mean() < 0.01 * planned
+        # negative control: components in another order have the wrong steps
+        wrong = q._replace(step=q.step.flip(0), spread=q.spread.flip(0))
+        again = encode((x @ part.components.feature[order].mT).float(), wrong)
+        numbers = decode(again, wrong)[0].double() @ part.components.gauge[:, order].mT
+        error = (numbers - x)[~sink]
+        assert torch.einsum("tn,nm,tm->t", error, metric, error).mean() > 1.2 * planned
 
 
-def test_prediction_finds_what_the_parent_says_of_the_child():
-    generator = torch.Generator().manual_seed(0)
-    parent = torch.randn(3000, 6, generator=generator) * torch.logspace(0, -1, 6) + 5
-    weight = torch.randn(6, 4, generator=generator)
-    noise = torch.randn(3000, 4, generator=generator)
-    child = parent @ weight + 0.1 * noise - 3
-    found = prediction(parent, child, ridge=1e-6)
-    torch.testing.assert_close(found, weight.double(), atol=0.05, rtol=0)
-    residual = child - parent @ found.float()
-    assert residual.var(0).max() < 0.02
-    # negative control: nothing is predicted of independent numbers
-    assert (parent @ prediction(parent, noise).float()).var(0).max() < 0.02
+# ------------------------------------------------------------------------------- prediction
+
+
+def test_prediction_is_that_of_sampled_codes():
+    """The closed form against the moments of components that were coded and read again."""
+    covariance = positive_definite(48, 5, decay=0.15)
+    n = 24
+    part = part_of(covariance[:n, :n], positive_definite(n, 6))
+    bits = torch.tensor([4] * 3 + [3] * 5 + [2] * 6 + [1] * 4)
+    groups = [[(4, 3), (3, 5), (2, 6), (1, 4)]]
+    order = coded_order(part, groups)
+    found = predict_values(part, order, bits, covariance, ridge=0.0)
+
+    x = samples(covariance, 60_000)
+    q = design_quantiser(part, torch.zeros(n).double(), order, RowLayout(tuple(groups[0])))
+    components = (x[:, :n] @ part.components.feature[order].mT).float()
+    # with a scale of one for all, which the closed form is about
+    u = components / q.step + q.reach
+    codes = torch.minimum(u.round().clamp_min(0), 2 * q.reach)
+    decoded = ((codes - q.reach) * q.step).double()
+    residual = x[:, n:] - decoded @ found.weight.mT
+    sampled = residual.mT @ residual / len(x)
+    scale = covariance[n:, n:].diagonal().mean()
+    torch.testing.assert_close(sampled / scale, found.residual / scale, atol=0.03, rtol=0)
+    # least squares on the samples explains hardly more
+    best = torch.linalg.lstsq(decoded, x[:, n:]).solution
+    least = (x[:, n:] - decoded @ best).square().sum(1).mean()
+    assert residual.square().sum(1).mean() < 1.01 * least
+    assert found.residual.trace() == pytest.approx(least.item(), rel=0.03)
+    # negative control: without a prediction it is more; with other bits, a worse one is expected
+    assert found.residual.trace() < 0.9 * covariance[n:, n:].trace()
+    other = predict_values(part, order, torch.ones_like(bits), covariance, ridge=0.0)
+    assert other.residual.trace() > 1.05 * least
+
+
+def test_values_that_keys_say_nothing_of_are_left_as_they_are():
+    covariance = torch.block_diag(positive_definite(16, 1), positive_definite(16, 2))
+    part = part_of(covariance[:16, :16], torch.eye(16).double())
+    groups = [[(2, 8)]]
+    order = coded_order(part, groups)
+    found = predict_values(part, order, torch.full((8,), 2), covariance)
+    assert found.weight.abs().max() < 1e-9
+    torch.testing.assert_close(found.residual, covariance[16:, 16:])
+    covariance[:16, 16:] = 0.5 * positive_definite(16, 3)  # negative control: now they say some
+    covariance[16:, :16] = covariance[:16, 16:].mT
+    assert predict_values(part, order, torch.full((8,), 2), covariance).weight.abs().max() > 1e-3

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.conversions import convert_coded
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import (
     EvaluationReport,
@@ -50,7 +51,8 @@ def test_cache_bytes_are_those_of_keys_and_values(tiny_source_model, dtype) -> N
     assert result.per_layer == (numbers * dtype.itemsize,) * 2
     assert result.per_token == 2 * numbers * dtype.itemsize
     assert result.numbers == 2 * numbers
-    assert f"torch.{result.dtype}" == str(dtype)
+    assert result.code_bytes == 0
+    assert result.at(2) == 2 * 2 * numbers  # whatever the model's type is
 
 
 def test_a_model_without_a_cache(tiny_llama, monkeypatch) -> None:
@@ -142,9 +144,9 @@ def test_report_holds_what_was_measured(report, tiny_llama, tiny_tokenizer) -> N
     assert mean.values["converted"] == pytest.approx(product**0.5)
     assert rows["KL divergence (nats per token)"].values["source"] is None
     assert rows["KL divergence (nats per token)"].values["converted"] > 0
-    assert rows["bytes per token (float32)"].ratio("converted") == 1 / 4
-    assert rows["bytes per token (float32)"].ratio("healed") == 1 / 2
-    assert rows["numbers per token and layer"].values["source"] == 64
+    assert rows["bytes per token"].ratio("converted") == 1 / 4
+    assert rows["bytes per token"].ratio("healed") == 1 / 2
+    assert rows["bytes per token and layer"].values["source"] == 2 * 64
     assert rows["decode"].values["source"] > 0
     assert list(report.samples) == ["source", "converted", "healed"]
 
@@ -201,7 +203,7 @@ def test_table_fits_a_terminal_and_needs_no_color(report) -> None:
         *("healed", "ratio", "recovery"),
     ]
     cache = next(line for line in text.splitlines() if "bytes per token" in line)
-    assert cache.split()[-7:] == ["512", "128", "25.0", "%", "256", "50.0", "%"]
+    assert cache.split()[-7:] == ["256", "64", "25.0", "%", "128", "50.0", "%"]
     assert "…" not in text  # nothing is cut off
     assert "some" in text  # the prompt
 
@@ -249,7 +251,7 @@ def test_markdown(report) -> None:
     assert len({line.count("|") for line in table}) == 1
     assert table[0].startswith("|  | source | converted | ratio | recovery | healed |")
     assert any(line.startswith("- recovery: ") for line in lines)
-    assert any("bytes per token (float32) | 512 | 128 | 25.0 %" in line for line in table)
+    assert any("bytes per token | 256 | 64 | 25.0 %" in line for line in table)
 
 
 def test_order_and_names_of_rows(tiny_llama, tiny_tokenizer, tmp_path: Path) -> None:
@@ -288,17 +290,23 @@ def test_the_drop_stands_under_the_accuracies(tiny_llama, tiny_tokenizer, tmp_pa
 
 
 def test_bytes_are_counted_in_one_type(tiny_llama, tiny_tokenizer) -> None:
-    """That of the saved weights, whatever the models compute in here."""
-    models = {"source": tiny_llama(), "converted": tiny_llama("mqa").to(torch.bfloat16)}
+    """16 bits a number, whatever the models compute in here; codes count as they are."""
+    coded = convert_coded(tiny_llama(), kv_ratio=0.5)
+    models = {
+        "source": tiny_llama(),
+        "converted": tiny_llama("mqa").to(torch.bfloat16),
+        "coded": coded,
+    }
     settings = EvaluationSettings(speed=False, prompt="")
-    live, saved = (
-        evaluate(models, tiny_tokenizer, settings, cache_dtype=dtype).rows[0]
-        for dtype in (None, torch.bfloat16)
-    )
-    assert live.name == "bytes per token (bfloat16, float32)"
-    assert saved.name == "bytes per token (bfloat16)"
-    assert live.values == {"source": 256, "converted": 64}
-    assert saved.values == {"source": 128, "converted": 64}
+    total, layer = evaluate(models, tiny_tokenizer, settings).rows[:2]
+    assert total.name == "bytes per token"
+    assert total.values == {
+        "source": 128,
+        "converted": 64,
+        "coded": sum(coded.config.cached_bytes),
+    }
+    assert layer.name == "bytes per token and layer"
+    assert layer.values == {name: value / 2 for name, value in total.values.items()}
 
 
 def test_without_a_source_the_first_is_compared_with(tiny_llama, tiny_tokenizer) -> None:

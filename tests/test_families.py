@@ -383,7 +383,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, An
         for key_cache in KEYS:
             source = MODELS[name]()
             model = convert_tiny(source, key_cache=key_cache, **NARROW)
-            plan = {"kv_bytes": 1, "source_kv_bytes": 2, "cache_dtype": "float32"}
+            plan = {"kv_bytes": 1, "source_kv_bytes": 2}
             record = {"settings": {}, "plan": plan, "versions": {}}
             provenance = {"source": asdict(source_of(source).reference), "convert": record}
             directory = base / f"{name}-{key_cache}"

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.command_line import error_of, save_source, tpa_convert
-from tests.conversions import random_blocks, source_of, tiny_moments
+from tests.conversions import convert_coded, random_blocks, source_of, tiny_moments
 from tpa_convert.cli.tables import show_layers
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
@@ -125,6 +125,26 @@ def test_parameters_and_cache_are_those_of_the_model(measured, form, key_cache, 
     assert cost.cached_floats == cached
 
 
+@pytest.mark.parametrize("key_blocks", [1, 2])
+def test_parameters_are_those_of_a_coded_model(measured, key_blocks) -> None:
+    source = measured[0]
+    config = source.family.attention_sizes(source.model.config)
+    model = convert_coded(source.model, key_blocks=key_blocks, kv_ratio=0.5)
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "self_attn" in name and not name.endswith(("bias", "offset"))
+    )
+    plan = Plan(model.config.layer_shapes, 2, 8)
+    assert plan_cost(plan, config, context=100).parameters == matrices
+    per_token = [plan_cost(plan, config, context=n).decode_flops for n in (100, 101)]
+    rebuilding = sum(2 * 2 * 8 * shape.width_k // key_blocks for shape in plan.layers)
+    mixed = sum(shape.width_v + 1 + shape.width_k + 1 for shape in plan.layers)
+    heads = config["num_attention_heads"]
+    expected = rebuilding + 2 * heads * (8 * len(plan.layers) + mixed)
+    assert per_token[1] - per_token[0] == expected
+
+
 def test_source_parameters(measured) -> None:
     source = measured[0]
     config = source.family.attention_sizes(source.model.config)
@@ -150,10 +170,10 @@ def test_latent_keys_are_rebuilt_for_every_cached_token(measured) -> None:
     per_token = [plan_cost(plan, config, context=n).decode_flops for n in (100, 101)]
     expected = 2 * layers * (heads * (head_dim + 4) + groups * head_dim * 6)
     assert per_token[1] - per_token[0] == expected
-    cached_bytes = layers * (6 + 4) * 2
+    source_bytes = layers * 2 * groups * head_dim * 2
     rebuilding = 2 * layers * groups * head_dim * 6
-    assert rebuilding_per_byte(plan, torch.bfloat16) == rebuilding / cached_bytes
-    assert rebuilding_per_byte(plan_widths([(6, 4)] * layers, config), torch.bfloat16) == 0
+    assert rebuilding_per_byte(plan) == rebuilding / source_bytes
+    assert rebuilding_per_byte(plan_widths([(6, 4)] * layers, config)) == 0
 
 
 def test_largest_context() -> None:
@@ -227,8 +247,9 @@ def text(tmp_path) -> Path:
 
 
 def planned(source: Path, text: Path, *options: object):
+    """A plan of plain numbers; those of codes are in `test_planning_coded`."""
     short = ("--calibration", text, "--calibration-blocks", 8, "--block-length", 32)
-    return tpa_convert("plan", source, *short, "--multiple-of", 2, *options)
+    return tpa_convert("plan", source, *short, "--cache-bits", 16, "--multiple-of", 2, *options)
 
 
 def test_the_command_writes_a_plan_that_convert_takes(tmp_path, text) -> None:
@@ -333,7 +354,7 @@ def last_line(result) -> str:
 )
 def test_bad_options(tmp_path, options, message) -> None:
     source = save_source(tmp_path / "source")
-    assert message in error_of(tpa_convert("plan", source, *options))
+    assert message in error_of(tpa_convert("plan", source, "--cache-bits", 16, *options))
 
 
 @pytest.mark.parametrize(
@@ -395,7 +416,9 @@ def test_moments_of_another_source_are_refused_before_anything_is_measured(
     )  # must not be called
     other = save_source(tmp_path / "other", seed=1)
     message = error_of(planned(other, text, "--moments", moments))
-    assert message == f"error: {moments} was made from another source: leave out --moments"
+    assert message == (
+        "error: the moments file was made from another source: calibrate again with --save-moments"
+    )
 
 
 def test_results_are_saved_before_they_are_shown(tmp_path, text, monkeypatch) -> None:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -56,15 +55,15 @@ def test_latent_keys_get_three_eighths(floats, widths) -> None:
 @pytest.mark.parametrize("form", ["static", "affine", "linear"])
 def test_floats_bytes_and_ratio_say_the_same(form) -> None:
     by_floats = plan(form, kv_floats=30)
-    assert by_floats == plan(form, kv_bytes=30 * LAYERS * 4)
+    assert by_floats == plan(form, kv_bytes=30 * LAYERS * 2)  # 16 bits a number
     assert by_floats == plan(form, kv_ratio=30 / SOURCE_FLOATS)
 
 
-def test_bytes_count_in_the_type_of_the_cache() -> None:
-    half = plan_uniform(fields(), Budget(kv_bytes=240), cache_dtype=torch.bfloat16)
+def test_bytes_count_16_bits_a_number() -> None:
+    half = plan(kv_bytes=240)
     assert half == plan(kv_floats=30)
-    assert half.kv_bytes(torch.bfloat16) == 240
-    assert half.kv_bytes(torch.float32) == 480
+    assert half.kv_bytes == 240
+    assert half.source_kv_bytes == 2 * SOURCE_FLOATS * LAYERS
 
 
 def test_a_static_budget_is_halved_between_keys_and_values() -> None:

@@ -95,7 +95,7 @@ def all_saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         directory = tmp_path_factory.mktemp(f"converted-{name}")
         record = {
             "settings": {},
-            "plan": {"kv_bytes": 112, "source_kv_bytes": 256, "cache_dtype": "float32"},
+            "plan": {"kv_bytes": 112, "source_kv_bytes": 256},
             "versions": {},
         }
         provenance = {"source": asdict(source_of(source).reference), "convert": record}

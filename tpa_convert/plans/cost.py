@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import CLASSES, LayerShape
 from tpa_convert.plans.plan import Plan
 
 
@@ -15,7 +15,7 @@ class Cost:
     """Cost of all attention layers together; an FLOP is a multiplication or an addition.
 
     Attributes:
-        cached_floats: numbers cached per token.
+        cached_floats: numbers cached per token; of codes, the numbers that they stand for.
         parameters: weights of the attention layers, biases left out.
         decode_flops: for one more token after `context` cached ones.
         prefill_flops: for a prompt of `context` tokens.
@@ -71,20 +71,24 @@ def _layer_cost(shape: LayerShape, sizes: Mapping[str, Any], context: int) -> Co
         query = expanded_key = head_dim
     if shape.latent_keys:
         key = head_dim
-        rebuilding = gauge = groups * head_dim * shape.width_k
+        rebuilding = gauge = groups * head_dim * shape.width_k // shape.key_blocks
     elif shape.key_gauge == "applied":
         gauge = groups * shape.width_k
-    output = shape.width_v
+    mixed = output = shape.width_v
+    if shape.coded:  # a token's class is one number more, and keys may say something of values
+        known = shape.width_k + CLASSES - 1 if shape.predict_values else 0
+        mixed += CLASSES - 1 + known
+        gauge += groups * head_dim * (CLASSES - 1) + known * shape.width_v
     if shape.value_gauge != "absorbed":
         output = head_dim
     if shape.value_gauge == "applied":
-        gauge += groups * head_dim * shape.width_v
+        gauge += groups * head_dim * mixed
     return _cost(
         sizes["hidden_size"],
         cached=cached,
         projected=heads * (query + output) + cached - norms,
         query_heads=heads,
-        decode_widths=(key, shape.width_v),
+        decode_widths=(key, mixed),
         prefill_widths=(expanded_key, output),
         gauge=gauge,
         rebuilding=rebuilding,
@@ -128,7 +132,8 @@ def _times(cost: Cost, count: int) -> Cost:
 
 
 def rebuilding_per_byte(plan: Plan) -> float:
-    """Operations that rebuild latent keys at every step, for each byte cached; 0 without them.
+    """Operations that rebuild latent keys at every step, for each byte that the source caches; 0
+    without them.
 
     A GPU hides them behind its reading while they stay well below its own ratio of arithmetic to
     bandwidth, about 300 for bfloat16 on an H100.
