@@ -220,7 +220,7 @@ def described(
     converted = type("Converted", bases, {"decoder_class": decoder, "__init__": init})
     converted.config_class = cls.config_class
     config = LlamaConfig(**SIZES, head_dim=8) if base == "llama" else CONFIGS[base]()
-    return Family(base, converted, key_norm), config
+    return Family(base, converted=converted, key_norm=key_norm), config
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_tpa_is_refused_and_unknown_types_can_be_registered(
 
     with pytest.raises(UserError, match=r"'other' is unknown .*custom-architectures"):
         family_of(OtherConfig())
-    add_family(Family("other", TPALlamaForCausalLM))
+    add_family(Family("other", converted=TPALlamaForCausalLM))
     assert family_of(OtherConfig()).model_type == "other"
 
     class TPAConfig(LlamaConfig):

@@ -33,6 +33,7 @@ class Family:
 
     Attributes:
         model_type: as in the config of the source.
+        title: what people call it.
         converted: class of the converted models, as in `modeling/tpa_llama.py`; by default what
             `modeling` has for this `model_type`.
         key_norm: whether queries and keys are normalised for each head (QK-norm), or "all" heads
@@ -42,6 +43,7 @@ class Family:
     """
 
     model_type: str
+    title: str = ""
     converted: Any = None
     key_norm: bool | Literal["all"] = False
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -168,7 +170,7 @@ def register_family(
         if cls.config_class is not config:
             raise UserError(f"{cls.__name__} has another config_class than {config.__name__}")
     converted = class_pair(config, model, causal_lm, names)
-    family = Family(config.model_type, converted, refused=refused or {})
+    family = Family(config.model_type, converted=converted, refused=refused or {})
     with torch.device("meta"):
         source = causal_lm(config() if example is None else example)
     family.check_names(source)
