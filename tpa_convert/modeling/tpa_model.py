@@ -1,5 +1,6 @@
 """What all converted models share, whatever their family."""
 
+import sys
 from typing import Any, ClassVar
 
 from torch import nn
@@ -23,6 +24,7 @@ class TPAModelMixin:
     def replace_attention(self) -> None:
         """Puts TPA into every layer; to be called once the source's modules are there."""
         replace_attention(self, self.attention_names)
+        tell_peft(self.config.model_type)  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -40,3 +42,16 @@ class TPAModelMixin:
     def _get_static_cache_init_shape(self) -> None:
         # The cache is packed: its shapes follow from the first update, not from the config's heads.
         return None
+
+
+# Linear in every layout, whatever the family; of queries only where they are factored.
+ADAPTED = ["feature_factor", "o_proj"]
+
+
+def tell_peft(model_type: str) -> None:
+    """Makes `LoraConfig()` and its like know which modules to adapt, if peft is there. It has a
+    table by `model_type` for each method that adapts linear layers."""
+    tables = vars(sys.modules.get("peft.utils.constants", object))
+    for name, table in list(tables.items()):
+        if name.endswith("_TARGET_MODULES_MAPPING") and table.get("llama") == ["q_proj", "v_proj"]:
+            table.setdefault(model_type, ADAPTED)
