@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -23,7 +24,7 @@ from tests.conftest import make_tiny_tokenizer
 from tests.conversions import convert_tiny, random_blocks
 from tests.test_families import SCRIPT
 from tests.tiny_models import CONFIGS, SIZES, random_model
-from tpa_convert.conversion.probe import probe
+from tpa_convert.conversion.probe import _small_model, probe
 from tpa_convert.errors import UserError
 from tpa_convert.families import Family, family_of, register_family
 from tpa_convert.families.own_code import import_file
@@ -250,6 +251,31 @@ def test_the_wrong_field_is_named(base: str, names: AttentionNames, wrong: str) 
     right = CAUSAL_LMS[base].decoder_class.attention_names
     family, config = described(right, base, key_norm=base == "qwen3")
     probe(family, config)
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "PhiConfig", "Olmo2Config", "Gemma2Config"])
+def test_large_models_are_probed_by_small_ones(name: str) -> None:
+    config = getattr(transformers, name)()
+    family = family_of(config)
+    small = _small_model(family, config)
+    assert small.num_parameters() < 5_000_000 < config.hidden_size**2
+    probe(family, config)
+
+
+def test_what_follows_from_the_heads_is_kept_with_them() -> None:
+    config = Stubborn(**SIZES | {"num_attention_heads": 8}, head_dim=8)
+    assert _small_model(family_of(config), config).config.num_attention_heads == 8
+    config = LlamaConfig(**SIZES | {"num_attention_heads": 8}, head_dim=8)
+    assert _small_model(family_of(config), config).config.num_attention_heads == 4
+
+
+class Stubborn(LlamaConfig):
+    """Takes no other number of heads than its own."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.num_attention_heads != 8:
+            raise ValueError("no such model")
 
 
 class Scaled(LlamaAttention):

@@ -190,6 +190,15 @@ def is_tpa(config: PreTrainedConfig) -> bool:
     return config.model_type == "tpa" or getattr(config, "tpa_layers", None) is not None
 
 
+def language_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a multimodal model's language model, if that is of a known family; else the
+    config as it is."""
+    text = getattr(config, "text_config", None)
+    if config.model_type in _REGISTRY or text is None or text.model_type not in _REGISTRY:
+        return config
+    return text
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model with this config.
 
@@ -221,7 +230,10 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
     if getattr(config, "kv_lora_rank", None):
         return f"{kind} uses multi-head latent attention (MLA), whose cache is compressed already"
     if getattr(config, "text_config", None) is not None:
-        return f"{kind} is a multimodal model; save its language model alone and convert that"
+        text = config.text_config.model_type
+        return (
+            f"{kind} is a multimodal model, and its language model ({text}) is of no known family"
+        )
     others = set(getattr(config, "layer_types", None) or ()) - _SOFTMAX_LAYERS
     if others:
         return (
