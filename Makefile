@@ -30,7 +30,8 @@ test: $(VENV)/.installed-dev
 # Models, caches, exports and the walk through a source are what a version of transformers can break.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 tests/test_families.py \
-		tests/test_legacy.py tests/test_remote_code.py tests/test_serving.py tests/test_walk.py
+		tests/test_legacy.py tests/test_paged.py tests/test_remote_code.py \
+		tests/test_serving.py tests/test_walk.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .work
@@ -48,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP_INSTALL) -e '.[gguf,data,lora,eval,logs,dev]'
+	$(PIP_INSTALL) -e '.[gguf,data,lora,eval,logs,serve,dev]'
 	@touch $@
 
 # Everything but transformers, and what that asks for, is taken from the other environment.

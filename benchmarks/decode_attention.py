@@ -1,6 +1,6 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
-    python benchmarks/decode_attention.py [--only plain|contextual|coded|bits|small]
+    python benchmarks/decode_attention.py [--only plain|contextual|latent|coded|bits|small|masked]
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
 the cache over the bandwidth of a plain copy in the same run.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 
 import torch
 from kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
@@ -20,6 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from tpa_convert.kernels import CodedRows, Tier, decode_attention
+from tpa_convert.kernels.latent_reference import LatentKeys
+from tpa_convert.kernels.launch import launch_rotated
+from tpa_convert.kernels.launch_latent import launch_latent
 
 # Names of sources: query heads, key/value heads, head dim.
 SOURCES = {"MHA": (32, 32, 128), "GQA-8": (32, 8, 128), "MQA": (32, 1, 128), "SmolLM2": (9, 3, 64)}
@@ -106,6 +110,71 @@ def coded(
     return time, caches[0].numel()
 
 
+def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
+    """A static cache of `slots` slots of which the mask leaves the first `used`."""
+    query = torch.randn(batch, 32, 1, width, device="cuda", dtype=torch.bfloat16)
+    mask = (torch.arange(slots, device="cuda") < used).expand(batch, -1)
+    caches = rotating(
+        lambda: torch.randn(2, batch, 1, slots, width, device="cuda", dtype=torch.bfloat16)
+    )
+    time = seconds(lambda i: decode_attention(query, *caches[i], scale=0.1, mask=mask), len(caches))
+    return time, 2 * batch * used * width * 2
+
+
+def latent(
+    groups: int, head_dim: int, widths: tuple[int, int], batch: int, slots: int
+) -> tuple[float, int, float]:
+    """Seconds, bytes of the cache and operations: rebuilding, scores and sums of values."""
+    heads, (width_k, width_v) = 32, widths
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
+
+    query = random(batch, heads, 1, head_dim)
+    how = LatentKeys(
+        0.1 * random(groups, head_dim, width_k),
+        random(groups, head_dim),
+        *random(2, 1, slots, head_dim // 2).unbind(),
+    )
+    caches = rotating(lambda: random(batch, slots, width_k + width_v))
+
+    def call(i: int) -> Tensor:
+        keys, values = (part[:, None] for part in caches[i].split(widths, -1))
+        return launch_latent(query, keys, values, how, 0.1, None, None, None, None)
+
+    operations = 2 * groups * head_dim * width_k + 2 * heads * (head_dim + width_v)
+    time = seconds(call, len(caches))
+    return time, caches[0].numel() * 2, float(operations * batch * slots)
+
+
+def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
+    """What the host spends on a call that the device is not waited for."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    spent = perf_counter() - start
+    torch.cuda.synchronize()
+    return spent / calls * 1e6
+
+
+def host_rows() -> None:
+    """Short caches, so that the device is always ahead."""
+    query = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 1, 1, 64, 128, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(1, 64, device="cuda", dtype=torch.bool)
+    print("\n| call | host, µs |\n|---|---|")
+    for name, call in (
+        ("decode_attention", lambda: decode_attention(query, keys, values, scale=0.1)),
+        ("with a mask", lambda: decode_attention(query, keys, values, scale=0.1, mask=mask)),
+        ("launch alone", lambda: launch_rotated(query, keys, values, 0.1, None, None, None, None)),
+        ("PyTorch's", lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)),
+    ):
+        print(f"| {name} | {host_microseconds(call):.1f} |")
+
+
 class Table:
     """Rows of a Markdown table, each beside a source measured at the same shape."""
 
@@ -133,11 +202,12 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["plain", "coded", "small", "bits", "contextual"])
+    choices = ["plain", "coded", "small", "bits", "contextual", "latent", "masked", "host"]
+    parser.add_argument("--only", choices=choices)
     only = parser.parse_args().only
     print(f"{device_name()}, {versions()}")
-    bandwidth = copy_bandwidth()
-    print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {matrix_rate() / 1e12:.0f} TFLOP/s\n")
+    bandwidth, rate = copy_bandwidth(), matrix_rate()
+    print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s\n")
     table = Table(bandwidth)
     for batch, slots in LONG + SHORT:
         for name in ("MHA", "GQA-8", "MQA") if only in (None, "plain", "coded") else ():
@@ -157,6 +227,17 @@ def main() -> None:
             for rank in (1, 2):
                 name = f"contextual, R = {rank}, d = 128, bf16"
                 table.row(name, batch, slots, *contextual(rank, batch, slots))
+    for groups, head_dim, widths in ((8, 64, (112, 208)), (8, 128, (256, 416))):
+        for batch, slots in LONG + SHORT if only in (None, "latent") else ():
+            time, size, operations = latent(groups, head_dim, widths, batch, slots)
+            floor = max(size / bandwidth, operations / rate)
+            name = f"latent, {widths[0]}+{widths[1]}, floor is {floor / time:.0%} of"
+            table.row(name, batch, slots, time, size)
+    if only in (None, "masked"):
+        for batch, slots, used in ((8, 32768, 32768), (8, 32768, 8192), (1, 131072, 2048)):
+            name = f"rotated, 128+128, masked, {used} used"
+            table.row(name, batch, slots, *masked(128, batch, slots, used))
+        table.row("rotated, 128+128, no mask", 8, 8192, *rotated(128, 8, 8192))
     if only in (None, "bits"):
         for bits in (1, 2, 4, 8):
             name = f"coded, 1024+1024, {bits} bits"
@@ -167,6 +248,8 @@ def main() -> None:
             name = f"coded, 192+192, 2 bits, rows in {align} bytes"
             table.row(name, 64, 8192, *coded(2, 192, 64, 8192, 9, align), "SmolLM2")
         table.row("rotated, 192+192, bf16", 64, 8192, *rotated(192, 64, 8192, 9), "SmolLM2")
+    if only in (None, "host"):
+        host_rows()
 
 
 if __name__ == "__main__":

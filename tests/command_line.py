@@ -14,8 +14,8 @@ CONVERT = ["--kv-ratio", "0.5", "--calibration-blocks", "2", "--block-length", "
 """A conversion of the tiny model that takes a second."""
 
 
-def tpa_convert(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def tpa_convert(*arguments: object, text: str | None = None) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
 
 
 def error_of(result: Any, code: int = 1) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from tests.conftest import make_tiny_llama
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.families import family_of
-from tpa_convert.modeling import Form, Gauge, KeyCache
+from tpa_convert.modeling import Form, Gauge, KeyCache, LayerShape
+from tpa_convert.modeling.tpa_llama import TPALlamaConfig, TPALlamaForCausalLM
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.sources import Source, SourceReference
 
@@ -64,3 +67,27 @@ def convert_tiny(
         )
     moments = moments or tiny_moments(model)
     return convert_model(source, plan, moments, method=method, whiten=whiten)
+
+
+def random_coded() -> PreTrainedModel:
+    """A random model whose cache is rows of bytes."""
+    shape = LayerShape(
+        form="static",
+        key_gauge="applied",
+        value_gauge="applied",
+        rank_k=1,
+        rank_v=1,
+        width_k=16,
+        width_v=16,
+        key_cache="latent",
+        key_codes="4x8 2x8",
+        value_codes="8x3 4x5 2x8",
+    )
+    config = TPALlamaConfig(
+        **make_tiny_llama("gqa", initializer_range=0.3).config.to_dict()
+        | {"model_type": "tpa_llama", "architectures": None},
+        tpa_layers=asdict(shape),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return TPALlamaForCausalLM(config).eval().requires_grad_(False)

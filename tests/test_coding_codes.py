@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpa_convert.coding import codes as codes_module
-from tpa_convert.coding.codes import (
+from tpa_convert.modeling.tpa_codes import (
     LOWEST_OCTAVE,
     MAX_BITS,
     Quantiser,

@@ -30,7 +30,7 @@ from tpa_convert.coding import (
     weighted_covariance,
 )
 from tpa_convert.coding.allocation import GAUSSIAN_ERROR, GAUSSIAN_STEP, envelope, remaining_error
-from tpa_convert.coding.codes import tier_bits_of
+from tpa_convert.modeling.tpa_codes import tier_bits_of
 from tpa_convert.decomposition.gauge import decompose_keys, decompose_values, value_metric
 from tpa_convert.decomposition.latent import decompose_latent_keys, latent_components
 from tpa_convert.decomposition.moments import data_free_moments

@@ -64,12 +64,13 @@ def test_a_model_without_a_cache(tiny_llama, monkeypatch) -> None:
 
 
 def test_speed_counts_all_tokens_and_not_the_warm_up(tiny_llama, monkeypatch) -> None:
-    seconds = iter([(100.0, 100.0), (2.0, 8.0), (4.0, 2.0), (1.0, 4.0)])
+    seconds = iter([(100.0, 100.0, 5.0), (2.0, 8.0, 5.0), (4.0, 2.0, 5.0), (1.0, 4.0, 5.0)])
     monkeypatch.setattr(speed_module, "_time_once", lambda *_: next(seconds))
     settings = SpeedSettings(batch=2, prompt=10, new_tokens=6, repeats=3)
     result = measure_speed({"m": tiny_llama()}, settings)["m"]
     assert result.prefill == 2 * 10 / 2.0
     assert result.decode == 2 * 6 / 4.0
+    assert result.cache_bytes == 5.0 * 13 / 10  # halfway through the new tokens
 
 
 def test_speed_feeds_what_it_says(tiny_llama, monkeypatch) -> None:

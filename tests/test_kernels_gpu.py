@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tpa_convert.kernels import CodedRows, decode_attention
+from tpa_convert.kernels import CodedRows, CodeTables, decode_attention, straight_through
 from tpa_convert.kernels import reference as truth_of
 
+from .encode_cases import random_components, random_tables
 from .kernel_cases import bounds, error, exact, poison, random_layout, random_rows
 
 pytestmark = pytest.mark.gpu
@@ -122,3 +123,22 @@ def test_compiles_without_a_graph_break() -> None:
 
     compiled = torch.compile(layer, fullgraph=True)
     assert torch.equal(compiled(query, keys, values), layer(query, keys, values))
+
+
+def test_coding_compiles_without_a_graph_break_and_with_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = random_tables(100, 2, generator)
+    x = random_components(500, tables, generator).cuda()
+    tables = CodeTables(*(t.cuda() for t in tables[:5]))
+
+    def loss(x):
+        scaled, label = straight_through(x, tables)
+        return (tables.mean[label] + scaled).square().sum()
+
+    gradients = []
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        y = x.clone().requires_grad_()
+        call(y).backward()
+        gradients.append(y.grad)
+    assert torch.allclose(*gradients)
+    assert gradients[0].count_nonzero() > 1000

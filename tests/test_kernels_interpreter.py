@@ -11,16 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).with_name("test_kernels_triton.py")
+TESTS = [
+    Path(__file__).with_name(name)
+    for name in (
+        "test_kernels_triton.py",
+        "test_kernels_encode_triton.py",
+        "test_kernels_latent_triton.py",
+        "test_kernels_model.py",
+    )
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_under_the_interpreter() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TESTS],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=TESTS.parents[1],
+        cwd=TESTS[0].parents[1],
         capture_output=True,
         text=True,
     )

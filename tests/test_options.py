@@ -16,7 +16,7 @@ from tpa_convert.cli.signature import of_sections
 from tpa_convert.cli.terminal import fitted
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingSettings
-from tpa_convert.options import command_line
+from tpa_convert.options import command_line, usage
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.declaration import (
     MEASURE,
@@ -42,7 +42,8 @@ ALL: list[type[Section]] = [
     Recipe,
     *(
         value
-        for value in vars(command_line).values()
+        for module in (command_line, usage)
+        for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Section) and value is not Section
     ),
 ]

@@ -62,7 +62,12 @@ def test_recipe_from_source_to_table(recipe: Path, tmp_path: Path) -> None:
     for words in ("source", "converted", "healed", "bytes per token", "Try [this] next."):
         assert words in result.stdout
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["converted", "healed", "report.json"]
+    assert {path.name for path in out.iterdir()} == {
+        "converted",
+        "healed",
+        "report.html",
+        "report.json",
+    }
     report = json.loads((out / "report.json").read_text())
     assert report["models"] == ["source", "converted", "healed"]
     rows = {row["name"]: row["values"] for row in report["rows"]}

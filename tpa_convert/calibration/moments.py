@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tpa_convert.coding import CacheMoments
 from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
@@ -26,12 +28,12 @@ class Moments:
     """Moments of all layers of one source.
 
     Args:
-        layers: one `LayerMoments` per layer, float64.
+        layers: one `LayerMoments` per layer, or for a coded cache one `CacheMoments`, float64.
         source_sha256: hash of the source's weights.
         num_tokens: calibration tokens seen.
     """
 
-    layers: list[LayerMoments]
+    layers: list[Any]
     source_sha256: str
     num_tokens: int
 
@@ -59,17 +61,33 @@ class Moments:
             raise UserError(f"{path} is not a readable moments file: {error}") from error
         if "source_sha256" not in metadata:
             raise UserError(f"{path} holds no moments: make a file with --save-moments")
+        kind = CacheMoments if "layers.0.sink_mean" in tensors else LayerMoments
         layers = []
         for i in range(1 + max(int(key.split(".")[1]) for key in tensors)):
-            names = {f.name: f"layers.{i}.{f.name}" for f in fields(LayerMoments)}
+            names = {f.name: f"layers.{i}.{f.name}" for f in fields(kind)}
             if not tensors.keys() >= set(names.values()):
                 raise UserError(
                     f"{path} was written by another version: make a new file with --save-moments"
                 )
             values = {name: tensors[key] for name, key in names.items()}
-            values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"])
-            layers.append(LayerMoments(**values))
+            if kind is LayerMoments:
+                values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"])
+            layers.append(kind(**values))
         return cls(layers, metadata["source_sha256"], int(metadata["num_tokens"]))
+
+    def check(self, source_sha256: str, coded: bool) -> None:
+        """Raises `UserError` unless these are of this source, and for such a cache."""
+        if self.source_sha256 != source_sha256:
+            raise UserError(
+                "the moments file was made from another source: calibrate again with --save-moments"
+            )
+        if coded != isinstance(self.layers[0], CacheMoments):
+            made, wanted = "of 16 bits", "coded in bits"
+            made, wanted = (made, wanted) if coded else (wanted, made)
+            raise UserError(
+                f"the moments file was made for a cache {made}, and this one is {wanted}: "
+                "calibrate again with --save-moments, or change --cache-bits"
+            )
 
 
 class MomentAccumulator:

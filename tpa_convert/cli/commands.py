@@ -6,24 +6,22 @@ Heavy imports happen inside the commands, so that `--help` is immediate.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tpa_convert import __version__
+from tpa_convert.cli.files import write_json, write_text
 from tpa_convert.cli.help import Command, example
 from tpa_convert.cli.signature import of_sections
 from tpa_convert.cli.tables import duration, show_healing, show_plan, show_planning
 from tpa_convert.cli.terminal import (
-    FIRST_PROCESS,
     Commands,
     console,
     quiet_libraries,
@@ -31,8 +29,10 @@ from tpa_convert.cli.terminal import (
     track,
 )
 from tpa_convert.errors import UserError
-from tpa_convert.export.output import atomic_file, check_file
+from tpa_convert.export.output import check_file
+from tpa_convert.options.bench import BenchOptions
 from tpa_convert.options.command_line import (
+    BenchFiles,
     ConvertFiles,
     EvalFiles,
     GenerateFiles,
@@ -129,12 +129,10 @@ def plan(
     result = pipeline.plan(source, options, device=where.device, track=track)
     # Files come before what is printed, since a closed pipe ends the command.
     if files.out is not None:
-        _write_text(files.out, result.to_yaml())
-    _write_json(files.json_file, result)
+        write_text(files.out, result.to_yaml())
+    write_json(files.json_file, result)
     if files.chart is not None:
-        planning_chart(
-            result.report, files.chart, cache_dtype=result.cache_dtype, refined=result.refined
-        )
+        planning_chart(result.report, files.chart, refined=result.refined)
     show_planning(result)
     if files.out is not None:
         show_next(
@@ -160,14 +158,14 @@ def convert(
 
     if files.dry_run:
         prediction = pipeline.preview(source, options)
-        _write_json(files.json_file, prediction)
+        write_json(files.json_file, prediction)
         show_plan(prediction)
         return
     assert files.out is not None
     result = pipeline.convert(
         source, files.out, options, device=where.device, overwrite=files.overwrite, track=track
     )
-    _write_json(files.json_file, result)
+    write_json(files.json_file, result)
     show_plan(result.prediction)
     show_next(
         f"Wrote {result.out} in {duration(result.seconds)}. Next:",
@@ -199,7 +197,7 @@ def heal(files: HealFiles, options: HealOptions, teacher: Teacher) -> None:
             resume=files.resume,
             track=track,
         )
-    _write_json(files.json_file, result)
+    write_json(files.json_file, result)
     show_healing(result)
     show_next(
         f"Wrote {result.out}. Next:",
@@ -228,7 +226,33 @@ def evaluate(
         write_card=files.write_card,
         track=track,
     )
-    _write_json(files.json_file, report)
+    write_json(files.json_file, report)
+    console.print(report)
+
+
+@command("bench small --batch 1 --batch 16 --context 8192 --chart speed.png")
+def bench(
+    files: BenchFiles, options: BenchOptions, reference: Reference, where: DeviceOptions
+) -> None:
+    """Time models side by side, against batch and context: a source and the models made from it.
+
+    Prefill and decoding, and how near a decoding step comes to the time that the device takes to
+    read weights and cache.
+    """
+    from tpa_convert import pipeline
+    from tpa_convert.reporting.charts import check_chart
+    from tpa_convert.reporting.speed import speed_chart
+
+    if files.chart is not None:
+        check_chart(files.chart)
+    for path in (files.chart, files.json_file):
+        check_file(path, files.overwrite)
+    report = pipeline.bench(
+        files.models, options, against=reference.model, device=where.device, track=track
+    )
+    write_json(files.json_file, report)
+    if files.chart is not None:
+        speed_chart(report, files.chart)
     console.print(report)
 
 
@@ -241,7 +265,7 @@ def generate(files: GenerateFiles, options: GenerateOptions, where: DeviceOption
     text = pipeline.generate(
         files.directory, files.prompt, options, device=where.device, stream=True
     )
-    _write_json(files.json_file, {"prompt": files.prompt, "continuation": text})
+    write_json(files.json_file, {"prompt": files.prompt, "continuation": text})
 
 
 @command("run recipes/smollm2-135m.yaml --dry-run")
@@ -257,12 +281,12 @@ def run(files: RunFiles) -> None:
 
     if files.dry_run:
         prediction = pipeline.preview(steps.source, steps.convert)
-        _write_json(files.json_file, prediction)
+        write_json(files.json_file, prediction)
         show_plan(prediction)
         return
     with _continued_without("--overwrite", files.overwrite):
         result = run_recipe(steps, files.out, overwrite=files.overwrite, track=track)
-    _write_json(files.json_file, result)
+    write_json(files.json_file, result)
     if result.conversion is not None:
         show_plan(result.conversion.prediction)
     if result.healing is not None:
@@ -271,7 +295,7 @@ def run(files: RunFiles) -> None:
         console.print(result.evaluation)
     kept = " and ".join(str(d) for d in (result.converted, result.healed) if d is not None)
     further = ["", *steps.next_steps.rstrip().splitlines()] if steps.next_steps else []
-    show_next(f"The models are in {kept}.", *further)
+    show_next(f"The models are in {kept}, and {result.page} shows the last.", *further)
 
 
 def main() -> None:
@@ -289,15 +313,3 @@ def _continued_without(flag: str, given: bool) -> Iterator[None]:
         if given and str(stop):
             raise KeyboardInterrupt(f"{stop}, without {flag}") from None
         raise
-
-
-def _write_json(path: Path | None, result: Any) -> None:
-    if path is None or not FIRST_PROCESS:
-        return
-    values = result if isinstance(result, dict) else result.to_json()
-    _write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

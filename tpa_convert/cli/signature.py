@@ -87,9 +87,12 @@ def _type_of(field: FieldInfo) -> tuple[Any, bool]:
         (annotation,) = [part for part in get_args(annotation) if part is not NoneType]
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    if get_origin(annotation) is tuple:
-        return get_args(annotation)[0], True
-    return annotation, False
+    several = get_origin(annotation) is tuple
+    if several:
+        annotation = get_args(annotation)[0]
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+    return annotation, several
 
 
 def _metavar(kind: Any) -> str:

@@ -1,58 +1,49 @@
-"""A cache coded in bits: components, bits for them, codes and bytes. Pure functions on tensors."""
+"""A cache coded in bits: components and bits for them. Pure functions on tensors.
 
-from tpa_convert.coding.allocation import LEVELS, allocate_bits, fit_row, row_layout, share_rows
-from tpa_convert.coding.codes import (
-    Quantiser,
-    RowLayout,
-    Tier,
-    decode,
-    encode,
-    pack_rows,
-    straight_through,
-    unpack_rows,
+What turns components into codes, rows of bytes and back travels with the models:
+`modeling.tpa_codes`.
+"""
+
+from tpa_convert.coding.allocation import (
+    LEVELS,
+    allocate_bits,
+    fit_tiers,
+    groups_of_bits,
+    remaining_error,
+    share_bytes,
 )
 from tpa_convert.coding.components import (
     Components,
     fisher_metric,
-    importance_and_variance,
-    key_metric,
     pair_blocks,
-    prediction,
     principal_components,
-    rotated_covariance,
-    rotated_gauge,
-    rotation_invariant,
-    weighted_covariance,
 )
-from tpa_convert.coding.design import class_means, class_offset, design_quantiser, spreads
+from tpa_convert.coding.design import (
+    Part,
+    Prediction,
+    coded_order,
+    design_quantiser,
+    part_of,
+    predict_values,
+)
+from tpa_convert.coding.moments import CacheMoments
 
 __all__ = [
     "LEVELS",
+    "CacheMoments",
     "Components",
-    "Quantiser",
-    "RowLayout",
-    "Tier",
+    "Part",
+    "Prediction",
     "allocate_bits",
-    "class_means",
-    "class_offset",
-    "decode",
+    "coded_order",
     "design_quantiser",
-    "encode",
     "fisher_metric",
-    "fit_row",
-    "importance_and_variance",
-    "key_metric",
-    "pack_rows",
+    "fit_tiers",
+    "groups_of_bits",
     "pair_blocks",
-    "prediction",
+    "part_of",
+    "predict_values",
     "principal_components",
-    "rotated_covariance",
-    "rotated_gauge",
-    "rotation_invariant",
-    "row_layout",
-    "share_rows",
-    "spreads",
-    "straight_through",
-    "unpack_rows",
-    "weighted_covariance",
+    "remaining_error",
+    "share_bytes",
 ]

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tpa_convert.coding.codes import HEADER_BYTES, MAX_BITS, RowLayout, tier_bits_of
+from tpa_convert.modeling.tpa_codes import (
+    HEADER_BYTES,
+    MAX_BITS,
+    ROW_WORD,
+    tier_bits_of,
+)
 
 # A uniform midrise quantiser of 0 … 8 bits for a Gaussian of unit variance: the step with the least
 # squared error, and that error (Max, "Quantizing for minimum distortion", 1960, table II).
@@ -82,19 +87,17 @@ def remaining_error(energy: Tensor, bits: Tensor) -> Tensor:
     return (energy * energy.new_tensor(GAUSSIAN_ERROR)[bits]).sum()
 
 
-def row_layout(bits: Tensor, align: int) -> tuple[RowLayout, Tensor]:
-    """The layout of components with these bits [c], and the coded ones in its order, int64."""
+def groups_of_bits(bits: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+    """Runs (bits, components) of components with these bits [c], most bits first, and which
+    components these are in this order, int64; those without bits are left out."""
     order = bits.argsort(descending=True, stable=True)
     order = order[bits[order] > 0]
     values, counts = bits[order].unique_consecutive(return_counts=True)
-    groups = tuple(zip(values.tolist(), counts.tolist(), strict=True))
-    return RowLayout(groups, align), order
+    return list(zip(values.tolist(), counts.tolist(), strict=True)), order
 
 
-def fit_row(
-    energy: Tensor, row_bytes: int, align: int = 2, levels: Sequence[int] = LEVELS
-) -> Tensor:
-    """Bits of each component in a row of at most `row_bytes` bytes, padding and header included.
+def fit_tiers(energy: Tensor, size: int, align: int = 2, levels: Sequence[int] = LEVELS) -> Tensor:
+    """Bits of each component in tiers of at most `size` bytes together, padding included.
 
     More energy never gets fewer bits, so a row is how many of the strongest components get the most
     bits, how many of the next get the level below, and so on: dynamic programming over levels,
@@ -103,21 +106,20 @@ def fit_row(
 
     Args:
         energy: non-negative, [c].
-        row_bytes: of the row, at least its header's.
         align: what the bytes of each tier are padded to a multiple of.
         levels: bits that a component may have, 0 among them.
 
     Returns: int64 [c].
 
     Raises:
-        ValueError: as `allocate_bits`, or no room for a header.
+        ValueError: as `allocate_bits`.
     """
-    if row_bytes < RowLayout((), align).row_bytes:
-        raise ValueError(f"a row of {row_bytes} bytes has no room for its header")
+    if size < 0:
+        raise ValueError(f"tiers of {size} bytes")
     _check_levels(levels)
     order = energy.argsort(descending=True, stable=True)
     # u: components in units of `align`, which 8 bits need; r: bytes in units of `align`
-    blocks = (row_bytes // 2 * 2 - HEADER_BYTES) // align  # rows have an even number of bytes
+    blocks = size // align
     strongest = pad(energy[order].double().cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
     before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
     last = len(before) - 1
@@ -144,34 +146,70 @@ def fit_row(
     return torch.empty_like(order).index_copy_(0, order, result.to(order.device))
 
 
-def share_rows(
-    energies: Sequence[Tensor], total_bytes: int, align: int = 2, levels: Sequence[int] = LEVELS
-) -> list[Tensor]:
+def share_bytes(
+    parts: Sequence[Sequence[Tensor]],
+    total_bytes: int,
+    align: int = 2,
+    levels: Sequence[int] = LEVELS,
+) -> list[list[Tensor]]:
     """Bits of the components of every part of every layer, from one budget.
 
     Args:
-        energies: [c] of each part, in one unit.
+        parts: energies [c] of each block of each part (keys or values of a layer), in one unit. A
+            part has a row of its own, with one header.
         total_bytes: of one token's rows of all parts together, padding and headers included.
         align: what the bytes of each tier are padded to a multiple of.
         levels: bits that a component may have, 0 among them.
 
-    Returns: int64 [c] for each part; their rows have at most `total_bytes` bytes.
+    Returns: int64 [c] for each block of each part; their rows have at most `total_bytes` bytes.
 
     Raises:
-        ValueError: as `allocate_bits`, or no room for the headers.
+        ValueError: as `allocate_bits`, or no room for a header and one tier in every part.
     """
-    header = RowLayout((), align).row_bytes
-    room = total_bytes - header * len(energies)
-    if room < 0:
-        raise ValueError(f"{total_bytes} bytes have no room for {len(energies)} headers")
-    ideal = allocate_bits(torch.cat(list(energies)), 8 * room, levels)
-    sizes = [bits.sum().item() / 8 for bits in ideal.split([len(e) for e in energies])]
-    unit = max(2, align)  # rows have an even number of bytes
-    units = [int(size // unit) for size in sizes]
-    spare = min(len(units), room // unit - sum(units))
-    for i in sorted(range(len(sizes)), key=lambda i: unit * units[i] - sizes[i])[:spare]:
+    least = [-(-(HEADER_BYTES + align) // ROW_WORD) for _ in parts]  # words of a row
+    room = total_bytes - HEADER_BYTES * len(parts)
+    if ROW_WORD * sum(least) > total_bytes:
+        raise ValueError(
+            f"{total_bytes} bytes a token have no room for {len(parts)} rows of "
+            f"{ROW_WORD * least[0]} bytes"
+        )
+    blocks = [energy for part in parts for energy in part]
+    ideal = allocate_bits(torch.cat(blocks), 8 * room, levels).split([len(e) for e in blocks])
+    sizes = iter([bits.sum().item() / 8 for bits in ideal])
+    ideal_bytes = [[next(sizes) for _ in part] for part in parts]
+    words = share_units(
+        [(HEADER_BYTES + sum(part)) / ROW_WORD for part in ideal_bytes],
+        total_bytes // ROW_WORD,
+        least,
+    )
+    result = []
+    for part, wanted, count in zip(parts, ideal_bytes, words, strict=True):
+        units = (ROW_WORD * count - HEADER_BYTES) // align
+        shares = share_units([size / align for size in wanted], units, [0] * len(wanted))
+        result.append(
+            [
+                fit_tiers(energy, align * share, align, levels)
+                for energy, share in zip(part, shares, strict=True)
+            ]
+        )
+    return result
+
+
+def share_units(wanted: Sequence[float], total: int, least: Sequence[int]) -> list[int]:
+    """Whole numbers near those wanted, each at least its `least`, `total` together or less if less
+    is wanted: the largest remainders are rounded up.
+
+    Raises:
+        ValueError: `least` alone is more than `total`.
+    """
+    units = [max(low, int(size)) for size, low in zip(wanted, least, strict=True)]
+    by_remainder = sorted(range(len(units)), key=lambda i: units[i] - wanted[i])
+    spare = total - sum(units)
+    for i in by_remainder[: max(0, spare)]:
         units[i] += 1
-    return [
-        fit_row(energy, header + unit * n, align, levels)
-        for energy, n in zip(energies, units, strict=True)
-    ]
+    while sum(units) > total:  # what the least took, those give that have most
+        i = max(range(len(units)), key=lambda i: units[i] - least[i])
+        if units[i] <= least[i]:
+            raise ValueError(f"{total} units cannot hold {sum(least)}")
+        units[i] -= 1
+    return units

@@ -1,70 +1,130 @@
-"""Quantisers from samples of components: classes of tokens, spreads, steps.
+"""From moments of keys and values to what codes them: transforms, quantisers, prediction.
 
 Measured on SmolLM2-135M (benchmarks/notes/2026-11-26-coded-spike.md): the steps of a Gaussian are
-as good as steps by Lloyd's algorithm once every token has a scale; two classes are as good as more,
-and the second needs a mean of its own but no steps, since the scale makes up for its spread.
+as good as steps by Lloyd's algorithm once every token has a scale; two classes of tokens are as
+good as more, and the second needs a mean of its own but no steps, since the scale makes up for its
+spread.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from tpa_convert.coding.allocation import GAUSSIAN_STEP, row_layout
-from tpa_convert.coding.codes import Quantiser
+from tpa_convert.coding.allocation import GAUSSIAN_ERROR, GAUSSIAN_STEP
+from tpa_convert.coding.components import Components, principal_components
+from tpa_convert.modeling.tpa_codes import Quantiser, RowLayout, highest_codes
 
 
-def class_means(samples: Tensor, sink: Tensor) -> Tensor:
-    """Means of sinks and of all other tokens.
+class Part(NamedTuple):
+    """The keys or the values of one layer, n numbers x, as components to be coded.
 
-    Which tokens of the calibration text are sinks may be told by their place (the first of each
-    sequence); tokens to be coded are told by the nearest mean.
+    Attributes:
+        components: n of them, block after block.
+        spread: standard deviation of each component over ordinary tokens, [n].
+        blocks: components of each block.
+    """
+
+    components: Components
+    spread: Tensor
+    blocks: list[int]
+
+    @property
+    def energies(self) -> list[Tensor]:
+        """What leaving a component out would cost, for each block."""
+        energy = self.components.importance * self.spread.square()
+        return list(energy.split(self.blocks))
+
+
+def part_of(covariance: Tensor, metric: Tensor, blocks: list[Tensor] | None = None) -> Part:
+    """The Karhunen-Loève components of numbers with this covariance, in a metric, [n, n] each;
+    inside blocks of features if there are several."""
+    found = principal_components(covariance, metric, blocks)
+    variance = torch.einsum("wn,nm,wm->w", found.feature, covariance, found.feature)
+    sizes = [len(covariance)] if blocks is None else [len(block) for block in blocks]
+    return Part(found, variance.clamp_min(0).sqrt(), sizes)
+
+
+def coded_order(part: Part, groups: list[list[tuple[int, int]]]) -> Tensor:
+    """Which components have codes, in the order of their rows, int64: in each block those of most
+    energy get the most bits.
 
     Args:
-        samples: components [N, c].
-        sink: bool [N], some of each.
-
-    Returns: [2, c], the others first.
+        groups: (bits, components) of each run in each block.
     """
-    return torch.stack((samples[~sink].mean(0), samples[sink].mean(0)))
+    found, first = [], 0
+    for energy, runs in zip(part.energies, groups, strict=True):
+        count = sum(n for _, n in runs)
+        found.append(first + energy.argsort(descending=True, stable=True)[:count])
+        first += len(energy)
+    return torch.cat(found)
 
 
-def spreads(samples: Tensor, mean: Tensor, importance: Tensor) -> Tensor:
-    """Root mean square of components [N, c] around the nearest of the class means [k, c]: [c]."""
-    weighted = mean * importance
-    label = ((mean * weighted).sum(-1) - 2 * samples @ weighted.mT).argmin(-1)
-    return (samples - mean[label]).square().mean(0).sqrt()
-
-
-def design_quantiser(
-    spread: Tensor, mean: Tensor, importance: Tensor, bits: Tensor, align: int = 2
-) -> tuple[Quantiser, Tensor]:
-    """The quantiser of the components that have bits.
+def design_quantiser(part: Part, sink: Tensor, order: Tensor, layout: RowLayout) -> Quantiser:
+    """The quantiser of the coded components, around the mean of ordinary tokens.
 
     Args:
-        spread: around the class means, positive where there are bits, [c].
-        mean: of the classes, [k, c].
-        importance: [c].
-        bits: int64 [c].
-        align: what the bytes of each tier are padded to a multiple of.
-
-    Returns: the quantiser and which components it codes, in its order, int64 [coded]. The others
-        are constants: `class_offset`.
+        sink: mean of sinks less that of ordinary tokens, [n].
+        order: of the components with codes, [c].
+        layout: of their rows.
     """
-    layout, order = row_layout(bits, align)
+    components = part.components
+    bits = torch.tensor(layout.bits, device=order.device)
+    # A component that never varied still needs a step; it then costs nothing and says nothing.
+    spread = part.spread[order]
+    spread = spread.clamp_min(1e-6 * spread.max().clamp_min(1e-30))
+    sink_mean = components.feature[order] @ sink
+    mean = torch.stack((torch.zeros_like(sink_mean), sink_mean))
     step = spread * spread.new_tensor(GAUSSIAN_STEP)[bits]
-    tensors = (mean[:, order], step[order], spread[order], importance[order])
-    return Quantiser(layout, *(tensor.float().contiguous() for tensor in tensors)), order
+    return Quantiser(
+        layout,
+        mean.float(),
+        step.float(),
+        spread.float(),
+        components.importance[order].float(),
+        highest_codes(layout).to(order.device),
+    )
 
 
-def class_offset(gauge: Tensor, mean: Tensor, coded: Tensor) -> Tensor:
-    """What the components without a code add to the numbers of each class: [k, n].
+class Prediction(NamedTuple):
+    """What the decoded components of a token's keys say of its values.
+
+    Attributes:
+        weight: values - mean ≈ weight · decoded components, [n, c].
+        residual: covariance of what that leaves, [n, n].
+    """
+
+    weight: Tensor
+    residual: Tensor
+
+
+def predict_values(
+    keys: Part, order: Tensor, bits: Tensor, covariance: Tensor, ridge: float = 0.01
+) -> Prediction:
+    """Predictive coding in closed loop: the decoder knows the decoded keys, so no error adds up.
+
+    Codes of the least squared error are D b plus noise, with D = 1 - ε(bits) and noise of variance
+    ε (1 - ε) σ²; that gives the moments of decoded components from those of the components.
 
     Args:
-        gauge: [n, c].
-        mean: of all components, [k, c].
-        coded: indices of those with a code.
+        keys: the components of the keys.
+        order: those of them with codes, [c].
+        bits: of these, [c].
+        covariance: of keys and values together, [2 n, 2 n].
+        ridge: damping, relative to the mean variance of a decoded component.
     """
-    rest = torch.ones(mean.shape[1], dtype=torch.bool, device=mean.device)
-    rest[coded] = False
-    return mean[:, rest] @ gauge[:, rest].mT
+    n = len(covariance) // 2
+    feature = keys.components.feature[order]
+    error = feature.new_tensor(GAUSSIAN_ERROR)[bits]
+    kept = 1 - error
+    components = kept[:, None] * feature
+    variance = torch.einsum("cn,nm,cm->c", feature, covariance[:n, :n], feature)
+    moment = components @ covariance[:n, :n] @ components.mT + (error * kept * variance).diag()
+    shared = components @ covariance[:n, n:]  # [c, n]
+    damping = ridge * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
+    weight = torch.linalg.solve(moment + damping, shared).mT
+    explained = weight @ shared
+    residual = covariance[n:, n:] - explained - explained.mT + weight @ moment @ weight.mT
+    return Prediction(weight, residual)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpa_convert.coding import CacheMoments
+from tpa_convert.conversion.coded import coded_parameters
 from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,
@@ -125,6 +127,28 @@ def attention_parameters(
     return output
 
 
+def coded_attention_parameters(
+    weights: AttentionWeights, moments: CacheMoments, tokens: int, shape: LayerShape
+) -> dict[str, Tensor]:
+    """As `attention_parameters`, of a layer whose cache is coded; its queries and its output
+    projection are the source's own.
+
+    Args:
+        moments: of the layer, of this many `tokens`.
+    """
+    query = weights.query.flatten(0, 1)
+    output = {
+        "q_proj.weight": query[:, :-1],
+        "q_proj.bias": query[:, -1],
+        "o_proj.weight": weights.output.flatten(1),
+    }
+    if weights.output_bias is not None:
+        output["o_proj.bias"] = weights.output_bias
+    if weights.key_norm is not None:
+        output["keys.norm.weight"] = weights.key_norm.weight
+    return output | coded_parameters(weights, moments, tokens, shape)
+
+
 def convert_layer(
     weights: AttentionWeights,
     moments: LayerMoments | None,
@@ -147,7 +171,10 @@ def convert_layer(
     if shape.latent_keys:
         latent = with_unit_gauge(decompose_latent_keys(weights, basis, shape.width_k))
         return attention_parameters(weights, latent, values, shape, functional), shape
-    keys = with_unit_gauge(decompose.decompose_keys(weights, basis, shape.width_k, rank_limit_k))
+    limit: int | Tensor | None = rank_limit_k
+    if shape.key_pairs is not None:  # the plan says how many components each pair gets
+        limit = torch.tensor([int(count) for count in shape.key_pairs.split()])
+    keys = with_unit_gauge(decompose.decompose_keys(weights, basis, shape.width_k, limit))
     if shape.key_gauge != "none":
         keys = by_rotary_pair(keys)
         counts = keys.rotary_pair.bincount(minlength=weights.key.shape[1] // 2)

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.layer import convert_layer, query_norm_parameters
+from tpa_convert.conversion.layer import (
+    coded_attention_parameters,
+    convert_layer,
+    query_norm_parameters,
+)
 from tpa_convert.errors import UserError
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source
 from tpa_convert.sources.attention import attention_weights
+
+
+class Moments(Protocol):
+    """`calibration.moments.Moments`: of the kind that the plan needs."""
+
+    @property
+    def layers(self) -> list[Any]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def check(self, source_sha256: str, coded: bool) -> None: ...
 
 
 @torch.no_grad()
@@ -49,12 +64,10 @@ def convert_model(
             family does not describe.
     """
     linear = any(layer.form == "linear" for layer in plan.layers)
-    if moments is None and (whiten or linear):
+    if moments is None and (whiten or linear or any(layer.coded for layer in plan.layers)):
         raise UserError(f"the {'linear form' if linear else method} needs calibration moments")
-    if moments is not None and moments.source_sha256 != source.reference.sha256:
-        raise UserError(
-            "the moments file was made from another source: calibrate again with --save-moments"
-        )
+    if moments is not None:
+        moments.check(source.reference.sha256, plan.is_coded)
     family, model = source.family, source.model
     family.check_names(model)
     dtype = dtype or model.dtype
@@ -71,14 +84,21 @@ def convert_model(
     }
     shapes = []
     for i, shape in enumerate(track(plan.layers, "converting")):
-        parameters, shape = convert_layer(
-            attention_weights(layers[i], family.names, model.config, i, device="cpu"),
-            moments.layers[i] if moments else None,
-            shape,
-            method=method,
-            whiten=whiten,
-            rank_limit_k=plan.rank_limit_k,
-        )
+        weights = attention_weights(layers[i], family.names, model.config, i, device="cpu")
+        if shape.coded:
+            assert moments is not None
+            parameters = coded_attention_parameters(
+                weights, moments.layers[i], moments.num_tokens, shape
+            )
+        else:
+            parameters, shape = convert_layer(
+                weights,
+                moments.layers[i] if moments else None,
+                shape,
+                method=method,
+                whiten=whiten,
+                rank_limit_k=plan.rank_limit_k,
+            )
         parameters |= query_norm_parameters(layers[i], family.names)
         state |= {
             attention_prefixes[i] + name: tensor.to("cpu", dtype).contiguous()

@@ -34,16 +34,23 @@ def key_components(moments: LayerMoments) -> tuple[Tensor, Tensor]:
     return eigenvalues.clamp_min(0), vectors
 
 
-def allocate_components(energy: Tensor, count: int, rank: int | None) -> tuple[Tensor, Tensor]:
+def allocate_components(
+    energy: Tensor, count: int, rank: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Picks the `count` strongest components over all rotary pairs.
 
     Args:
         energy: [f, g], one non-negative entry per candidate component.
         count: components to pick, at most f times the rank (g without one).
-        rank: most components on any one pair, or None for no limit.
+        rank: most components on any one pair, or None for no limit; or how many each pair gets,
+            int64 [f], of the sum `count`.
 
     Returns: rotary pair and component index of each, int64 [count], ordered by pair.
     """
+    if isinstance(rank, Tensor):
+        place = energy.argsort(dim=1, descending=True).argsort(dim=1)
+        pair, component = (place < rank[:, None]).nonzero(as_tuple=True)
+        return pair, component
     if rank is not None and rank < energy.shape[1]:
         beyond = energy.argsort(dim=1, descending=True)[:, rank:]
         energy = energy.scatter(1, beyond, -1.0)
@@ -52,7 +59,7 @@ def allocate_components(energy: Tensor, count: int, rank: int | None) -> tuple[T
 
 
 def decompose_keys(
-    weights: AttentionWeights, moments: LayerMoments, width: int, rank: int | None = None
+    weights: AttentionWeights, moments: LayerMoments, width: int, rank: int | Tensor | None = None
 ) -> KeyFactors:
     """Complex principal components of keys per rotary pair; the budget goes where the energy is.
 
@@ -61,7 +68,8 @@ def decompose_keys(
 
     Args:
         width: numbers cached per token, even, at most g d.
-        rank: most components on any one rotary pair, or None for no limit.
+        rank: most components on any one rotary pair, or None for no limit; or how many each pair
+            gets, int64 [f].
 
     Returns: factors with width / 2 components, ordered by rotary pair.
     """

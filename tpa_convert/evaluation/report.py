@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -48,6 +48,10 @@ class Row:
     higher_is_better: bool | None
     recovers: bool = False
     margins: dict[str, float] = field(default_factory=dict)
+
+    def with_columns(self, names: Iterable[str]) -> Row:
+        """The same metric with a column for each of these models, empty where it has no value."""
+        return replace(self, values={name: self.values.get(name) for name in names})
 
     def ratio(self, model: str) -> float | None:
         """The model's value divided by the source's."""
@@ -103,18 +107,33 @@ class EvaluationReport:
         rows = [Row(**{k: v for k, v in row.items() if k not in derived}) for row in data["rows"]]
         return cls(**{**data, "models": tuple(data["models"]), "rows": tuple(rows)})
 
+    @property
+    def header(self) -> list[str]:
+        """What stands over the columns of the table; nothing over the first."""
+        return self._header(self.models)
+
+    @property
+    def sections(self) -> dict[str, list[list[str]]]:
+        """The table as text: for each section its rows, names first."""
+        found: dict[str, list[list[str]]] = {}
+        for row in self.rows:
+            cells = map(str, self._cells(row, self.models))
+            found.setdefault(row.section, []).append([row.name, *cells])
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What stands under the table."""
+        return self._notes()
+
     def to_markdown(self) -> str:
         """The table in Markdown, for a model card."""
-        header = self._header(self.models)
-        lines = [f"| {' | '.join(header)} |", f"|---{'|--:' * (len(header) - 1)}|"]
-        section = None
-        for row in self.rows:
-            if row.section != section:
-                section = row.section
-                lines.append(f"| **{section}** {'| ' * (len(header) - 1)}|")
-            cells = map(str, self._cells(row, self.models))
-            lines.append(f"| {' | '.join([row.name, *cells])} |")
-        return "\n".join([*lines, "", *(f"- {note}" for note in self._notes())])
+        columns = len(self.header) - 1
+        lines = [f"| {' | '.join(self.header)} |", f"|---{'|--:' * columns}|"]
+        for section, rows in self.sections.items():
+            lines.append(f"| **{section}** {'| ' * columns}|")
+            lines += [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for i, table in enumerate(self._tables(console, options)):

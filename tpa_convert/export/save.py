@@ -101,6 +101,21 @@ def is_converted(directory: str | Path) -> bool:
     )
 
 
+def check_converted(directory: str | Path) -> None:
+    """Refuses what is no converted model.
+
+    Raises:
+        UserError: no such directory, or another model.
+    """
+    if not Path(directory).is_dir():
+        raise UserError(f"no such directory: {directory}")
+    if not is_converted(directory):
+        raise UserError(
+            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
+            "one with `tpa-convert convert`"
+        )
+
+
 def load_converted(
     directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -120,13 +135,7 @@ def load_model(
     directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """`load_converted` without the tokenizer."""
-    if not Path(directory).is_dir():
-        raise UserError(f"no such directory: {directory}")
-    if not is_converted(directory):
-        raise UserError(
-            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
-            "one with `tpa-convert convert`"
-        )
+    check_converted(directory)
     kind = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get(
         "model_type"
     )
@@ -160,10 +169,15 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 def write_provenance(directory: Path, name: str, provenance: Mapping[str, Any]) -> None:
     """Write tpa_convert.json and the model card that follows from it."""
-    with atomic_file(directory / PROVENANCE_FILE) as path:
-        path.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    write_record(directory, provenance)
     with atomic_file(directory / "README.md") as path:
         path.write_text(render_card(name, provenance), encoding="utf-8")
+
+
+def write_record(directory: Path, provenance: Mapping[str, Any]) -> None:
+    """Write tpa_convert.json, without a card."""
+    with atomic_file(directory / PROVENANCE_FILE) as path:
+        path.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
 def read_provenance(directory: str | Path) -> Provenance:

@@ -1,10 +1,11 @@
-"""Which implementation decodes: each says what it can run, the first that can is taken.
+"""Which implementation decodes or encodes: each says what it can run, the first that can is taken.
 
 `TPA_CONVERT_BACKEND` names one to force it: `reference` or `triton`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 
 VARIABLE = "TPA_CONVERT_BACKEND"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-LAYOUTS = ("rotated", "contextual", "coded")
+LAYOUTS = ("rotated", "contextual", "coded", "components")
 MAX_WIDTH = 8192
 TRITON_MISSING = importlib.util.find_spec("triton") is None
 
@@ -24,16 +25,16 @@ class BackendError(RuntimeError):
 
 
 class Case(NamedTuple):
-    """What is to be decoded.
+    """What is to be decoded, or encoded.
 
     Attributes:
         layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
-            `coded` (rows of bytes).
-        width_k, width_v: components of keys and of values.
-        dtype, device: of the queries.
-        strides: of keys and values, from sequence to sequence and slot to slot.
+            `coded` (rows of bytes); `components` are to be encoded.
+        width_k, width_v: components of keys and of values; of components the first alone.
+        dtype, device: of the queries or components.
+        strides: of coded keys and values, from sequence to sequence and slot to slot, modulo 4.
         cached: types of keys and values.
-        ranks: of contextual keys and values.
+        ranks: of contextual keys and values, 0 without head factors.
         paged: whether the cache is a pool of pages.
     """
 
@@ -49,13 +50,14 @@ class Case(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A name, and the reason why it cannot run a case, or None."""
+    """A name, and the reason why it cannot run a case, or None; the second argument says whether
+    Triton's interpreter, which is slow, may take it."""
 
     name: str
-    can_use: Callable[[Case], str | None]
+    can_use: Callable[[Case, bool], str | None]
 
 
-def _reference(case: Case) -> str | None:
+def _reference(case: Case, interpreted: bool = False) -> str | None:
     return None if case.layout in LAYOUTS else f"no layout {case.layout}"
 
 
@@ -64,21 +66,21 @@ def forced_backend() -> str:
     return os.environ.get(VARIABLE, "auto")
 
 
-def _triton(case: Case) -> str | None:
+def _triton(case: Case, interpreted: bool = False) -> str | None:
     if case.layout not in LAYOUTS:
         return f"no kernel for the layout {case.layout}"
     if TRITON_MISSING:
         return "triton is not installed"
-    # Triton's interpreter runs on a CPU, slowly: for those who ask for both.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and forced_backend() == "triton"
     if case.device.type != "cuda" and not interpreted:
         return f"its kernels need a CUDA device, not {case.device.type}"
     if not interpreted and torch.cuda.get_device_capability(case.device) < (8, 0):
         return "its kernels need compute capability 8.0"
     if case.dtype not in TYPES:
-        return f"no kernel for queries in {str(case.dtype).removeprefix('torch.')}"
+        return f"no kernel for numbers in {str(case.dtype).removeprefix('torch.')}"
     if max(case.width_k, case.width_v) > MAX_WIDTH:
         return f"widths above {MAX_WIDTH}"
+    if case.layout == "components":
+        return None
     if case.layout != "coded" and (case.width_k % 8 or case.width_v % 8):
         return f"widths {case.width_k} and {case.width_v} are not multiples of 8"
     if case.layout != "coded" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
@@ -89,7 +91,9 @@ def _triton(case: Case) -> str | None:
         return "no kernel for pages of coded rows"
     if case.layout == "contextual":
         rank_k, rank_v = case.ranks
-        pairs, features = case.width_k // (2 * rank_k), case.width_v // rank_v
+        # Of a single rank all features have the same factor, however many they are.
+        pairs = case.width_k // (2 * rank_k) if rank_k > 1 else 16
+        features = case.width_v // rank_v if rank_v > 1 else 16
         if pairs & (pairs - 1) or features & (features - 1) or pairs < 16 or features < 16:
             return f"{pairs} pairs and {features} features a rank are not powers of two from 16 on"
     if case.layout == "coded" and any(stride % 4 for stride in case.strides):
@@ -106,15 +110,23 @@ def choose_backend(case: Case) -> str:
     Raises:
         BackendError: the one that the environment names is unknown or cannot run it.
     """
-    forced = forced_backend()
+    # A cache that `torch.compile` would warn of spares the host what every layer asks again.
+    choose = _choose if torch.compiler.is_compiling() else _choose_once
+    return choose(case, forced_backend(), os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _choose(case: Case, forced: str, interpreted: bool) -> str:
     names = [backend.name for backend in BACKENDS]
     if forced != "auto" and forced not in names:
         raise BackendError(f"{VARIABLE}={forced}: choose auto, {' or '.join(names)}")
     reasons = []
     for backend in BACKENDS:
         if forced in ("auto", backend.name):
-            reason = backend.can_use(case)
+            reason = backend.can_use(case, interpreted and forced == "triton")
             if reason is None:
                 return backend.name
             reasons.append(f"{backend.name}: {reason}")
-    raise BackendError(f"{VARIABLE}={forced} cannot decode here ({'; '.join(reasons)})")
+    raise BackendError(f"{VARIABLE}={forced} cannot run here ({'; '.join(reasons)})")
+
+
+_choose_once = functools.lru_cache(maxsize=256)(_choose)

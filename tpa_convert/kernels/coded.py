@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .split_kv import softmax_step, split_range
+from .split_kv import in_use, softmax_step, split_range
 from .unpack import unpack
 
 
@@ -170,7 +170,7 @@ def _store_outputs(
         tl.store(partial + row[None, :] + place, outputs[i], mask=inside[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "positions", "window", "splits"])
+@triton.jit(do_not_specialize=["length", "positions", "window", "splits", "mask_stride_b"])
 def coded_kernel(
     folded,
     column_terms,
@@ -180,6 +180,8 @@ def coded_kernel(
     partial_terms,
     start,
     end,
+    mask,
+    mask_stride_b,
     octave_k,
     octave_v,
     key_stride_b,
@@ -245,6 +247,8 @@ def coded_kernel(
 
     keys += tl.multiple_of(batch.to(tl.int64) * key_stride_b, ALIGN)
     values += tl.multiple_of(batch.to(tl.int64) * value_stride_b, ALIGN)
+    if mask is not None:
+        mask += batch.to(tl.int64) * mask_stride_b
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     weight_sum = tl.zeros([COLUMNS], tl.float32)
@@ -257,7 +261,7 @@ def coded_kernel(
 
     for block in tl.range(first, last, BLOCK, num_stages=STAGES):
         slot = block + tl.arange(0, BLOCK)
-        valid = slot < last
+        valid = in_use(slot, last, mask)
         key_offset = tl.multiple_of(slot.to(tl.int64) * key_stride_t, ALIGN)
         key_scale, key_class = load_header(
             keys, key_offset, valid, octave_k, HEADER_K, SHIFT_K, CLASSES_K
@@ -273,7 +277,7 @@ def coded_kernel(
         scores += constant
 
         weights, rescale, highest, total = softmax_step(
-            scores, slot, own, last, scale, softcap, window, highest, total, MULTIPLE
+            scores, slot, valid, own, scale, softcap, window, highest, total, MULTIPLE
         )
         value_offset = tl.multiple_of(slot.to(tl.int64) * value_stride_t, ALIGN)
         value_scale, value_class = load_header(

@@ -68,6 +68,14 @@ def longest(length: int, positions: int, window: int | None) -> int:
     return length if window is None else min(length, window + positions - 1)
 
 
+def in_rows(mask: Tensor | None) -> tuple[Tensor | None, int]:
+    """A mask [b or 1, t] whose slots lie side by side, and the stride from sequence to sequence."""
+    if mask is None:
+        return None, 0
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return mask, mask.stride(0) if len(mask) > 1 else 0
+
+
 def choose_shape(row_bytes: int, query_bytes: int, limit: int) -> tuple[int, int]:
     """One of `SHAPES` for keys and values of `row_bytes` a slot, beside the queries."""
     for block, stages in SHAPES:
@@ -91,10 +99,12 @@ def launch_rotated(
     value_heads: Tensor | None = None,
     groups: int = 1,
     pages: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention`, for widths in multiples of 8 and any strides but the last.
 
-    With head factors, the features of a rank (half of them, for keys) are a power of two.
+    With head factors of several ranks, the features of a rank (half of them, for keys) are a power
+    of two.
     """
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, positions, width_k = query.shape
@@ -106,19 +116,23 @@ def launch_rotated(
     chunk_k = power_of_two(width_k, 16, 128)
     chunk_v = power_of_two(width_v, 64, 128)
     rank_k = rank_v = 0
-    if key_heads is not None and value_heads is not None:
-        rank_k, rank_v = (x.shape[-1] // groups for x in (key_heads, value_heads))
-        chunk_k, chunk_v = width_k // (2 * rank_k), width_v // rank_v
+    if key_heads is not None:
+        rank_k = key_heads.shape[-1] // groups
+        chunk_k = width_k // (2 * rank_k) if rank_k > 1 else chunk_k
+    if value_heads is not None:
+        rank_v = value_heads.shape[-1] // groups
+        chunk_v = width_v // rank_v if rank_v > 1 else chunk_v
     padded_k = triton.cdiv(width_k, chunk_k) * chunk_k
     padded_v = triton.cdiv(width_v, chunk_v) * chunk_v
     size = query.element_size()
     widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
     per_program = power_of_two(columns, 16, widest)
     tiles = triton.cdiv(columns, per_program)
-    factors_k, factors_v = (power_of_two(r * groups, 16, 1 << 16) for r in (rank_k, rank_v))
-    factors = factors_k + factors_v if rank_k else 0
+    factors_k, factors_v = (
+        power_of_two(rank * groups, 16, 1 << 16) if rank else 0 for rank in (rank_k, rank_v)
+    )
     block, stages = choose_shape(
-        (padded_k + padded_v + factors) * size,
+        (padded_k + padded_v + factors_k + factors_v) * size,
         padded_k * size * per_program,
         shared_bytes(query.device),
     )
@@ -133,6 +147,7 @@ def launch_rotated(
         *query.stride()[:3],
         *(x.stride(i) for x in (keys, values) for i in (0, 2)),
     )
+    mask, mask_stride = in_rows(mask)
     factor_strides = [
         x.stride(i) if x is not None else 0 for x in (key_heads, value_heads) for i in (0, 2)
     ]
@@ -148,7 +163,9 @@ def launch_rotated(
         pages,
         start,
         end,
+        mask,
         pages.stride(0) if pages is not None else 0,
+        mask_stride,
         *strides,
         *factor_strides,
         heads,
@@ -181,7 +198,13 @@ def launch_rotated(
         num_warps=4,
         num_stages=stages,
     )
-    output = query.new_empty((batch, heads, positions, width_v))
+    return launch_join(partial, partial_lse, query.new_empty((batch, heads, positions, width_v)))
+
+
+def launch_join(partial: Tensor, partial_lse: Tensor, output: Tensor) -> Tensor:
+    """Fills `output` [b, h, s, w_v] with what splits [b, splits, h * s, w_v] and their log-sum-exps
+    sum up to."""
+    batch, splits, columns, width_v = partial.shape
     chunk = power_of_two(width_v, 16, 64)
     join_kernel[(columns, triton.cdiv(width_v, chunk), batch)](
         partial,
@@ -193,6 +216,6 @@ def launch_rotated(
         CHUNK=chunk,
         SPLITS=power_of_two(splits, 1, SPLITS_AT_ONCE),
         num_warps=4,
-        **options,
+        **overlapped(output.device),
     )
     return output

@@ -13,6 +13,7 @@ from .coded import coded_kernel, fold_kernel, join_coded_kernel
 from .launch import (
     INTERPRETED,
     choose_splits,
+    in_rows,
     longest,
     multiprocessors,
     overlapped,
@@ -72,6 +73,7 @@ def launch_coded(
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention` over uint8 rows whose strides are multiples of 4 bytes."""
     query = query if query.stride(-1) == 1 else query.contiguous()
@@ -80,6 +82,7 @@ def launch_coded(
     columns = heads * positions
     places_k, places_v = len(key_places.gain), len(value_places.gain)
     classes_k, classes_v = key_places.layout[1], value_places.layout[1]
+    mask, mask_stride = in_rows(mask)
     options = overlapped(query.device)
 
     folded = query.new_empty((batch, columns, places_k), dtype=torch.float16)
@@ -132,6 +135,8 @@ def launch_coded(
             partial_terms,
             start,
             end,
+            mask,
+            mask_stride,
             *octaves,
             *strides,
             columns,
@@ -165,6 +170,8 @@ def launch_coded(
             block_terms,
             start,
             end,
+            mask,
+            mask_stride,
             *octaves,
             *strides,
             columns,

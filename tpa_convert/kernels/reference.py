@@ -22,6 +22,7 @@ def attended_slots(
     end: Tensor | None,
     window: int | None,
     device: torch.device,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Which slots each query position attends to, boolean [b or 1, s, t].
 
@@ -31,6 +32,7 @@ def attended_slots(
     Args:
         start: first slot in use of each sequence, integers [b]; None for 0.
         end: slots in use of each sequence, those of the queries included, [b]; None for all.
+        mask: which slots may be attended to at all, bool [b or 1, t]; None for all.
     """
     slot = torch.arange(slots, device=device)
     end = torch.full((1,), slots, device=device) if end is None else end
@@ -40,6 +42,8 @@ def attended_slots(
         attended = attended & (slot >= start[:, None, None])
     if window is not None:
         attended = attended & (slot > own[..., None] - window)
+    if mask is not None:
+        attended = attended & mask[:, None]
     return attended
 
 
@@ -69,6 +73,7 @@ def decode_attention(
     value_heads: Tensor | None = None,
     groups: int = 1,
     pages: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · query keysᵀ) values, for one head of keys and values that all queries share.
 
@@ -78,12 +83,12 @@ def decode_attention(
     Args:
         query: in the space of the key components, [b, h, s, w_k].
         keys, values: [b, 1, t, w_k] and [b, 1, t, w_v].
-        key_heads, value_heads: head factors [b, 1, t, R * groups], rank by rank, or None.
+        key_heads, value_heads: head factors [b, 1, t, R * groups], rank by rank, each or None.
         groups: key/value heads.
         pages: of each sequence in order, integers [b, n]; what is cached is then a pool of pages,
             [pages, 1, slots of a page, w]. Pages without slots in use may be anything.
         scale: of the scores.
-        start, end, window: see `attended_slots`.
+        start, end, window, mask: see `attended_slots`.
         softcap: scores x become softcap · tanh(x / softcap).
 
     Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
@@ -92,17 +97,19 @@ def decode_attention(
         keys, values = _in_order(keys, pages), _in_order(values, pages)
         key_heads = None if key_heads is None else _in_order(key_heads, pages)
         value_heads = None if value_heads is None else _in_order(value_heads, pages)
-    attended = attended_slots(keys.shape[2], query.shape[2], start, end, window, query.device)[
-        :, None
-    ]  # [b, 1, s, t]
+    attended = attended_slots(
+        keys.shape[2], query.shape[2], start, end, window, query.device, mask
+    )[:, None]  # [b, 1, s, t]
     read = attended.any(2)[..., None]  # [b, 1, t, 1]
     keys = torch.where(read, keys, 0).to(query.dtype)
     values = torch.where(read, values, 0).to(query.dtype)
-    if key_heads is not None and value_heads is not None:
-        heads = query.shape[1] // groups
+    shared = query.shape[1] // groups
+    if key_heads is not None:
         keys = _times_factors(keys, torch.where(read, key_heads, 0), groups, 2)
+        keys = keys.repeat_interleave(shared, 1)
+    if value_heads is not None:
         values = _times_factors(values, torch.where(read, value_heads, 0), groups, 1)
-        keys, values = (x.repeat_interleave(heads, 1) for x in (keys, values))
+        values = values.repeat_interleave(shared, 1)
     scores = query @ keys.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .coded import load_header
-from .split_kv import LOG2_E, slot_bounds, tanh
+from .split_kv import LOG2_E, in_use, slot_bounds, tanh
 from .unpack import unpack, unpack_wide
 
 FIELDS_AT_ONCE = tl.constexpr(4)
@@ -79,7 +79,7 @@ def _add_tier_scores(
     return scores
 
 
-@triton.jit(do_not_specialize=["length", "positions", "window"])
+@triton.jit(do_not_specialize=["length", "positions", "window", "mask_stride_b"])
 def weights_kernel(
     folded,
     column_terms,
@@ -89,6 +89,8 @@ def weights_kernel(
     block_terms,
     start,
     end,
+    mask,
+    mask_stride_b,
     octave_k,
     octave_v,
     key_stride_b,
@@ -131,7 +133,11 @@ def weights_kernel(
     block, batch, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    valid = (slot >= begin) & (slot < stop)
+    valid = slot >= begin
+    if mask is None:
+        valid = valid & (slot < stop)
+    else:
+        valid = valid & in_use(slot, stop, mask + batch.to(tl.int64) * mask_stride_b)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     if (block * BLOCK < stop) & (block * BLOCK + BLOCK > begin):

@@ -48,12 +48,15 @@ from .tpa_attention import (
     normalised_together,
     sliding_window,
 )
+from .tpa_codes import CLASSES, RowLayout
 from .tpa_configuration import (
     Form,
     Gauge,
     KeyCache,
     LayerShape,
     TPAConfigMixin,
+    codes_of,
+    groups_of,
     source_head_dim,
     source_key_value_heads,
 )
@@ -112,16 +115,20 @@ AutoModelForCausalLM.register(legacy.TPAConfig, legacy.TPAForCausalLM, exist_ok=
 
 __all__ = [
     "CAUSAL_LMS",
+    "CLASSES",
     "AttentionNames",
     "Form",
     "Gauge",
     "KeyCache",
     "LayerShape",
     "PairOrder",
+    "RowLayout",
     "TPAAttention",
     "TPAConfigMixin",
     "TPAModelMixin",
+    "codes_of",
     "given_cache",
+    "groups_of",
     "norm_epsilon",
     "norm_width",
     "normalised_together",

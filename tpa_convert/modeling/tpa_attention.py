@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
+from .tpa_kernels import decode_components, find_kernel, of_one_width
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
+from .tpa_paged import holds_rows
 from .tpa_rotary import PairOrder, Table, paged_positions, pair_table, rotate, slot_positions
 from .tpa_values import ContextualValues, StaticValues
 
@@ -152,6 +154,7 @@ class TPAAttention(nn.Module):
         self.expanded_heads = max(self.keys.expanded_heads, self.values.expanded_heads)
         self.num_key_value_groups = heads // self.expanded_heads  # read by attention functions
         self.rotary_emb: Callable[[torch.Tensor, torch.Tensor], Table] | None = None
+        self.kernel = find_kernel()
 
     def forward(
         self,
@@ -177,11 +180,12 @@ class TPAAttention(nn.Module):
             query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query = rotate(query, self.keys.query_table(table))
-        key, value = self.keys.pack(hidden_states, table), self.values.pack(hidden_states)
+        key, value = self.pack(hidden_states, table, cached=cache is not None)
         if cache is not None:
             key, value, table = self.update(
                 cache, key, value, hidden_states, table, attention_mask, kwargs
             )
+            key, value = self.unpack(key, value, query.dtype)
         implementation = self.config._attn_implementation
         paged = cache is not None and not isinstance(cache, Cache)
         weights = None
@@ -196,6 +200,8 @@ class TPAAttention(nn.Module):
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
             key, value = self.keys.expand(key, table), self.values.expand(value)
+            if implementation == "sdpa":
+                query, key, value = of_one_width(query, key, value)
             output, weights = attention_interface(
                 self,
                 query,
@@ -206,7 +212,43 @@ class TPAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
+            output = output[..., : self.values.output_width]
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def pack(
+        self, hidden_states: torch.Tensor, table: Table, cached: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of new tokens, [b, 1, s, ...] each.
+
+        Args:
+            hidden_states: [b, s, D].
+            table: of the new tokens.
+            cached: what is coded comes in rows of bytes, as the cache holds it. Otherwise it comes
+                in features, as `unpack` gives them, and with gradients.
+        """
+        key = self.keys.pack(hidden_states, table)
+        if self.keys.coder is None or self.values.coder is None:
+            return key, self.values.pack(hidden_states)
+        if not cached:
+            key = self.keys.coder(key)
+            value = self.values.coder(self.values.pack(hidden_states, key))
+            return key, self._with_parents(key, value)
+        row = self.keys.coder(key, rows=True)
+        components = self.values.pack(hidden_states, self.keys.coder(row, dtype=key.dtype))
+        return row, self.values.coder(components, rows=True)
+
+    def unpack(
+        self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the cache as features in `dtype`; what is not coded stays as it is."""
+        if self.keys.coder is None or self.values.coder is None:
+            return key, value
+        key = self.keys.coder(key, dtype=dtype)
+        return key, self._with_parents(key, self.values.coder(value, dtype=dtype))
+
+    def _with_parents(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The features that values are made of: where they are predicted, those of the keys too."""
+        return torch.cat((value, key), dim=-1) if self.shape.predict_values else value
 
     def update(
         self,
@@ -232,13 +274,15 @@ class TPAAttention(nn.Module):
             slots = slot_positions(
                 cache, self.layer_idx, length, positions, attention_mask, hidden_states.device
             )
-        widths = key.shape[-1], value.shape[-1]
+        if stock and self.shape.coded:
+            refuse_quantised(cache, self.layer_idx)
+        widths, dtype = (key.shape[-1], value.shape[-1]), key.dtype
         grid = self.cache_grid(cache, widths)
-        if grid is not None:
-            key, value = fold(key, grid), fold(value, grid)
+        if grid is not None:  # its numbers are of the model's type, which holds bytes exactly
+            key, value = (fold(x, grid).to(hidden_states.dtype) for x in (key, value))
         key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if grid is not None:
-            key, value = unfold(key, widths[0]), unfold(value, widths[1])
+            key, value = (unfold(x, n).to(dtype) for x, n in zip((key, value), widths, strict=True))
         if self.shape.latent_keys and not stock:
             starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
             assert positions is not None, "continuous batching gives positions"
@@ -259,7 +303,8 @@ class TPAAttention(nn.Module):
             widths: of the packed keys and values.
         """
         if not isinstance(cache, Cache):
-            return self.num_key_value_heads, self.head_dim
+            packed = holds_rows(cache, self.layer_idx)
+            return None if packed else (self.num_key_value_heads, self.head_dim)
         if self.layer_idx >= len(cache.layers):
             return None
         layer = cache.layers[self.layer_idx]
@@ -294,6 +339,9 @@ class TPAAttention(nn.Module):
             key, heads = keys.expand(packed_key, table), keys.heads
         else:
             query, key, heads = keys.component_queries(query), packed_key, 1
+            mixed = self.decode_on_kernel(query, packed_key, packed_value, attention_mask)
+            if mixed is not None:
+                return values.output(mixed)
             if keys.shape.key_head_factors(keys.heads):
                 scores = keys.scores(query, packed_key) * self.scaling
                 weights = masked_softmax(scores, attention_mask)
@@ -307,6 +355,29 @@ class TPAAttention(nn.Module):
             scale=self.scaling,
         )
         return values.output(mixed.flatten(1, 2).unsqueeze(2))
+
+    def decode_on_kernel(
+        self,
+        query: torch.Tensor,
+        packed_key: torch.Tensor,
+        packed_value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """What `decode` mixes of rotated keys and values, [b, h, 1, width_v], or None."""
+        shape, groups = self.shape, self.num_key_value_heads
+        linear = shape.form == "linear"
+        mixed = decode_components(
+            self.kernel,
+            query,
+            packed_key,
+            packed_value,
+            attention_mask,
+            key_factors=shape.key_head_factors(groups),
+            value_factors=shape.rank_v * groups if shape.contextual else 0,
+            scale=self.scaling / shape.rank_k if linear else self.scaling,
+            groups=groups,
+        )
+        return mixed / shape.rank_v if linear and mixed is not None else mixed
 
 
 def replace_attention(decoder: Any, names: AttentionNames) -> None:
@@ -361,6 +432,17 @@ def normalised_together(norm: nn.Module | None, head_dim: int, heads: int) -> bo
 def norm_epsilon(norm: Any) -> float:
     """What a norm of the source adds to the mean square; families call it one of two names."""
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
+def refuse_quantised(cache: Cache, layer_idx: int) -> None:
+    """Raises `ValueError` if a layer of the cache would quantise the codes it is given."""
+    layers = cache.layers[layer_idx : layer_idx + 1] or [cache.layer_class_to_replicate]
+    kind = layers[0] if isinstance(layers[0], type) else type(layers[0])
+    if kind is not None and issubclass(kind, QuantizedLayer):
+        raise ValueError(
+            "the cache of this model is coded in bits already: use a dynamic or static cache, not "
+            "a quantized one"
+        )
 
 
 def fold(row: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 import transformers
 
+from .tpa_codes import MAX_BITS, RowLayout
+
 Form = Literal["static", "affine", "linear"]
 Gauge = Literal["absorbed", "applied", "none"]
 KeyCache = Literal["rotated", "latent"]
@@ -56,6 +58,13 @@ class LayerShape:
             head factors and keys whose gauge is not absorbed.
         key_pairs: how many components of rotated keys live on each of the source's rotary pairs, in
             the order of the pairs, separated by blanks. None puts them on all pairs in turn.
+        key_codes, value_codes: how many components have how many bits in a cache of codes, as in
+            "8x3 4x20 2x85": three of 8 bits, 20 of 4 and 85 of 2. None caches numbers. Both or
+            neither; latent keys and an applied value gauge only. Those of the keys may stand in
+            several blocks of equally many rotary pairs, "4x9 2x30 | 4x4 2x24": a component of a
+            block makes keys on its pairs alone, which divides the cost of rebuilding keys.
+        row_align: what the bytes of codes with equally many bits are padded to a multiple of.
+        predict_values: whether values are coded as what the codes of the token's keys do not say.
     """
 
     form: Form
@@ -69,6 +78,37 @@ class LayerShape:
     key_norm: bool | Literal["all"] = False
     rank_q: int | None = None
     key_pairs: str | None = None
+    key_codes: str | None = None
+    value_codes: str | None = None
+    row_align: int = 2
+    predict_values: bool = False
+
+    @property
+    def coded(self) -> bool:
+        """Whether codes of bits are cached instead of numbers."""
+        return self.key_codes is not None
+
+    @property
+    def key_layout(self) -> RowLayout:
+        """Of the rows of coded keys."""
+        groups = [group for block in groups_of(self.key_codes) for group in block]
+        return RowLayout(tuple(groups), self.row_align)
+
+    @property
+    def value_layout(self) -> RowLayout:
+        """Of the rows of coded values."""
+        groups = [group for block in groups_of(self.value_codes) for group in block]
+        return RowLayout(tuple(groups), self.row_align)
+
+    @property
+    def key_block_widths(self) -> list[int]:
+        """Components of coded keys in each block of rotary pairs."""
+        return [sum(count for _, count in block) for block in groups_of(self.key_codes)]
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of rotary pairs that coded keys are rebuilt in."""
+        return len(self.key_block_widths) if self.coded else 1
 
     @property
     def latent_keys(self) -> bool:
@@ -91,6 +131,12 @@ class LayerShape:
         head_factors = self.key_head_factors(num_key_value_heads)
         head_factors += self.rank_v * num_key_value_heads if self.contextual else 0
         return self.width_k + self.width_v + head_factors
+
+    def cached_bytes(self, num_key_value_heads: int, itemsize: int = 2) -> int:
+        """Bytes cached per token by this layer; numbers have `itemsize` bytes."""
+        if self.coded:
+            return self.key_layout.row_bytes + self.value_layout.row_bytes
+        return itemsize * self.cached_floats(num_key_value_heads)
 
     def rotary_pairs(self, head_dim: int) -> list[int]:
         """The source's rotary pair, 0 ... head_dim / 2 - 1, of each component of rotated keys."""
@@ -134,6 +180,8 @@ class LayerShape:
                     f"without a gauge width_{name} must be rank_{name} * head_dim, not {width} "
                     f"(rank {rank}, head_dim {head_dim})"
                 )
+        if problem := self._problem_of_codes(head_dim):
+            return problem
         if self.rank_q is not None and (self.form != "linear" or self.key_gauge == "absorbed"):
             return "rank_q needs form 'linear' and a gauge that is not absorbed"
         if not self.latent_keys:
@@ -143,6 +191,42 @@ class LayerShape:
                     f"key_pairs must place {self.width_k // 2} components on {head_dim // 2} pairs"
                 )
         return None
+
+    def _problem_of_codes(self, head_dim: int) -> str | None:
+        if (self.key_codes is None) != (self.value_codes is None):
+            return "key_codes and value_codes are both given or neither"
+        if not self.coded:
+            return "predict_values needs coded values" if self.predict_values else None
+        if not self.latent_keys or self.value_gauge != "applied":
+            return "coded keys are latent, and coded values have value_gauge 'applied'"
+        for name, codes, width in (
+            ("k", self.key_codes, self.width_k),
+            ("v", self.value_codes, self.width_v),
+        ):
+            blocks = groups_of(codes)
+            if not all(1 <= bits <= MAX_BITS and n > 0 for block in blocks for bits, n in block):
+                return f"codes have 1 to {MAX_BITS} bits, not {codes!r}"
+            if sum(n for block in blocks for _, n in block) != width:
+                return f"width_{name}={width}, but there are other codes: {codes!r}"
+            if len(blocks) > 1 and (name == "v" or head_dim // 2 % len(blocks)):
+                return f"{len(blocks)} blocks of codes cannot divide {head_dim // 2} rotary pairs"
+        return None
+
+
+def groups_of(codes: str | None) -> list[list[tuple[int, int]]]:
+    """(bits, components) of every run in every block of `LayerShape.key_codes`."""
+    blocks = []
+    for block in (codes or "").split("|"):
+        runs = [run.partition("x")[::2] for run in block.split()]
+        if not all(part.isdecimal() for run in runs for part in run):
+            return [[(0, 0)]]  # what `problem` rejects
+        blocks.append([(int(bits), int(count)) for bits, count in runs])
+    return blocks
+
+
+def codes_of(blocks: list[list[tuple[int, int]]]) -> str:
+    """Undoes `groups_of`."""
+    return " | ".join(" ".join(f"{bits}x{count}" for bits, count in block) for block in blocks)
 
 
 class TPAConfigMixin:
@@ -186,6 +270,12 @@ class TPAConfigMixin:
         """Numbers cached per token, one entry per layer."""
         heads = source_key_value_heads(self)
         return [shape.cached_floats(heads) for shape in self.layer_shapes]
+
+    @property
+    def cached_bytes(self) -> list[int]:
+        """Bytes cached per token, one entry per layer; numbers have 16 bits."""
+        heads = source_key_value_heads(self)
+        return [shape.cached_bytes(heads) for shape in self.layer_shapes]
 
     def validate_tpa_layers(self) -> None:
         """Checks the shapes. Raises `ValueError` naming the first bad layer."""

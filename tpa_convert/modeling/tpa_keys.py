@@ -18,8 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .tpa_codes import RowCoder
 from .tpa_configuration import LayerShape
 from .tpa_rotary import Table, rotate
+
+
+def heads_of(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Products [b, j, s, d] of features [b, 1, s, w] with a matrix for each head, [j, d, w].
+
+    As a single product: a batched one would copy the features for every head.
+    """
+    heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1))
+    return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
 
 
 class PairGauge(nn.Module):
@@ -29,9 +39,22 @@ class PairGauge(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, 2, pairs))
 
-    def forward(self, pairs: torch.Tensor, conjugate: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        pairs: torch.Tensor,
+        conjugate: bool = False,
+        spread: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Products [b, j, s, 2, P] of pairs [b, j or 1, s, 2, P] with the gauge or its conjugate,
-        in halves."""
+        in halves.
+
+        With `spread`, 1 where a component [P] is on a rotary pair [f], products of [b, 1, s, 2, P]
+        are summed there: [b, j, s, 2 f].
+        """
+        if spread is not None:
+            real, imaginary = (x[:, None] * spread for x in self.weight.unbind(-2))
+            halves = (torch.cat(h, -1) for h in ((real, -imaginary), (imaginary, real)))
+            return heads_of(pairs.flatten(-2), torch.cat(tuple(halves), 1))
         real, imaginary = pairs.unbind(-2)
         gauge_real, gauge_imaginary = self.weight[:, None].unbind(-2)
         if conjugate:
@@ -55,8 +78,34 @@ class HeadGauge(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, j or 1, s, width]."""
-        heads = features @ self.weight.mT
+        if features.shape[1] == 1:
+            heads = heads_of(features, self.weight)
+        else:
+            heads = features @ self.weight.mT
         return heads if self.offset is None else heads + self.offset[:, None]
+
+
+class BlockGauge(HeadGauge):
+    """A `HeadGauge` whose features make heads on blocks of rotary pairs: weight [j, d / B, width].
+
+    Features that belong to no block come last and have a weight of their own, `shared`.
+
+    Args:
+        widths: features of each of the B blocks.
+        shared: features of none.
+    """
+
+    def __init__(self, heads: int, head_dim: int, widths: list[int], shared: int):
+        super().__init__(heads, head_dim // len(widths), sum(widths))
+        self.widths = widths
+        self.shared = HeadGauge(heads, head_dim, shared, offset=True)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
+        weights = self.weight.split(self.widths, dim=-1)
+        parts = [x @ weight.mT for x, weight in zip(blocks, weights, strict=True)]
+        halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
+        return halves.transpose(-3, -2).flatten(-3) + self.shared(rest)
 
 
 class KeyNorm(nn.Module):
@@ -106,6 +155,7 @@ class KeyLayout(nn.Module):
     ):
         super().__init__()
         self.shape, self.heads, self.head_dim = shape, heads, head_dim
+        self.coder: RowCoder | None = None
         self.feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
         self.norm = None
         if norm_eps is not None:
@@ -192,6 +242,11 @@ class RotatedKeys(KeyLayout):
     def _heads(self, head: torch.Tensor | None, feature: torch.Tensor) -> torch.Tensor:
         """Σ_r a_{r,j} T_{r,j} b_r as heads [b, j, t, d]; [b, j, t, width] if T is absorbed."""
         pairs = feature.unflatten(-1, (2, -1))  # [b, 1, t, 2, P]
+        if self.gauge is not None and not self.shape.contextual:
+            pair = torch.arange(self.head_dim // 2, device=feature.device)[:, None]
+            spread = (pair == self.rotary_pair).to(feature.dtype)
+            keys = self.gauge(pairs, spread=spread)
+            return keys if head is None else keys * head[:, :, 0].mT[..., None]
         if head is not None:
             component = pairs[:, 0].unflatten(-1, (self.rank, -1))
             if self.shape.key_gauge == "none":
@@ -246,26 +301,40 @@ class LatentKeys(KeyLayout):
     """Features of all rotary pairs together, cached before rotation: k_j = T_j b + c_j.
 
     A real T_j mixes pairs and does not commute with RoPE: keys are rebuilt, normalised if the
-    source does that, and rotated where they are used.
+    source does that, and rotated where they are used. The cache holds numbers, or rows of codes.
     """
 
     absorbed = False
 
-    def __init__(self, shape: LayerShape, hidden_size: int, heads: int, *rest: Any, **named: Any):
-        super().__init__(shape, hidden_size, heads, *rest, **named)
+    def __init__(
+        self,
+        shape: LayerShape,
+        hidden_size: int,
+        heads: int,
+        head_dim: int,
+        bias: bool,
+        norm_eps: float | None,
+    ):
+        # The bias of coded components holds their mean: what remains is small enough for 16 bits.
+        super().__init__(shape, hidden_size, heads, head_dim, bias or shape.coded, norm_eps)
         self.expanded_heads = heads
-        self.gauge = HeadGauge(heads, self.head_dim, shape.width_k, offset=True)
+        self.coder = RowCoder(shape.key_layout) if shape.coded else None
+        if self.coder is None:
+            self.gauge = HeadGauge(heads, head_dim, shape.width_k, offset=True)
+        else:
+            classes = self.coder.width - shape.width_k
+            self.gauge = BlockGauge(heads, head_dim, shape.key_block_widths, classes)
 
     def query_table(self, table: Table) -> Table:
         """As `RotatedKeys.query_table`: queries have the source's size."""
         return table
 
     def pack(self, hidden_states: torch.Tensor, table: Table) -> torch.Tensor:
-        """What is cached of new tokens: [b, s, D] -> [b, 1, s, width]."""
+        """Components of new tokens: [b, s, D] -> [b, 1, s, width]."""
         return self.feature_factor(hidden_states).unsqueeze(1)
 
     def expand(self, packed: torch.Tensor, table: Table) -> torch.Tensor:
-        """Rotated keys [b, j, t, d] from what is cached, [b, 1, t, width].
+        """Rotated keys [b, j, t, d] of features [b, 1, t, width].
 
         Args:
             table: of the cached positions, [b or 1, 1, t, f].

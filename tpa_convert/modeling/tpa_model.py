@@ -1,13 +1,15 @@
 """What all converted models share, whatever their family."""
 
-import sys
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers import initialization as init
 
+from .tpa_adapters import tell_peft
 from .tpa_attention import AttentionNames, TPAAttention, replace_attention
+from .tpa_codes import RowCoder
 from .tpa_keys import HeadGauge, KeyNorm, PairGauge, RotatedKeys
+from .tpa_paged import pack_paged_cache
 
 
 class TPAModelMixin:
@@ -24,7 +26,11 @@ class TPAModelMixin:
     def replace_attention(self) -> None:
         """Puts TPA into every layer; to be called once the source's modules are there."""
         replace_attention(self, self.attention_names)
-        tell_peft(self.config.model_type)  # type: ignore[attr-defined]
+        tell_peft(self.config)  # type: ignore[attr-defined]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        pack_paged_cache(self)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -38,20 +44,12 @@ class TPAModelMixin:
             init.ones_(module.weight)
         elif isinstance(module, RotatedKeys):
             module.reset_rotary_pair()
+        elif isinstance(module, RowCoder):
+            init.zeros_(module.mean)
+            for scale in (module.step, module.spread, module.importance):
+                init.ones_(scale)
+            module.reset_highest()
 
     def _get_static_cache_init_shape(self) -> None:
         # The cache is packed: its shapes follow from the first update, not from the config's heads.
         return None
-
-
-# Linear in every layout, whatever the family; of queries only where they are factored.
-ADAPTED = ["feature_factor", "o_proj"]
-
-
-def tell_peft(model_type: str) -> None:
-    """Makes `LoraConfig()` and its like know which modules to adapt, if peft is there. It has a
-    table by `model_type` for each method that adapts linear layers."""
-    tables = vars(sys.modules.get("peft.utils.constants", object))
-    for name, table in list(tables.items()):
-        if name.endswith("_TARGET_MODULES_MAPPING") and table.get("llama") == ["q_proj", "v_proj"]:
-            table.setdefault(model_type, ADAPTED)

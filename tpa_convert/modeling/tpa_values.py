@@ -6,6 +6,7 @@ v_j(x) = s Σ_r a_{r,j}(x) U_{r,j} b_r(x)        (arXiv 2501.06425, eq. 3.1, wit
 import torch
 from torch import nn
 
+from .tpa_codes import CLASSES, RowCoder
 from .tpa_configuration import LayerShape
 from .tpa_keys import HeadGauge
 
@@ -24,13 +25,32 @@ class StaticValues(nn.Module):
         self.output_width = shape.width_v if self.absorbed else head_dim
         self.rank = shape.rank_v if shape.contextual else 1
         self.expanded_heads = 1 if self.absorbed and not shape.contextual else heads
-        self.feature_factor = nn.Linear(hidden_size, shape.width_v, bias=bias)
-        applied = shape.value_gauge == "applied"
-        self.gauge = HeadGauge(heads, head_dim, shape.width_v) if applied else None
+        self.feature_factor = nn.Linear(hidden_size, shape.width_v, bias=bias or shape.coded)
+        self.coder = RowCoder(shape.value_layout) if shape.coded else None
+        width, self.key_prediction = shape.width_v, None
+        if self.coder is not None:
+            width = self.coder.width
+        if shape.predict_values:
+            key_width = shape.width_k + CLASSES - 1
+            self.key_prediction = nn.Linear(key_width, shape.width_v, bias=False)
+            width += key_width
+        self.gauge: HeadGauge | None = None
+        if shape.value_gauge == "applied":
+            self.gauge = HeadGauge(heads, head_dim, width, offset=shape.coded)
 
-    def pack(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What is cached of new tokens: [b, s, D] -> [b, 1, s, width]."""
-        return self.feature_factor(hidden_states).unsqueeze(1)
+    def pack(
+        self, hidden_states: torch.Tensor, key_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Components of new tokens, [b, 1, s, width], of [b, s, D].
+
+        Args:
+            key_features: of the same tokens' coded keys, [b, 1, s, key width]; where values are
+                predicted, what they say is taken off.
+        """
+        components = self.feature_factor(hidden_states).unsqueeze(1)
+        if self.key_prediction is None:
+            return components
+        return components - self.key_prediction(key_features)
 
     def expand(self, packed: torch.Tensor) -> torch.Tensor:
         """Values for attention functions, from what is cached, [b, 1, t, ...].
@@ -59,7 +79,9 @@ class ContextualValues(StaticValues):
         super().__init__(shape, hidden_size, heads, head_dim, bias)
         self.head_factor = nn.Linear(hidden_size, shape.rank_v * heads, bias=shape.form == "affine")
 
-    def pack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def pack(
+        self, hidden_states: torch.Tensor, key_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         feature = self.feature_factor(hidden_states)
         return torch.cat((self.head_factor(hidden_states), feature), dim=-1).unsqueeze(1)
 

@@ -106,6 +106,21 @@ class EvalFiles(Section):
     json_file: Path | None = REPLACED_JSON_FILE
 
 
+class BenchFiles(Section):
+    """What `bench` times and writes."""
+
+    models: tuple[str, ...] = option(
+        REQUIRED,
+        "One or more models: directories of converted models, or any model by its Hub id, "
+        "directory or .gguf file.",
+        ARGUMENT,
+        metavar="MODEL...",
+    )
+    chart: Path | None = option(None, "Picture to draw (.png, .svg, .pdf).", OUTPUT)
+    overwrite: bool = OVERWRITE
+    json_file: Path | None = JSON_FILE
+
+
 class GenerateFiles(Section):
     """What `generate` works on and writes."""
 
@@ -148,7 +163,7 @@ class Teacher(SourceAccess):
 
 
 class Reference(SourceAccess):
-    """The model that `eval` compares with."""
+    """The model that `eval` and `bench` compare with."""
 
     against: str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""The steps of the command line as a Python API: plan, convert, heal, evaluate, generate.
+"""The steps of the command line as a Python API: plan, convert, heal, evaluate, bench, generate.
 
     from tpa_convert import pipeline
     from tpa_convert.options.conversion import ConvertOptions
@@ -11,6 +11,7 @@ All of them in a row, from a recipe: `tpa_convert.pipeline.run`. Every function 
 `UserError` for what a user can put right, and writes whole outputs or none.
 """
 
+from tpa_convert.pipeline.bench import bench
 from tpa_convert.pipeline.conversion import ConversionResult, convert, preview
 from tpa_convert.pipeline.evaluation import evaluate, generate
 from tpa_convert.pipeline.healing import HealingResult, heal
@@ -20,6 +21,7 @@ __all__ = [
     "ConversionResult",
     "HealingResult",
     "PlanningResult",
+    "bench",
     "convert",
     "evaluate",
     "generate",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
+from tpa_convert.export.llama import check_source
 from tpa_convert.export.output import atomic_directory, check_output
 from tpa_convert.export.save import save_converted, stamp
+from tpa_convert.export.stock import stock_class
+from tpa_convert.families import family_of
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
@@ -74,18 +79,30 @@ def convert(
         raise UserError(
             f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
         )
+    if options.target == "llama":
+        _refuse_other_than_llama(source)
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
         reads_text = options.refit or options.refine
         given = options.moments is not None
-        needs_moments = options.whiten or options.form == "linear" or given
+        plan = prediction.plan
+        needs_moments = options.whiten or options.form == "linear" or given or plan.is_coded
         calibrated = reads_text or (needs_moments and not given)
         blocks = calibration_blocks(loaded, options) if calibrated else None
+        moments = None
+        if needs_moments:
+            moments = moments_of(loaded, blocks, options, track, coded=plan.is_coded)
+        if plan.coded is not None:
+            assert moments is not None
+            plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+        if options.target == "llama":
+            assert moments is not None, "`whiten` is asked for"
+            plan = share_pairs(plan, moments)
         model = convert_model(
             loaded,
-            prediction.plan,
-            moments_of(loaded, blocks, options, track) if needs_moments else None,
+            plan,
+            moments,
             method=options.method,
             whiten=options.whiten,
             dtype=torch.float32 if reads_text else prediction.dtype,
@@ -101,6 +118,9 @@ def convert(
             model = model.to(loaded.model.device)
             refine(loaded.model, model, blocks, settings, track=track)
         model = model.to(prediction.dtype)
+        prediction = replace(
+            prediction, plan=plan, kv_bytes=round(plan.kv_bytes), parameters=model.num_parameters()
+        )
         record = {
             "settings": options.model_dump(mode="json"),
             "plan": prediction.to_json(),
@@ -109,3 +129,11 @@ def convert(
         provenance = {"source": asdict(loaded.reference), "convert": record}
         save_converted(model, loaded.tokenizer, directory, out.name, provenance)
     return ConversionResult(out, prediction, time.perf_counter() - start)
+
+
+def _refuse_other_than_llama(source: str | SourceOptions) -> None:
+    where = source_options(source)
+    config = read_source_config(
+        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
+    )
+    check_source(stock_class(family_of(config).causal_lm), config)

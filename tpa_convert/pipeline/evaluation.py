@@ -61,21 +61,32 @@ def evaluate(
     measured = subjects(models)
     if write_card:
         _refuse_missing_records(measured)
-    place = usable_device(device)
     texts = None
     if options.text:
         texts = load_texts(options.text, text_column=options.text_column, split=options.split)
+    columns, tokenizer = load_side_by_side(measured, against, device)
+    report = evaluate_models(columns, tokenizer, options, texts=texts, track=track)
+    if write_card:
+        _write_cards(measured, options, report)
+    return report
+
+
+def load_side_by_side(
+    measured: Sequence[Subject], against: str | SourceOptions | None, device: str
+) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
+    """Models by the names of their columns, the source first if there is one, and the tokenizer
+    of the first.
+
+    Raises:
+        UserError: see `evaluate`.
+    """
+    place = usable_device(device)
     saved = next((s for s in measured if s.directory is not None), measured[0]).saved_dtype
     # Half precision is what a GPU serves in, and what a CPU is slow in.
     dtype = saved if place.startswith("cuda") else torch.float32
     source = _source(measured, against, place, dtype)
     columns, tokenizer = _columns(measured, source, place, dtype)
-    report = evaluate_models(
-        columns, tokenizer, options, texts=texts, cache_dtype=saved, track=track
-    )
-    if write_card:
-        _write_cards(measured, options, report)
-    return report
+    return columns, tokenizer
 
 
 def _source(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import LongTensor
@@ -39,7 +39,10 @@ from tpa_convert.text.read import load_documents, token_blocks
 
 VALID_BLOCKS = 32  # sequences of held-out text behind the loss shown during healing
 LOSS_CHART = "loss.png"  # in the healed model's directory, and shown by its card
+KEPT_POINTS = 200  # of the curve of the training loss, in the record
 HEALING_SUFFIX = ".healing"  # of the directory with the checkpoints of an unfinished healing
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def _save(prepared: _Prepared, report: HealingReport, overwrite: bool) -> None:
     record = {
         "settings": prepared.options.model_dump(mode="json"),
         "source": asdict(prepared.teacher.reference),
-        "report": {k: v for k, v in asdict(report).items() if k != "losses"},
+        "report": asdict(report) | {"losses": thinned(report.losses)},
         "chart": LOSS_CHART,
         "earlier": provenance.get("heal"),  # of a model that was healed before
         **stamp(),
@@ -205,6 +208,13 @@ def _save(prepared: _Prepared, report: HealingReport, overwrite: bool) -> None:
         if (checkpoints / LOGS).is_dir():
             shutil.copytree(checkpoints / LOGS, target / LOGS)
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def thinned(points: Sequence[T]) -> list[T]:
+    """At most `KEPT_POINTS` of a curve, its ends among them."""
+    last = len(points) - 1
+    count = min(len(points), KEPT_POINTS)
+    return [points[round(i * last / max(count - 1, 1))] for i in range(count)]
 
 
 def _warn_of_harm(report: HealingReport) -> None:

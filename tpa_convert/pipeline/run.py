@@ -19,25 +19,29 @@ from tpa_convert.options.declaration import Section
 from tpa_convert.options.recipe import Recipe
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline import ConversionResult, HealingResult, convert, evaluate, heal
+from tpa_convert.pipeline.report import report
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.text.overlap import load_local, refuse_seen_documents
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `run` made. Steps that an earlier run had finished, or the recipe lacks, are None."""
+    """What `run` made. Steps that an earlier run had finished, or the recipe lacks, are None;
+    `page` shows the last model."""
 
     converted: Path
     healed: Path | None
     conversion: ConversionResult | None
     healing: HealingResult | None
     evaluation: EvaluationReport | None
+    page: Path
 
     def to_json(self) -> dict[str, Any]:
         steps = {name: getattr(self, name) for name in ("conversion", "healing", "evaluation")}
         return {
             "converted": str(self.converted),
             "healed": None if self.healed is None else str(self.healed),
+            "page": str(self.page),
             **{name: step and step.to_json() for name, step in steps.items()},
         }
 
@@ -50,7 +54,8 @@ def run(
     progress: bool = True,
     track: Track = no_tracking,
 ) -> RunResult:
-    """Do what a recipe says, in `out` (or the recipe's): converted/, healed/ and report.json.
+    """Do what a recipe says, in `out` (or the recipe's): converted/, healed/, report.json and
+    report.html.
 
     Steps that an earlier run with the same settings has finished are kept.
 
@@ -111,7 +116,9 @@ def run(
         )
         with atomic_file(base / "report.json") as path:
             path.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
-    return RunResult(converted, healed, conversion, healing, evaluation)
+    page = base / "report.html"
+    report(healed or converted, page)
+    return RunResult(converted, healed, conversion, healing, evaluation, page)
 
 
 def _refuse_seen_evaluation(recipe: Recipe) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
 from tpa_convert.healing import HealingReport
@@ -43,21 +41,18 @@ def check_chart(path: Path) -> None:
         raise UserError(f"a chart ends in {', '.join(FORMATS)}, not {path.name}")
 
 
-def planning_chart(
-    report: PlanReport, path: Path, *, cache_dtype: torch.dtype, refined: bool
-) -> None:
+def planning_chart(report: PlanReport, path: Path, *, refined: bool) -> None:
     """Perplexity against cache bytes, and the chosen widths by layer.
 
     Args:
-        cache_dtype: in which bytes are counted.
         refined: whether candidates were refined before they were measured.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (curve, widths) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 
     for split, label in LABELS.items():
         points = [c for c in report.candidates if c.form == "static" and c.split == split]
-        kilobytes = [c.plan.kv_bytes(cache_dtype) / 1e3 for c in points]
+        kilobytes = [c.plan.kv_bytes / 1e3 for c in points]
         curve.plot(
             kilobytes, [c.perplexity_ratio for c in points], "o-", color=COLORS[split], label=label
         )
@@ -65,14 +60,14 @@ def planning_chart(
         curve.plot(kilobytes, predicted, ":", color=COLORS[split], linewidth=1)
     for c in report.candidates:
         if c.form != "static":
-            x = c.plan.kv_bytes(cache_dtype) / 1e3
+            x = c.plan.kv_bytes / 1e3
             marker = MARKERS[c.form]
             curve.plot(
                 x, c.perplexity_ratio, marker, color="#d62728", fillstyle="none", label=c.form
             )
     best = report.candidates[report.chosen]
     curve.plot(
-        best.plan.kv_bytes(cache_dtype) / 1e3,
+        best.plan.kv_bytes / 1e3,
         best.perplexity_ratio,
         "*",
         color="#2ca02c",
@@ -103,14 +98,14 @@ def planning_chart(
     widths.set_ylabel("numbers cached per token")
     widths.set_title("Chosen widths: keys above, values below")
     widths.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     plt.close(figure)
 
 
 def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> None:
     """What healing did, against tokens seen: perplexity on the held-out text beside the source's
     (if there was some), and the divergence from the source."""
-    plt = _pyplot()
+    plt = pyplot()
     measured = report.source_perplexity is not None
     unit, name = (1e6, "millions") if report.steps * tokens_per_step >= 1e6 else (1e3, "thousands")
     figure, panels = plt.subplots(
@@ -149,7 +144,7 @@ def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> No
         axes.yaxis.set_minor_formatter(plt.NullFormatter())
         axes.set_xlabel(f"tokens, {name}")
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -157,16 +152,17 @@ def _ratio(kl: float | None) -> float:
     return math.nan if kl is None else math.exp(kl)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib without a screen."""
     # Imported here: it takes a second, and most commands draw nothing.
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt

@@ -45,6 +45,7 @@ from tpa_convert.healing.training.checks import (
 from tpa_convert.healing.training.distributed import processes, refuse_difference, sharding
 from tpa_convert.healing.training.preparation import CHECKPOINTS, Run, prepare
 from tpa_convert.healing.training.trainer import modules_to_compile, restore_offloaded
+from tpa_convert.healing.training.widths import even_widths
 from tpa_convert.options.healing import HealingSettings
 
 
@@ -113,7 +114,8 @@ def heal(
     checkpoint = _claim_checkpoints(output_dir, this_run, student, resume)
     student.float()
     lora = settings.trainable == "lora"
-    with mlp_adapters(student, settings.lora_rank, settings.seed) if lora else nullcontext():
+    adapters = mlp_adapters(student, settings.lora_rank, settings.seed) if lora else nullcontext()
+    with even_widths(student), adapters:
         run = prepare(
             student,
             teacher,

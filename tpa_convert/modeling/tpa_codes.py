@@ -1,7 +1,7 @@
-"""Components to codes to bytes, and back. Imports torch alone, so that an export can carry it.
+"""A cache coded in bits: components to codes to rows of bytes, and back.
 
 A token keeps one row of bytes of a fixed length for each layer and part (keys or values): *tiers*
-of codes with equally many bits, most bits first, then a header byte.
+of codes with equally many bits, then a header byte.
 
     component c = mean[class, c] + scale · step[c] · (code − (2^bits[c] − 1) / 2)                (1)
 
@@ -15,16 +15,19 @@ components in a row. Codes of other lengths lie in several tiers, the longest wi
 bits: 3 bits are two low ones and a high one.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from .tpa_kernels import Coding, find_coding
 
 MAX_BITS = 8
 HEADER_BYTES = 1
+ROW_WORD = 4
+CLASSES = 2  # ordinary tokens, and sinks
 SCALES_PER_OCTAVE = 8
 LOWEST_OCTAVE = -8  # the scale of header 0, as a power of two
 # Scales that are tried for a token, in octaves around the root mean square of its components.
@@ -55,8 +58,8 @@ class RowLayout(NamedTuple):
     """Where the codes of one row lie.
 
     Attributes:
-        groups: (bits, components) of each run of components with equal bits, most bits first;
-            components are in this order.
+        groups: (bits, components) of each run of components with equal bits, in the order of the
+            components.
         align: what the bytes of each tier are padded to a multiple of.
     """
 
@@ -68,22 +71,13 @@ class RowLayout(NamedTuple):
         return sum(count for _, count in self.groups)
 
     @property
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> tuple[Tier, ...]:
         """In the order of their offsets.
 
         Raises:
             ValueError: bits outside 1 … 8.
         """
-        tiers: list[Tier] = []
-        first = offset = 0
-        for bits, count in self.groups:
-            shift = 0
-            for tier_bits in tier_bits_of(bits):
-                size = tier_bytes(tier_bits, count, self.align)
-                tiers.append(Tier(tier_bits, offset, size, first, count, shift))
-                offset, shift = offset + size, shift + tier_bits
-            first += count
-        return tiers
+        return tiers_of(self)
 
     @property
     def header(self) -> int:
@@ -92,13 +86,31 @@ class RowLayout(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row, header and padding included: even, since kernels load words."""
-        return round_up(self.header + HEADER_BYTES, 2)
+        """Bytes of a row, header and padding included: whole words of four bytes for kernels."""
+        return round_up(self.header + HEADER_BYTES, ROW_WORD)
 
     @property
     def bits(self) -> list[int]:
         """Of each component."""
         return [bits for bits, count in self.groups for _ in range(count)]
+
+
+NO_ROWS = RowLayout(())  # one for all layers, so that one compiled graph serves them
+
+
+@cache
+def tiers_of(layout: RowLayout) -> tuple[Tier, ...]:
+    """The tiers of a layout; the many rows of a text ask again and again."""
+    tiers: list[Tier] = []
+    first = offset = 0
+    for bits, count in layout.groups:
+        shift = 0
+        for tier_bits in tier_bits_of(bits):
+            size = tier_bytes(tier_bits, count, layout.align)
+            tiers.append(Tier(tier_bits, offset, size, first, count, shift))
+            offset, shift = offset + size, shift + tier_bits
+        first += count
+    return tuple(tiers)
 
 
 class Quantiser(NamedTuple):
@@ -110,6 +122,7 @@ class Quantiser(NamedTuple):
         step: fp32 [c], larger than 0.
         spread: root mean square of each component around its class's mean, fp32 [c].
         importance: weight of a squared error of each component, fp32 [c].
+        highest: code of each component, uint8 [c].
     """
 
     layout: RowLayout
@@ -117,6 +130,7 @@ class Quantiser(NamedTuple):
     step: Tensor
     spread: Tensor
     importance: Tensor
+    highest: Tensor
 
     @property
     def scale_bits(self) -> int:
@@ -126,8 +140,12 @@ class Quantiser(NamedTuple):
     @property
     def reach(self) -> Tensor:
         """Half of the highest code, fp32 [c]."""
-        bits = torch.tensor(self.layout.bits, dtype=self.step.dtype, device=self.step.device)
-        return (torch.exp2(bits) - 1) / 2
+        return self.highest.float() / 2
+
+
+def highest_codes(layout: RowLayout) -> Tensor:
+    """2^bits − 1 of each component, uint8 [c], on the CPU."""
+    return torch.tensor([2**bits - 1 for bits in layout.bits], dtype=torch.uint8, device="cpu")
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -229,7 +247,8 @@ def choose_header(x: Tensor, quantiser: Quantiser) -> Tensor:
     weighted = mean * importance
     label = ((mean * weighted).sum(-1) - 2 * x @ weighted.mT).argmin(-1)
     centred = x - mean[label]
-    ratio = ((centred / quantiser.spread).square().sum(-1) / max(1, x.shape[-1])).sqrt()
+    count = (quantiser.highest > 0).sum().clamp_min(1)
+    ratio = ((centred / quantiser.spread).square().sum(-1) / count).sqrt()
     most = 2**quantiser.scale_bits - 1
     lowest = 2.0**LOWEST_OCTAVE
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(lowest).log2() - LOWEST_OCTAVE)
@@ -250,36 +269,126 @@ def rounded(u: Tensor, reach: Tensor) -> Tensor:
     return torch.minimum((u + reach).round().clamp_min(0), 2 * reach) - reach
 
 
-def encode(x: Tensor, quantiser: Quantiser) -> Tensor:
-    """Components fp32 [..., c] as rows uint8 [..., row_bytes]."""
+def quantise(x: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [..., c] and header uint8 [...] of components fp32 [..., c]."""
     header = choose_header(x, quantiser)
     scale, label = scale_of(header, quantiser)
     reach = quantiser.reach
     codes = rounded((x - quantiser.mean[label]) / (scale * quantiser.step), reach) + reach
-    return pack_rows(codes.to(torch.uint8), header, quantiser.layout)
+    return codes.to(torch.uint8), header
+
+
+def numbers_of(codes: Tensor, header: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
+    """What (1) adds to the mean of a token's class, fp32 [..., c], and the class, int64 [...]."""
+    scale, label = scale_of(header, quantiser)
+    return scale * quantiser.step * (codes - quantiser.reach), label
+
+
+def encode(x: Tensor, quantiser: Quantiser) -> Tensor:
+    """Components fp32 [..., c] as rows uint8 [..., row_bytes]."""
+    return pack_rows(*quantise(x, quantiser), quantiser.layout)
 
 
 def decode(rows: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
-    """Components fp32 [..., c] and classes int64 [...] of rows uint8 [..., row_bytes]."""
-    codes, header = unpack_rows(rows, quantiser.layout)
-    scale, label = scale_of(header, quantiser)
-    return quantiser.mean[label] + scale * quantiser.step * (codes - quantiser.reach), label
+    """Rows uint8 [..., row_bytes] as `numbers_of` gives them."""
+    return numbers_of(*unpack_rows(rows, quantiser.layout), quantiser)
 
 
 def straight_through(x: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
-    """What `decode(encode(x))` gives, with gradients for learning.
+    """What `decode(encode(x))` gives, with the gradient of the identity for all of x [..., c] that
+    is not clipped."""
+    codes, header = quantise(x.detach(), quantiser)
+    numbers, label = numbers_of(codes, header, quantiser)
+    scale, _ = scale_of(header, quantiser)
+    edge = scale * quantiser.step * (quantiser.reach + 0.5)
+    passed = torch.where((x.detach() - quantiser.mean[label]).abs() <= edge, x, x.detach())
+    return numbers + (passed - passed.detach()), label
 
-    Rounding has the gradient of the identity, so that components pass theirs on unless they are
-    clipped, and steps and means get those of learned step size quantisation (arXiv 1902.08153).
-    Class and scale are constants to it.
 
-    Args:
-        x: components fp32 [..., c].
+class RowCoder(nn.Module):
+    """Components of the keys or the values of one layer to rows of bytes, and rows to *features*.
 
-    Returns: components fp32 [..., c] and classes int64 [...].
+    The features of a token are what its codes add to the mean of its class, and after them, for
+    each class but the first, 1 if the token is of it and 0 if not. What maps features to keys or
+    values thus knows the class as one column more.
     """
-    scale, label = scale_of(choose_header(x, quantiser), quantiser)
-    mean, step, reach = quantiser.mean[label], scale * quantiser.step, quantiser.reach
-    code = torch.minimum(((x - mean) / step + reach).clamp_min(0), 2 * reach)
-    code = code + (code.round() - code).detach()
-    return mean + step * (code - reach), label
+
+    mean: Tensor
+    step: Tensor
+    spread: Tensor
+    importance: Tensor
+    highest: Tensor
+
+    def __init__(self, layout: RowLayout):
+        super().__init__()
+        self.layout, count = layout, layout.components
+        self.register_buffer("mean", torch.zeros(CLASSES, count))
+        for name in ("step", "spread", "importance"):
+            self.register_buffer(name, torch.ones(count))
+        self.coding = find_coding()
+        self.places: Any = None  # of codes in rows, for kernels
+        # Follows from the config: what loading leaves out, `init_weights` makes again.
+        self.register_buffer("highest", highest_codes(layout), persistent=False)
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.layout.components + CLASSES - 1
+
+    def reset_highest(self) -> None:
+        """Fills the highest codes again, from the config."""
+        self.highest.copy_(highest_codes(self.layout))
+
+    def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
+        """The tables; with the layout, if there are rows to be made or read."""
+        return Quantiser(
+            layout,
+            self.mean.float(),
+            self.step.float(),
+            self.spread.float(),
+            self.importance.float(),
+            self.highest,
+        )
+
+    def forward(self, x: Tensor, rows: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """Components or rows to rows or features.
+
+        Args:
+            x: components [..., c], or rows, uint8 [..., row_bytes].
+            rows: make rows of components; otherwise features, with gradients as if nothing were
+                rounded, and the same that rows of these components give.
+            dtype: of features that are made of rows.
+
+        Returns: uint8 [..., row_bytes], or features [..., c + classes − 1].
+        """
+        if dtype is not None:
+            return features_of(*decode(x, self.quantiser(self.layout)), dtype)
+        if self.coding is not None and x.is_cuda:
+            return self._on_kernels(self.coding, x, rows)
+        if rows:
+            return encode(x.float(), self.quantiser(self.layout))
+        numbers, label = straight_through(x.float(), self.quantiser())
+        return features_of(numbers, label, x.dtype)
+
+    def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Tensor:
+        """What `forward` makes of components, in one launch or a few."""
+        quantiser = self.quantiser()
+        tables = coding.code_tables(*quantiser[1:-1], quantiser.reach, LOWEST_OCTAVE)
+        if not rows:
+            numbers, label = coding.straight_through(x, tables)
+            return features_of(numbers, label, x.dtype)
+        if self.places is None or self.places[0].device != x.device:
+            layout = self.layout
+            places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
+            self.places = places._replace(
+                component=places.component.to(x.device),
+                bits=places.bits.to(x.device),
+                low=places.low.to(x.device),
+            )
+        return coding.encode_rows(x, tables, self.places)
+
+
+def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a token's codes say [..., c], and its class [...], side by side."""
+    classes = torch.arange(1, CLASSES, device=label.device)
+    return torch.cat((numbers.to(dtype), (label[..., None] == classes).to(dtype)), dim=-1)

@@ -1,0 +1,92 @@
+"""SmolLM2-135M-Instruct with a coded cache: converted, refit, healed; rows of a table.
+
+    python benchmarks/coded_cache.py SmolLM2-135M-Instruct.Q4_1.gguf --train tokens.npy \\
+        --valid valid.npz --runs 25 12.5 12.5:alone 12.5:4 --refit \\
+        --heal-tokens 24e6 --settings seed=0 --tasks tasks/*.jsonl.xz
+
+A run is the share of the source's 16-bit cache that is kept, in percent; behind colons a number of
+blocks of rotary pairs, and `alone` for values that are not predicted from the keys. The column
+`floats` counts bytes in numbers of 16 bits, headers and padding included. shared.py says the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from quality import quality_tables, task_table
+from settings import given_settings
+from shared import Table, heal_row, load, parser, train_blocks
+from transformers import PreTrainedModel
+
+from tpa_convert.calibration.cache_moments import collect_cache_moments
+from tpa_convert.calibration.moments import Moments
+from tpa_convert.conversion.coded import choose_codes
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.plans import Budget, plan_coded
+from tpa_convert.refinement.least_squares import refit
+from tpa_convert.sources import Source
+
+
+def converted(source: Source, moments: Moments, run: str) -> tuple[PreTrainedModel, float]:
+    """The coded model of a run, and the numbers of 16 bits that a token and layer takes."""
+    share, *options = run.split(":")
+    blocks = next((int(option) for option in options if option.isdecimal()), None)
+    sizes = source.family.attention_sizes(source.model.config)
+    plan = plan_coded(sizes, Budget(kv_ratio=float(share) / 100), key_blocks=blocks)
+    if "alone" in options:
+        plan = replace(plan, coded=replace(plan.coded, predict_values=False))
+    codes = choose_codes(plan, moments.layers, moments.num_tokens)
+    kept = codes.plan.kv_floats
+    print(f"<!-- {run}: {2 * kept:.1f} bytes a token and layer, {codes.nats:.4f} nats expected -->")
+    return convert_model(source, codes.plan, moments).to(source.model.device), kept
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--runs", nargs="+", default=["12.5"])
+    options.add_argument("--refit", action="store_true", help="rows before and after a refit")
+    options.add_argument("--refit-blocks", type=int, default=64, help="1024 tokens each")
+    options.add_argument("--heal-tokens", type=float, default=0)
+    options.add_argument("--length", type=int, default=1024, help="tokens of a block in healing")
+    options.add_argument("--settings", nargs="+", default=[""], help="seed=1,learning_rate=1e-4")
+    options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
+    options.add_argument("--quality", action="store_true", help="positions, needles and chat")
+    options.add_argument("--keep", type=Path, help="folder for the healed models")
+    arguments = options.parse_args()
+    source = load(arguments.source)
+    table = Table.start(source, arguments.valid, arguments.valid_blocks)
+    blocks = train_blocks(arguments.train, source, 512, arguments.calibration_blocks)
+    start = time.perf_counter()
+    moments = collect_cache_moments(source, blocks)
+    print(f"<!-- calibration on {blocks.numel():,} tokens {time.perf_counter() - start:.1f} s -->")
+    training = train_blocks(arguments.train, source, arguments.length)
+    refit_blocks = train_blocks(arguments.train, source, 1024, arguments.refit_blocks)
+    models = {"source": source.model}
+    for run in arguments.runs:
+        start = time.perf_counter()
+        model, floats = converted(source, moments, run)
+        table.row(run, model, floats, time.perf_counter() - start)
+        if arguments.refit:
+            start = time.perf_counter()
+            refit(source.model, model, refit_blocks)
+            table.row(f"{run} refit", model, floats, time.perf_counter() - start)
+        for text in arguments.settings if arguments.heal_tokens else ():
+            torch.compiler.reset()
+            student = copy.deepcopy(model)
+            name = f"{run} {text}".strip()
+            heal_row(table, name, student, training, arguments, floats, **given_settings(text))
+            models[f"{name} healed"] = student
+            if arguments.keep:
+                student.save_pretrained(arguments.keep / name.replace(":", "-").replace(" ", "-"))
+    if arguments.tasks:
+        task_table(models, source.tokenizer, arguments.tasks)
+    if arguments.quality:
+        quality_tables(models, source.tokenizer, arguments.valid)
+
+
+if __name__ == "__main__":
+    main()

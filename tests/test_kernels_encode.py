@@ -1,0 +1,94 @@
+"""Coding components: the reference is that of the coded cache, and its gradients are right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpa_convert.modeling import tpa_codes as cache
+from tpa_convert.kernels import (
+    CodeTables,
+    Tier,
+    encode,
+    encode_rows,
+    row_tables,
+    straight_through,
+)
+
+from .encode_cases import random_components, random_tables
+
+
+def as_quantiser(tables: CodeTables) -> cache.Quantiser:
+    bits = (2 * tables.reach + 1).log2().round().int().tolist()
+    layout = cache.RowLayout(tuple((b, 1) for b in bits))
+    return cache.Quantiser(layout, tables.mean, tables.step, tables.spread, tables.importance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    width=st.integers(1, 70),
+    classes=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_are_those_of_the_cache(rows, width, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tables = random_tables(width, classes, generator)
+    x = random_components(rows, tables, generator)
+    quantiser = as_quantiser(tables)
+    header, codes = encode(x, tables)
+    assert torch.equal(header, cache.choose_header(x, quantiser))
+    packed = cache.encode(x, quantiser)
+    assert torch.equal(cache.pack_rows(codes, header, quantiser.layout), packed)
+    layout = quantiser.layout
+    where = row_tables([Tier(*t) for t in layout.tiers], layout.header, layout.row_bytes)
+    assert torch.equal(encode_rows(x, tables, where), packed)
+    scaled, label = straight_through(x, tables)
+    numbers, kind = cache.decode(packed, quantiser)
+    assert torch.equal(label, kind)
+    assert torch.equal(tables.mean[label] + scaled, numbers)
+    if rows * width > 200:  # control
+        assert not torch.equal(encode(x + 9 * tables.step, tables)[1], codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_cache(dtype) -> None:
+    """Of components and, once the mean is added, of steps and means."""
+    generator = torch.Generator().manual_seed(3)
+    tables = random_tables(24, 2, generator)
+    x = random_components(50, tables, generator).to(dtype)
+    weight = torch.randn(50, 24, generator=generator)
+    found, truth = [], []
+    for gradients, ours in ((found, True), (truth, False)):
+        y, mean, step = (t.clone().requires_grad_() for t in (x, tables.mean, tables.step))
+        changed = tables._replace(mean=mean, step=step)
+        if ours:
+            scaled, label = straight_through(y.unflatten(0, (5, 10)), changed)
+            numbers = (mean[label] + scaled).flatten(0, 1)
+        else:
+            numbers, _ = cache.straight_through(y.float(), as_quantiser(changed))
+        (numbers * weight).sum().backward()
+        gradients += [y.grad, mean.grad, step.grad]
+    for ours, theirs in zip(found, truth, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        assert (ours.float() - theirs.float()).norm() < tolerance * theirs.float().norm()
+    assert 0.1 < (found[0] == 0).float().mean() < 0.9  # control: some are clipped
+
+
+def test_it_compiles_in_one_graph_with_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = random_tables(24, 2, generator)
+    x = random_components(50, tables, generator)
+
+    def loss(x):
+        scaled, label = straight_through(x, tables)
+        return (tables.mean[label] + scaled).square().sum()
+
+    gradients = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        y = x.clone().requires_grad_()
+        call(y).backward()
+        gradients.append(y.grad)
+    assert torch.equal(*gradients)

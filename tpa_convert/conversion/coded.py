@@ -1,0 +1,185 @@
+"""A coded cache: moments and a budget of bytes to the codes of every layer, and to parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tpa_convert.coding import (
+    LEVELS,
+    CacheMoments,
+    Part,
+    coded_order,
+    design_quantiser,
+    fisher_metric,
+    groups_of_bits,
+    pair_blocks,
+    part_of,
+    predict_values,
+    remaining_error,
+    share_bytes,
+)
+from tpa_convert.decomposition import AttentionWeights
+from tpa_convert.modeling import CLASSES, LayerShape, RowLayout, codes_of, groups_of
+from tpa_convert.plans import Plan
+
+ROUNDS = 2  # the bits of the keys decide what they say of the values, and the other way round
+
+
+class CodedLayer:
+    """What is known of a layer before its bits are: components of keys, and metrics.
+
+    Args:
+        moments: of the layer.
+        tokens: that the moments are of.
+        blocks: of rotary pairs, for the keys.
+        head_dim: of the source.
+    """
+
+    def __init__(self, moments: CacheMoments, tokens: int, blocks: int, head_dim: int):
+        self.moments, self.width = moments, len(moments.mean) // 2
+        n = self.width
+        key_metric, self.value_metric = (
+            fisher_metric(metric, tokens) for metric in (moments.key_metric, moments.value_metric)
+        )
+        in_blocks = pair_blocks(n // head_dim, head_dim, blocks)
+        self.keys = part_of(moments.covariance[:n, :n], key_metric, in_blocks)
+
+    def values(self, groups: list[list[tuple[int, int]]] | None) -> tuple[Part, Tensor | None]:
+        """Components of the values, and the weight [n, c] that predicts them.
+
+        Args:
+            groups: of the codes of the keys, for values that are predicted from these; else None.
+        """
+        covariance, weight, n = self.moments.covariance, None, self.width
+        residual = covariance[n:, n:]
+        if groups is not None:
+            order = coded_order(self.keys, groups)
+            bits = torch.tensor([bits for runs in groups for bits, m in runs for _ in range(m)])
+            weight, residual = predict_values(self.keys, order, bits, covariance)
+        return part_of(residual, self.value_metric), weight
+
+
+class Codes(NamedTuple):
+    """A plan with its codes, and the loss that they are expected to cause, in nats a token."""
+
+    plan: Plan
+    nats: float
+
+
+def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Codes:
+    """Codes for the keys and values of every layer, from one budget and in one unit, nats.
+
+    Args:
+        plan: whose codes are still to be chosen.
+        moments: of every layer, of this many `tokens`.
+    """
+    assert plan.coded is not None
+    budget, predicted = plan.coded, plan.coded.predict_values
+    levels = LEVELS if budget.bits is None else (0, budget.bits)
+    layers = [CodedLayer(layer, tokens, budget.key_blocks, plan.head_dim) for layer in moments]
+    values = [layer.values(None)[0] for layer in layers]
+    for _ in range(1 + ROUNDS * predicted):
+        parts = [
+            part.energies
+            for layer, value in zip(layers, values, strict=True)
+            for part in (layer.keys, value)
+        ]
+        bits = share_bytes(parts, budget.total_bytes, budget.align, levels)
+        keys = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
+        if predicted:
+            values = [layer.values(groups)[0] for layer, groups in zip(layers, keys, strict=True)]
+    nats = sum(
+        remaining_error(energy, block).item() / 2
+        for part, found in zip(parts, bits, strict=True)
+        for energy, block in zip(part, found, strict=True)
+    )
+    shapes = []
+    for shape, key_groups, (value_bits,) in zip(plan.layers, keys, bits[1::2], strict=True):
+        value_groups = groups_of_bits(value_bits)[0]
+        shapes.append(
+            replace(
+                shape,
+                width_k=sum(n for runs in key_groups for _, n in runs),
+                width_v=sum(n for _, n in value_groups),
+                key_codes=codes_of(key_groups),
+                value_codes=codes_of([value_groups]),
+                row_align=budget.align,
+                predict_values=predicted,
+            )
+        )
+    return Codes(replace(plan, layers=shapes, coded=None), nats)
+
+
+def coded_parameters(
+    weights: AttentionWeights, moments: CacheMoments, tokens: int, shape: LayerShape
+) -> dict[str, Tensor]:
+    """Parameters of the keys and values of a coded layer, by their names in `TPAAttention`."""
+    heads, head_dim, _ = weights.key.shape
+    n, key_groups = heads * head_dim, groups_of(shape.key_codes)
+    layer = CodedLayer(moments, tokens, len(key_groups), head_dim)
+    values, prediction = layer.values(key_groups if shape.predict_values else None)
+    key = _part_parameters(
+        "keys", layer.keys, key_groups, shape.key_layout, weights.key,
+        moments.mean[:n], moments.sink_mean[:n] - moments.mean[:n],
+    )  # fmt: skip
+    value = _part_parameters(
+        "values", values, groups_of(shape.value_codes), shape.value_layout, weights.value,
+        moments.mean[n:], moments.sink_mean[n:] - moments.mean[n:],
+    )  # fmt: skip
+    gauge, sink, offset = key.pop("gauge"), key.pop("sink"), key.pop("offset")
+    in_blocks = pair_blocks(heads, head_dim, len(key_groups))
+    columns = gauge.split(shape.key_block_widths, dim=1)
+    blocks = [part[index] for part, index in zip(columns, in_blocks, strict=True)]
+    key["keys.gauge.weight"] = torch.cat(blocks, dim=1).unflatten(0, (heads, -1))
+    key["keys.gauge.shared.weight"] = sink.unflatten(0, (heads, -1))
+    key["keys.gauge.shared.offset"] = offset.unflatten(0, (heads, -1))
+    feature = value.pop("feature")
+    gauges = [value.pop("gauge"), value.pop("sink")]
+    if prediction is not None:
+        known = torch.nn.functional.pad(prediction, (0, CLASSES - 1))
+        gauges.append(known)
+        value["values.key_prediction.weight"] = feature @ known
+    value["values.gauge.weight"] = torch.cat(gauges, dim=1).unflatten(0, (heads, -1))
+    value["values.gauge.offset"] = value.pop("offset").unflatten(0, (heads, -1))
+    del key["feature"]
+    return key | value
+
+
+def _part_parameters(
+    name: str,
+    part: Part,
+    groups: list[list[tuple[int, int]]],
+    layout: RowLayout,
+    weight: Tensor,
+    mean: Tensor,
+    sink: Tensor,
+) -> dict[str, Tensor]:
+    """What codes one part, and under short names what its gauge is made of.
+
+    Args:
+        weight: homogeneous, [g, d, D + 1].
+        mean: of ordinary tokens, [n].
+        sink: mean of sinks less that, [n].
+    """
+    order = coded_order(part, groups)
+    feature = part.components.feature[order]
+    projection = feature @ weight.flatten(0, 1)
+    projection[:, -1] -= feature @ mean
+    quantiser = design_quantiser(part, sink, order, layout)
+    return {
+        f"{name}.feature_factor.weight": projection[:, :-1],
+        f"{name}.feature_factor.bias": projection[:, -1],
+        f"{name}.coder.mean": quantiser.mean,
+        f"{name}.coder.step": quantiser.step,
+        f"{name}.coder.spread": quantiser.spread,
+        f"{name}.coder.importance": quantiser.importance,
+        "feature": feature,
+        "gauge": part.components.gauge[:, order],
+        "sink": sink[:, None],
+        "offset": mean,
+    }

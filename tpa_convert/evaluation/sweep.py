@@ -1,0 +1,197 @@
+"""Speed against batch and context: models beside each other and beside what the device allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from tpa_convert.evaluation.metrics.speed import (
+    Speed,
+    SpeedSettings,
+    fitting_prompt,
+    measure_speed,
+)
+from tpa_convert.progress import Track, no_tracking
+
+
+@dataclass(frozen=True)
+class SpeedPoint:
+    """One model at one batch and context.
+
+    Attributes:
+        prefill, decode: tokens per second over the whole batch.
+        latency: seconds a decoding step takes.
+        cache_bytes: that a decoding step reads.
+        floor: seconds it takes at least: weights and cache over the device's bandwidth.
+    """
+
+    model: str
+    batch: int
+    context: int
+    prefill: float
+    decode: float
+    latency: float
+    cache_bytes: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """What a sweep measured.
+
+    Attributes:
+        device, dtype: that the models ran on and in.
+        static: whether decoding used static caches (and CUDA graphs on a GPU).
+        bandwidth: bytes read and written a second by a large copy.
+        weight_bytes: that a decoding step reads, of each model; the first is the reference.
+        points: model by model within each batch and context; what did not fit is not there.
+    """
+
+    device: str
+    dtype: str
+    static: bool
+    bandwidth: float
+    weight_bytes: dict[str, float]
+    points: tuple[SpeedPoint, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def ratio(self, point: SpeedPoint, what: str) -> float | None:
+        """`prefill` or `decode` of a point over that of the first model, if that fitted too."""
+        first = next(iter(self.weight_bytes))
+        for other in self.points:
+            if (other.model, other.batch, other.context) == (first, point.batch, point.context):
+                return getattr(point, what) / getattr(other, what)
+        return None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._table()
+        cache = "static caches" if self.static else "dynamic caches"
+        yield (
+            f"{self.device}, {self.dtype}, {cache}; copies at {self.bandwidth / 1e9:,.0f} GB/s. "
+            "× is against the first model; floor: time to read weights and cache at that rate, "
+            "as a share of the time a step takes. What is missing did not fit."
+        )
+
+    def _table(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in ("batch", "context"):
+            table.add_column(column, justify="right")
+        table.add_column("model")
+        for column in ("prefill/s", "×", "decode/s", "×", "ms/step", "floor", "cache MB"):
+            table.add_column(column, justify="right", no_wrap=True)
+        previous = None
+        for point in self.points:
+            place = (point.batch, point.context)
+            if previous not in (None, place):
+                table.add_section()
+            table.add_row(
+                *([f"{n:,}" for n in place] if place != previous else ["", ""]),
+                point.model,
+                f"{point.prefill:,.0f}",
+                _times(self.ratio(point, "prefill")),
+                f"{point.decode:,.1f}",
+                _times(self.ratio(point, "decode")),
+                f"{point.latency * 1e3:.2f}",
+                f"{point.floor / point.latency:.0%}",
+                f"{point.cache_bytes / 1e6:,.1f}",
+            )
+            previous = place
+        return table
+
+
+def sweep_speed(
+    models: Mapping[str, PreTrainedModel],
+    batches: tuple[int, ...],
+    contexts: tuple[int, ...],
+    *,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    static: bool = False,
+    track: Track = no_tracking,
+) -> SpeedReport:
+    """Speed of each model at each batch and context; what does not fit is left out."""
+    first = next(iter(models.values()))
+    bandwidth = copy_bandwidth(first.device)
+    weights = {name: weight_bytes(model) for name, model in models.items()}
+    points = []
+    for batch, context in track([(b, c) for b in batches for c in contexts], "Speed"):
+        settings = SpeedSettings(batch, context, new_tokens, repeats, static)
+        for name, speed in _those_that_fit(models, settings):
+            floor = (weights[name] + speed.cache_bytes) / bandwidth
+            points.append(
+                SpeedPoint(
+                    name,
+                    batch,
+                    fitting_prompt(models, settings),
+                    speed.prefill,
+                    speed.decode,
+                    batch / speed.decode,
+                    speed.cache_bytes,
+                    floor,
+                )
+            )
+    dtype = str(first.dtype).removeprefix("torch.")
+    return SpeedReport(_device_name(first.device), dtype, static, bandwidth, weights, tuple(points))
+
+
+def _those_that_fit(
+    models: Mapping[str, PreTrainedModel], settings: SpeedSettings
+) -> Iterator[tuple[str, Speed]]:
+    try:
+        yield from measure_speed(models, settings).items()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        if len(models) > 1:
+            for name, model in models.items():
+                yield from _those_that_fit({name: model}, settings)
+
+
+def weight_bytes(model: PreTrainedModel) -> float:
+    """Bytes of weights that every decoding step reads: all but a table of embeddings of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    read = sum(p.nbytes for p in model.parameters())
+    if head is not None and head.weight is not embedding.weight:
+        read -= embedding.weight.nbytes
+    return float(read)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
+    size = (1 << 30) if device.type == "cuda" else (64 << 20)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(7):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mul(source, 2, out=target)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size / median(times[2:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"

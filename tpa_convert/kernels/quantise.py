@@ -1,0 +1,146 @@
+"""The Triton kernel that makes codes of components: a few whole tokens a program, in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .encode_reference import PLANES, SCALES_PER_OCTAVE, TRIED_STEPS
+
+FIRST_TRIED = tl.constexpr(TRIED_STEPS.start)
+TRIED_STEP = tl.constexpr(TRIED_STEPS.step)
+TRIED = tl.constexpr(len(TRIED_STEPS))
+STEPS = tl.constexpr(SCALES_PER_OCTAVE)
+AT_MOST = tl.constexpr(PLANES)
+WHOLE = tl.constexpr(2.0**23)  # from here on fp32 numbers are whole
+
+
+@triton.jit
+def round_to_even(x):
+    """The nearest integer of 0 ≤ x < 2^22, the even one of two: as PyTorch rounds."""
+    return (x + WHOLE) - WHOLE
+
+
+@triton.jit
+def code_of(u, reach):
+    """The nearest code, fp32."""
+    return round_to_even(tl.minimum(tl.maximum(u + reach, 0.0), 2 * reach))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def encode_kernel(
+    x,
+    mean,
+    step,
+    spread,
+    importance,
+    reach,
+    header,
+    codes,
+    scaled,
+    inside,
+    label,
+    rows,
+    stride,
+    width,
+    octave,
+    CLASSES: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
+
+    Of the outputs those are written that are not None: `scaled`, `inside` and `label`, or `header`
+    and `codes`.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    used = column < width
+    mask = (row < rows)[:, None] & used[None, :]
+    of_row = row.to(tl.int64)[:, None]
+    numbers = tl.load(x + of_row * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    # Columns beyond the width are 0 ± 0 · step, of no importance.
+    weight = tl.load(importance + column, mask=used, other=0.0)
+    centred = numbers - tl.load(mean + column, mask=used, other=0.0)[None, :]
+    kind = tl.zeros([ROWS], tl.int32)
+    if CLASSES > 1:
+        nearest = tl.full([ROWS], float("inf"), tl.float32)
+        for i in tl.static_range(CLASSES):
+            of_class = tl.load(mean + i * width + column, mask=used, other=0.0)
+            weighted = of_class * weight
+            distance = tl.sum(of_class * weighted, 0)
+            distance = distance - 2 * tl.sum(numbers * weighted[None, :], 1)
+            nearer = distance < nearest
+            nearest = tl.where(nearer, distance, nearest)
+            kind = tl.where(nearer, i, kind)
+            centred = tl.where(nearer[:, None], numbers - of_class[None, :], centred)
+
+    relative = centred / tl.load(spread + column, mask=used, other=1.0)[None, :]
+    limit = tl.load(reach + column, mask=used, other=0.0)[None, :]
+    coded = tl.maximum(tl.sum((limit > 0).to(tl.float32), 1), 1.0)
+    ratio = tl.sqrt(tl.sum(relative * relative, 1) / coded)
+    around = STEPS * (tl.log2(tl.maximum(ratio, tl.exp2(octave))) - octave)
+    size = tl.load(step + column, mask=used, other=1.0)
+    weight = (weight * size * size)[None, :]
+    in_steps = centred / size[None, :]
+    best = tl.full([ROWS], float("inf"), tl.float32)
+    index = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(TRIED):
+        tried = round_to_even(tl.maximum(around + (FIRST_TRIED + i * TRIED_STEP), 0.0))
+        tried = tl.minimum(tried, (1 << SCALE_BITS) - 1)
+        scale = tl.exp2(tried / STEPS + octave)
+        u = in_steps * (1 / scale)[:, None]
+        error = u - (code_of(u, limit) - limit)
+        error = tl.sum(error * error * weight, 1) * scale * scale
+        better = error < best
+        index = tl.where(better, tried, index)
+        best = tl.where(better, error, best)
+
+    scale = tl.exp2(index / STEPS + octave)
+    u = in_steps * (1 / scale)[:, None]
+    code = code_of(u, limit)
+    place = of_row * width + column[None, :]
+    head = (kind << SCALE_BITS) | index.to(tl.int32)
+    if scaled is not None:
+        numbers = scale[:, None] * size[None, :] * (code - limit)
+        tl.store(scaled + place, numbers.to(scaled.dtype.element_ty), mask=mask)
+        tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
+        tl.store(label + row, kind.to(tl.int64), mask=row < rows)
+    else:
+        tl.store(codes + place, code.to(tl.uint8), mask=mask)
+        tl.store(header + row, head.to(tl.uint8), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def pack_kernel(
+    codes,
+    header,
+    packed,
+    component,
+    bits,
+    low,
+    header_at,
+    rows,
+    width,
+    bytes,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """`encode_reference.pack` of codes [rows, width]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    mask = (row < rows)[:, None] & (byte < bytes)[None, :]
+    of_row = row.to(tl.int64)[:, None]
+    size = tl.load(bits + byte, mask=byte < bytes, other=1)
+    shift = tl.load(low + byte, mask=byte < bytes, other=0)
+    result = tl.zeros([ROWS, BYTES], tl.int32)
+    for plane in tl.static_range(AT_MOST):
+        index = tl.load(component + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
+        code = tl.load(codes + of_row * width + index, mask=mask & (index >= 0), other=0)
+        field = (code.to(tl.int32) >> shift[None, :]) & ((1 << size) - 1)[None, :]
+        result |= field << tl.minimum(plane * size, 8)[None, :]
+    head = tl.load(header + row, mask=row < rows, other=0).to(tl.int32)
+    result = tl.where((byte == header_at)[None, :], head[:, None], result)
+    tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=mask)

@@ -1,0 +1,97 @@
+"""What kernels of attention take: those of tpa-convert, for models that find the package installed
+(others do without), and PyTorch's."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+WIDEST_FLASH = 256  # head dim of PyTorch's flash attention
+
+
+def of_one_width(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values with zeros behind them, as wide as the widest: flash attention takes
+    a single width, and where it does not run, shared heads are attended to in plain products."""
+    widths = key.shape[-1], value.shape[-1]
+    if not query.is_cuda or widths[0] == widths[1] or max(widths) > WIDEST_FLASH:
+        return query, key, value
+    width = -(-max(widths) // 8) * 8
+    query, key, value = (
+        nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value)
+    )
+    return query, key, value
+
+
+def find_kernel() -> Callable[..., torch.Tensor | None] | None:
+    """`tpa_convert.kernels.decode_on_kernel`, None where no package has it.
+
+    To be called when a model is made: `torch.compile` does not follow an import.
+    """
+    try:
+        return import_module("tpa_convert.kernels").decode_on_kernel
+    except (ImportError, AttributeError):
+        return None
+
+
+class Coding(NamedTuple):
+    """`tpa_convert.kernels`' own ways from components to features and to rows."""
+
+    straight_through: Callable[..., Any]
+    encode_rows: Callable[..., Any]
+    code_tables: Callable[..., Any]
+    row_tables: Callable[..., Any]
+
+
+def find_coding() -> Coding | None:
+    """What codes components on a GPU, None where no package has it; see `find_kernel`."""
+    try:
+        kernels = import_module("tpa_convert.kernels")
+        return Coding(
+            kernels.straight_through, kernels.encode_rows, kernels.CodeTables, kernels.row_tables
+        )
+    except (ImportError, AttributeError):
+        return None
+
+
+def decode_components(
+    kernel: Callable[..., torch.Tensor | None] | None,
+    query: torch.Tensor,
+    packed_key: torch.Tensor,
+    packed_value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    key_factors: int,
+    value_factors: int,
+    **settings: Any,
+) -> torch.Tensor | None:
+    """Attention of component queries on a packed cache, by a kernel; None if there is none for it.
+
+    Args:
+        query: [b, h, 1, width_k].
+        packed_key, packed_value: [b, 1, t, factors + width].
+        attention_mask: as the attention function takes it.
+        key_factors, value_factors: head factors in front of each row.
+        settings: of the kernel.
+
+    Returns: mixed components [b, h, 1, width_v].
+    """
+    if kernel is None or any(x.requires_grad for x in (query, packed_key, packed_value)):
+        return None
+    mask = attention_mask
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
+            return None
+        mask = mask[:, 0, -1]  # of the one query position, for all heads
+    return kernel(
+        query,
+        packed_key[..., key_factors:],
+        packed_value[..., value_factors:],
+        key_heads=packed_key[..., :key_factors] if key_factors else None,
+        value_heads=packed_value[..., :value_factors] if value_factors else None,
+        mask=mask,
+        **settings,
+    )

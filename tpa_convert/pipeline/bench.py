@@ -1,0 +1,43 @@
+"""Time models beside their source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tpa_convert.evaluation.sweep import SpeedReport, sweep_speed
+from tpa_convert.options.bench import BenchOptions
+from tpa_convert.options.source import SourceOptions
+from tpa_convert.pipeline.evaluation import load_side_by_side
+from tpa_convert.pipeline.subjects import subjects
+from tpa_convert.progress import Track, no_tracking
+
+
+def bench(
+    models: str | Path | Sequence[str | Path],
+    options: BenchOptions | None = None,
+    *,
+    against: str | SourceOptions | None = None,
+    device: str = "auto",
+    track: Track = no_tracking,
+) -> SpeedReport:
+    """Prefill and decoding speed of models against batch and context, the source first.
+
+    Args:
+        models: as `evaluate` takes them.
+        against: the source; by default the one that converted models record.
+
+    Raises:
+        UserError: see `evaluate`.
+    """
+    options = options or BenchOptions()
+    columns, _ = load_side_by_side(subjects(models), against, device)
+    return sweep_speed(
+        columns,
+        options.batches,
+        options.contexts,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        static=options.static,
+        track=track,
+    )
