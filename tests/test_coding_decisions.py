@@ -30,10 +30,10 @@ from tpa_convert.coding import (
     weighted_covariance,
 )
 from tpa_convert.coding.allocation import GAUSSIAN_ERROR, GAUSSIAN_STEP, envelope, remaining_error
-from tpa_convert.modeling.tpa_codes import tier_bits_of
 from tpa_convert.decomposition.gauge import decompose_keys, decompose_values, value_metric
 from tpa_convert.decomposition.latent import decompose_latent_keys, latent_components
 from tpa_convert.decomposition.moments import data_free_moments
+from tpa_convert.modeling.tpa_codes import tier_bits_of
 
 LEVEL_SETS = ((0, 1, 2, 3, 4, 8), (0, 1, 2, 4, 8), (0, 2, 4, 8), (0, 4), (0, 1))
 energies = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=4).map(

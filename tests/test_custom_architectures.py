@@ -61,10 +61,12 @@ def test_the_example_runs() -> None:
         check=True,
         timeout=200,
     )
-    whole, half = result.stdout.strip().splitlines()
-    assert whole.startswith("768 -> 768 bytes")
-    assert half.startswith("768 -> 384 bytes")
-    assert float(whole.split()[-1]) < 1e-4 < float(half.split()[-1])
+    whole, quarter = result.stdout.strip().splitlines()
+    assert whole.startswith("384 -> 384 bytes")
+    before, _, after = quarter.split()[:3]
+    assert int(before) == 384
+    assert 80 < int(after) <= 96
+    assert float(whole.split()[-1]) < 1e-4 < float(quarter.split()[-1])
 
 
 def test_the_page_shows_the_example_as_it_is() -> None:

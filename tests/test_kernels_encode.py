@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpa_convert.modeling import tpa_codes as cache
 from tpa_convert.kernels import (
     CodeTables,
     Tier,
@@ -16,6 +15,7 @@ from tpa_convert.kernels import (
     row_tables,
     straight_through,
 )
+from tpa_convert.modeling import tpa_codes as cache
 
 from .encode_cases import random_components, random_tables
 
