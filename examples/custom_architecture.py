@@ -35,7 +35,8 @@ register_family(
 
 
 def main() -> None:
-    """A random model, its conversion at full width and at half, saved and loaded again."""
+    """A random model, its conversion with all numbers and in a quarter of the bytes, saved and
+    loaded again."""
     from tpa_convert import pipeline
     from tpa_convert.export.save import load_model
     from tpa_convert.recipe import ConvertOptions
@@ -47,9 +48,11 @@ def main() -> None:
         source = Path(directory) / "source"
         model.save_pretrained(source)
         byte_tokenizer().save_pretrained(source)
-        for ratio in (1.0, 0.5):
+        for ratio, bits in ((1.0, "16"), (0.25, "auto")):
             out = Path(directory) / f"small-{ratio}"
-            options = ConvertOptions(kv_ratio=ratio, block_length=64, calibration_blocks=16)
+            options = ConvertOptions(
+                kv_ratio=ratio, cache_bits=bits, block_length=64, calibration_blocks=16
+            )
             result = pipeline.convert(str(source), out, options)
             with torch.no_grad():
                 difference = (load_model(out)(tokens).logits - model(tokens).logits).abs().max()

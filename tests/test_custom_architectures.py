@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -23,7 +24,7 @@ from tests.conftest import make_tiny_tokenizer
 from tests.conversions import convert_tiny, random_blocks
 from tests.test_families import SCRIPT
 from tests.tiny_models import CONFIGS, SIZES, random_model
-from tpa_convert.conversion.probe import probe
+from tpa_convert.conversion.probe import _small_model, probe
 from tpa_convert.errors import UserError
 from tpa_convert.families import Family, family_of, register_family
 from tpa_convert.families.own_code import import_file
@@ -60,10 +61,12 @@ def test_the_example_runs() -> None:
         check=True,
         timeout=200,
     )
-    whole, half = result.stdout.strip().splitlines()
-    assert whole.startswith("768 -> 768 bytes")
-    assert half.startswith("768 -> 384 bytes")
-    assert float(whole.split()[-1]) < 1e-4 < float(half.split()[-1])
+    whole, quarter = result.stdout.strip().splitlines()
+    assert whole.startswith("384 -> 384 bytes")
+    before, _, after = quarter.split()[:3]
+    assert int(before) == 384
+    assert 80 < int(after) <= 96
+    assert float(whole.split()[-1]) < 1e-4 < float(quarter.split()[-1])
 
 
 def test_the_page_shows_the_example_as_it_is() -> None:
@@ -220,7 +223,7 @@ def described(
     converted = type("Converted", bases, {"decoder_class": decoder, "__init__": init})
     converted.config_class = cls.config_class
     config = LlamaConfig(**SIZES, head_dim=8) if base == "llama" else CONFIGS[base]()
-    return Family(base, converted, key_norm), config
+    return Family(base, converted=converted, key_norm=key_norm), config
 
 
 @pytest.mark.parametrize(
@@ -250,6 +253,32 @@ def test_the_wrong_field_is_named(base: str, names: AttentionNames, wrong: str) 
     right = CAUSAL_LMS[base].decoder_class.attention_names
     family, config = described(right, base, key_norm=base == "qwen3")
     probe(family, config)
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "PhiConfig", "Olmo2Config", "Gemma2Config"])
+def test_large_models_are_probed_by_small_ones(name: str) -> None:
+    config = getattr(transformers, name)()
+    family = family_of(config)
+    small = _small_model(family, config)
+    assert small.config.num_attention_heads == 4 < config.num_attention_heads
+    assert small.config.hidden_size < config.hidden_size
+    probe(family, config)
+
+
+def test_what_follows_from_the_heads_is_kept_with_them() -> None:
+    config = Stubborn(**SIZES | {"num_attention_heads": 8}, head_dim=8)
+    assert _small_model(family_of(config), config).config.num_attention_heads == 8
+    config = LlamaConfig(**SIZES | {"num_attention_heads": 8}, head_dim=8)
+    assert _small_model(family_of(config), config).config.num_attention_heads == 4
+
+
+class Stubborn(LlamaConfig):
+    """Takes no other number of heads than its own."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.num_attention_heads != 8:
+            raise ValueError("no such model")
 
 
 class Scaled(LlamaAttention):

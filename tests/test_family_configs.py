@@ -15,7 +15,6 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
-    LlavaConfig,
     MistralConfig,
     NemotronConfig,
     OlmoConfig,
@@ -23,6 +22,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2VLConfig,
     Qwen3NextConfig,
     StableLmConfig,
     T5Config,
@@ -210,7 +210,7 @@ REFUSED = {
     "alibi": (FalconConfig(alibi=True), "falcon"),
     "MLA": (DeepseekV3Config(), "MLA"),
     "encoder-decoder": (T5Config(), "encoder-decoder"),
-    "multimodal": (LlavaConfig(), "multimodal"),
+    "multimodal": (Qwen2VLConfig(), "multimodal"),
     "linear attention": (Qwen3NextConfig(), r"other kinds (linear_attention)"),
     "another build": (NemotronConfig(), "docs/custom-architectures.md"),
     "norms of Phi": (PhiConfig(qk_layernorm=True), "qk_layernorm has a LayerNorm"),
@@ -244,7 +244,7 @@ def test_tpa_is_refused_and_unknown_types_can_be_registered(
 
     with pytest.raises(UserError, match=r"'other' is unknown .*custom-architectures"):
         family_of(OtherConfig())
-    add_family(Family("other", TPALlamaForCausalLM))
+    add_family(Family("other", converted=TPALlamaForCausalLM))
     assert family_of(OtherConfig()).model_type == "other"
 
     class TPAConfig(LlamaConfig):

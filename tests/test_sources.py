@@ -404,6 +404,36 @@ class TestKinds:
         with pytest.raises(UserError, match="quantised"):
             read_source_config(directory)
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"quantization": {"group_size": 64, "bits": 4}},
+            {"text_config": {"quantization_config": {"quant_method": "4 bits"}}},
+            {"compression_config": {"bits": 4}},
+        ],
+    )
+    def test_quantised_in_other_words(self, tiny_checkpoint, changes: dict[str, Any]) -> None:
+        directory = tiny_checkpoint()
+        load_source(directory)
+        edit_config(directory, **changes)
+        fails(directory, "quantised (4 bits)", "16-bit checkpoint")
+
+    def test_quantised_by_a_file_beside_the_config(self, tiny_checkpoint) -> None:
+        directory = tiny_checkpoint()
+        (directory / "hf_quant_config.json").write_text("{}")
+        fails(directory, "quantised (modelopt)")
+
+    @pytest.mark.parametrize("ending", ["qweight", "SCB", "weight_packed", "weight_scale"])
+    def test_packed_weights_that_the_config_does_not_mention(
+        self, tiny_checkpoint, ending: str
+    ) -> None:
+        directory = tiny_checkpoint()
+        path = directory / "model.safetensors"
+        tensors = load_file(path)
+        name = f"model.layers.0.self_attn.q_proj.{ending}"
+        save_file(tensors | {name: torch.zeros(2, dtype=torch.int32)}, path, {"format": "pt"})
+        fails(directory, f"quantised (as {name} tells)", "16-bit checkpoint")
+
     def test_fp8_weights_that_the_config_does_not_mention(
         self, tiny_checkpoint: Callable[..., Path]
     ) -> None:

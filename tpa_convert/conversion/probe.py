@@ -20,9 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
 from tpa_convert.families.family import CUSTOM_PAGE, Family
-from tpa_convert.families.parts import key_norm_of
+from tpa_convert.families.parts import key_norm_of, missing_parts
 from tpa_convert.forward.cached import cache_argument
-from tpa_convert.modeling import AttentionNames
+from tpa_convert.modeling import AttentionNames, source_key_value_heads
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.sources import Source, SourceReference
 
@@ -36,12 +36,13 @@ def probe(family: Family, config: PreTrainedConfig) -> None:
     """Converts a random model of one layer at full width and compares the two.
 
     Args:
-        config: of the source; everything but the number of layers and the vocabulary counts.
+        config: of the source. Layers and tokens are made few, and heads too where that gives a
+            model that is built as the record says.
 
     Raises:
         UserError: they differ, with the field of the record that is wrong where one is.
     """
-    model = random_model(family, one_layer(config))
+    model = _small_model(family, config)
     family.check_names(model)
     failure: UserError | None = None
     try:
@@ -64,7 +65,25 @@ def probe(family: Family, config: PreTrainedConfig) -> None:
     )
 
 
-def one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+def _small_model(family: Family, config: PreTrainedConfig) -> Any:
+    """A random model with few heads, or with all where the config does not say all that follows
+    from their number: decomposing thousands of key features takes minutes."""
+    heads, groups = config.num_attention_heads, source_key_value_heads(config)
+    few = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if groups == heads else min(groups, 2),
+        "hidden_size": config.hidden_size // heads * 4,
+        "intermediate_size": 64,
+    }
+    few = {name: value for name, value in few.items() if hasattr(config, name)}
+    with suppress(Exception):  # whatever the model's code has against it
+        model = random_model(family, one_layer(config, **few))
+        if not missing_parts(model, family.names):
+            return model
+    return random_model(family, one_layer(config))
+
+
+def one_layer(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     """The config of a model of one layer and few tokens, which is small enough to be made."""
     values = config.to_dict()
     layers = config.num_hidden_layers
@@ -73,7 +92,7 @@ def one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
             values[name] = value[:1]
         elif name.endswith("_token_id") and value is not None:
             values[name] = 0
-    values |= {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
+    values |= {"num_hidden_layers": 1, "vocab_size": VOCABULARY, **changes}
     return type(config)(**values)
 
 

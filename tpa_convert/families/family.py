@@ -33,6 +33,7 @@ class Family:
 
     Attributes:
         model_type: as in the config of the source.
+        title: what people call it.
         converted: class of the converted models, as in `modeling/tpa_llama.py`; by default what
             `modeling` has for this `model_type`.
         key_norm: whether queries and keys are normalised for each head (QK-norm), or "all" heads
@@ -42,6 +43,7 @@ class Family:
     """
 
     model_type: str
+    title: str = ""
     converted: Any = None
     key_norm: bool | Literal["all"] = False
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -168,7 +170,7 @@ def register_family(
         if cls.config_class is not config:
             raise UserError(f"{cls.__name__} has another config_class than {config.__name__}")
     converted = class_pair(config, model, causal_lm, names)
-    family = Family(config.model_type, converted, refused=refused or {})
+    family = Family(config.model_type, converted=converted, refused=refused or {})
     with torch.device("meta"):
         source = causal_lm(config() if example is None else example)
     family.check_names(source)
@@ -186,6 +188,15 @@ def register_family(
 def is_tpa(config: PreTrainedConfig) -> bool:
     """Whether a config is of a converted model."""
     return config.model_type == "tpa" or getattr(config, "tpa_layers", None) is not None
+
+
+def language_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a multimodal model's language model, if that is of a known family; else the
+    config as it is."""
+    text = getattr(config, "text_config", None)
+    if config.model_type in _REGISTRY or text is None or text.model_type not in _REGISTRY:
+        return config
+    return text
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -219,7 +230,10 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
     if getattr(config, "kv_lora_rank", None):
         return f"{kind} uses multi-head latent attention (MLA), whose cache is compressed already"
     if getattr(config, "text_config", None) is not None:
-        return f"{kind} is a multimodal model; save its language model alone and convert that"
+        text = config.text_config.model_type
+        return (
+            f"{kind} is a multimodal model, and its language model ({text}) is of no known family"
+        )
     others = set(getattr(config, "layer_types", None) or ()) - _SOFTMAX_LAYERS
     if others:
         return (

@@ -36,6 +36,17 @@ _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _GGUF_HEADER_BYTES = 32 << 20
 _GGUF_ROPE_SCALING = (b"rope_freqs.weight", b".rope.scaling.factor")
 _GGUF_PARTS = re.compile(rb"split\.(no|count)\x02\0\0\0(..)", re.DOTALL)  # 2: a 16-bit number
+# What quantisers keep beside weights or instead of them: GPTQ and AWQ, bitsandbytes,
+# compressed-tensors and fp8.
+_PACKED = (
+    ".qweight",
+    ".qzeros",
+    ".SCB",
+    ".absmax",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+)
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -135,7 +146,8 @@ class Checkpoint:
         for path in self.weight_files():
             try:
                 with safe_open(path, framework="pt") as file:
-                    dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                    names = list(file.keys())
+                    dtypes = {file.get_slice(name).get_dtype() for name in names}
             except (SafetensorError, OSError) as error:
                 with path.open("rb") as file:
                     pointer = file.read(24).startswith(b"version https://git-lfs")
@@ -148,6 +160,9 @@ class Checkpoint:
                 ) from error
             if any(dtype.startswith("F8") for dtype in dtypes):
                 raise self.error(_quantized_message("fp8"))
+            packed = next((name for name in names if name.endswith(_PACKED)), None)
+            if packed is not None:
+                raise self.error(_quantized_message(f"as {packed} tells"))
 
     def stored_dtype(self) -> torch.dtype | None:
         """Type of the first weight of a safetensors checkpoint; None if it has no files here.
@@ -184,10 +199,17 @@ class Checkpoint:
             )
 
     def refuse_quantized(self, config: dict[str, Any]) -> None:
-        """Raises UserError if the config says that the weights are quantised."""
-        for key in ("quantization_config", "compression_config"):
-            if config.get(key):
-                raise self.error(_quantized_message(config[key].get("quant_method", "unknown")))
+        """Raises UserError if the config, or a file beside it, says that the weights are
+        quantised."""
+        for part in (config, config.get("text_config") or {}):
+            for key in ("quantization_config", "compression_config", "quantization"):
+                if part.get(key):
+                    method = (
+                        part[key].get("quant_method") or f"{part[key].get('bits', 'some')} bits"
+                    )
+                    raise self.error(_quantized_message(method))
+        if (self.directory / "hf_quant_config.json").is_file():
+            raise self.error(_quantized_message("modelopt"))
 
     def sha256(self) -> str:
         """Of the bytes of all weight files in the order of their names; names do not count."""

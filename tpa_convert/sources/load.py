@@ -24,8 +24,29 @@ from transformers import (
 from transformers.utils import logging
 
 from tpa_convert.errors import UserError
-from tpa_convert.families.family import ALREADY_TPA, CUSTOM_PAGE, Family, family_of
+from tpa_convert.families.family import (
+    ALREADY_TPA,
+    CUSTOM_PAGE,
+    Family,
+    family_of,
+    language_config,
+)
 from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
+
+# Where multimodal checkpoints keep the language model, and the rest.
+_LANGUAGE_MODEL = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+_OTHER_SENSES = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "visual.",
+    "vision_model.",
+    "audio_tower.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+    "model.visual.",
+    "model.vision_model.",
+    "model.audio_tower.",
+)
 
 
 @dataclass(frozen=True)
@@ -119,13 +140,16 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedC
         config = AutoConfig.from_pretrained(
             checkpoint.directory, trust_remote_code=trust_remote_code, **location
         )
+    language = language_config(config)
     try:
-        family_of(config)
+        family_of(language)
     except UserError as error:
         raise checkpoint.error(str(error)) from error
-    if config.dtype is None:
-        config.dtype = checkpoint.stored_dtype()
-    return config
+    if language is not config:  # the head is the outer model's
+        language.tie_word_embeddings = config.tie_word_embeddings
+    if language.dtype is None:
+        language.dtype = config.dtype or checkpoint.stored_dtype()
+    return language
 
 
 def _refuse_unreadable_type(
@@ -166,6 +190,7 @@ def _load_model(
             attn_implementation=family_of(config).attention_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            key_mapping=_LANGUAGE_MODEL,
             **location,
         )
     missing = sorted(info["missing_keys"])
@@ -175,6 +200,12 @@ def _load_model(
             f"{missing[0]}); download them again, or check that config.json belongs to them"
         )
     unexpected = sorted(info["unexpected_keys"])
+    if unexpected and all(name.startswith(_OTHER_SENSES) for name in unexpected):
+        warnings.warn(
+            f"{checkpoint.spec}: this is a multimodal model; only its language model is converted",
+            stacklevel=3,
+        )
+        unexpected = []
     if unexpected:
         warnings.warn(
             f"{checkpoint.spec}: {len(unexpected)} tensors in the weight files have no place in "
