@@ -90,6 +90,13 @@ def test_a_llama_computes_the_same(name, gauge) -> None:
     assert_same(model, exported)
 
 
+@pytest.mark.parametrize("name", ["llama-absorbed", "llama-applied"])
+def test_checkpoints_of_version_0_1(name) -> None:
+    directory = Path(__file__).parent / "legacy" / name
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert_same(model, to_llama(model))
+
+
 def test_its_table_of_frequencies_is_what_makes_it_the_same(tiny_llama) -> None:
     model = convert_tiny(tiny_llama("gqa"), kv_floats=22)
     exported = to_llama(model)
