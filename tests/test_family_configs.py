@@ -8,20 +8,26 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     DeepseekV3Config,
+    DynamicCache,
     FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
-    GPTNeoXConfig,
     LlamaConfig,
     LlavaConfig,
     MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
+    NemotronConfig,
+    OlmoConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3NextConfig,
+    StableLmConfig,
     T5Config,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.conversions import convert_tiny, source_of
 from tests.generated import generated, telling
@@ -54,6 +60,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -121,6 +133,51 @@ def test_generation_beyond_the_length_of_training(family: str, key_cache: str) -
     assert torch.equal(generated(converted, tokens, 40, use_cache=False), expected)
 
 
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 500.0},
+    "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    "dynamic": DYNAMIC_ROPE,
+    "yarn": YARN_ROPE,
+    "longrope": LONG_ROPE | {"original_max_position_embeddings": 16},
+    "llama3": LLAMA3_ROPE,
+    "proportional": {
+        "rope_type": "proportional",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
+
+
+def test_every_rope_type_of_transformers_is_tried() -> None:
+    assert set(ROPES) == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+@pytest.mark.parametrize("key_cache", ["rotated", "latent"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_llama_with_every_rope_type(kind: str, key_cache: str) -> None:
+    """At full width the source, on texts longer than those that a scaled RoPE was trained on."""
+    config = FAMILIES["llama"](
+        num_attention_heads=4, num_key_value_heads=2, rope_parameters=dict(ROPES[kind])
+    )
+    model = random_model(config)
+    tokens = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(2))
+    expected = model(tokens).logits
+    converted = convert_tiny(model, key_cache=key_cache, width_k=16, width_v=16)
+    found = converted(tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    cache = DynamicCache(config=converted.config)
+    steps = [converted(tokens[:, :20], past_key_values=cache, use_cache=True).logits]
+    steps += [
+        converted(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+        for i in range(20, 40)
+    ]
+    if kind not in ("dynamic", "longrope"):  # whose rotation of old tokens changes with the length
+        torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=0)
+    for attention in converted.model.layers:  # a rotation by other angles is seen
+        attention.self_attn.table_order = None
+    assert (converted(tokens).logits - expected).abs().max() > 1e-2
+
+
 def test_widths_that_tucker_cannot_make() -> None:
     config = FAMILIES["llama"](num_attention_heads=4, num_key_value_heads=2)
     with pytest.raises(UserError, match="cannot make 11 value features of up to 2 heads with"):
@@ -153,10 +210,17 @@ REFUSED = {
     "alibi": (FalconConfig(alibi=True), "falcon"),
     "MLA": (DeepseekV3Config(), "MLA"),
     "encoder-decoder": (T5Config(), "encoder-decoder"),
-    "MoE": (MixtralConfig(), "mixture-of-experts"),
-    "olmo2": (Olmo2Config(), "unknown"),
-    "partial rotary": (GPTNeoXConfig(), "partial RoPE"),
     "multimodal": (LlavaConfig(), "multimodal"),
+    "linear attention": (Qwen3NextConfig(), r"other kinds (linear_attention)"),
+    "another build": (NemotronConfig(), "docs/custom-architectures.md"),
+    "norms of Phi": (PhiConfig(qk_layernorm=True), "qk_layernorm has a LayerNorm"),
+    "norms of StableLM": (StableLmConfig(qk_layernorm=True), "qk_layernorm has a LayerNorm"),
+    "norms of Cohere": (CohereConfig(use_qk_norm=True), "use_qk_norm has a LayerNorm"),
+    "clipped": (OlmoConfig(clip_qkv=8.0), "clip_qkv has queries, keys and values of limited size"),
+    "both directions": (
+        Gemma3TextConfig(use_bidirectional_attention=True),
+        "attention to later tokens",
+    ),
 }
 
 
@@ -178,7 +242,7 @@ def test_tpa_is_refused_and_unknown_types_can_be_registered(
     class OtherConfig(LlamaConfig):
         model_type = "other"
 
-    with pytest.raises(UserError, match=r"'other' is unknown .*register_family"):
+    with pytest.raises(UserError, match=r"'other' is unknown .*custom-architectures"):
         family_of(OtherConfig())
     add_family(Family("other", TPALlamaForCausalLM))
     assert family_of(OtherConfig()).model_type == "other"

@@ -7,8 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpa_convert.coding import codes as cache
-from tpa_convert.kernels import CodeTables, encode, straight_through
+from tpa_convert.modeling import tpa_codes as cache
+from tpa_convert.kernels import (
+    CodeTables,
+    Tier,
+    encode,
+    encode_rows,
+    row_tables,
+    straight_through,
+)
 
 from .encode_cases import random_components, random_tables
 
@@ -35,6 +42,9 @@ def test_codes_are_those_of_the_cache(rows, width, classes, seed):
     assert torch.equal(header, cache.choose_header(x, quantiser))
     packed = cache.encode(x, quantiser)
     assert torch.equal(cache.pack_rows(codes, header, quantiser.layout), packed)
+    layout = quantiser.layout
+    where = row_tables([Tier(*t) for t in layout.tiers], layout.header, layout.row_bytes)
+    assert torch.equal(encode_rows(x, tables, where), packed)
     scaled, label = straight_through(x, tables)
     numbers, kind = cache.decode(packed, quantiser)
     assert torch.equal(label, kind)

@@ -20,8 +20,8 @@ if importlib.util.find_spec("triton") is None:
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
 
-from tpa_convert.kernels import encode, straight_through  # noqa: E402
-from tpa_convert.kernels.encode_reference import CodeTables, encode_components  # noqa: E402
+from tpa_convert.kernels import RowTables, encode, encode_rows, row_tables, straight_through  # noqa: E402
+from tpa_convert.kernels.encode_reference import CodeTables, encode_components, pack  # noqa: E402
 
 from .encode_cases import (  # noqa: E402
     distance,
@@ -31,6 +31,7 @@ from .encode_cases import (  # noqa: E402
     size_and_label,
     weighted_error,
 )
+from .kernel_cases import random_layout  # noqa: E402
 
 EDGE = 1e-3
 some = settings(
@@ -104,6 +105,26 @@ def test_straight_through_agrees_with_what_is_cached(rows, width, classes, seed,
     margin = EDGE * (1 + u.abs())
     assert (y.grad[u.abs() < tables.reach - margin] == 1).all()
     assert (y.grad[u.abs() > tables.reach + margin] == 0).all()
+
+
+@some
+@given(
+    rows=st.integers(1, 40),
+    groups=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=3),
+    classes=st.sampled_from([1, 2]),
+    align=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_of_bytes_hold_the_codes(rows, groups, classes, align, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layout, row_bytes = random_layout(groups, classes, generator, align)
+    where = row_tables(layout.tiers, layout.header, row_bytes)
+    x, tables = case(rows, layout.width, classes, seed, torch.float32)
+    bits = torch.cat([torch.full((count,), float(b)) for b, count in groups]).to(DEVICE)
+    tables = tables._replace(reach=(torch.exp2(bits) - 1) / 2)
+    header, codes = encode(x, tables)
+    packed = encode_rows(x, tables, RowTables(*(t.to(DEVICE) for t in where[:3]), where.header))
+    assert torch.equal(packed.cpu(), pack(codes.cpu(), header.cpu(), where))
 
 
 def test_rows_inside_a_wider_tensor() -> None:

@@ -46,8 +46,8 @@ def model(request):
 def calls(monkeypatch):
     """How often the kernel ran: control that it did, and that it did not."""
     found = []
-    real = ops.decode_rotated
-    monkeypatch.setattr(ops, "decode_rotated", lambda *a: found.append(1) or real(*a))
+    real = ops.run_rotated
+    monkeypatch.setattr(ops, "run_rotated", lambda *a: found.append(1) or real(*a))
     return found
 
 

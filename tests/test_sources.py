@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    IncompleteSnapshotError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.utils import logging
@@ -21,6 +27,7 @@ from transformers.utils import logging
 from tests.conftest import make_tiny_llama
 from tpa_convert.errors import UserError
 from tpa_convert.sources import checkpoint as checkpoint_module
+from tpa_convert.sources import load as load_module
 from tpa_convert.sources import load_source, read_source_config
 
 
@@ -186,6 +193,19 @@ class TestPaths:
         edit_config(directory, num_attention_heads="many")
         fails(directory, "num_attention_heads")
 
+    @pytest.mark.parametrize(
+        ("content", "package"), [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0", "tiktoken")]
+    )
+    def test_a_tokenizer_whose_package_is_missing(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes, package: str
+    ) -> None:
+        make_tiny_llama().save_pretrained(tmp_path)
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        monkeypatch.setattr(load_module, "_is_installed", lambda module: module != package)
+        fails(tmp_path, f"needs {package}: pip install {package}", "tokenizer.json")
+        monkeypatch.setattr(load_module, "_is_installed", lambda module: True)
+        fails(tmp_path, "the tokenizer cannot be loaded")
+
     def test_missing_tokenizer(self, tmp_path: Path) -> None:
         make_tiny_llama().save_pretrained(tmp_path)
         fails(tmp_path, "tokenizer cannot be loaded", "beside the weights")
@@ -238,6 +258,39 @@ class TestHub:
 
         monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
         fails("some-org/model", "the Hub's cache (No space left on device)", "HF_HOME")
+
+    def test_a_cached_snapshot_is_used_as_far_as_it_is_there(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_checkpoint: Callable[..., Path],
+    ) -> None:
+        directory = tiny_checkpoint(name="0123abc")
+
+        def offline(*args: Any, **kwargs: Any) -> str:
+            raise IncompleteSnapshotError("2 files are missing", str(directory))
+
+        monkeypatch.setattr(checkpoint_module, "snapshot_download", offline)
+        assert load_source("some-org/model").reference.revision == "0123abc"
+        (directory / "model.safetensors").unlink()
+        assert read_source_config("some-org/model").model_type == "llama"
+        fails("some-org/model", "no model.safetensors", "download")
+        (directory / "config.json").unlink()
+        fails("some-org/model", "the Hub cannot be reached")
+
+    def test_templates_are_downloaded_and_other_folders_are_not(self) -> None:
+        wanted = [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+        ]
+        others = ["onnx/config.json", "models/other.safetensors", "original/tokenizer.model"]
+        kept = filter_repo_objects(
+            [*wanted, *others, "pytorch_model.bin"],
+            allow_patterns=list(checkpoint_module._HUB_FILES),
+            ignore_patterns=list(checkpoint_module._HUB_NOT),
+        )
+        assert list(kept) == wanted
 
     def test_a_snapshot_is_a_directory_with_a_commit(
         self,
@@ -438,6 +491,19 @@ class TestGGUF:
         content = gguf_file.read_bytes()
         gguf_file.write_bytes(content[: max(4, int(share * len(content)))])
         fails(gguf_file, "cannot load this GGUF file", "complete")
+
+    def test_one_of_several_parts(self, tmp_path: Path) -> None:
+        def number(key: bytes, value: int) -> bytes:
+            name = len(key).to_bytes(8, "little") + key
+            return name + (2).to_bytes(4, "little") + value.to_bytes(2, "little")
+
+        path = tmp_path / "model-00002-of-00003.gguf"
+        path.write_bytes(b"GGUF" + number(b"split.no", 1) + number(b"split.count", 3))
+        fails(path, "part 2 of 3", "llama-gguf-split --merge")
+        path.write_bytes(b"GGUF" + number(b"split.no", 0) + number(b"split.count", 1))
+        with pytest.raises(UserError) as raised:  # a file that was merged from parts
+            load_source(path)
+        assert "merge" not in str(raised.value)
 
     def test_lost_rope_scaling_is_warned_about(self, tmp_path: Path) -> None:
         path = tmp_path / "scaled.gguf"

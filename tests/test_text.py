@@ -148,7 +148,7 @@ def test_texts_know_of_how_many_files_they_are(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": true}\n{"text": "x"}\n', "Column.*text.* changed .* in row 1"),
         ("a.json", b'[{"text": "x"}, {"text": 1}]', "column text"),
         ("a.jsonl", b"not json\n", "cannot read"),
-        ("a.txt", b"\xff\xfe\xff", "cannot read"),
+        ("a.txt", b"\xff\xfe\xff", "a.txt is not UTF-8"),
         ("a.txt.xz", b"\xfd7zXZ\0broken", "cannot read"),
         ("a.parquet", b"PAR1", "cannot read"),
         ("a.doc", b"x", "cannot tell the format"),

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    Cohere2Config,
     CohereConfig,
-    CohereForCausalLM,
-    Gemma3ForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GPTNeoXConfig,
     GraniteConfig,
-    GraniteForCausalLM,
+    GraniteMoeConfig,
+    Ministral3Config,
     MistralConfig,
-    MistralForCausalLM,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    OlmoeConfig,
     Phi3Config,
-    Phi3ForCausalLM,
     PhiConfig,
-    PhiForCausalLM,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
     Qwen3Config,
-    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from tests.conftest import make_tiny_llama
@@ -58,35 +70,91 @@ def random_model(family: type[PreTrainedModel], config: Any, seed: int = 0) -> A
     return model.eval().requires_grad_(False)
 
 
+MULTI_HEAD = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "cohere": lambda: CohereConfig(**SIZES, logit_scale=0.25),
+    "cohere2": lambda: Cohere2Config(
+        **SIZES, logit_scale=0.25, sliding_window=WINDOW, layer_types=GEMMA_LAYERS
+    ),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=8),
+    "gemma2": lambda: Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=GEMMA_LAYERS,
+        query_pre_attn_scalar=10,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=2.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=GEMMA_LAYERS,
+        final_logit_softcapping=2.0,
+    ),
+    "glm4": lambda: Glm4Config(**SIZES, head_dim=8),
+    "gpt_neox": lambda: GPTNeoXConfig(**MULTI_HEAD, rotary_pct=0.5),
+    "granite": lambda: GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.5,
+        logits_scaling=5.0,
+    ),
+    "granitemoe": lambda: GraniteMoeConfig(
+        **SIZES | {"intermediate_size": 16},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attention_multiplier=0.5,
+    ),
+    "ministral3": lambda: Ministral3Config(**SIZES, head_dim=8, sliding_window=WINDOW),
+    "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=WINDOW),
+    "mixtral": lambda: MixtralConfig(
+        **SIZES | {"intermediate_size": 16},
+        head_dim=8,
+        sliding_window=WINDOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "olmo": lambda: OlmoConfig(**SIZES),
+    "olmo2": lambda: Olmo2Config(**SIZES),
+    "olmo3": lambda: Olmo3Config(**SIZES, sliding_window=WINDOW, layer_types=GEMMA_LAYERS),
+    "olmoe": lambda: OlmoeConfig(
+        **SIZES | {"intermediate_size": 16}, num_experts=4, num_experts_per_tok=2
+    ),
+    "phi": lambda: PhiConfig(**SIZES),
+    "phi3": lambda: Phi3Config(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **SIZES,
+        **EXPERTS,
+        shared_expert_intermediate_size=16,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=GEMMA_LAYERS,
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=8),
+    "seed_oss": lambda: SeedOssConfig(**SIZES, head_dim=8),
+    "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
+    "stablelm": lambda: StableLmConfig(**SIZES, use_qkv_bias=True),
+    "starcoder2": lambda: Starcoder2Config(**SIZES, sliding_window=WINDOW),
+}
+
+
+def _model(name: str, seed: int = 0) -> Any:
+    config = CONFIGS[name]()
+    return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     "llama": lambda seed=0: make_tiny_llama(num_hidden_layers=3, seed=seed),
-    "qwen3": lambda seed=0: random_model(Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8), seed),
-    "gemma3": lambda seed=0: random_model(
-        Gemma3ForCausalLM,
-        Gemma3TextConfig(
-            **SIZES,
-            head_dim=8,
-            sliding_window=WINDOW,
-            layer_types=GEMMA_LAYERS,
-            final_logit_softcapping=2.0,
-        ),
-        seed,
-    ),
-    "granite": lambda seed=0: random_model(
-        GraniteForCausalLM,
-        GraniteConfig(
-            **SIZES, embedding_multiplier=3.0, residual_multiplier=0.3, logits_scaling=5.0
-        ),
-        seed,
-    ),
-    "cohere": lambda seed=0: random_model(
-        CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25), seed
-    ),
-    "mistral": lambda seed=0: random_model(
-        MistralForCausalLM, MistralConfig(**SIZES, head_dim=8, sliding_window=WINDOW), seed
-    ),
-    "phi": lambda seed=0: random_model(PhiForCausalLM, PhiConfig(**SIZES), seed),
-    "phi3": lambda seed=0: random_model(Phi3ForCausalLM, Phi3Config(**SIZES), seed),
-    "qwen2": lambda seed=0: random_model(Qwen2ForCausalLM, Qwen2Config(**SIZES), seed),
+    **{name: partial(_model, name) for name in CONFIGS},
 }
 """Each takes a seed: 3 layers, hidden size 32, vocabulary 128."""
+
+SELF_ATTENTION = [name for name in MODELS if name != "gpt_neox"]
+"""Those whose attention has the name that most give it."""

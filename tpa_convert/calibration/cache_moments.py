@@ -9,42 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpa_convert.calibration.moments import Moments
+from tpa_convert.coding import CacheMoments
 from tpa_convert.conversion.layer import attention_module, attention_parameters
 from tpa_convert.decomposition import LatentKeyFactors, ValueFactors
-from tpa_convert.modeling import LayerShape, TPAAttention
+from tpa_convert.modeling import TPAAttention
+from tpa_convert.plans.coded import full_width_shape
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source
 from tpa_convert.sources.attention import attention_weights
 
 MOST_LOGITS = 2**27  # of a batch; what is kept of them for the backward pass is several times that
-
-
-@dataclass(frozen=True)
-class CacheMoments:
-    """Of one layer, with n = g d keys and n values a token, fp64.
-
-    Keys are those that `AttentionWeights.key` makes, before norm and rotation. Sinks are the first
-    tokens of the blocks; all else is about the others.
-
-    Args:
-        mean: of keys and values together, [2 n].
-        covariance: of both together, [2 n, 2 n].
-        key_metric, value_metric: E[g gᵀ], [n, n].
-        sink_mean: of the sinks, [2 n].
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    key_metric: Tensor
-    value_metric: Tensor
-    sink_mean: Tensor
 
 
 class CacheMomentAccumulator:
@@ -78,14 +59,6 @@ class CacheMomentAccumulator:
             (self.sums["value"] / tokens).cpu(),
             (self.sums["sink"] / self.sums["sinks"]).cpu(),
         )
-
-
-def full_width_shape(sizes: dict[str, Any]) -> LayerShape:
-    """Of a layer whose components are the source's keys and values themselves."""
-    width, rank = sizes["num_key_value_heads"] * sizes["head_dim"], sizes["num_key_value_heads"]
-    return LayerShape(
-        "static", "applied", "applied", rank, rank, width, width, "latent", sizes["key_norm"]
-    )
 
 
 @contextmanager

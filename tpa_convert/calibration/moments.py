@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tpa_convert.coding import CacheMoments
 from tpa_convert.decomposition import AttentionWeights, LayerMoments
 from tpa_convert.decomposition.factors import to_complex_pairs
 from tpa_convert.decomposition.moments import constant_functional
@@ -26,12 +28,12 @@ class Moments:
     """Moments of all layers of one source.
 
     Args:
-        layers: one `LayerMoments` per layer, float64.
+        layers: one `LayerMoments` per layer, or for a coded cache one `CacheMoments`, float64.
         source_sha256: hash of the source's weights.
         num_tokens: calibration tokens seen.
     """
 
-    layers: list[LayerMoments]
+    layers: list[Any]
     source_sha256: str
     num_tokens: int
 
@@ -59,17 +61,33 @@ class Moments:
             raise UserError(f"{path} is not a readable moments file: {error}") from error
         if "source_sha256" not in metadata:
             raise UserError(f"{path} holds no moments: make a file with --save-moments")
+        kind = CacheMoments if "layers.0.sink_mean" in tensors else LayerMoments
         layers = []
         for i in range(1 + max(int(key.split(".")[1]) for key in tensors)):
-            names = {f.name: f"layers.{i}.{f.name}" for f in fields(LayerMoments)}
+            names = {f.name: f"layers.{i}.{f.name}" for f in fields(kind)}
             if not tensors.keys() >= set(names.values()):
                 raise UserError(
                     f"{path} was written by another version: make a new file with --save-moments"
                 )
             values = {name: tensors[key] for name, key in names.items()}
-            values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"])
-            layers.append(LayerMoments(**values))
+            if kind is LayerMoments:
+                values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"])
+            layers.append(kind(**values))
         return cls(layers, metadata["source_sha256"], int(metadata["num_tokens"]))
+
+    def check(self, source_sha256: str, coded: bool) -> None:
+        """Raises `UserError` unless these are of this source, and for such a cache."""
+        if self.source_sha256 != source_sha256:
+            raise UserError(
+                "the moments file was made from another source: calibrate again with --save-moments"
+            )
+        if coded != isinstance(self.layers[0], CacheMoments):
+            made, wanted = "of 16 bits", "coded in bits"
+            made, wanted = (made, wanted) if coded else (wanted, made)
+            raise UserError(
+                f"the moments file was made for a cache {made}, and this one is {wanted}: "
+                "calibrate again with --save-moments, or change --cache-bits"
+            )
 
 
 class MomentAccumulator:
@@ -101,10 +119,11 @@ class MomentAccumulator:
         weights = self.weights
         inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), dim=-1)
         positions = torch.arange(offset, inputs.shape[1], self.query_stride, device=inputs.device)
-        query = torch.einsum("bsx,hdx->bhsd", inputs[:, positions], weights.query)
+        query = torch.einsum("bsx,hdx->bshd", inputs[:, positions], weights.query)
         key = torch.einsum("btx,gdx->btgd", inputs, weights.key)
         value = torch.einsum("btx,gdx->btgd", inputs, weights.value).flatten(2)
         query = query if weights.query_norm is None else weights.query_norm(query)
+        query = query.transpose(1, 2)
         scale = (
             torch.ones_like(key[..., :1])
             if weights.key_norm is None
@@ -133,7 +152,7 @@ class MomentAccumulator:
             inputs: homogeneous, [b, t, D + 1].
             query_pairs, key_pairs: rotated, complex [b, h, s, f] and [b, t, g, f].
             key: before rotation, [b, t, g, d].
-            scale: of the norm of the keys, [b, t, g, 1]; ones without one.
+            scale: of the norm of the keys, [b, t, g or 1, 1]; ones without one.
             value: all heads together, [b, t, g d].
             attention: p, [b, h, s, t].
         """
@@ -156,7 +175,7 @@ class MomentAccumulator:
         self.add("key_weight", (weighted_scale * token_scale).sum())
         energy = query_pairs.abs().square().sum((0, 2)).unflatten(0, (-1, weights.heads_per_group))
         self.add("query_energy", energy.sum(1))
-        self.add("head_weight", (token_weight * scale.square()).sum((0, 1)))  # [g, 1]
+        self.add("head_weight", (token_weight * scale.square()).sum((0, 1)))  # [g or 1, 1]
         mixed = (attention @ value[:, None]).flatten(0, 2)
         heads = attention.shape[1]
         self.add("value_covariance", mixed.mT @ mixed / heads)
@@ -229,9 +248,9 @@ def collect_moments(
             walk.attention(i), names, source.model.config, i, dtype=torch.float32
         )
         accumulator = MomentAccumulator(weights, query_stride)
-        pairs = weights.key.shape[1] // 2
+        pairs, order = weights.key.shape[1] // 2, names.table_order(walk.attention(i))
         for b, call in enumerate(walk.observe(i)):
-            cos, sin = pair_table(call.keywords["position_embeddings"], pairs)
+            cos, sin = pair_table(call.keywords["position_embeddings"], pairs, order)
             rotation = torch.complex(cos[0, 0].float(), sin[0, 0].float())
             accumulator.update(call.hidden.float(), rotation, b % query_stride)
         layers.append(accumulator.finish())

@@ -37,6 +37,7 @@ from tpa_convert.options.command_line import (
     EvalFiles,
     GenerateFiles,
     HealFiles,
+    OwnCode,
     PlanFiles,
     Reference,
     RunFiles,
@@ -65,12 +66,17 @@ def command(*words: str, name: str | None = None) -> Callable[[Callable], Callab
 
     def register(function: Callable) -> Callable:
         @wraps(function)
-        def started(**sections: Any) -> None:
+        def started(own: OwnCode, **sections: Any) -> None:
             quiet_libraries()  # only now, since it imports them
+            if own.own_code:
+                from tpa_convert.families.own_code import import_file
+
+                for path in own.own_code:
+                    import_file(path)
             function(**sections)
 
         epilog = example(" ".join(("tpa-convert", *words)))
-        app.command(name, cls=Command, epilog=epilog)(of_sections(started))
+        app.command(name, cls=Command, epilog=epilog)(of_sections(started, own=OwnCode))
         return function
 
     return register
@@ -126,9 +132,7 @@ def plan(
         write_text(files.out, result.to_yaml())
     write_json(files.json_file, result)
     if files.chart is not None:
-        planning_chart(
-            result.report, files.chart, cache_dtype=result.cache_dtype, refined=result.refined
-        )
+        planning_chart(result.report, files.chart, refined=result.refined)
     show_planning(result)
     if files.out is not None:
         show_next(

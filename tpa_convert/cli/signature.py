@@ -15,15 +15,21 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from pydantic.fields import FieldInfo
 
-from tpa_convert.options.declaration import ARGUMENT, how_shown
+from tpa_convert.options.declaration import ARGUMENT, Section, how_shown
 
 METAVARS = {int: "N", float: "X", Path: "FILE", str: "NAME"}
 
 
-def of_sections(command: Callable[..., None]) -> Callable[..., None]:
-    """The function of single options that fills the sections which `command` takes."""
+def of_sections(command: Callable[..., None], **others: type[Section]) -> Callable[..., None]:
+    """The function of single options that fills the sections which `command` takes.
+
+    Args:
+        **others: sections that its signature does not show.
+    """
     hints = get_type_hints(command)
-    sections = {name: hints[name] for name in inspect.signature(command).parameters}
+    sections: dict[str, Any] = {
+        name: hints[name] for name in inspect.signature(command).parameters
+    } | others
     parameters: dict[str, inspect.Parameter] = {}
     for section in sections.values():
         for name, field in section.model_fields.items():

@@ -12,11 +12,10 @@ from rich.table import Table
 from tpa_convert.cli.terminal import console
 
 if TYPE_CHECKING:
-    import torch
-
     from tpa_convert.modeling import LayerShape
     from tpa_convert.pipeline import HealingResult, PlanningResult
     from tpa_convert.pipeline.prediction import Prediction
+    from tpa_convert.planning.search import PlanReport
     from tpa_convert.plans import Plan
 
 LAYERS_ACROSS = 10  # in the table of an uneven plan
@@ -24,26 +23,32 @@ LAYERS_ACROSS = 10  # in the table of an uneven plan
 
 def show_plan(prediction: Prediction) -> None:
     """What is cached before and after, and the shapes of the layers."""
-    plan = prediction.plan
+    plan, layers = prediction.plan, len(prediction.plan.layers)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for column in ("source", "converted", "kept"):
         table.add_column(column, justify="right")
-    unit = str(prediction.cache_dtype).removeprefix("torch.")
     for name, before, after in (
-        (f"cache bytes per token ({unit})", prediction.source_kv_bytes, prediction.kv_bytes),
-        ("cached numbers per token and layer", plan.source_kv_floats, plan.kv_floats),
+        ("cache bytes per token", prediction.source_kv_bytes, prediction.kv_bytes),
+        ("  of them per layer", plan.source_kv_bytes / layers, plan.kv_bytes / layers),
         ("parameters", prediction.source_parameters, prediction.parameters),
     ):
         table.add_row(
             name,
-            f"{before:,}",
+            f"{before:,.0f}",
             f"{after:,.6g}" if after < 1e6 else f"{after:,}",
             f"{after / before:.1%}",
         )
     console.print(table)
-    show_layers(plan.layers)
-    _show_rebuilding(plan, prediction.cache_dtype)
+    if plan.coded is None:
+        show_layers(plan.layers)
+    else:
+        blocks = plan.coded.key_blocks
+        console.print(
+            "Which number gets how many bits is decided on the calibration text; keys are rebuilt "
+            f"in {blocks} block{'s' if blocks > 1 else ''} of rotary pairs."
+        )
+    _show_rebuilding(plan)
 
 
 def show_layers(layers: Sequence[LayerShape]) -> None:
@@ -54,6 +59,9 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
         f"{key} width": [layer.width_k for layer in layers],
         "value width": [layer.width_v for layer in layers],
     }
+    if any(layer.coded for layer in layers):
+        rows["key bytes"] = [layer.key_layout.row_bytes for layer in layers]
+        rows["value bytes"] = [layer.value_layout.row_bytes for layer in layers]
     if any(layer.contextual for layer in layers):
         # the rank of a static layer follows from its decomposition, so a plan cannot know it
         rows["key rank"] = [layer.rank_k if layer.contextual else None for layer in layers]
@@ -76,6 +84,9 @@ def show_layers(layers: Sequence[LayerShape]) -> None:
     kinds: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
         kind = f"{layer.form} head factors, gauge {layer.value_gauge}"
+        if layer.coded:
+            blocks = f" in {layer.key_blocks} blocks" if layer.key_blocks > 1 else ""
+            kind = f"coded in bits, keys rebuilt from codes{blocks}"
         if len(kept_as) > 1:
             kind += f", {layer.key_cache} keys"
         kinds.setdefault(kind, []).append(i)
@@ -91,22 +102,20 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
 
 
-def _show_rebuilding(plan: Plan, cache_dtype: torch.dtype) -> None:
+def _show_rebuilding(plan: Plan) -> None:
     from tpa_convert.plans.cost import rebuilding_per_byte
 
-    operations = rebuilding_per_byte(plan, cache_dtype)
+    operations = rebuilding_per_byte(plan)
     if operations:
-        unit = str(cache_dtype).removeprefix("torch.")
         console.print(
-            f"Every step rebuilds the keys of the context: {operations:.0f} operations per cached "
-            f"byte ({unit}); an H100 has time for about 300 while it reads one."
+            f"Every step rebuilds the keys of the context: {operations:.0f} operations per byte of "
+            "the source's cache; an H100 has time for about 300 while it reads one."
         )
 
 
 def show_planning(result: PlanningResult) -> None:
     """All candidates, the chosen one marked, and what they cost."""
     report = result.report
-    unit = str(result.cache_dtype).removeprefix("torch.")
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     columns = ["bytes/token", "kept", "predicted", "perplexity", "KL"]
@@ -123,7 +132,7 @@ def show_planning(result: PlanningResult) -> None:
         predicted = candidate.predicted_kl
         cells = [
             f"{'→' if chosen else ' '} {name}",
-            f"{plan.kv_bytes(result.cache_dtype):,.0f}",
+            f"{plan.kv_bytes:,.0f}",
             f"{plan.kv_floats / plan.source_kv_floats:.1%}",
             "" if predicted is None else _times(math.exp(min(predicted, 700.0))),
             _times(candidate.perplexity_ratio),
@@ -135,13 +144,25 @@ def show_planning(result: PlanningResult) -> None:
             *([f"{context:,}"] if context is not None else []),
             style="bold green" if chosen else None,
         )
+    if report.quantised:
+        table.add_section()
+    source_bytes = report.plan.source_kv_bytes
+    for other in report.quantised:
+        table.add_row(
+            f"  source's cache in int{other.bits}",
+            f"{other.share * source_bytes:,.0f}",
+            f"{other.share:.1%}",
+            "",
+            _times(other.perplexity_ratio),
+            f"{other.kl:.3f}",
+            *([""] if result.memory is not None else []),
+        )
     console.print(table)
     for line in (
         f"Perplexity {'after refinement, before' if result.refined else 'before refinement and'} "
         f"healing, relative to the source's {report.source_perplexity:.2f} on held-out "
-        f"calibration text; bytes in {unit}.",
-        "uniform: the same widths everywhere; measured: widths by sensitivity; halfway: their "
-        "mean. Predicted from the sensitivities, without refinement.",
+        f"calibration text; numbers have 16 bits.",
+        *_explanation(report),
         "→: the least KL at the budget, or the smallest cache within the accepted loss.",
         *(
             [
@@ -160,7 +181,25 @@ def show_planning(result: PlanningResult) -> None:
         f"{_times(cost.decode_flops / source.decode_flops)}, of prefill "
         f"{_times(cost.prefill_flops / source.prefill_flops)}."
     )
-    _show_rebuilding(report.plan, result.cache_dtype)
+    _show_rebuilding(report.plan)
+
+
+def _explanation(report: PlanReport) -> list[str]:
+    """What the names of the candidates mean, and whether a conversion is worth it."""
+    if not any(candidate.split == "coded" for candidate in report.candidates):
+        return [
+            "uniform: the same widths everywhere; measured: widths by sensitivity; halfway: their "
+            "mean. Predicted from the sensitivities, without refinement."
+        ]
+    lines = [
+        "coded: every number in the bits that it is worth; predicted from how the loss curves. "
+        "int8 to int2: keys by channel, values by token, in groups of 32 (KIVI)."
+    ]
+    chosen = report.candidates[report.chosen]
+    share = chosen.plan.kv_bytes / chosen.plan.source_kv_bytes
+    if any(other.share <= share and other.kl <= chosen.kl for other in report.quantised):
+        lines.append("Quantising the source's own cache does as well here, without a conversion.")
+    return lines
 
 
 def _times(ratio: float) -> str:

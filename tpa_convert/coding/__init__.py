@@ -26,9 +26,11 @@ from tpa_convert.coding.design import (
     part_of,
     predict_values,
 )
+from tpa_convert.coding.moments import CacheMoments
 
 __all__ = [
     "LEVELS",
+    "CacheMoments",
     "Components",
     "Part",
     "Prediction",

@@ -19,7 +19,6 @@ from tpa_convert.modeling.tpa_codes import (
     HEADER_BYTES,
     MAX_BITS,
     ROW_WORD,
-    RowLayout,
     tier_bits_of,
 )
 

@@ -78,9 +78,14 @@ def design_quantiser(part: Part, sink: Tensor, order: Tensor, layout: RowLayout)
     sink_mean = components.feature[order] @ sink
     mean = torch.stack((torch.zeros_like(sink_mean), sink_mean))
     step = spread * spread.new_tensor(GAUSSIAN_STEP)[bits]
-    tensors = (mean, step, spread, components.importance[order])
-    highest = highest_codes(layout).to(order.device)
-    return Quantiser(layout, *(tensor.float().contiguous() for tensor in tensors), highest)
+    return Quantiser(
+        layout,
+        mean.float(),
+        step.float(),
+        spread.float(),
+        components.importance[order].float(),
+        highest_codes(layout).to(order.device),
+    )
 
 
 class Prediction(NamedTuple):

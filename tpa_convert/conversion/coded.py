@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tpa_convert.coding import (
     LEVELS,
+    CacheMoments,
     Part,
     coded_order,
     design_quantiser,
@@ -24,18 +25,9 @@ from tpa_convert.coding import (
 )
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.modeling import CLASSES, LayerShape, RowLayout, codes_of, groups_of
+from tpa_convert.plans import Plan
 
 ROUNDS = 2  # the bits of the keys decide what they say of the values, and the other way round
-
-
-class CacheMoments(Protocol):
-    """`calibration.cache_moments.CacheMoments`."""
-
-    mean: Tensor
-    covariance: Tensor
-    key_metric: Tensor
-    value_metric: Tensor
-    sink_mean: Tensor
 
 
 class CodedLayer:
@@ -73,44 +65,33 @@ class CodedLayer:
 
 
 class Codes(NamedTuple):
-    """The shapes of coded layers, and the loss that their codes are expected to cause."""
+    """A plan with its codes, and the loss that they are expected to cause, in nats a token."""
 
-    shapes: list[LayerShape]
+    plan: Plan
     nats: float
 
 
-def choose_codes(
-    moments: Sequence[CacheMoments],
-    shape: LayerShape,
-    total_bytes: int,
-    *,
-    tokens: int,
-    head_dim: int,
-    blocks: int = 1,
-    levels: Sequence[int] = LEVELS,
-) -> Codes:
+def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Codes:
     """Codes for the keys and values of every layer, from one budget and in one unit, nats.
 
     Args:
-        moments: of every layer.
-        shape: what is the same for all layers: alignment, and whether values are predicted.
-        total_bytes: of one token in all layers.
-        tokens: that the moments are of.
-        blocks: of rotary pairs, for the keys.
-        levels: bits that a component may have.
-
-    Raises:
-        ValueError: a budget that has no room for a row of every part.
+        plan: whose codes are still to be chosen.
+        moments: of every layer, of this many `tokens`.
     """
-    layers = [CodedLayer(layer, tokens, blocks, head_dim) for layer in moments]
+    assert plan.coded is not None
+    budget, predicted = plan.coded, plan.coded.predict_values
+    levels = LEVELS if budget.bits is None else (0, budget.bits)
+    layers = [CodedLayer(layer, tokens, budget.key_blocks, plan.head_dim) for layer in moments]
     values = [layer.values(None)[0] for layer in layers]
-    for _ in range(1 + ROUNDS * shape.predict_values):
+    for _ in range(1 + ROUNDS * predicted):
         parts = [
-            part.energies for pair in zip(layers, values, strict=True) for part in (pair[0].keys, pair[1])
+            part.energies
+            for layer, value in zip(layers, values, strict=True)
+            for part in (layer.keys, value)
         ]
-        bits = share_bytes(parts, total_bytes, shape.row_align, levels)
+        bits = share_bytes(parts, budget.total_bytes, budget.align, levels)
         keys = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
-        if shape.predict_values:
+        if predicted:
             values = [layer.values(groups)[0] for layer, groups in zip(layers, keys, strict=True)]
     nats = sum(
         remaining_error(energy, block).item() / 2
@@ -118,7 +99,7 @@ def choose_codes(
         for energy, block in zip(part, found, strict=True)
     )
     shapes = []
-    for key_groups, (value_bits,) in zip(keys, bits[1::2], strict=True):
+    for shape, key_groups, (value_bits,) in zip(plan.layers, keys, bits[1::2], strict=True):
         value_groups = groups_of_bits(value_bits)[0]
         shapes.append(
             replace(
@@ -127,9 +108,11 @@ def choose_codes(
                 width_v=sum(n for _, n in value_groups),
                 key_codes=codes_of(key_groups),
                 value_codes=codes_of([value_groups]),
+                row_align=budget.align,
+                predict_values=predicted,
             )
         )
-    return Codes(shapes, nats)
+    return Codes(replace(plan, layers=shapes, coded=None), nats)
 
 
 def coded_parameters(

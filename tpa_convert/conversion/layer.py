@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpa_convert.conversion.coded import CacheMoments, coded_parameters
+from tpa_convert.coding import CacheMoments
+from tpa_convert.conversion.coded import coded_parameters
 from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,

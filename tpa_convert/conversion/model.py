@@ -25,9 +25,13 @@ from tpa_convert.sources.attention import attention_weights
 class Moments(Protocol):
     """`calibration.moments.Moments`: of the kind that the plan needs."""
 
-    layers: list[Any]
-    source_sha256: str
-    num_tokens: int
+    @property
+    def layers(self) -> list[Any]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def check(self, source_sha256: str, coded: bool) -> None: ...
 
 
 @torch.no_grad()
@@ -62,10 +66,8 @@ def convert_model(
     linear = any(layer.form == "linear" for layer in plan.layers)
     if moments is None and (whiten or linear or any(layer.coded for layer in plan.layers)):
         raise UserError(f"the {'linear form' if linear else method} needs calibration moments")
-    if moments is not None and moments.source_sha256 != source.reference.sha256:
-        raise UserError(
-            "the moments file was made from another source: calibrate again with --save-moments"
-        )
+    if moments is not None:
+        moments.check(source.reference.sha256, plan.is_coded)
     family, model = source.family, source.model
     family.check_names(model)
     dtype = dtype or model.dtype
@@ -73,7 +75,7 @@ def convert_model(
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     layers = [getattr(layer, family.names.attention) for layer in decoder.layers]
     attention_prefixes = tuple(
-        f"{prefix}.layers.{i}.{family.names.attention}." for i in range(len(layers))
+        f"{prefix}.{family.names.layers}.{i}.{family.names.attention}." for i in range(len(layers))
     )
     state = {
         name: tensor.to("cpu", dtype if tensor.is_floating_point() else None, copy=True)

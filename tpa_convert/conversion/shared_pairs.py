@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tpa_convert.calibration.moments import Moments
+from tpa_convert.conversion.model import Moments
 from tpa_convert.decomposition.gauge import key_components
 from tpa_convert.decomposition.moments import LayerMoments
 from tpa_convert.plans import Plan

@@ -20,10 +20,10 @@ LEAST_NORM_WEIGHT = 3e-5  # of the largest
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """An RMS norm over each head (QK-norm): γ ⊙ x / √(mean x² + ε).
+    """An RMS norm over each head, or over all heads together (QK-norm): γ ⊙ x / √(mean x² + ε).
 
     Args:
-        weight: γ, [d].
+        weight: γ, [d] for each head or [heads, d] for all together.
         eps: ε.
     """
 
@@ -39,12 +39,17 @@ class HeadNorm:
         return torch.where(self.weight.abs() < least, least, self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension of x [..., d]."""
-        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        """Normalises heads x [..., heads, d]."""
+        return self.weight * x * self._scale(x)
 
     def scale(self, weighted: Tensor) -> Tensor:
-        """The factor [..., 1] that normalises `divisor` ⊙ x, which is given: 1 / √(mean x² + ε)."""
-        return ((weighted / self.divisor).square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        """The factor [..., heads or 1, 1] that normalises `divisor` ⊙ x, which is given
+        [..., heads, d]: 1 / √(mean x² + ε)."""
+        return self._scale(weighted / self.divisor)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        together = -1 if self.weight.ndim == 1 else (-2, -1)
+        return (x.square().mean(together, keepdim=True) + self.eps).rsqrt()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> HeadNorm:
         """The same norm elsewhere."""

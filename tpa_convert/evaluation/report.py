@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -48,6 +48,10 @@ class Row:
     higher_is_better: bool | None
     recovers: bool = False
     margins: dict[str, float] = field(default_factory=dict)
+
+    def with_columns(self, names: Iterable[str]) -> Row:
+        """The same metric with a column for each of these models, empty where it has no value."""
+        return replace(self, values={name: self.values.get(name) for name in names})
 
     def ratio(self, model: str) -> float | None:
         """The model's value divided by the source's."""

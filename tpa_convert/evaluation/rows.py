@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import LongTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tpa_convert.dtypes import dtype_name
 from tpa_convert.evaluation.metrics.cache import cache_bytes
 from tpa_convert.evaluation.metrics.harness import run_tasks
 from tpa_convert.evaluation.metrics.multiple_choice import Accuracy, multiple_choice, paired_drop
 from tpa_convert.evaluation.metrics.speed import SpeedSettings, measure_speed
 from tpa_convert.evaluation.report import Row
 from tpa_convert.forward.comparison import compare, geometric_mean
+from tpa_convert.forward.quantised import share_of_bytes
 from tpa_convert.progress import Track
 
 CHOICES = "Multiple choice (% right)"
@@ -125,25 +124,29 @@ def task_rows(
     return rows
 
 
-def cache_rows(models: Mapping[str, PreTrainedModel], dtype: torch.dtype | None) -> list[Row]:
-    """What each model caches of a token, measured on the live cache.
+def cache_rows(
+    models: Mapping[str, PreTrainedModel], quantised: Mapping[str, int] | None = None
+) -> list[Row]:
+    """What each model caches of a token, measured on the live cache; numbers count as 16 bits,
+    whatever type they have here.
 
     Args:
-        dtype: in which bytes are counted; None for the one in which each model caches here.
+        quantised: bits of the quantised caches of the first model, whose bytes are counted.
     """
     caches = {name: cache_bytes(model) for name, model in models.items()}
-    if dtype is None:
-        dtypes = sorted({cache.dtype for cache in caches.values()})
-        sizes = {name: cache.per_token for name, cache in caches.items()}
-    else:
-        dtypes = [dtype_name(dtype)]
-        sizes = {name: cache.numbers * dtype.itemsize for name, cache in caches.items()}
-    per_token: dict[str, float | None] = dict(sizes)
-    numbers: dict[str, float | None] = {n: c.numbers / len(c.per_layer) for n, c in caches.items()}
+    per_token: dict[str, float | None] = {name: c.at(2) for name, c in caches.items()}
+    whole = next(iter(per_token.values())) or 0.0
+    layers = len(next(iter(caches.values())).per_layer)
+    shares = {name: share_of_bytes(bits) * whole for name, bits in (quantised or {}).items()}
+    per_token |= shares
+    per_layer: dict[str, float | None] = {
+        name: c.at(2) / len(c.per_layer) for name, c in caches.items()
+    }
+    per_layer |= {name: share / layers for name, share in shares.items()}
     section = "Key-value cache, measured"
     return [
-        Row(section, f"bytes per token ({', '.join(dtypes)})", "bytes", per_token, False),
-        Row(section, "numbers per token and layer", "numbers", numbers, False),
+        Row(section, "bytes per token", "bytes", per_token, False),
+        Row(section, "bytes per token and layer", "bytes", per_layer, False),
     ]
 
 

@@ -17,6 +17,8 @@ from tpa_convert.evaluation.metrics.multiple_choice import Question, load_questi
 from tpa_convert.evaluation.metrics.speed import SpeedSettings, fitting_prompt
 from tpa_convert.evaluation.report import EvaluationReport, Row
 from tpa_convert.evaluation.texts import blocks_by_source
+from tpa_convert.forward.ids import check_ids
+from tpa_convert.forward.quantised import quantised_source
 from tpa_convert.options.evaluation import EvaluationSettings
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.text.read import Text, distinct_names
@@ -34,7 +36,6 @@ def evaluate(
     *,
     texts: Documents | Sequence[Text] | None = None,
     timing: SpeedSettings | None = None,
-    cache_dtype: torch.dtype | None = None,
     include_path: str | Path | None = None,
     track: Track = no_tracking,
 ) -> EvaluationReport:
@@ -46,8 +47,6 @@ def evaluate(
         texts: for perplexity and agreement (see `load_texts`), a row per source (see
             `blocks_by_source`).
         timing: what is timed, where the settings ask for the speed.
-        cache_dtype: type in which bytes of the cache are counted; by default the one that each
-            model computes in.
         include_path: directory of task files of one's own for the harness.
         track: shows progress, called as `track(items, description)`.
 
@@ -56,7 +55,7 @@ def evaluate(
     """
     inputs = _prepare(models, tokenizer, settings or EvaluationSettings(), texts)
     timing = timing or SpeedSettings()
-    measured = _measure(inputs, timing, cache_dtype, include_path, track)
+    measured = _measure(inputs, timing, include_path, track)
     return _report(inputs, measured, _notes(inputs, measured, timing))
 
 
@@ -100,13 +99,15 @@ def _prepare(
     blocks: dict[str, LongTensor] = {}
     if texts is not None:
         blocks = blocks_by_source(tokenizer, texts, block_length, settings.max_blocks)
+        for model in models.values():
+            for found in blocks.values():
+                check_ids(model, found)
     return _Inputs(models, tokenizer, settings, blocks, questions)
 
 
 def _measure(
     inputs: _Inputs,
     timing: SpeedSettings,
-    cache_dtype: torch.dtype | None,
     include_path: str | Path | None,
     track: Track,
 ) -> _Measured:
@@ -121,15 +122,34 @@ def _measure(
             models, tokenizer, settings.tasks, settings.limit, batch_size, include_path
         )
     if inputs.blocks:
-        found += rows.text_rows(models, inputs.blocks, batch_size, track)
+        compared = with_quantised(models, settings.quantised)
+        found += rows.text_rows(compared, inputs.blocks, batch_size, track)
     if inputs.questions:
         choices, errors = rows.choice_rows(models, tokenizer, inputs.questions, batch_size, track)
         found += choices
     found += tasks
-    found += rows.cache_rows(models, cache_dtype)
+    found += rows.cache_rows(models, quantised_names(settings.quantised))
     if settings.speed:
         found += rows.speed_rows(models, timing, track)
+    names = [*models, *quantised_names(settings.quantised)]
+    found = [row.with_columns(names) for row in found]
     return _Measured(found, errors)
+
+
+def quantised_names(bits: Sequence[int]) -> dict[str, int]:
+    """Columns of the source with its own cache quantised."""
+    return {f"source int{count}": count for count in bits}
+
+
+def with_quantised(
+    models: Mapping[str, PreTrainedModel], bits: Sequence[int]
+) -> dict[str, PreTrainedModel]:
+    """The models, and behind them the first with its own cache quantised to so many bits."""
+    source = next(iter(models.values()))
+    others = {
+        name: quantised_source(source, count) for name, count in quantised_names(bits).items()
+    }
+    return {**models, **others}
 
 
 def _notes(inputs: _Inputs, measured: _Measured, timing: SpeedSettings) -> list[str]:
@@ -148,6 +168,8 @@ def _notes(inputs: _Inputs, measured: _Measured, timing: SpeedSettings) -> list[
         )
         if len(models) > 1:
             notes.append("drop: mean over tasks ± 95 % interval, compared question by question")
+    if settings.quantised:
+        notes.append("source int…: its own cache quantised, keys by channel, values by token")
     if settings.speed:
         notes.append(
             f"speed: {_hardware(models)}, batch {timing.batch}, prompt of "
@@ -174,7 +196,11 @@ def _report(inputs: _Inputs, measured: _Measured, notes: list[str]) -> Evaluatio
         "notes": notes,
     }
     return EvaluationReport(
-        tuple(models), tuple(measured.rows), prompt or None, samples, conditions
+        tuple([*models, *quantised_names(settings.quantised)]),
+        tuple(measured.rows),
+        prompt or None,
+        samples,
+        conditions,
     )
 
 

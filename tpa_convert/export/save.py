@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -22,7 +23,9 @@ from transformers import (
 from tpa_convert import __version__
 from tpa_convert.errors import UserError
 from tpa_convert.export.card import render_card
+from tpa_convert.export.code import write_own_code
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
+from tpa_convert.families.family import CUSTOM_PAGE
 
 PACKAGES = ("torch", "transformers", "safetensors", "tensorly", "datasets", "accelerate")
 
@@ -69,6 +72,7 @@ def save_converted(
             )
     model.config.auto_map = auto_map(type(model))
     model.save_pretrained(directory)
+    write_own_code(type(model), directory)
     tokenizer.save_pretrained(directory)
     write_provenance(directory, name, provenance)
 
@@ -132,6 +136,14 @@ def load_model(
 ) -> PreTrainedModel:
     """`load_converted` without the tokenizer."""
     check_converted(directory)
+    kind = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get(
+        "model_type"
+    )
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{directory} is of an architecture of its own ({kind}): name the file that describes "
+            f"it with --import ({CUSTOM_PAGE})"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

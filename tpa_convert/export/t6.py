@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import TPAAttention
+from tpa_convert.sources.attention import rotated_dims
 
 T6_ROPE_THETA = 10000.0
 KEY_VALUE_NAMES = {f"c_qkv.W_{factor}_{name}.weight" for factor in "AB" for name in "kv"}
@@ -164,6 +165,9 @@ def _obstacle(attention: TPAAttention) -> str | None:
         return "its projections have biases, as those of its source, and T6 has none"
     if attention.sliding_window is not None or attention.softcap is not None:
         return "its source attends in a window or caps its scores, T6 does neither"
+    turned = rotated_dims(config, attention.head_dim, attention.layer_idx)
+    if attention.table_order is None or turned < attention.head_dim:
+        return "its source rotates some of its features only, T6 rotates all"
     rope_type = config.rope_parameters["rope_type"]
     if rope_type != "default":
         return f"its RoPE is scaled ({rope_type}), T6 knows plain RoPE only"

@@ -2,7 +2,9 @@
 
 The package's own families stand in `modeling/` as this template writes them, where an auditor reads
 them and exports take them from; a test holds them against it. A family that is registered at run
-time gets its classes from here as well.
+time gets its classes from here as well. To write such a file:
+
+    python -m tpa_convert.families.class_pair PhiForCausalLM output=dense
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import linecache
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from tpa_convert.modeling import AttentionNames
 
@@ -50,7 +55,7 @@ class TPA{title}ForCausalLM(TPAModelMixin, {causal_lm}):
 
     def __init__(self, config: TPA{title}Config):
         super().__init__(config)
-        self.model = TPA{title}Model(config)
+        self.{decoder} = TPA{title}Model(config)
         self.post_init()
 
 
@@ -58,24 +63,32 @@ __all__ = ["TPA{title}Config", "TPA{title}ForCausalLM", "TPA{title}Model"]
 '''
 
 
+LINE_LENGTH = 100
+
+
 def class_pair_source(
     config: type[PreTrainedConfig],
     model: type[PreTrainedModel],
     causal_lm: type[PreTrainedModel],
     names: AttentionNames,
+    beside: bool = False,
 ) -> str:
     """Python source of a family's converted classes.
 
     Args:
         config, model, causal_lm: classes of the source.
         names: where its attention is.
+        beside: whether classes that are not transformers' own are in files beside it, as in an
+            export.
     """
     modules: dict[str, list[str]] = {}
     for cls in (config, causal_lm, model):
-        root = cls.__module__.partition(".")[0]
-        modules.setdefault(root if root == "transformers" else cls.__module__, []).append(
-            cls.__name__
-        )
+        module = cls.__module__
+        if module.partition(".")[0] == "transformers":
+            module = "transformers"
+        elif beside:
+            module = f".{Path(sys.modules[module].__file__ or module).stem}"
+        modules.setdefault(module, []).append(cls.__name__)
     default = AttentionNames()
     changed = [
         f"{field.name}={getattr(names, field.name)!r}".replace("'", '"')
@@ -85,6 +98,7 @@ def class_pair_source(
     return TEMPLATE.format(
         title=causal_lm.__name__.removesuffix("ForCausalLM"),
         model_type=config.model_type,
+        decoder=causal_lm.base_model_prefix,
         config=config.__name__,
         model=model.__name__,
         causal_lm=causal_lm.__name__,
@@ -92,8 +106,20 @@ def class_pair_source(
             f"from {module} import {', '.join(sorted(found))}" for module, found in modules.items()
         ),
         names_import="from .tpa_attention import AttentionNames\n" if changed else "",
-        names=f"    attention_names = AttentionNames({', '.join(changed)})\n" if changed else "",
+        names=_call("    attention_names = AttentionNames", changed) if changed else "",
     )
+
+
+def _call(function: str, arguments: list[str]) -> str:
+    """A line that calls `function`, or the lines that it takes."""
+    line = f"{function}({', '.join(arguments)})\n"
+    if len(line) <= LINE_LENGTH:
+        return line
+    indent = " " * (len(function) - len(function.lstrip()))
+    inner = f"{indent}    {', '.join(arguments)}\n"
+    if len(inner) > LINE_LENGTH:
+        inner = "".join(f"{indent}    {argument},\n" for argument in arguments)
+    return f"{function}(\n{inner}{indent})\n"
 
 
 def class_pair(
@@ -113,3 +139,20 @@ def class_pair(
     sys.modules[name] = module
     exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
     return getattr(module, f"TPA{title}ForCausalLM")
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the class pair of a family of transformers: the name of its `ForCausalLM`, then fields
+    of `AttentionNames` that are not as in most, as `output=dense`."""
+    name, *changes = arguments
+    causal_lm = getattr(transformers, name)
+    model = MODEL_MAPPING[causal_lm.config_class]
+    values: dict[str, Any] = dict(change.split("=", 1) for change in changes)
+    if "fused_by_head" in values:
+        values["fused_by_head"] = values["fused_by_head"].lower() == "true"
+    names = AttentionNames(**values)
+    print(class_pair_source(causal_lm.config_class, model, causal_lm, names), end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -8,14 +8,23 @@ stands in these classes, since they travel with an export.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tpa_convert.errors import UserError
 from tpa_convert.families.class_pair import class_pair
-from tpa_convert.modeling import AttentionNames, register, source_head_dim
+from tpa_convert.families.own_code import warn_of_code_that_cannot_travel
+from tpa_convert.families.parts import key_norm_of, missing_parts
+from tpa_convert.modeling import (
+    CAUSAL_LMS,
+    AttentionNames,
+    register,
+    source_head_dim,
+    source_key_value_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,23 @@ class Family:
 
     Attributes:
         model_type: as in the config of the source.
-        causal_lm: class of the converted models, as in `modeling/tpa_llama.py`.
-        key_norm: whether queries and keys are normalised for each head (QK-norm).
+        converted: class of the converted models, as in `modeling/tpa_llama.py`; by default what
+            `modeling` has for this `model_type`.
+        key_norm: whether queries and keys are normalised for each head (QK-norm), or "all" heads
+            together.
+        refused: fields of the source's config that turn on what a converted layer does not do, and
+            what that is.
     """
 
     model_type: str
-    causal_lm: Any
-    key_norm: bool = False
+    converted: Any = None
+    key_norm: bool | Literal["all"] = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def causal_lm(self) -> Any:
+        """Class of the converted models."""
+        return self.converted or CAUSAL_LMS[self.model_type]
 
     @property
     def names(self) -> AttentionNames:
@@ -47,37 +66,50 @@ class Family:
         """The converted decoder without its head."""
         return self.causal_lm.decoder_class
 
+    @property
+    def attention_implementation(self) -> str:
+        """What its models run with: sdpa, which is causal without a mask, or eager where the
+        family does what sdpa cannot (soft caps)."""
+        return "sdpa" if self.causal_lm._supports_sdpa else "eager"
+
+    @property
+    def source_class(self) -> Any:
+        """The source's model with its head."""
+        return self.causal_lm.__bases__[-1]
+
     def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
+        groups = source_key_value_heads(config)
         return {
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_hidden_layers,
             "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
+            "num_key_value_heads": groups,
             "head_dim": source_head_dim(config),
-            "key_norm": self.key_norm,
+            # Of one head, a norm over all heads is a norm of each.
+            "key_norm": self.key_norm if groups > 1 else bool(self.key_norm),
         }
 
+    @property
+    def registered(self) -> bool:
+        """Whether its classes are not the package's own."""
+        return self.converted is not None
+
     def check_names(self, model: PreTrainedModel) -> None:
-        """Refuses a model whose attention is not where the names say.
+        """Refuses a model that is not built as the record says.
+
+        Args:
+            model: of the source; its weights may be anywhere, also nowhere.
 
         Raises:
-            UserError: names that are missing, and those that are there instead.
+            UserError: all that is missing, and what is there instead.
         """
-        names = self.names
-        projections = [names.fused] if names.fused else [names.query, names.key, names.value]
-        for layer in cast(Any, model.get_decoder()).layers:
-            for module, wanted in (
-                (layer, [names.attention]),
-                (getattr(layer, names.attention, None), [*projections, names.output]),
-            ):
-                missing = [name for name in wanted if not hasattr(module, name)]
-                if missing:
-                    found = ", ".join(name for name, _ in cast(Any, module).named_children())
-                    raise UserError(
-                        f"{self.model_type}: {type(module).__name__} has no {', '.join(missing)} "
-                        f"(it has {found}); register the family with the names that it uses"
-                    )
+        problems = missing_parts(model, self.names)
+        if problems:
+            raise UserError(
+                f"{self.model_type}: {'; '.join(problems)}: register the family with the names "
+                f"that it uses ({CUSTOM_PAGE})"
+            )
 
     def tpa_config(self, config: PreTrainedConfig, layers: list[dict[str, Any]]) -> Any:
         """Config of the model that a source with this config becomes.
@@ -93,7 +125,8 @@ class Family:
             values.pop(name, None)
         values.pop("quantization_config", None)
         converted = self.config_class(**values, tpa_layers=layers)
-        converted._attn_implementation = config._attn_implementation or "sdpa"
+        implementation = config._attn_implementation or self.attention_implementation
+        converted._attn_implementation = implementation
         return converted
 
 
@@ -113,18 +146,39 @@ def register_family(
     causal_lm: type[PreTrainedModel],
     names: AttentionNames | None = None,
     *,
-    key_norm: bool = False,
+    refused: Mapping[str, str] | None = None,
+    example: PreTrainedConfig | None = None,
 ) -> Family:
     """Makes a class that the package does not know convertible, and its conversions loadable.
+
+    The source's classes become known to transformers' Auto classes too. A model is made without
+    weights to see whether names and shapes are as the record says.
 
     Args:
         config, model, causal_lm: the source's config, decoder and decoder with head.
         names: where its attention is and what its projections are called.
-        key_norm: whether it normalises queries and keys for each head.
+        refused: as `Family` has it.
+        example: a config to make that model of; by default `config()`.
+
+    Raises:
+        UserError: everything that the record says and the model has not.
     """
-    converted = class_pair(config, model, causal_lm, names or AttentionNames())
+    names = names or AttentionNames()
+    for cls in (model, causal_lm):
+        if cls.config_class is not config:
+            raise UserError(f"{cls.__name__} has another config_class than {config.__name__}")
+    converted = class_pair(config, model, causal_lm, names)
+    family = Family(config.model_type, converted, refused=refused or {})
+    with torch.device("meta"):
+        source = causal_lm(config() if example is None else example)
+    family.check_names(source)
+    family = replace(family, key_norm=key_norm_of(source, names))
+    if names.layers != "layers":  # what walks over a model calls them that
+        cast(Any, model).layers = property(lambda decoder: getattr(decoder, names.layers))
+    warn_of_code_that_cannot_travel(config, model, causal_lm)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     register(converted, with_code=False)
-    family = Family(config.model_type, converted, key_norm)
     add_family(family)
     return family
 
@@ -146,17 +200,19 @@ def family_of(config: PreTrainedConfig) -> Family:
     return _REGISTRY[config.model_type]
 
 
-_QK_NORM_FLAGS = ("use_qk_norm", "qk_layernorm", "qk_norm")
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CUSTOM_PAGE = "docs/custom-architectures.md"
+_SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def _why_unsupported(config: PreTrainedConfig) -> str | None:
     """One line on the first thing that stands in the way of a conversion, None if nothing does."""
     kind = config.model_type
-    rope = getattr(config, "rope_parameters", None)
     if is_tpa(config):
         return ALREADY_TPA
     if kind in _REGISTRY:
+        for name, what in _REGISTRY[kind].refused.items():
+            if getattr(config, name, None):
+                return f"{kind} with {name} has {what}, which is not supported"
         return None
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder model; only decoder-only models can be converted"
@@ -164,25 +220,18 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
         return f"{kind} uses multi-head latent attention (MLA), whose cache is compressed already"
     if getattr(config, "text_config", None) is not None:
         return f"{kind} is a multimodal model; save its language model alone and convert that"
-    if any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
-        return f"{kind} is a mixture-of-experts model, which is not supported yet; use a dense one"
-    if not rope:
+    others = set(getattr(config, "layer_types", None) or ()) - _SOFTMAX_LAYERS
+    if others:
+        return (
+            f"{kind} has layers of other kinds ({', '.join(sorted(others))}), which cannot be "
+            "converted; use a model that has softmax attention in all of its layers"
+        )
+    if not getattr(config, "rope_parameters", None):
         return (
             f"{kind} has no rotary position embedding (RoPE), which TPA builds on; "
             "use a Llama-style model"
         )
-    if any(getattr(config, name, False) for name in _QK_NORM_FLAGS):
-        return f"{kind} normalises queries and keys (QK-norm) in a way that is not supported yet"
-    if _rotary_share(config, rope) < 1:
-        return f"{kind} rotates only a part of each head (partial RoPE); this is not supported yet"
     return (
-        f"model type {kind!r} is unknown (known: {', '.join(sorted(_REGISTRY))}); describe it "
-        "with tpa_convert.families.register_family"
+        f"model type {kind!r} is unknown (known: {', '.join(sorted(_REGISTRY))}); {CUSTOM_PAGE} "
+        "shows how to describe it"
     )
-
-
-def _rotary_share(config: PreTrainedConfig, rope: Mapping[str, Any]) -> float:
-    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    if share is None and getattr(config, "rotary_dim", None):
-        return config.rotary_dim / source_head_dim(config)
-    return 1.0 if share is None else share

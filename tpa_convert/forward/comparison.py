@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.forward.logits import chunk_positions, split_head
 from tpa_convert.progress import Track, no_tracking
 
@@ -93,13 +94,16 @@ def compare(
         track: shows progress, called as `track(batches, description)`.
 
     Raises:
-        UserError: blocks of a single token, or models with different vocabularies.
+        UserError: blocks of a single token, models with different vocabularies, or ids that one
+            of them does not know.
     """
     if blocks.ndim != 2 or blocks.shape[1] < 2 or len(blocks) == 0:
         raise UserError(f"perplexity needs blocks of at least 2 tokens, not {list(blocks.shape)}")
     sizes = {m.config.get_text_config().vocab_size for m in models.values()}
     if len(sizes) > 1:
         raise UserError(f"the models have different vocabularies: {sorted(sizes)} tokens")
+    for model in models.values():
+        check_ids(model, blocks)
     halves = {name: split_head(model.eval()) for name, model in models.items()}
     source = next(iter(models))
     device = models[source].device

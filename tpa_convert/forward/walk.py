@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
 from tpa_convert.forward.head import final_hidden_states, logit_finish
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.forward.logits import chunk_positions
 from tpa_convert.forward.stand_in import arguments_at, named_arguments, standing_in
 
@@ -26,8 +27,8 @@ ATTENTION = "self_attn"  # the attribute of a layer that holds its attention in 
 
 
 def attention_name(model: PreTrainedModel) -> str:
-    """The attribute of a layer that holds its attention; a converted model knows."""
-    names = getattr(model, "attention_names", None)
+    """The attribute of a layer that holds its attention; a converted decoder knows."""
+    names = getattr(model.get_decoder(), "attention_names", None)
     return ATTENTION if names is None else names.attention
 
 
@@ -86,12 +87,14 @@ class DecoderWalk:
                 `attention_name` has it.
 
         Raises:
-            UserError: layers are called with something that depends on the text.
+            UserError: ids that the model does not know, or layers that are called with something
+                that depends on the text.
         """
         self.model, self.attention_name = model, attention or attention_name(model)
         self.layers: list[nn.Module] = list(model.get_decoder().layers)
         self.arguments: list[dict[str, Any]] = []
         self._tuples: list[bool] = []
+        check_ids(model, blocks)
         blocks = blocks.to(model.get_input_embeddings().weight.device)
         self._capture(blocks[:1])
         starts = range(0, len(blocks), batch_size)
@@ -160,7 +163,9 @@ class DecoderWalk:
         for batch in self.batches:
             hook = attention.register_forward_hook(record, with_kwargs=True)
             try:
-                self.states[batch] = self.run(index, self.states[batch])
+                # Where no norm stands before the attention its input is what enters the layer, and
+                # has to outlive what takes its place in `states`.
+                self.states[batch] = self.run(index, self.states[batch].clone())
             finally:
                 hook.remove()
             yield calls.pop()

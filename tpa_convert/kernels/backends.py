@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Case(NamedTuple):
             `coded` (rows of bytes); `components` are to be encoded.
         width_k, width_v: components of keys and of values; of components the first alone.
         dtype, device: of the queries or components.
-        strides: of keys and values, from sequence to sequence and slot to slot.
+        strides: of coded keys and values, from sequence to sequence and slot to slot, modulo 4.
         cached: types of keys and values.
         ranks: of contextual keys and values, 0 without head factors.
         paged: whether the cache is a pool of pages.
@@ -49,13 +50,14 @@ class Case(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A name, and the reason why it cannot run a case, or None."""
+    """A name, and the reason why it cannot run a case, or None; the second argument says whether
+    Triton's interpreter, which is slow, may take it."""
 
     name: str
-    can_use: Callable[[Case], str | None]
+    can_use: Callable[[Case, bool], str | None]
 
 
-def _reference(case: Case) -> str | None:
+def _reference(case: Case, interpreted: bool = False) -> str | None:
     return None if case.layout in LAYOUTS else f"no layout {case.layout}"
 
 
@@ -64,13 +66,11 @@ def forced_backend() -> str:
     return os.environ.get(VARIABLE, "auto")
 
 
-def _triton(case: Case) -> str | None:
+def _triton(case: Case, interpreted: bool = False) -> str | None:
     if case.layout not in LAYOUTS:
         return f"no kernel for the layout {case.layout}"
     if TRITON_MISSING:
         return "triton is not installed"
-    # Triton's interpreter runs on a CPU, slowly: for those who ask for both.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and forced_backend() == "triton"
     if case.device.type != "cuda" and not interpreted:
         return f"its kernels need a CUDA device, not {case.device.type}"
     if not interpreted and torch.cuda.get_device_capability(case.device) < (8, 0):
@@ -110,15 +110,23 @@ def choose_backend(case: Case) -> str:
     Raises:
         BackendError: the one that the environment names is unknown or cannot run it.
     """
-    forced = forced_backend()
+    # A cache that `torch.compile` would warn of spares the host what every layer asks again.
+    choose = _choose if torch.compiler.is_compiling() else _choose_once
+    return choose(case, forced_backend(), os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _choose(case: Case, forced: str, interpreted: bool) -> str:
     names = [backend.name for backend in BACKENDS]
     if forced != "auto" and forced not in names:
         raise BackendError(f"{VARIABLE}={forced}: choose auto, {' or '.join(names)}")
     reasons = []
     for backend in BACKENDS:
         if forced in ("auto", backend.name):
-            reason = backend.can_use(case)
+            reason = backend.can_use(case, interpreted and forced == "triton")
             if reason is None:
                 return backend.name
             reasons.append(f"{backend.name}: {reason}")
     raise BackendError(f"{VARIABLE}={forced} cannot run here ({'; '.join(reasons)})")
+
+
+_choose_once = functools.lru_cache(maxsize=256)(_choose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import ops, reference
@@ -125,7 +126,7 @@ def decode_on_kernel(
             value_rows.width if value_rows is not None else values.shape[-1],
             query.dtype,
             query.device,
-            tuple(x.stride(i) for x in (keys, values) for i in (0, 2)),
+            tuple(x.stride(i) % 4 for x in (keys, values) for i in (0, 2)) if coded else (),
             (keys.dtype, values.dtype),
             tuple(0 if x is None else x.shape[-1] // groups for x in (key_heads, value_heads)),
             pages is not None,
@@ -151,7 +152,9 @@ def decode_on_kernel(
             softcap,
             mask,
         )
-    return ops.decode_rotated(
+    # As an operator it costs the host as much again; only compilers need one.
+    decode_rotated = ops.decode_rotated if torch.compiler.is_compiling() else ops.run_rotated
+    return decode_rotated(
         query,
         keys,
         values,

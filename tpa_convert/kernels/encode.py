@@ -1,5 +1,7 @@
 """Components to codes in one launch, and the same with gradients for training.
 
+As operators of PyTorch they would cost the host twice as much: only compilers are given those.
+
 Components, tables and codes are those of `encode_reference`.
 """
 
@@ -13,17 +15,30 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import Case, choose_backend
-from .encode_reference import CodeTables, encode_components
+from .encode_reference import CodeTables, RowTables, encode_components, pack
 
 
 def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """Headers uint8 [...] and codes uint8 [..., c] of components [..., c]; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _backend(x) == "triton":
-        header, codes = ops.encode(flat, *tables)
+        run = ops.encode if torch.compiler.is_compiling() else ops.run_encode
+        header, codes = run(flat, *tables)
     else:
         header, codes, *_ = encode_components(flat, tables)
     return header.view(x.shape[:-1]), codes.view(x.shape)
+
+
+def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> Tensor:
+    """Rows of bytes, uint8 [..., n], of components [..., c]; without gradients."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if _backend(x) == "triton":
+        run = ops.encode_rows if torch.compiler.is_compiling() else ops.run_rows
+        packed = run(flat, *tables, *rows)
+    else:
+        header, codes, *_ = encode_components(flat, tables)
+        packed = pack(codes, header, rows)
+    return packed.view(*x.shape[:-1], len(rows.bits))
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
@@ -52,7 +67,9 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
         named = CodeTables(*tables)
         if _backend(x) == "triton":
-            scaled, inside, label = ops.encode_straight(x, *tables)
+            compiling = torch.compiler.is_compiling()
+            run = ops.encode_straight if compiling else ops.run_straight
+            scaled, inside, label = run(x, *tables)
         else:
             _, _, scaled, inside, label = encode_components(x, named)
         ctx.mark_non_differentiable(label)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .rows import Tier
+
+PLANES = 8  # codes that a byte holds at most
 SCALES_PER_OCTAVE = 8
 # Scales that are tried for a token, in header steps around the root mean square of its components.
 TRIED_STEPS = range(-8, 17, 4)
@@ -35,6 +39,45 @@ class CodeTables(NamedTuple):
     def scale_bits(self) -> int:
         """Bits of the header that hold the scale."""
         return 8 - (len(self.mean) - 1).bit_length()
+
+
+class RowTables(NamedTuple):
+    """Where codes lie in rows of n bytes, byte by byte.
+
+    Attributes:
+        component: of each code that a byte holds, lowest bits first, int32 [PLANES, n]; −1: none.
+        bits: of each code in a byte, int32 [n].
+        low: bits of these codes that lie in other bytes, below those that lie here, int32 [n].
+        header: offset of the header byte.
+    """
+
+    component: Tensor
+    bits: Tensor
+    low: Tensor
+    header: int
+
+
+def row_tables(tiers: Sequence[Tier], header: int, row_bytes: int) -> RowTables:
+    """Tables of the tiers of a row, on the CPU."""
+    component = torch.full((PLANES, row_bytes), -1, dtype=torch.int32)
+    bits, low = torch.ones(2, row_bytes, dtype=torch.int32)
+    for bits_of, offset, size, first, count, shift in tiers:
+        here = slice(offset, offset + size)
+        code = torch.arange(8 // bits_of * size, dtype=torch.int32).view(-1, size)
+        component[: len(code), here] = torch.where(code < count, code + first, -1)
+        bits[here], low[here] = bits_of, shift
+    return RowTables(component, bits, low, header)
+
+
+def pack(codes: Tensor, header: Tensor, rows: RowTables) -> Tensor:
+    """Rows of bytes, uint8 [..., n], of codes uint8 [..., c] and headers uint8 [...]."""
+    fields = codes.int()[..., rows.component.clamp_min(0)]  # [..., PLANES, n]
+    fields = (fields >> rows.low) & ((1 << rows.bits) - 1)
+    plane = torch.arange(PLANES, device=codes.device, dtype=torch.int32)[:, None]
+    fields = torch.where(rows.component < 0, 0, fields << (plane * rows.bits).clamp_max(8))
+    packed = fields.sum(-2).to(torch.uint8)
+    packed[..., rows.header] = header
+    return packed
 
 
 class Coded(NamedTuple):
@@ -67,7 +110,8 @@ def encode_components(x: Tensor, tables: CodeTables) -> Coded:
     weighted = mean * importance
     label = ((mean * weighted).sum(-1) - 2 * numbers @ weighted.mT).argmin(-1)
     centred = numbers - mean[label]
-    ratio = (centred / spread).square().mean(-1).sqrt()
+    coded = (reach > 0).sum().clamp_min(1)  # others are padding
+    ratio = ((centred / spread).square().sum(-1) / coded).sqrt()
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(2.0**lowest_octave).log2() - lowest_octave)
     best = torch.full_like(ratio, torch.inf)
     index = torch.zeros_like(ratio)
@@ -85,7 +129,7 @@ def encode_components(x: Tensor, tables: CodeTables) -> Coded:
         (label << tables.scale_bits).to(torch.uint8) | index.to(torch.uint8),
         codes.to(torch.uint8),
         (size * (codes - reach)).to(x.dtype),
-        (unclipped >= 0) & (unclipped <= 2 * reach),
+        (unclipped >= -0.5) & (unclipped <= 2 * reach + 0.5),
         label,
     )
 

@@ -6,6 +6,7 @@ Triton is imported when an operator first runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,7 @@ def decode_rotated(
     mask: Tensor | None = None,
 ) -> Tensor:
     """`reference.decode_attention` on the Triton kernels of `split_kv.py`."""
-    from .launch import launch_rotated
-
-    return launch_rotated(
+    return run_rotated(
         query,
         keys,
         values,
@@ -45,6 +44,13 @@ def decode_rotated(
         pages,
         mask,
     )
+
+
+def run_rotated(*arguments: Any) -> Tensor:
+    """The same, not as an operator."""
+    from .launch import launch_rotated
+
+    return launch_rotated(*arguments)
 
 
 @decode_rotated.register_fake
@@ -95,14 +101,50 @@ def encode(
     lowest_octave: int,
 ) -> tuple[Tensor, Tensor]:
     """Headers and codes of components [n, c]; see `encode_reference.CodeTables`."""
+    return run_encode(x, mean, step, spread, importance, reach, lowest_octave)
+
+
+def run_encode(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
+    """The same, not as an operator."""
     from .launch_encode import CodeTables, launch_encode
 
-    return launch_encode(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
+    return launch_encode(x, CodeTables(*tables))
 
 
 @encode.register_fake
 def _(x, *tables):
     return x.new_empty(x.shape[:1], dtype=torch.uint8), x.new_empty(x.shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op("tpa_convert::encode_rows", mutates_args=())
+def encode_rows(
+    x: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    spread: Tensor,
+    importance: Tensor,
+    reach: Tensor,
+    lowest_octave: int,
+    component: Tensor,
+    bits: Tensor,
+    low: Tensor,
+    header: int,
+) -> Tensor:
+    """Rows of bytes [n, bytes] of components [n, c]; see `encode_reference.RowTables`."""
+    tables = mean, step, spread, importance, reach, lowest_octave
+    return run_rows(x, *tables, component, bits, low, header)
+
+
+def run_rows(x: Tensor, *tables: Any) -> Tensor:
+    """The same, not as an operator."""
+    from .launch_encode import CodeTables, RowTables, launch_rows
+
+    return launch_rows(x, CodeTables(*tables[:6]), RowTables(*tables[6:]))
+
+
+@encode_rows.register_fake
+def _(x, *tables):
+    return x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())
@@ -116,9 +158,14 @@ def encode_straight(
     lowest_octave: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled codes of components [n, c], which of them were not clipped, and classes."""
+    return run_straight(x, mean, step, spread, importance, reach, lowest_octave)
+
+
+def run_straight(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, not as an operator."""
     from .launch_encode import CodeTables, launch_straight
 
-    return launch_straight(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
+    return launch_straight(x, CodeTables(*tables))
 
 
 @encode_straight.register_fake

@@ -5,12 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .encode_reference import SCALES_PER_OCTAVE, TRIED_STEPS
+from .encode_reference import PLANES, SCALES_PER_OCTAVE, TRIED_STEPS
 
 FIRST_TRIED = tl.constexpr(TRIED_STEPS.start)
 TRIED_STEP = tl.constexpr(TRIED_STEPS.step)
 TRIED = tl.constexpr(len(TRIED_STEPS))
 STEPS = tl.constexpr(SCALES_PER_OCTAVE)
+AT_MOST = tl.constexpr(PLANES)
 WHOLE = tl.constexpr(2.0**23)  # from here on fp32 numbers are whole
 
 
@@ -45,11 +46,14 @@ def encode_kernel(
     octave,
     CLASSES: tl.constexpr,
     SCALE_BITS: tl.constexpr,
-    STRAIGHT: tl.constexpr,  # scaled codes, what was not clipped and classes, not headers and codes
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart."""
+    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
+
+    Of the outputs those are written that are not None: `scaled`, `inside` and `label`, or `header`
+    and `codes`.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     used = column < width
@@ -74,10 +78,11 @@ def encode_kernel(
             centred = tl.where(nearer[:, None], numbers - of_class[None, :], centred)
 
     relative = centred / tl.load(spread + column, mask=used, other=1.0)[None, :]
-    ratio = tl.sqrt(tl.sum(relative * relative, 1) / width)
+    limit = tl.load(reach + column, mask=used, other=0.0)[None, :]
+    coded = tl.maximum(tl.sum((limit > 0).to(tl.float32), 1), 1.0)
+    ratio = tl.sqrt(tl.sum(relative * relative, 1) / coded)
     around = STEPS * (tl.log2(tl.maximum(ratio, tl.exp2(octave))) - octave)
     size = tl.load(step + column, mask=used, other=1.0)
-    limit = tl.load(reach + column, mask=used, other=0.0)[None, :]
     weight = (weight * size * size)[None, :]
     in_steps = centred / size[None, :]
     best = tl.full([ROWS], float("inf"), tl.float32)
@@ -97,12 +102,45 @@ def encode_kernel(
     u = in_steps * (1 / scale)[:, None]
     code = code_of(u, limit)
     place = of_row * width + column[None, :]
-    if STRAIGHT:
+    head = (kind << SCALE_BITS) | index.to(tl.int32)
+    if scaled is not None:
         numbers = scale[:, None] * size[None, :] * (code - limit)
         tl.store(scaled + place, numbers.to(scaled.dtype.element_ty), mask=mask)
-        tl.store(inside + place, tl.abs(u) <= limit, mask=mask)
+        tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
         tl.store(label + row, kind.to(tl.int64), mask=row < rows)
     else:
         tl.store(codes + place, code.to(tl.uint8), mask=mask)
-        head = (kind << SCALE_BITS) | index.to(tl.int32)
         tl.store(header + row, head.to(tl.uint8), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def pack_kernel(
+    codes,
+    header,
+    packed,
+    component,
+    bits,
+    low,
+    header_at,
+    rows,
+    width,
+    bytes,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """`encode_reference.pack` of codes [rows, width]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    mask = (row < rows)[:, None] & (byte < bytes)[None, :]
+    of_row = row.to(tl.int64)[:, None]
+    size = tl.load(bits + byte, mask=byte < bytes, other=1)
+    shift = tl.load(low + byte, mask=byte < bytes, other=0)
+    result = tl.zeros([ROWS, BYTES], tl.int32)
+    for plane in tl.static_range(AT_MOST):
+        index = tl.load(component + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
+        code = tl.load(codes + of_row * width + index, mask=mask & (index >= 0), other=0)
+        field = (code.to(tl.int32) >> shift[None, :]) & ((1 << size) - 1)[None, :]
+        result |= field << tl.minimum(plane * size, 8)[None, :]
+    head = tl.load(header + row, mask=row < rows, other=0).to(tl.int32)
+    result = tl.where((byte == header_at)[None, :], head[:, None], result)
+    tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=mask)

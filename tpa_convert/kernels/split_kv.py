@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+BLOCKS_AT_ONCE = tl.constexpr(16)  # whose masks are looked at
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -58,12 +59,27 @@ def split_range(start, end, length, positions, window, batch, split, splits, BLO
 
 @triton.jit
 def in_use(slot, last, mask):
-    """Which slots [T] are to be read; `mask` is that of the sequence, or None."""
+    """Which slots [T] are attended to; `mask` is that of the sequence, or None."""
     valid = slot < last
     if mask is not None:
-        # What is masked is not even read: a cache may be much longer than its text.
         valid = valid & (tl.load(mask + slot, mask=valid, other=0) != 0)
     return valid
+
+
+@triton.jit
+def masked_range(mask, begin, stop, split, splits, BLOCK: tl.constexpr):
+    """Slots [first, last) that hold all blocks of this split in which the mask leaves any: every
+    `splits`-th block of the sequence, so that a short text in a long cache is shared evenly."""
+    own = tl.cdiv(tl.cdiv(tl.maximum(stop - begin, 0), BLOCK) - split, splits)
+    lowest, highest = own, 0
+    for i in range(0, own, BLOCKS_AT_ONCE):
+        index = i + tl.arange(0, BLOCKS_AT_ONCE)
+        slot = begin + (split + index * splits)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        used = tl.max(tl.load(mask + slot, mask=slot < stop, other=0).to(tl.int32), 1) != 0
+        lowest = tl.minimum(lowest, tl.min(tl.where(used, index, own), 0))
+        highest = tl.maximum(highest, tl.max(tl.where(used, index + 1, 0), 0))
+    first = begin + (split + lowest * splits) * BLOCK
+    return first, begin + (split + highest * splits) * BLOCK
 
 
 @triton.jit
@@ -197,6 +213,12 @@ def split_kernel(
     first, last, stop = split_range(
         start, end, length, positions, window, batch, split, splits, BLOCK
     )
+    bound, stride = last, BLOCK
+    if mask is not None:
+        mask += batch.to(tl.int64) * mask_stride_b
+        begin, _ = slot_bounds(start, end, length, positions, window, batch)
+        first, bound = masked_range(mask, begin, stop, split, splits, BLOCK)
+        last, stride = stop, BLOCK * splits
     own = stop - positions + position
 
     query += tl.multiple_of(batch.to(tl.int64) * query_stride_b, ALIGN)
@@ -213,17 +235,16 @@ def split_kernel(
             key_heads += tl.multiple_of(batch.to(tl.int64) * key_heads_stride_b, FACTORS_ALIGN)
         if RANK_V > 0:
             value_heads += tl.multiple_of(batch.to(tl.int64) * value_heads_stride_b, FACTORS_ALIGN)
-    if mask is not None:
-        mask += batch.to(tl.int64) * mask_stride_b
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     outputs = ()
     for _ in tl.static_range(CHUNKS_V):
         outputs = outputs + (_zeros(CHUNK_V, COLUMNS),)
 
-    for block in tl.range(first, last, BLOCK, num_stages=STAGES):
+    for block in tl.range(first, bound, stride, num_stages=STAGES):
         slot = block + tl.arange(0, BLOCK)
-        valid = in_use(slot, last, mask)
+        valid = slot < last
+        attended = in_use(slot, last, mask)
         page = 0
         if PAGE > 0:
             page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
@@ -252,7 +273,7 @@ def split_kernel(
                     )
                 scores += of_rank * _of_columns(key_factors, group, rank, GROUPS, PRECISION)
         weights, rescale, highest, total = softmax_step(
-            scores, slot, valid, own, scale, softcap, window, highest, total, MULTIPLE
+            scores, slot, attended, own, scale, softcap, window, highest, total, MULTIPLE
         )
         value_offset = _slot_offset(slot, page, value_stride_b, value_stride_t, PAGE, ALIGN)
         value_factor_offset = _slot_offset(
@@ -260,14 +281,14 @@ def split_kernel(
         )
         if RANK_V > 0:
             value_factors = _load_factors(
-                value_heads, value_factor_offset, valid, RANK_V * GROUPS, FACTORS_V
+                value_heads, value_factor_offset, attended, RANK_V * GROUPS, FACTORS_V
             )
         if RANK_V == 1:
             weights *= _of_columns(value_factors, group, 0, GROUPS, PRECISION)
         scaled = weights.to(values.dtype.element_ty)
         updated = ()
         for i in tl.static_range(CHUNKS_V):
-            value = _load(values, value_offset, valid, i * CHUNK_V, width_v, CHUNK_V)
+            value = _load(values, value_offset, attended, i * CHUNK_V, width_v, CHUNK_V)
             if RANK_V > 1:  # a chunk is a rank
                 factors = _of_columns(value_factors, group, i, GROUPS, PRECISION)
                 scaled = (weights * factors).to(values.dtype.element_ty)

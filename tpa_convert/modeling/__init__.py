@@ -9,12 +9,43 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import legacy, tpa_gemma3_text, tpa_llama, tpa_mistral, tpa_phi3, tpa_qwen2, tpa_qwen3
+from . import (
+    legacy,
+    tpa_cohere,
+    tpa_cohere2,
+    tpa_gemma,
+    tpa_gemma2,
+    tpa_gemma3_text,
+    tpa_glm4,
+    tpa_gpt_neox,
+    tpa_granite,
+    tpa_granitemoe,
+    tpa_llama,
+    tpa_ministral3,
+    tpa_mistral,
+    tpa_mixtral,
+    tpa_olmo,
+    tpa_olmo2,
+    tpa_olmo3,
+    tpa_olmoe,
+    tpa_phi,
+    tpa_phi3,
+    tpa_qwen2,
+    tpa_qwen2_moe,
+    tpa_qwen3,
+    tpa_qwen3_moe,
+    tpa_seed_oss,
+    tpa_smollm3,
+    tpa_stablelm,
+    tpa_starcoder2,
+)
 from .tpa_attention import (
     AttentionNames,
     TPAAttention,
     given_cache,
     norm_epsilon,
+    norm_width,
+    normalised_together,
     sliding_window,
 )
 from .tpa_codes import CLASSES, RowLayout
@@ -27,9 +58,10 @@ from .tpa_configuration import (
     codes_of,
     groups_of,
     source_head_dim,
+    source_key_value_heads,
 )
 from .tpa_model import TPAModelMixin
-from .tpa_rotary import pair_table
+from .tpa_rotary import PairOrder, pair_table
 
 
 def register(causal_lm: Any, with_code: bool = True) -> None:
@@ -44,26 +76,52 @@ def register(causal_lm: Any, with_code: bool = True) -> None:
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
 
 
-for _causal_lm in (
-    tpa_gemma3_text.TPAGemma3ForCausalLM,
-    tpa_llama.TPALlamaForCausalLM,
-    tpa_mistral.TPAMistralForCausalLM,
-    tpa_phi3.TPAPhi3ForCausalLM,
-    tpa_qwen2.TPAQwen2ForCausalLM,
-    tpa_qwen3.TPAQwen3ForCausalLM,
-):
+CAUSAL_LMS = {
+    "cohere": tpa_cohere.TPACohereForCausalLM,
+    "cohere2": tpa_cohere2.TPACohere2ForCausalLM,
+    "gemma": tpa_gemma.TPAGemmaForCausalLM,
+    "gemma2": tpa_gemma2.TPAGemma2ForCausalLM,
+    "gemma3_text": tpa_gemma3_text.TPAGemma3ForCausalLM,
+    "glm4": tpa_glm4.TPAGlm4ForCausalLM,
+    "gpt_neox": tpa_gpt_neox.TPAGPTNeoXForCausalLM,
+    "granite": tpa_granite.TPAGraniteForCausalLM,
+    "granitemoe": tpa_granitemoe.TPAGraniteMoeForCausalLM,
+    "llama": tpa_llama.TPALlamaForCausalLM,
+    "ministral3": tpa_ministral3.TPAMinistral3ForCausalLM,
+    "mistral": tpa_mistral.TPAMistralForCausalLM,
+    "mixtral": tpa_mixtral.TPAMixtralForCausalLM,
+    "olmo": tpa_olmo.TPAOlmoForCausalLM,
+    "olmo2": tpa_olmo2.TPAOlmo2ForCausalLM,
+    "olmo3": tpa_olmo3.TPAOlmo3ForCausalLM,
+    "olmoe": tpa_olmoe.TPAOlmoeForCausalLM,
+    "phi": tpa_phi.TPAPhiForCausalLM,
+    "phi3": tpa_phi3.TPAPhi3ForCausalLM,
+    "qwen2": tpa_qwen2.TPAQwen2ForCausalLM,
+    "qwen2_moe": tpa_qwen2_moe.TPAQwen2MoeForCausalLM,
+    "qwen3": tpa_qwen3.TPAQwen3ForCausalLM,
+    "qwen3_moe": tpa_qwen3_moe.TPAQwen3MoeForCausalLM,
+    "seed_oss": tpa_seed_oss.TPASeedOssForCausalLM,
+    "smollm3": tpa_smollm3.TPASmolLM3ForCausalLM,
+    "stablelm": tpa_stablelm.TPAStableLmForCausalLM,
+    "starcoder2": tpa_starcoder2.TPAStarcoder2ForCausalLM,
+}
+"""Converted models by the `model_type` of their source."""
+
+for _causal_lm in CAUSAL_LMS.values():
     register(_causal_lm)
 
 AutoConfig.register("tpa", legacy.TPAConfig, exist_ok=True)
 AutoModelForCausalLM.register(legacy.TPAConfig, legacy.TPAForCausalLM, exist_ok=True)
 
 __all__ = [
+    "CAUSAL_LMS",
     "CLASSES",
     "AttentionNames",
     "Form",
     "Gauge",
     "KeyCache",
     "LayerShape",
+    "PairOrder",
     "RowLayout",
     "TPAAttention",
     "TPAConfigMixin",
@@ -72,8 +130,11 @@ __all__ = [
     "given_cache",
     "groups_of",
     "norm_epsilon",
+    "norm_width",
+    "normalised_together",
     "pair_table",
     "register",
     "sliding_window",
     "source_head_dim",
+    "source_key_value_heads",
 ]

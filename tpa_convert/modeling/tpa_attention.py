@@ -6,33 +6,41 @@ Shape suffixes and einsum letters are those of `tpa_keys`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tpa_configuration import LayerShape, source_head_dim
+from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_kernels import decode_components, find_kernel, of_one_width
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_paged import holds_rows
-from .tpa_rotary import Table, paged_positions, pair_table, rotate, slot_positions
+from .tpa_rotary import PairOrder, Table, paged_positions, pair_table, rotate, slot_positions
 from .tpa_values import ContextualValues, StaticValues
 
-CACHE_NAMES = ("past_key_values", "cache")  # transformers renamed it in 5.24
+# transformers renamed it in 5.24; layers of GPT-NeoX have a name of their own
+CACHE_NAMES = ("past_key_values", "cache", "layer_past")
 
 
 @dataclass(frozen=True)
 class AttentionNames:
-    """Where a family keeps its attention; the defaults are those of most.
+    """Where a family keeps its attention, and how to read it; the defaults are those of most.
 
     Args:
         attention: the attention module of a decoder layer.
         query, key, value: its projections.
         fused: one projection that stacks queries, keys and values, instead of these.
+        fused_by_head: whether it stacks them for each key head, after the queries that share it.
         output: the output projection.
-        query_norm, key_norm: norms of each head before rotation, for modules that have them.
+        query_norm, key_norm: norms before rotation, of each head or of all heads together, for
+            modules that have them.
+        pairs: which two features of a head are rotated together.
+        table: which two columns of the position embeddings belong to one pair.
+        rotated_if: attribute of the attention module that is false or None where a layer rotates
+            nothing; None if all layers rotate.
+        layers, rotary: the layers of the decoder, and its rotary embedding.
     """
 
     attention: str = "self_attn"
@@ -40,13 +48,24 @@ class AttentionNames:
     key: str = "k_proj"
     value: str = "v_proj"
     fused: str | None = None
+    fused_by_head: bool = False
     output: str = "o_proj"
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
+    pairs: PairOrder = "halves"
+    table: PairOrder = "halves"
+    rotated_if: str | None = None
+    layers: str = "layers"
+    rotary: str = "rotary_emb"
 
     def projection(self, attention: nn.Module, part: str) -> nn.Module:
         """The projection of the source's attention that makes its `query`, `key` or `value`."""
         return getattr(attention, self.fused or getattr(self, part))
+
+    def table_order(self, attention: nn.Module) -> PairOrder | None:
+        """`order` for `pair_table`, of an attention module of the source."""
+        rotated = self.rotated_if is None or getattr(attention, self.rotated_if)
+        return self.table if rotated else None
 
 
 def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
@@ -89,19 +108,19 @@ class TPAAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.shape = shape = LayerShape(**config.tpa_layers[layer_idx])
         self.num_heads = heads = config.num_attention_heads
-        self.num_key_value_heads = groups = config.num_key_value_heads
+        self.num_key_value_heads = groups = source_key_value_heads(config)
         self.head_dim = head_dim = source_head_dim(config)
-        self.scaling: float = source.scaling
-        self.attention_dropout = source.attention_dropout
-        self.is_causal = source.is_causal
+        self.scaling: float = getattr(source, "scaling", head_dim**-0.5)
+        self.attention_dropout = getattr(source, "attention_dropout", 0.0)
+        self.is_causal = getattr(source, "is_causal", True)
         self.sliding_window = sliding_window(source, config, layer_idx)
         self.softcap = getattr(source, "attn_logit_softcapping", None)
 
         hidden_size = config.hidden_size
         query_bias = names.projection(source, "query").bias is not None
         key_norm = getattr(source, names.key_norm, None)
-        if (key_norm is not None) != shape.key_norm:
-            raise ValueError(f"layer {layer_idx}: key_norm must be {key_norm is not None}")
+        if normalised_together(key_norm, head_dim, groups) != shape.key_norm:
+            raise ValueError(f"layer {layer_idx}: key_norm is not that of the source")
         keys: type[RotatedKeys | LatentKeys] = RotatedKeys
         if shape.latent_keys or shape.contextual:
             keys = LatentKeys if shape.latent_keys else ContextualKeys
@@ -121,6 +140,7 @@ class TPAAttention(nn.Module):
             bias=names.projection(source, "value").bias is not None,
         )
         self.q_norm = getattr(source, names.query_norm, None)
+        self.table_order = names.table_order(source)
         if shape.rank_q is None:
             query_width = shape.width_k if self.keys.absorbed else head_dim
             self.q_proj: nn.Module = nn.Linear(hidden_size, heads * query_width, bias=query_bias)
@@ -153,9 +173,12 @@ class TPAAttention(nn.Module):
         Returns: output [b, s, D], and the attention weights if the function gives them.
         """
         cache = given_cache(kwargs, pop=True)
-        table = pair_table(position_embeddings, self.head_dim // 2)
-        query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query = query if self.q_norm is None else self.q_norm(query)
+        table = pair_table(position_embeddings, self.head_dim // 2, self.table_order)
+        query = self.q_proj(hidden_states)
+        if self.q_norm is not None:
+            together = (-1, norm_width(self.q_norm))
+            query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query = rotate(query, self.keys.query_table(table))
         key, value = self.pack(hidden_states, table, cached=cache is not None)
         if cache is not None:
@@ -267,7 +290,7 @@ class TPAAttention(nn.Module):
         if slots is not None and key.shape[2] != table[0].shape[2]:
             assert self.rotary_emb is not None, "set by replace_attention"
             cos, sin = (p.to(hidden_states.device) for p in self.rotary_emb(hidden_states, slots))
-            table = pair_table((cos, sin), self.head_dim // 2)
+            table = pair_table((cos, sin), self.head_dim // 2, self.table_order)
         return key, value, table
 
     def cache_grid(self, cache: Any, widths: tuple[int, int]) -> tuple[int, int] | None:
@@ -363,9 +386,9 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
     The layers know the decoder's rotary embedding, since latent keys are rotated where they are
     used; it stays the decoder's own module.
     """
-    rotary = decoder.rotary_emb
+    rotary = getattr(decoder, names.rotary)
     by_type = "layer_type" in signature(type(rotary).forward).parameters
-    for i, layer in enumerate(decoder.layers):
+    for i, layer in enumerate(getattr(decoder, names.layers)):
         attention = TPAAttention(decoder.config, i, getattr(layer, names.attention), names)
         kind = {"layer_type": decoder.config.layer_types[i]} if by_type else {}
         # Past nn.Module's own setter, which would make it a submodule of every layer.
@@ -392,6 +415,18 @@ def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
     if kinds is not None and kinds[layer_idx] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def norm_width(norm: nn.Module) -> int:
+    """How many features a norm of the source normalises together."""
+    return next(norm.parameters()).numel()
+
+
+def normalised_together(norm: nn.Module | None, head_dim: int, heads: int) -> bool | Literal["all"]:
+    """What `LayerShape.key_norm` has to say of a norm of the source."""
+    if norm is None:
+        return False
+    return "all" if norm_width(norm) == heads * head_dim != head_dim else True
 
 
 def norm_epsilon(norm: Any) -> float:

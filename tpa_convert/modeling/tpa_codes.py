@@ -16,11 +16,13 @@ bits: 3 bits are two low ones and a high one.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from .tpa_kernels import Coding, find_coding
 
 MAX_BITS = 8
 HEADER_BYTES = 1
@@ -323,6 +325,8 @@ class RowCoder(nn.Module):
         self.register_buffer("mean", torch.zeros(CLASSES, count))
         for name in ("step", "spread", "importance"):
             self.register_buffer(name, torch.ones(count))
+        self.coding = find_coding()
+        self.places: Any = None  # of codes in rows, for kernels
         # Follows from the config: what loading leaves out, `init_weights` makes again.
         self.register_buffer("highest", highest_codes(layout), persistent=False)
 
@@ -337,8 +341,14 @@ class RowCoder(nn.Module):
 
     def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
         """The tables; with the layout, if there are rows to be made or read."""
-        floats = (self.mean, self.step, self.spread, self.importance)
-        return Quantiser(layout, *(table.float() for table in floats), self.highest)
+        return Quantiser(
+            layout,
+            self.mean.float(),
+            self.step.float(),
+            self.spread.float(),
+            self.importance.float(),
+            self.highest,
+        )
 
     def forward(self, x: Tensor, rows: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """Components or rows to rows or features.
@@ -353,10 +363,29 @@ class RowCoder(nn.Module):
         """
         if dtype is not None:
             return features_of(*decode(x, self.quantiser(self.layout)), dtype)
+        if self.coding is not None and x.is_cuda:
+            return self._on_kernels(self.coding, x, rows)
         if rows:
             return encode(x.float(), self.quantiser(self.layout))
         numbers, label = straight_through(x.float(), self.quantiser())
         return features_of(numbers, label, x.dtype)
+
+    def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Tensor:
+        """What `forward` makes of components, in one launch or a few."""
+        quantiser = self.quantiser()
+        tables = coding.code_tables(*quantiser[1:-1], quantiser.reach, LOWEST_OCTAVE)
+        if not rows:
+            numbers, label = coding.straight_through(x, tables)
+            return features_of(numbers, label, x.dtype)
+        if self.places is None or self.places[0].device != x.device:
+            layout = self.layout
+            places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
+            self.places = places._replace(
+                component=places.component.to(x.device),
+                bits=places.bits.to(x.device),
+                low=places.low.to(x.device),
+            )
+        return coding.encode_rows(x, tables, self.places)
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:

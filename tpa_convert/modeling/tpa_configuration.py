@@ -51,8 +51,9 @@ class LayerShape:
             rotation, so that queries read the cache as it is. `latent`: features of all pairs
             together, before rotation, from which the keys are rebuilt and rotated at every step.
             Latent keys need `static` head factors.
-        key_norm: whether the source normalises each key head (QK-norm). Rotated keys then cache one
-            scale for each head.
+        key_norm: whether the source normalises each key head (QK-norm); rotated keys then cache one
+            scale for each head. "all" if it normalises all heads together: rotated keys are scaled
+            before they are cached.
         rank_q: rank of factored queries (paper, eq. 3.1), None for dense ones. Only with `linear`
             head factors and keys whose gauge is not absorbed.
         key_pairs: how many components of rotated keys live on each of the source's rotary pairs, in
@@ -74,7 +75,7 @@ class LayerShape:
     width_k: int
     width_v: int
     key_cache: KeyCache = "rotated"
-    key_norm: bool = False
+    key_norm: bool | Literal["all"] = False
     rank_q: int | None = None
     key_pairs: str | None = None
     key_codes: str | None = None
@@ -105,6 +106,11 @@ class LayerShape:
         return [sum(count for _, count in block) for block in groups_of(self.key_codes)]
 
     @property
+    def key_blocks(self) -> int:
+        """Blocks of rotary pairs that coded keys are rebuilt in."""
+        return len(self.key_block_widths) if self.coded else 1
+
+    @property
     def latent_keys(self) -> bool:
         """Whether keys are rebuilt from what is cached."""
         return self.key_cache == "latent"
@@ -118,7 +124,7 @@ class LayerShape:
         """Numbers cached per token that belong to single key heads: factors or norms."""
         if self.contextual:
             return self.rank_k * num_key_value_heads
-        return num_key_value_heads if self.key_norm and not self.latent_keys else 0
+        return num_key_value_heads if self.key_norm is True and not self.latent_keys else 0
 
     def cached_floats(self, num_key_value_heads: int) -> int:
         """Numbers cached per token by this layer."""
@@ -186,7 +192,6 @@ class LayerShape:
                 )
         return None
 
-
     def _problem_of_codes(self, head_dim: int) -> str | None:
         if (self.key_codes is None) != (self.value_codes is None):
             return "key_codes and value_codes are both given or neither"
@@ -238,14 +243,13 @@ class TPAConfigMixin:
     tpa_layers: Any
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # type: ignore[misc]
         layers = self.tpa_layers
         if layers is None:
-            width = self.num_key_value_heads * source_head_dim(self)
-            rank = self.num_key_value_heads
+            rank = source_key_value_heads(self)
+            width = rank * source_head_dim(self)
             layers = asdict(LayerShape("static", "applied", "applied", rank, rank, width, width))
         if isinstance(layers, dict):
             layers = [dict(layers) for _ in range(self.num_hidden_layers)]
@@ -264,12 +268,14 @@ class TPAConfigMixin:
     @property
     def cached_floats(self) -> list[int]:
         """Numbers cached per token, one entry per layer."""
-        return [shape.cached_floats(self.num_key_value_heads) for shape in self.layer_shapes]
+        heads = source_key_value_heads(self)
+        return [shape.cached_floats(heads) for shape in self.layer_shapes]
 
     @property
     def cached_bytes(self) -> list[int]:
         """Bytes cached per token, one entry per layer; numbers have 16 bits."""
-        return [shape.cached_bytes(self.num_key_value_heads) for shape in self.layer_shapes]
+        heads = source_key_value_heads(self)
+        return [shape.cached_bytes(heads) for shape in self.layer_shapes]
 
     def validate_tpa_layers(self) -> None:
         """Checks the shapes. Raises `ValueError` naming the first bad layer."""
@@ -285,3 +291,9 @@ class TPAConfigMixin:
 def source_head_dim(config: Any) -> int:
     """Width of one head of the source; some configs leave it to be derived."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def source_key_value_heads(config: Any) -> int:
+    """Key/value heads of the source; configs of families that share none among queries have no
+    number of their own for them."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +33,26 @@ def find_kernel() -> Callable[..., torch.Tensor | None] | None:
     """
     try:
         return import_module("tpa_convert.kernels").decode_on_kernel
+    except (ImportError, AttributeError):
+        return None
+
+
+class Coding(NamedTuple):
+    """`tpa_convert.kernels`' own ways from components to features and to rows."""
+
+    straight_through: Callable[..., Any]
+    encode_rows: Callable[..., Any]
+    code_tables: Callable[..., Any]
+    row_tables: Callable[..., Any]
+
+
+def find_coding() -> Coding | None:
+    """What codes components on a GPU, None where no package has it; see `find_kernel`."""
+    try:
+        kernels = import_module("tpa_convert.kernels")
+        return Coding(
+            kernels.straight_through, kernels.encode_rows, kernels.CodeTables, kernels.row_tables
+        )
     except (ImportError, AttributeError):
         return None
 

@@ -113,27 +113,31 @@ class KeyNorm(nn.Module):
 
     The source's keys are γ ⊙ k / rms(k). The layouts rebuild z = γ' ⊙ k, since γ commutes with no
     rotation and has to be inside the factors; this is 1 / rms(z / γ'). γ' is γ, but nowhere zero: a
-    key that γ hides counts in the norm.
+    key that γ hides counts in the norm. A norm over all heads together has one γ for each.
     """
 
     least = 3e-5  # of the largest weight, in γ'
 
-    def __init__(self, head_dim: int, eps: float):
+    def __init__(self, head_dim: int, eps: float, heads: int | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.all_heads = heads is not None
+        self.weight = nn.Parameter(torch.ones(*(() if heads is None else (heads,)), head_dim))
         self.eps = eps
 
     def forward(self, keys: torch.Tensor, hide: bool = False) -> torch.Tensor:
-        """Scales [b, j, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32 at least.
+        """Scales [b, j or 1, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32 at
+        least.
 
         With `hide`, scales [b, j, s, d] that also turn γ' into γ.
         """
         exact = torch.promote_types(keys.dtype, torch.float32)
         weight = self.weight.to(exact)
+        weight = weight[:, None] if self.all_heads else weight
         least = self.least * weight.abs().max()
         divisor = torch.where(weight.abs() < least, least, weight)
         unscaled = keys.to(exact) / divisor
-        scale = (unscaled.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        together = (1, -1) if self.all_heads else -1
+        scale = (unscaled.square().mean(together, keepdim=True) + self.eps).rsqrt()
         return (scale * (weight / divisor) if hide else scale).to(keys.dtype)
 
 
@@ -153,7 +157,9 @@ class KeyLayout(nn.Module):
         self.shape, self.heads, self.head_dim = shape, heads, head_dim
         self.coder: RowCoder | None = None
         self.feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
-        self.norm = None if norm_eps is None else KeyNorm(head_dim, norm_eps)
+        self.norm = None
+        if norm_eps is not None:
+            self.norm = KeyNorm(head_dim, norm_eps, heads if shape.key_norm == "all" else None)
 
 
 class RotatedKeys(KeyLayout):
@@ -195,8 +201,11 @@ class RotatedKeys(KeyLayout):
         feature = self.feature_factor(hidden_states).unsqueeze(1)
         head = self.head_factors(hidden_states)
         if self.norm is not None:
-            scale = self.norm(self._heads(self._scaled(head), feature))  # [b, j, s, 1]
-            head = head * scale.permute(0, 2, 3, 1)
+            scale = self.norm(self._heads(self._scaled(head), feature))  # [b, j or 1, s, 1]
+            if self.norm.all_heads:
+                feature = feature * scale
+            else:
+                head = head * scale.permute(0, 2, 3, 1)
         rotated = rotate(feature, self.component_table(table))
         if not self.shape.key_head_factors(self.heads):
             return rotated

@@ -4,12 +4,17 @@ Features are half-split: of 2 P features, p and p + P are the pair p. Tables of 
 have one entry for each pair. Letters: b batch, s new tokens, t cached tokens, f rotary pairs.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 Table = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, [b, 1, s, f] each (the 1 stands for all heads)."""
+
+PairOrder = Literal["halves", "neighbours"]
+"""Which two of 2 f features are the pair p: p and p + f, or 2 p and 2 p + 1."""
 
 
 def rotate(x: torch.Tensor, table: Table) -> torch.Tensor:
@@ -19,12 +24,20 @@ def rotate(x: torch.Tensor, table: Table) -> torch.Tensor:
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
 
 
-def pair_table(position_embeddings: Table, pairs: int) -> Table:
+def pair_table(position_embeddings: Table, pairs: int, order: PairOrder | None = "halves") -> Table:
     """The table [b, 1, s, pairs] in transformers' position embeddings [b, s, 2 f], f <= pairs.
 
     Pairs beyond the f that the source rotates (partial rotary embedding) stay where they are.
+
+    Args:
+        order: which two columns belong to a pair; None for a layer that rotates nothing.
     """
-    cos, sin = (part[..., : part.shape[-1] // 2].unsqueeze(1) for part in position_embeddings)
+    columns = {
+        "halves": lambda part: part[..., : part.shape[-1] // 2],
+        "neighbours": lambda part: part[..., ::2],
+        None: lambda part: part[..., :0],
+    }[order]
+    cos, sin = (columns(part).unsqueeze(1) for part in position_embeddings)
     rest = pairs - cos.shape[-1]
     if rest:
         cos = nn.functional.pad(cos, (0, rest), value=1.0)

@@ -79,7 +79,9 @@ class ContextualValues(StaticValues):
         super().__init__(shape, hidden_size, heads, head_dim, bias)
         self.head_factor = nn.Linear(hidden_size, shape.rank_v * heads, bias=shape.form == "affine")
 
-    def pack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def pack(
+        self, hidden_states: torch.Tensor, key_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         feature = self.feature_factor(hidden_states)
         return torch.cat((self.head_factor(hidden_states), feature), dim=-1).unsqueeze(1)
 

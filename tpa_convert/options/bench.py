@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, Field
-
-from tpa_convert.options.declaration import MEASURE, Section, option
-
-
-def _several(value: Any) -> Any:
-    """None where the command line was given nothing."""
-    return () if value is None else (value,) if isinstance(value, int) else value
-
-
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_several)]
+from tpa_convert.options.declaration import MEASURE, Counts, Section, option
 
 
 class BenchOptions(Section):

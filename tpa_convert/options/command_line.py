@@ -11,6 +11,7 @@ from tpa_convert.options.declaration import (
     SOURCE,
     TRAINING,
     Section,
+    Texts,
     option,
 )
 from tpa_convert.options.source import SourceAccess, SourceOptions
@@ -32,6 +33,18 @@ REPLACED_JSON_FILE = option(
     OUTPUT,
     flags="--json",
 )
+
+
+class OwnCode(Section):
+    """What every command takes: code that has to run before it."""
+
+    own_code: Texts = option(
+        (),
+        "Python file to run first: it describes an architecture of your own.",
+        SOURCE,
+        flags="--import",
+        metavar="FILE",
+    )
 
 
 class PlanFiles(Section):

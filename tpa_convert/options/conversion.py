@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from tpa_convert.options.declaration import (
     BUDGET,
@@ -23,7 +23,11 @@ from tpa_convert.options.declaration import (
 HeadFactorForm = Literal["static", "affine", "linear"]
 Method = Literal["gauge", "svd", "tucker", "cp"]
 GaugePlace = Literal["auto", "absorbed", "applied"]
-KeyCacheKind = Literal["rotated", "latent"]
+KeyCacheKind = Literal["auto", "rotated", "latent"]
+CacheBits = Annotated[
+    Literal["auto", "16", "8", "4", "3", "2", "1"],
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+]
 
 BUDGETS = ("kv_floats", "kv_bytes", "kv_ratio")
 RANKS = ("rank_k", "rank_v", "width_k", "width_v")
@@ -37,13 +41,19 @@ class CacheBudget(Section):
     )
     kv_bytes: int | None = option(None, "Bytes cached per token by the whole model.", BUDGET, ge=1)
     kv_ratio: float | None = option(
-        None, "Share of the source's cache to keep: 0.25 keeps a quarter.", BUDGET, gt=0, le=1
-    )
-    cache_dtype: FloatType | None = option(
         None,
-        "Type in which bytes of the cache are counted.",
+        "Share of the source's cache to keep, at 16 bits a number: 0.25 keeps a quarter.",
         BUDGET,
-        shown_default="the type of the weights",
+        gt=0,
+        le=1,
+    )
+    cache_bits: CacheBits = option(
+        "auto",
+        "How many bits a cached number has. auto codes every number in the bits that it is worth, "
+        "0 to 8; 1 to 8 give all that are kept as many; 16 caches plain numbers, fewer of them. "
+        "Where ranks, widths or anything else is asked for that only plain numbers have, auto is "
+        "16.",
+        BUDGET,
     )
 
     @property
@@ -62,11 +72,25 @@ class KeyOptions(Section):
         METHOD,
     )
     key_cache: KeyCacheKind = option(
-        "rotated",
+        "auto",
         "Cache rotated keys, ready to use; or latent ones, which are better at the same bytes, but "
-        "every step has to rebuild and rotate the keys of the whole context.",
+        "every step has to rebuild and rotate the keys of the whole context. auto is latent where "
+        "the cache is coded in bits, and else rotated.",
         METHOD,
     )
+    key_blocks: int | None = option(
+        None,
+        "Of a cache coded in bits: keys are rebuilt in so many blocks of rotary pairs. More blocks "
+        "decode faster, fewer are better at the same bytes.",
+        METHOD,
+        shown_default="as few as a GPU rebuilds while it would read the source's cache",
+        ge=1,
+    )
+
+    @property
+    def plain_key_cache(self) -> Literal["rotated", "latent"]:
+        """Of a cache of plain numbers."""
+        return "latent" if self.key_cache == "latent" else "rotated"
 
 
 class CalibrationOptions(Section):
@@ -168,12 +192,37 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
         METHOD,
     )
 
+    @property
+    def coded(self) -> bool:
+        """Whether the cache is to be coded in bits. A plan says that by itself."""
+        if self.cache_bits == "auto":
+            return not self._plain_only()
+        return self.cache_bits != "16"
+
+    def _plain_only(self) -> list[str]:
+        """Options given that only a cache of plain numbers has."""
+        given = plain_only(self)
+        given += [f"`{name}`" for name in RANKS if getattr(self, name) is not None]
+        for name, default in (
+            ("plan", None),
+            ("form", "static"),
+            ("method", "gauge"),
+            ("target", None),
+        ):
+            if getattr(self, name) != default:
+                given.append(f"`{name}`")
+        if not self.whiten:
+            given.append("`whiten` off")
+        return given
+
     @model_validator(mode="after")
     def _check_target(self) -> ConvertOptions:
         if self.target == "llama":
-            for name, wanted in (("form", "static"), ("key_cache", "rotated"), ("method", "gauge")):
+            for name, wanted in (("form", "static"), ("method", "gauge")):
                 if getattr(self, name) != wanted:
                     raise ValueError(f"`target` llama needs `{name}` {wanted}")
+            if self.plain_key_cache != "rotated" or self.coded:
+                raise ValueError("`target` llama needs rotated keys of 16 bits")
             if not self.whiten:
                 raise ValueError("`target` llama needs `whiten`")
         return self
@@ -197,6 +246,7 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
     def _check_method(self) -> ConvertOptions:
         if self.plan is not None and self.form != "static":
             raise ValueError("the plan says the form of every layer: leave out `form`")
+        refuse_codes_elsewhere(self, self._plain_only())
         if self.key_cache == "latent":
             if self.plan is not None:
                 raise ValueError("the plan says what every layer caches: leave out `key_cache`")
@@ -220,6 +270,31 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
         if self.moments is not None and self.calibration and not (self.refit or self.refine):
             raise ValueError("`moments` replaces the calibration: leave out `calibration`")
         return self
+
+
+def plain_only(options: KeyOptions) -> list[str]:
+    """Options for keys given that only a cache of plain numbers has."""
+    found = ["`gauge`"] if options.gauge != "auto" else []
+    return found + (["rotated `key_cache`"] if options.key_cache == "rotated" else [])
+
+
+def refuse_codes_elsewhere(options: CacheBudget, plain: list[str]) -> None:
+    """Refuses bits for a cache of plain numbers.
+
+    Args:
+        plain: options given that only such a cache has.
+
+    Raises:
+        ValueError: bits are asked for as well, or blocks of keys that are not coded.
+    """
+    if options.cache_bits not in ("auto", "16") and plain:
+        raise ValueError(
+            f"`cache_bits` {options.cache_bits} does not go with {' and '.join(plain)}: leave out "
+            "one"
+        )
+    blocks = getattr(options, "key_blocks", None)
+    if blocks is not None and (plain or options.cache_bits == "16"):
+        raise ValueError("`key_blocks` is for a cache coded in bits: leave it out")
 
 
 def refuse_moments_twice(options: CalibrationOptions) -> None:

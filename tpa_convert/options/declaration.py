@@ -135,3 +135,12 @@ def as_tuple(value: Any) -> Any:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 """One text file, directory, glob or dataset, or several."""
+
+
+def _several(value: Any) -> Any:
+    """None where the command line was given nothing."""
+    return () if value is None else (value,) if isinstance(value, int) else value
+
+
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_several)]
+"""One positive number or several."""

@@ -7,6 +7,7 @@ from tpa_convert.options.declaration import (
     SAMPLING,
     SOURCE,
     TEXT,
+    Counts,
     Section,
     Seed,
     Texts,
@@ -28,6 +29,13 @@ class EvaluationSettings(Section):
         "Task of lm-evaluation-harness by name. May be repeated. Needs the extra eval.",
         MEASURE,
         flags="--task",
+    )
+    quantised: Counts = option(
+        (),
+        "Also measure, on the text, the source with its own cache quantised to so many bits (keys "
+        "by channel, values by token, as KIVI does): what one would use instead. May be repeated.",
+        MEASURE,
+        metavar="BITS",
     )
     block_length: int = option(
         1024, "Tokens per sequence of the text, at most the models' context.", MEASURE, ge=2

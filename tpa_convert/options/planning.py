@@ -8,6 +8,8 @@ from tpa_convert.options.conversion import (
     CacheBudget,
     CalibrationOptions,
     KeyOptions,
+    plain_only,
+    refuse_codes_elsewhere,
     refuse_moments_twice,
 )
 from tpa_convert.options.declaration import METHOD, PLANNING, option
@@ -41,6 +43,16 @@ class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
     )
     refine_steps: int = option(200, "Steps of that refinement per layer.", METHOD, ge=1)
 
+    @property
+    def coded(self) -> bool:
+        """Whether plans are of a cache coded in bits."""
+        if self.cache_bits == "auto":
+            return not self._plain_only()
+        return self.cache_bits != "16"
+
+    def _plain_only(self) -> list[str]:
+        return plain_only(self) + (["`refine`"] if self.refine else [])
+
     @model_validator(mode="after")
     def _check(self) -> PlanOptions:
         if len(self.budgets) > 1:
@@ -50,5 +62,6 @@ class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
             )
         if self.calibration_blocks < 2:
             raise ValueError("a plan needs `calibration_blocks` of at least 2: one is held out")
+        refuse_codes_elsewhere(self, self._plain_only())
         refuse_moments_twice(self)
         return self

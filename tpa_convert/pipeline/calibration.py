@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.export.output import atomic_file
 from tpa_convert.options.conversion import CalibrationOptions
@@ -32,17 +33,30 @@ def calibration_blocks(source: Source, options: CalibrationOptions) -> Tensor:
 
 
 def moments_of(
-    source: Source, blocks: Tensor | None, options: CalibrationOptions, track: Track
+    source: Source,
+    blocks: Tensor | None,
+    options: CalibrationOptions,
+    track: Track,
+    *,
+    coded: bool,
 ) -> Moments:
     """The moments a user has kept, or else those of `blocks`, which are kept if asked.
+
+    Args:
+        coded: whether they are for a cache coded in bits.
 
     Raises:
         UserError: the file of kept moments is missing or something else.
     """
     if options.moments is not None:
-        return Moments.load(options.moments)
+        moments = Moments.load(options.moments)
+        moments.check(source.reference.sha256, coded)
+        return moments
     assert blocks is not None
-    moments = collect_moments(source, blocks, track=track)
+    if coded:
+        moments = collect_cache_moments(source, blocks, seed=options.seed, track=track)
+    else:
+        moments = collect_moments(source, blocks, track=track)
     if options.save_moments is not None:
         with atomic_file(options.save_moments) as path:
             moments.save(path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
@@ -85,11 +86,16 @@ def convert(
     with atomic_directory(out, overwrite) as directory:
         reads_text = options.refit or options.refine
         given = options.moments is not None
-        needs_moments = options.whiten or options.form == "linear" or given
+        plan = prediction.plan
+        needs_moments = options.whiten or options.form == "linear" or given or plan.is_coded
         calibrated = reads_text or (needs_moments and not given)
         blocks = calibration_blocks(loaded, options) if calibrated else None
-        moments = moments_of(loaded, blocks, options, track) if needs_moments else None
-        plan = prediction.plan
+        moments = None
+        if needs_moments:
+            moments = moments_of(loaded, blocks, options, track, coded=plan.is_coded)
+        if plan.coded is not None:
+            assert moments is not None
+            plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
@@ -112,6 +118,9 @@ def convert(
             model = model.to(loaded.model.device)
             refine(loaded.model, model, blocks, settings, track=track)
         model = model.to(prediction.dtype)
+        prediction = replace(
+            prediction, plan=plan, kv_bytes=round(plan.kv_bytes), parameters=model.num_parameters()
+        )
         record = {
             "settings": options.model_dump(mode="json"),
             "plan": prediction.to_json(),

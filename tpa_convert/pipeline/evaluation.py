@@ -64,10 +64,8 @@ def evaluate(
     texts = None
     if options.text:
         texts = load_texts(options.text, text_column=options.text_column, split=options.split)
-    columns, tokenizer, saved = load_side_by_side(measured, against, device)
-    report = evaluate_models(
-        columns, tokenizer, options, texts=texts, cache_dtype=saved, track=track
-    )
+    columns, tokenizer = load_side_by_side(measured, against, device)
+    report = evaluate_models(columns, tokenizer, options, texts=texts, track=track)
     if write_card:
         _write_cards(measured, options, report)
     return report
@@ -75,9 +73,9 @@ def evaluate(
 
 def load_side_by_side(
     measured: Sequence[Subject], against: str | SourceOptions | None, device: str
-) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase, torch.dtype]:
-    """Models by the names of their columns, the source first if there is one; the tokenizer of the
-    first, and the type that their weights are saved in.
+) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
+    """Models by the names of their columns, the source first if there is one, and the tokenizer
+    of the first.
 
     Raises:
         UserError: see `evaluate`.
@@ -88,7 +86,7 @@ def load_side_by_side(
     dtype = saved if place.startswith("cuda") else torch.float32
     source = _source(measured, against, place, dtype)
     columns, tokenizer = _columns(measured, source, place, dtype)
-    return columns, tokenizer, saved
+    return columns, tokenizer
 
 
 def _source(

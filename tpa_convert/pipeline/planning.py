@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.families import family_of
 from tpa_convert.options.conversion import BUDGETS
@@ -17,13 +16,15 @@ from tpa_convert.options.planning import PlanOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.planning.coded import search_coded
 from tpa_convert.planning.search import Candidate, PlanReport, check_multiples, search
-from tpa_convert.plans import Budget, plan_to_yaml, plan_uniform
+from tpa_convert.plans import Budget, Plan, plan_coded, plan_to_yaml, plan_uniform
 from tpa_convert.plans.cost import largest_context
 from tpa_convert.plans.plan import floats_of_budget
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import read_source_config
 
+CODED_CURVE = (0.25, 0.1875, 0.125, 0.09375, 0.0625)
 CURVE = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # shares of the source's cache that are measured too
 
 
@@ -33,7 +34,6 @@ class PlanningResult:
 
     Attributes:
         report: all candidates, and which one was chosen.
-        cache_dtype: in which bytes are counted.
         dtype: the source's own type, in which weights are counted.
         source_parameters: of the whole source.
         memory: bytes that weights and cache may take, None if not given.
@@ -44,7 +44,6 @@ class PlanningResult:
     """
 
     report: PlanReport
-    cache_dtype: torch.dtype
     dtype: torch.dtype
     source_parameters: int
     memory: float | None
@@ -59,7 +58,7 @@ class PlanningResult:
             return None
         added = candidate.cost.parameters - self.report.source_cost.parameters
         weight_bytes = (self.source_parameters + added) * self.dtype.itemsize
-        kv_bytes = candidate.plan.kv_bytes(self.cache_dtype)
+        kv_bytes = candidate.plan.kv_bytes
         return largest_context(self.memory, weight_bytes, kv_bytes, self.batch_size)
 
     def to_yaml(self) -> str:
@@ -73,13 +72,14 @@ class PlanningResult:
             "source": self.source,
             "refined": self.refined,
             "source_perplexity": report.source_perplexity,
+            "quantised_source": [asdict(one) for one in report.quantised],
             "source_cost": asdict(report.source_cost),
             "chosen": report.chosen,
             "candidates": [
                 {
                     "budget": candidate.budget,
                     "kv_floats": candidate.plan.kv_floats,
-                    "kv_bytes": candidate.plan.kv_bytes(self.cache_dtype),
+                    "kv_bytes": candidate.plan.kv_bytes,
                     "form": candidate.form,
                     "split": candidate.split,
                     "predicted_kl": candidate.predicted_kl,
@@ -125,26 +125,38 @@ def plan(
         where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
     )
     stored = config.dtype or torch.float32
-    cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else stored
-    kv_floats, curve = _budgets(family_of(config).attention_sizes(config), options, cache_dtype)
+    sizes = family_of(config).attention_sizes(config)
+    if options.coded:
+        wanted, plans = _coded_plans(sizes, options)
+    else:
+        kv_floats, curve = _budgets(sizes, options)
     loaded = load(where, device)
     held_out, blocks = _split(calibration_blocks(loaded, options))
-    moments = moments_of(loaded, blocks, options, track)
-    if moments.source_sha256 != loaded.reference.sha256:
-        raise UserError(f"{options.moments} was made from another source: leave out --moments")
-    report = search(
-        loaded,
-        moments,
-        held_out,
-        options,
-        kv_floats=kv_floats,
-        curve=curve,
-        refinement_text=blocks,
-        track=track,
-    )
+    moments = moments_of(loaded, blocks, options, track, coded=options.coded)
+    if options.coded:
+        report = search_coded(
+            loaded,
+            moments,
+            held_out,
+            plans,
+            wanted=wanted,
+            max_increase=options.max_increase,
+            context=options.context,
+            track=track,
+        )
+    else:
+        report = search(
+            loaded,
+            moments,
+            held_out,
+            options,
+            kv_floats=kv_floats,
+            curve=curve,
+            refinement_text=blocks,
+            track=track,
+        )
     return PlanningResult(
         report,
-        cache_dtype,
         stored,
         loaded.model.num_parameters(),
         None if options.memory is None else options.memory * 1e9,
@@ -155,9 +167,33 @@ def plan(
     )
 
 
-def _budgets(
-    sizes: dict[str, Any], options: PlanOptions, cache_dtype: torch.dtype
-) -> tuple[float | None, list[float]]:
+def _coded_plans(sizes: dict[str, Any], options: PlanOptions) -> tuple[Plan | None, list[Plan]]:
+    """The plan at the wanted budget, and all that are measured, by falling budget.
+
+    Raises:
+        UserError: what the options ask for cannot be, told before anything is loaded.
+    """
+    bits = None if options.cache_bits == "auto" else int(options.cache_bits)
+
+    def at(budget: Budget) -> Plan:
+        return plan_coded(sizes, budget, bits=bits, key_blocks=options.key_blocks)
+
+    wanted = None
+    if options.budgets:
+        wanted = at(Budget(**{name: getattr(options, name) for name in BUDGETS}))
+    plans = []
+    for share in CODED_CURVE:
+        try:
+            plans.append(at(Budget(kv_ratio=share)))
+        except UserError:  # a tiny model has no room for rows of so few bytes
+            continue
+    plans += [wanted] if wanted is not None and wanted not in plans else []
+    if not plans:
+        at(Budget(kv_ratio=max(CODED_CURVE)))  # says why
+    return wanted, sorted(plans, key=lambda plan: plan.kv_bytes, reverse=True)
+
+
+def _budgets(sizes: dict[str, Any], options: PlanOptions) -> tuple[float | None, list[float]]:
     """The wanted budget in numbers per token and layer, and the others that are measured too.
 
     Raises:
@@ -168,12 +204,12 @@ def _budgets(
     kv_floats = None
     if options.budgets:
         budget = Budget(**{name: getattr(options, name) for name in BUDGETS})
-        plan_uniform(sizes, budget, cache_dtype=cache_dtype)  # refuses what cannot be
+        plan_uniform(sizes, budget)  # refuses what cannot be
         layers = sizes["num_hidden_layers"]
-        kv_floats = floats_of_budget(budget, layers, source_floats, cache_dtype)
+        kv_floats = floats_of_budget(budget, layers, source_floats)
     # Without a budget of the user's, one budget on the curve has to fit.
     largest = max(curve) if kv_floats is None else kv_floats
-    check_multiples(sizes, largest, options.multiple_of, options.key_cache)
+    check_multiples(sizes, largest, options.multiple_of, options.plain_key_cache)
     return kv_floats, curve
 
 

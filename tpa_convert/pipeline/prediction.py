@@ -14,7 +14,7 @@ from tpa_convert.dtypes import dtype_name, named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.families import family_of
 from tpa_convert.options.conversion import BUDGETS, RANKS, ConvertOptions
-from tpa_convert.plans import Budget, Plan, load_plan, plan_uniform
+from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_uniform
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,13 @@ class Prediction:
     Attributes:
         plan: ranks and widths of every layer.
         dtype: of the weights to be written.
-        cache_dtype: in which the bytes are counted.
-        source_kv_bytes, kv_bytes: cached per token by the whole model, before and after.
+        source_kv_bytes, kv_bytes: cached per token by the whole model, before and after; numbers
+            have 16 bits.
         source_parameters, parameters: before and after; tied ones count once.
     """
 
     plan: Plan
     dtype: torch.dtype
-    cache_dtype: torch.dtype
     source_kv_bytes: int
     kv_bytes: int
     source_parameters: int
@@ -41,7 +40,6 @@ class Prediction:
         """Plain values; `layers` has one entry per layer."""
         return {
             "dtype": dtype_name(self.dtype),
-            "cache_dtype": dtype_name(self.cache_dtype),
             "source_kv_floats": self.plan.source_kv_floats,
             "kv_floats": self.plan.kv_floats,
             "source_kv_bytes": self.source_kv_bytes,
@@ -65,7 +63,6 @@ def predict(
     """
     family = family_of(config)
     dtype = named_dtype(options.dtype) if options.dtype else config.dtype or torch.float32
-    cache_dtype = named_dtype(options.cache_dtype) if options.cache_dtype else dtype
     sizes = family.attention_sizes(config)
     whole_heads = METHODS[options.method].whole_heads
     heads = sizes["num_attention_heads"]
@@ -76,16 +73,20 @@ def predict(
         if whole_heads:
             raise UserError(f"the {options.method} method keeps whole heads: leave out --plan")
     else:
-        plan = plan_uniform(
-            sizes,
-            Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)}),
-            form=options.form,
-            gauge=options.gauge,
-            whole_heads=whole_heads,
-            cache_dtype=cache_dtype,
-            rank_q=options.rank_q,
-            key_cache=options.key_cache,
-        )
+        budget = Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)})
+        if options.coded:
+            bits = None if options.cache_bits == "auto" else int(options.cache_bits)
+            plan = plan_coded(sizes, budget, bits=bits, key_blocks=options.key_blocks)
+        else:
+            plan = plan_uniform(
+                sizes,
+                budget,
+                form=options.form,
+                gauge=options.gauge,
+                whole_heads=whole_heads,
+                rank_q=options.rank_q,
+                key_cache=options.plain_key_cache,
+            )
     if options.method == "tucker":
         groups, head_dim = plan.num_key_value_heads, plan.head_dim
         for width in {layer.width_v for layer in plan.layers}:
@@ -100,15 +101,16 @@ def predict(
         raise UserError(str(error)) from error
     with torch.device("meta"):
         source = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            config,
+            attn_implementation=family.attention_implementation,
+            trust_remote_code=trust_remote_code,
         )
         converted = family.causal_lm(tpa_config)
     return Prediction(
         plan=plan,
         dtype=dtype,
-        cache_dtype=cache_dtype,
-        source_kv_bytes=plan.source_kv_floats * len(plan.layers) * cache_dtype.itemsize,
-        kv_bytes=round(plan.kv_bytes(cache_dtype)),
+        source_kv_bytes=plan.source_kv_bytes,
+        kv_bytes=round(plan.kv_bytes),
         source_parameters=source.num_parameters(),
         parameters=converted.num_parameters(),
     )

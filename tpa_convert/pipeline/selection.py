@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from tpa_convert.conversion.probe import probe
 from tpa_convert.errors import UserError
+from tpa_convert.families import family_of
 from tpa_convert.options.source import SourceOptions
-from tpa_convert.sources import Source, load_source
+from tpa_convert.sources import Source, load_source, read_source_config
 
 
 def source_options(source: str | SourceOptions) -> SourceOptions:
@@ -20,7 +22,14 @@ def source_options(source: str | SourceOptions) -> SourceOptions:
 
 
 def load(source: SourceOptions, device: str, dtype: torch.dtype = torch.float32) -> Source:
-    """`load_source` with the options of a recipe. Raises what it raises."""
+    """`load_source` with the options of a recipe. Raises what it raises, and what `probe` does of a
+    model whose family a user has described."""
+    config = read_source_config(
+        source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    family = family_of(config)
+    if family.registered:
+        probe(family, config)
     return load_source(
         source.model,
         revision=source.revision,

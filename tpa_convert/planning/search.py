@@ -25,7 +25,7 @@ from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.sources import Source
 
-Split = Literal["uniform", "halfway", "measured"]
+Split = Literal["uniform", "halfway", "measured", "coded"]
 CONTEXTUAL: tuple[Form, ...] = ("affine", "linear")
 
 
@@ -38,7 +38,7 @@ class Candidate:
         plan: shapes of the layers.
         form: of all layers.
         split: `uniform` over layers and between keys and values, by `measured` sensitivity, or
-            `halfway` between the two.
+            `halfway` between the two. `coded`: in bits, which need no sensitivity.
         predicted_kl: sum of the losses of all parts, nats per token; None for contextual forms.
         kl: measured, KL(source ‖ model) in nats per token.
         perplexity_ratio: measured, to the source's.
@@ -56,6 +56,22 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """The source with its own cache quantised, on the same text.
+
+    Attributes:
+        bits: of a number.
+        share: of the bytes of the source's cache, scales counted.
+        kl, perplexity_ratio: see `Candidate`.
+    """
+
+    bits: int
+    share: float
+    kl: float
+    perplexity_ratio: float
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """Everything that was measured, and which candidate was chosen.
 
@@ -66,6 +82,7 @@ class PlanReport:
         source_cost: of the source's attention layers.
         source_perplexity: on the same text.
         context: tokens that `decode_flops` and `prefill_flops` are counted at.
+        quantised: the source's quantised caches, where they were measured.
     """
 
     candidates: tuple[Candidate, ...]
@@ -74,6 +91,7 @@ class PlanReport:
     source_cost: Cost
     source_perplexity: float
     context: int
+    quantised: tuple[Quantised, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -189,10 +207,10 @@ def search(
     # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
     few = blocks[: max(1, len(blocks) // 4)]
     sensitivity = measure_sensitivity(
-        source, moments, few, key_cache=options.key_cache, track=track
+        source, moments, few, key_cache=options.plain_key_cache, track=track
     )
     wanted = [] if kv_floats is None else [kv_floats]
-    least = least_floats(sizes, options.multiple_of, options.key_cache)
+    least = least_floats(sizes, options.multiple_of, options.plain_key_cache)
     fitting = [floats for floats in curve if floats >= least]
     proposals = [
         proposal
@@ -236,7 +254,7 @@ def _proposals(
     with_contextual: bool,
 ) -> Iterator[_Proposal]:
     """The plans at one budget, the uniform one first."""
-    key_cache, gauge = options.key_cache, options.gauge
+    key_cache, gauge = options.plain_key_cache, options.gauge
     uniform = plan_uniform(sizes, Budget(kv_floats=floats), key_cache=key_cache)
     uneven = plan_measured(sensitivity, sizes, floats, options.multiple_of, key_cache)
     between = plan_between(uniform, uneven, sizes)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tpa_convert.modeling import LayerShape
 from tpa_convert.plans.plan import Plan
 
@@ -129,15 +127,19 @@ def _times(cost: Cost, count: int) -> Cost:
     return Cost(*(value * count for value in vars(cost).values()))
 
 
-def rebuilding_per_byte(plan: Plan, cache_dtype: torch.dtype) -> float:
+def rebuilding_per_byte(plan: Plan) -> float:
     """Operations that rebuild latent keys at every step, for each byte cached; 0 without them.
 
     A GPU hides them behind its reading while they stay well below its own ratio of arithmetic to
     bandwidth, about 300 for bfloat16 on an H100.
     """
     head_width = plan.num_key_value_heads * plan.head_dim
-    rebuilt = sum(2 * head_width * shape.width_k for shape in plan.layers if shape.latent_keys)
-    return rebuilt / plan.kv_bytes(cache_dtype)
+    rebuilt = sum(
+        2 * head_width * shape.width_k / (plan.coded.key_blocks if plan.coded else shape.key_blocks)
+        for shape in plan.layers
+        if shape.latent_keys
+    )
+    return rebuilt / plan.source_kv_bytes
 
 
 def largest_context(memory: float, weight_bytes: float, kv_bytes: float, batch: int) -> int:

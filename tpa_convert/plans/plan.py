@@ -6,11 +6,10 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import Form, Gauge, KeyCache, LayerShape
 
+NUMBER_BYTES = 2  # of a number in the cache
 LATENT_KEY_SHARE = 3 / 8  # keys need less than values where all rotary pairs share components
 
 
@@ -43,6 +42,25 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class CodedBudget:
+    """How codes are to be chosen, once it is known what the model does on text.
+
+    Args:
+        total_bytes: of one token in all layers.
+        key_blocks: of rotary pairs.
+        align: see `LayerShape.row_align`.
+        bits: of every component that is kept; None chooses by component.
+        predict_values: see `LayerShape`.
+    """
+
+    total_bytes: int
+    key_blocks: int
+    align: int
+    bits: int | None = None
+    predict_values: bool = True
+
+
+@dataclass(frozen=True)
 class Plan:
     """Per-layer shapes of a conversion.
 
@@ -50,16 +68,26 @@ class Plan:
         layers: one shape per layer.
         num_key_value_heads, head_dim: of the source.
         rank_limit_k: most components on one rotary pair of a static layer, None for no limit.
+        coded: of a cache whose codes are still to be chosen, the budget; the layers then say only
+            how large the source's are.
     """
 
     layers: list[LayerShape]
     num_key_value_heads: int
     head_dim: int
     rank_limit_k: int | None = None
+    coded: CodedBudget | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether codes of bits are cached, chosen or still to be chosen."""
+        return self.coded is not None or any(layer.coded for layer in self.layers)
 
     @property
     def kv_floats(self) -> float:
-        """Numbers cached per token and layer, mean over layers."""
+        """Numbers cached per token and layer, mean over layers; codes count as 16-bit numbers."""
+        if self.is_coded:
+            return self.kv_bytes / (NUMBER_BYTES * len(self.layers))
         total = sum(layer.cached_floats(self.num_key_value_heads) for layer in self.layers)
         return total / len(self.layers)
 
@@ -68,13 +96,24 @@ class Plan:
         """The same of the source."""
         return 2 * self.num_key_value_heads * self.head_dim
 
-    def kv_bytes(self, dtype: torch.dtype) -> float:
-        """Bytes cached per token by the whole model, in `dtype`."""
-        return self.kv_floats * len(self.layers) * dtype.itemsize
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes cached per token by the whole model; numbers have 16 bits, whatever the model's
+        type is."""
+        if self.coded is not None:
+            return self.coded.total_bytes
+        if self.is_coded:
+            return sum(layer.cached_bytes(self.num_key_value_heads) for layer in self.layers)
+        return self.kv_floats * len(self.layers) * NUMBER_BYTES
+
+    @property
+    def source_kv_bytes(self) -> int:
+        """Bytes that the source caches per token, at 16 bits a number."""
+        return self.source_kv_floats * len(self.layers) * NUMBER_BYTES
 
     def with_gauge(self, gauge: Gauge | Literal["auto"]) -> Plan:
         """The same widths with the gauge of every layer in one place; `auto` changes nothing."""
-        if gauge == "auto":
+        if gauge == "auto" or self.is_coded:
             return self
         layers = [
             replace(
@@ -89,18 +128,16 @@ class Plan:
 
 def stays_applied(shape: LayerShape) -> bool:
     """Whether the gauge of the keys cannot be absorbed, wherever that of the values is."""
-    return shape.latent_keys or shape.key_norm
+    return shape.latent_keys or bool(shape.key_norm)
 
 
 def norm_floats(sizes: dict[str, Any], key_cache: KeyCache) -> int:
     """Numbers per token that static layers cache beside their widths: a norm for each key head."""
-    rotated = key_cache == "rotated"
-    return sizes["num_key_value_heads"] if sizes["key_norm"] and rotated else 0
+    cached = sizes["key_norm"] is True and key_cache == "rotated"
+    return sizes["num_key_value_heads"] if cached else 0
 
 
-def floats_of_budget(
-    budget: Budget, num_layers: int, source_floats: int, cache_dtype: torch.dtype
-) -> float:
+def floats_of_budget(budget: Budget, num_layers: int, source_floats: int) -> float:
     """Numbers per token and layer that a budget given as floats, bytes or ratio allows."""
     given = [v for v in (budget.kv_floats, budget.kv_bytes, budget.kv_ratio) if v is not None]
     if len(given) != 1 or budget.outright:
@@ -110,7 +147,7 @@ def floats_of_budget(
     if budget.kv_floats is not None:
         return budget.kv_floats
     if budget.kv_bytes is not None:
-        return budget.kv_bytes / (num_layers * cache_dtype.itemsize)
+        return budget.kv_bytes / (num_layers * NUMBER_BYTES)
     assert budget.kv_ratio is not None
     return budget.kv_ratio * source_floats
 
@@ -122,7 +159,6 @@ def plan_uniform(
     form: Form = "static",
     whole_heads: bool = False,
     gauge: Gauge | Literal["auto"] = "auto",
-    cache_dtype: torch.dtype = torch.float32,
     rank_q: int | None = None,
     key_cache: KeyCache = "rotated",
 ) -> Plan:
@@ -137,7 +173,6 @@ def plan_uniform(
             `svd` method: the layer of the paper).
         gauge: `absorbed`, `applied`, or `auto`: absorbed while neither width exceeds the head dim,
             because beyond that the query and output projections would grow.
-        cache_dtype: what `kv_bytes` counts in.
         rank_q: rank of factored queries.
         key_cache: `rotated` or `latent`, see `LayerShape`.
 
@@ -154,7 +189,7 @@ def plan_uniform(
         rank_k, width_k = outright(budget.rank_k, budget.width_k, form, groups, head_dim)
         rank_v, width_v = outright(budget.rank_v, budget.width_v, form, groups, head_dim)
     else:
-        floats = floats_of_budget(budget, num_layers, source_floats, cache_dtype)
+        floats = floats_of_budget(budget, num_layers, source_floats)
         if floats > source_floats:
             raise UserError(
                 f"a budget of {floats:g} numbers per token and layer is above the source's "

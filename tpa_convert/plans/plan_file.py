@@ -15,7 +15,7 @@ from tpa_convert.plans.plan import Plan
 
 # What a conversion finds out is no part of a plan.
 FIELDS = tuple(field.name for field in fields(LayerShape) if field.name != "key_pairs")
-STRINGS = ("form", "key_gauge", "value_gauge", "key_cache")
+STRINGS = ("form", "key_gauge", "value_gauge", "key_cache", "key_codes", "value_codes")
 OPTIONAL = {
     field.name: field.default for field in fields(LayerShape) if field.default is not MISSING
 }

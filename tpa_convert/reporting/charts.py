@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
 from tpa_convert.healing import HealingReport
@@ -43,13 +41,10 @@ def check_chart(path: Path) -> None:
         raise UserError(f"a chart ends in {', '.join(FORMATS)}, not {path.name}")
 
 
-def planning_chart(
-    report: PlanReport, path: Path, *, cache_dtype: torch.dtype, refined: bool
-) -> None:
+def planning_chart(report: PlanReport, path: Path, *, refined: bool) -> None:
     """Perplexity against cache bytes, and the chosen widths by layer.
 
     Args:
-        cache_dtype: in which bytes are counted.
         refined: whether candidates were refined before they were measured.
     """
     plt = pyplot()
@@ -57,7 +52,7 @@ def planning_chart(
 
     for split, label in LABELS.items():
         points = [c for c in report.candidates if c.form == "static" and c.split == split]
-        kilobytes = [c.plan.kv_bytes(cache_dtype) / 1e3 for c in points]
+        kilobytes = [c.plan.kv_bytes / 1e3 for c in points]
         curve.plot(
             kilobytes, [c.perplexity_ratio for c in points], "o-", color=COLORS[split], label=label
         )
@@ -65,14 +60,14 @@ def planning_chart(
         curve.plot(kilobytes, predicted, ":", color=COLORS[split], linewidth=1)
     for c in report.candidates:
         if c.form != "static":
-            x = c.plan.kv_bytes(cache_dtype) / 1e3
+            x = c.plan.kv_bytes / 1e3
             marker = MARKERS[c.form]
             curve.plot(
                 x, c.perplexity_ratio, marker, color="#d62728", fillstyle="none", label=c.form
             )
     best = report.candidates[report.chosen]
     curve.plot(
-        best.plan.kv_bytes(cache_dtype) / 1e3,
+        best.plan.kv_bytes / 1e3,
         best.perplexity_ratio,
         "*",
         color="#2ca02c",

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from tpa_convert.decomposition import AttentionWeights, HeadNorm
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import AttentionNames, norm_epsilon, sliding_window, source_head_dim
+from tpa_convert.modeling import (
+    AttentionNames,
+    PairOrder,
+    norm_epsilon,
+    norm_width,
+    sliding_window,
+    source_head_dim,
+    source_key_value_heads,
+)
 
 
 def attention_weights(
@@ -34,8 +42,11 @@ def attention_weights(
         UserError: projections whose shapes do not fit the config.
     """
     head_dim = source_head_dim(config)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    order = half_split_order(head_dim, rotated_dims(config, head_dim, layer_idx))
+    heads, groups = config.num_attention_heads, source_key_value_heads(config)
+    rotated = 0
+    if names.table_order(attention) is not None:
+        rotated = rotated_dims(config, head_dim, layer_idx)
+    order = half_split_order(head_dim, rotated, names.pairs)
     query, key, value = (
         part.to(device, dtype).unflatten(0, (-1, head_dim))
         for part in _projections(attention, names, heads, groups, head_dim, layer_idx)
@@ -46,12 +57,12 @@ def attention_weights(
         for name in (names.query_norm, names.key_norm)
     )
     if key_norm is not None:
-        key = key * key_norm.divisor[:, None]
+        key = key * key_norm.divisor[..., None]
     if order is not None:
         if query_norm is not None or key_norm is not None:
             raise UserError(
-                f"layer {layer_idx} rotates a part of each head and normalises it, which is not "
-                "supported yet"
+                f"layer {layer_idx} normalises its heads and rotates a part of them, or neighbours "
+                "in them, which is not supported yet"
             )
         query, key = query[:, order], key[:, order]
     return AttentionWeights(
@@ -60,7 +71,7 @@ def attention_weights(
         value=value,
         output=output.weight.to(query).unflatten(1, (-1, head_dim)),
         output_bias=None if output.bias is None else output.bias.to(query),
-        scale=attention.scaling,
+        scale=getattr(attention, "scaling", head_dim**-0.5),
         query_norm=query_norm,
         key_norm=key_norm,
         window=sliding_window(attention, config, layer_idx),
@@ -70,31 +81,30 @@ def attention_weights(
 
 def rotated_dims(config: Any, head_dim: int, layer_idx: int) -> int:
     """How many of a head's dimensions the source rotates."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer_idx] in rope:
         rope = rope[kinds[layer_idx]]
+    if rope.get("rope_type") == "proportional":
+        return head_dim  # pairs of the whole head, those beyond the share with frequency 0
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
     # transformers' table has a column for each half of a pair, also where the share leaves a rest.
     return head_dim if share is None else -(-int(head_dim * share) // 2) * 2
 
 
-def half_split_order(head_dim: int, rotated: int) -> list[int] | None:
+def half_split_order(head_dim: int, rotated: int, pairs: PairOrder = "halves") -> list[int] | None:
     """Order of a head's dimensions that makes p and p + head_dim / 2 a pair; None if it is so.
 
-    The source pairs p with p + rotated / 2 among the first `rotated` dimensions. The others, which
-    it does not rotate, form pairs among themselves.
+    The source has its pairs among the first `rotated` dimensions. The others, which it does not
+    rotate, form pairs among themselves.
     """
-    if rotated == head_dim:
-        return None
     half, rest = rotated // 2, (head_dim - rotated) // 2
-    parts = (
-        range(half),
-        range(rotated, rotated + rest),
-        range(half, rotated),
-        range(rotated + rest, head_dim),
-    )
-    return [dimension for part in parts for dimension in part]
+    first, second = range(half), range(half, rotated)
+    if pairs == "neighbours":
+        first, second = range(0, rotated, 2), range(1, rotated, 2)
+    parts = (first, range(rotated, rotated + rest), second, range(rotated + rest, head_dim))
+    order = [dimension for part in parts for dimension in part]
+    return None if order == list(range(head_dim)) else order
 
 
 def _projections(
@@ -122,7 +132,12 @@ def _projections(
                 f"layer {layer_idx}: {name} has {len(part)} rows where the config says {count}; "
                 "check that config.json belongs to these weights"
             )
-    return list(parts[0].split(rows)) if names.fused is not None else parts
+    if names.fused is None:
+        return parts
+    if not names.fused_by_head:
+        return list(parts[0].split(rows))
+    by_head = parts[0].unflatten(0, (groups, heads // groups + 2, head_dim))
+    return [part.flatten(0, 2) for part in (by_head[:, :-2], by_head[:, -2:-1], by_head[:, -1:])]
 
 
 def _with_bias(projection: Any) -> Tensor:
@@ -133,12 +148,13 @@ def _with_bias(projection: Any) -> Tensor:
 
 @torch.no_grad()
 def _head_norm(norm: nn.Module | None, head_dim: int, like: Tensor) -> HeadNorm | None:
-    """The weight γ and the constant of an RMS norm over a head, however the family stores them."""
+    """The weight γ and the constant of an RMS norm over a head, or over all of them, however the
+    family stores them."""
     if norm is None:
         return None
     eps = norm_epsilon(norm)
     parameter = next(norm.parameters())
-    ones = torch.ones(head_dim, dtype=parameter.dtype, device=parameter.device)
+    ones = torch.ones(norm_width(norm), dtype=parameter.dtype, device=parameter.device)
     # The mean square of ones is 1: what comes out is γ / √(1 + ε).
     weight = norm(ones).to(like) * (1.0 + eps) ** 0.5
-    return HeadNorm(weight, eps)
+    return HeadNorm(weight if len(weight) == head_dim else weight.unflatten(0, (-1, head_dim)), eps)

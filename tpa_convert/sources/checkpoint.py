@@ -28,10 +28,14 @@ from transformers.utils import is_gguf_available
 from tpa_convert.errors import UserError
 
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+# Patterns match across slashes: all but templates are wanted from the top alone, where others keep
+# copies of the weights in other formats.
+_HUB_NOT = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.py")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A GGUF file begins with its names. Llama 3's RoPE scaling is a tensor, linear's and YaRN's a key.
 _GGUF_HEADER_BYTES = 32 << 20
 _GGUF_ROPE_SCALING = (b"rope_freqs.weight", b".rope.scaling.factor")
+_GGUF_PARTS = re.compile(rb"split\.(no|count)\x02\0\0\0(..)", re.DOTALL)  # 2: a 16-bit number
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -165,6 +169,13 @@ class Checkpoint:
             if file.read(4) != b"GGUF":
                 raise self.error("this is not a GGUF file; give a .gguf file or a directory")
             header = file.read(_GGUF_HEADER_BYTES)
+        found = {name: int.from_bytes(two, "little") for name, two in _GGUF_PARTS.findall(header)}
+        if found.get(b"count", 1) > 1:
+            part = f"part {found.get(b'no', 0) + 1} of {found[b'count']}"
+            raise self.error(
+                f"this is {part} of a GGUF file; merge them (`llama-gguf-split --merge FIRST-PART "
+                "MERGED.gguf`) and give the result"
+            )
         if any(mark in header for mark in _GGUF_ROPE_SCALING):
             warnings.warn(
                 f"{self.spec}: transformers does not read the RoPE scaling of a GGUF file, so long "
@@ -244,7 +255,7 @@ def _download(spec: str, revision: str | None, patterns: list[str]) -> tuple[Pat
     named = f"{spec} at revision {revision}" if revision else spec
     try:
         directory = snapshot_download(
-            spec, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+            spec, revision=revision, allow_patterns=patterns, ignore_patterns=list(_HUB_NOT)
         )
     except GatedRepoError as error:
         raise UserError(
@@ -259,6 +270,11 @@ def _download(spec: str, revision: str | None, patterns: list[str]) -> tuple[Pat
             "private model run `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        # Without the Hub, what is on disk is taken even if not all of the snapshot is: whatever
+        # is missing and needed will be told by name.
+        cached = getattr(error, "snapshot_path", None)
+        if cached and (Path(cached) / "config.json").is_file():
+            return Path(cached), Path(cached).name
         number = getattr(error, "errno", None)
         if number in _UNWRITABLE:
             raise UserError(

@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tpa_convert.errors import UserError
-from tpa_convert.families.family import ALREADY_TPA, Family, family_of
+from tpa_convert.families.family import ALREADY_TPA, CUSTOM_PAGE, Family, family_of
 from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
 
 
@@ -143,7 +144,7 @@ def _refuse_unreadable_type(
     if "auto_map" not in raw:
         raise checkpoint.error(
             f"model type {model_type!r} is unknown to transformers {transformers.__version__}; "
-            "upgrade transformers, or use a Llama-style model"
+            f"upgrade transformers, or describe it in a file for --import ({CUSTOM_PAGE})"
         )
     if not trust_remote_code:
         raise checkpoint.error(
@@ -162,7 +163,7 @@ def _load_model(
             config=config,
             dtype=dtype,
             use_safetensors=None if location else True,
-            attn_implementation="sdpa",  # causal without a mask, as a walk by layers needs it
+            attn_implementation=family_of(config).attention_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **location,
@@ -203,6 +204,12 @@ def _load_tokenizer(
                 checkpoint.directory, trust_remote_code=trust_remote_code, **location
             )
     except Exception as error:
+        packages = _missing_packages(checkpoint.directory)
+        if packages:
+            raise checkpoint.error(
+                f"reading tokenizer.model needs {' and '.join(packages)}: pip install "
+                f"{' '.join(packages)}; or put a tokenizer.json beside it"
+            ) from error
         raise checkpoint.error(
             "the tokenizer cannot be loaded; put the tokenizer's files (tokenizer.json, "
             f"tokenizer_config.json) beside the weights ({type(error).__name__})"
@@ -214,6 +221,26 @@ def _load_tokenizer(
             if isinstance(index, int):
                 setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
     return tokenizer
+
+
+def _missing_packages(directory: Path) -> list[str]:
+    """Packages that a directory's only tokenizer file needs to be read, and that are not here."""
+    path = directory / "tokenizer.model"
+    if not path.is_file() or (directory / "tokenizer.json").is_file():
+        return []
+    with path.open("rb") as file:
+        is_protobuf = file.read(1) == b"\n"  # the tag of the first piece; tiktoken's is base64
+    needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    if not is_protobuf:
+        needed = {"tiktoken": "tiktoken"}
+    return [package for package, module in needed.items() if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datasets import IterableDataset
 
 from tpa_convert.errors import UserError
-from tpa_convert.text.read import load_documents, local_files
+from tpa_convert.text.files import local_files
+from tpa_convert.text.read import load_documents
 from tpa_convert.text.tokens import Documents, texts_of
 
 # Shorter documents ("Chapter 1", "Thank you.") recur without having been copied.

@@ -7,11 +7,8 @@ not a download of the whole corpus.
 
 from __future__ import annotations
 
-import glob
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,30 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
-from datasets.config import ZSTANDARD_AVAILABLE
-from datasets.packaged_modules.json.json import JsonConfig
 from huggingface_hub import HfApi
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
+from tpa_convert.text.chat import CHAT_COLUMNS, as_chat, packed_chat, plain
+from tpa_convert.text.files import builder_of, local_files, no_progress_bars, read_files
 from tpa_convert.text.tokens import Documents, begin, token_documents
 
-BUILDERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
-COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
-FORMATS = "txt, md, jsonl, json, csv or parquet, also .gz, .xz, .zst or .bz2"
-# Where a column of strings holds even one number, newer versions of `datasets` give all of it as
-# JSON, with quotes and escapes, and past the first 10 MB even under the type of strings. None makes
-# them refuse such a column, as older versions do.
-STRICT_JSON = {"on_mixed_types": None} if hasattr(JsonConfig, "on_mixed_types") else {}
+BYTE_ORDER_MARK = "\ufeff"  # as editors of Windows begin a file
 
 
 @dataclass(frozen=True)
@@ -69,13 +52,16 @@ def load_documents(
 ) -> Documents:
     """Load documents as rows with a string column `text` and, where known, a string `source`.
 
+    Chats, in a column `messages` or `conversations` or whichever is asked for, have what is said as
+    their `text`, and a column `messages` from which they are rendered with a tokenizer's template.
+
     Args:
         spec: a local file (txt, md, jsonl, json, csv, parquet, also compressed with .gz, .xz, .zst
             or .bz2), a directory of such files (read recursively), a glob, or a dataset on the Hub
             as "name" or "name:config". A text file is one document, or several separated by form
             feeds. Several specs are concatenated; those without a `source` column are then told
             apart by name.
-        text_column: the column that holds the text.
+        text_column: the column that holds the text, or chats.
         split: the split of a Hub dataset; local files have only one.
 
     Returns:
@@ -181,107 +167,57 @@ def _load_one(spec: str, name: str, text_column: str, split: str) -> Text:
     tables: list[pa.Table] = []
     by_builder: dict[str, list[str]] = {}
     for file in files:
-        by_builder.setdefault(_builder(file) or "", []).append(str(file))
+        by_builder.setdefault(builder_of(file) or "", []).append(str(file))
     for builder, names in by_builder.items():
         tables.append(_document_table(builder, names, spec, text_column))
-    with_source = all("source" in table.column_names for table in tables)
-    columns = ["text", "source"] if with_source else ["text"]
-    documents = Dataset(pa.concat_tables([table.select(columns) for table in tables]))
+    if not all("source" in table.column_names for table in tables):
+        tables = [t.select([c for c in t.column_names if c != "source"]) for t in tables]
+    documents = Dataset(pa.concat_tables(tables, promote_options="default"))
     if documents.num_rows == 0:
         raise UserError(f"no text in {spec}: give a file with text in it")
     return Text(name, documents, several_files=len(files) > 1)
 
 
-def local_files(spec: str) -> list[Path] | None:
-    """The files a spec names, or None if it can only be a dataset on the Hub."""
-    path = Path(spec).expanduser()
-    if path.is_file():
-        if _builder(path) is None:
-            raise UserError(f"cannot tell the format of {spec}: rename it to one of {FORMATS}")
-        return [path]
-    if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.is_file() and _builder(f)]
-        if not files:
-            raise UserError(f"no text in {spec}: the directory has no file of type {FORMATS}")
-        return files
-    if any(character in spec for character in "*?["):
-        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-        files = [f for f in matches if f.is_file() and _builder(f)]
-        if not files:
-            raise UserError(f"no file matches {spec}: check the pattern (files of type {FORMATS})")
-        return files
-    looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1
-    if looks_like_path or _builder(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:.+)?", spec):
-        raise UserError(f"no such file: {spec} (check the path)")
-    return None
-
-
-def _builder(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
-
-
-def read_files(builder: str, files: Sequence[str], spec: str) -> pa.Table:
-    """Read files of one format into memory, decompressing them where needed.
-
-    Args:
-        builder: a builder of `datasets`: text, json, csv or parquet. With text, a file is a row.
-        spec: what the user named, for error messages.
-
-    Raises:
-        UserError: unreadable or empty files, or a column of json that mixes types.
-    """
-    options: dict[str, Any] = {}
-    if builder == "text":
-        options = {"sample_by": "document"}
-    elif builder == "json":
-        options = STRICT_JSON
-    if not ZSTANDARD_AVAILABLE and any(file.endswith(".zst") for file in files):
-        raise UserError(f"{spec} is compressed with zstd: pip install zstandard")
-    # data_files are patterns to `datasets`: a "[" in a file name must not act as one.
-    escaped = [glob.escape(file) for file in files]
-    try:
-        # Streaming keeps the data out of the disk cache; only lock files go to the directory.
-        with _no_progress_bars(), tempfile.TemporaryDirectory() as scratch:
-            stream = load_dataset(
-                builder,
-                data_files=escaped,
-                split="train",
-                streaming=True,
-                cache_dir=scratch,
-                **options,
-            )
-            tables = list(stream.with_format("arrow").iter(batch_size=1000))
-    except StopIteration:  # from the builder of json, which looks for a first row
-        tables = []
-    except Exception as error:  # the builders raise many kinds; all mean: this file cannot be read
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise UserError(f"cannot read {spec} as {builder}: {reason}") from error
-    if not tables:
-        raise UserError(f"no text in {spec}: the file is empty")
-    return pa.concat_tables(tables, promote_options="permissive")
-
-
 def _document_table(builder: str, files: list[str], spec: str, text_column: str) -> pa.Table:
-    """Documents of one format: an arrow table with `text` and perhaps `source`."""
-    table = read_files(builder, files, spec)
+    """Documents of one format: an arrow table with `text` and perhaps `messages` and `source`."""
+    table = read_files(builder, files, spec, [text_column, *CHAT_COLUMNS, "source"])
     if builder == "text":
-        parts = [part for text in table["text"].to_pylist() for part in text.split("\f")]
+        texts = [text.removeprefix(BYTE_ORDER_MARK) for text in table["text"].to_pylist()]
+        parts = [part for text in texts for part in text.split("\f")]
         return _nonempty(pa.table({"text": pa.array(parts, pa.large_string())}))
-    if text_column not in table.column_names:
+    column = _text_column(text_column, table.column_names, spec)
+    try:
+        columns = _chat_columns(table[column]) or {"text": _as_strings(table[column])}
+        if "source" in table.column_names:
+            columns["source"] = _as_strings(table["source"])
+        return _nonempty(pa.table(columns))
+    except pa.ArrowException as error:
+        raise UserError(f"column {column!r} of {spec} does not hold text") from error
+
+
+def _text_column(wanted: str, columns: Sequence[str], spec: str) -> str:
+    """The column with the text; chats count where no text column was asked for."""
+    names = [wanted, *(CHAT_COLUMNS if wanted == "text" else ())]
+    found = next((name for name in names if name in columns), None)
+    if found is None:
         raise UserError(
-            f"no column {text_column!r} in {spec}: it has {', '.join(table.column_names)}; "
+            f"no column {wanted!r} in {spec}: it has {', '.join(columns)}; "
             "choose one with --text-column"
         )
-    columns = {"text": table[text_column]}
-    if "source" in table.column_names:
-        columns["source"] = table["source"]
-    try:
-        return _nonempty(pa.table({name: _as_strings(c) for name, c in columns.items()}))
-    except pa.ArrowException as error:
-        raise UserError(f"column {text_column!r} of {spec} does not hold text") from error
+    return found
+
+
+def _chat_columns(column: pa.ChunkedArray) -> dict[str, pa.Array] | None:
+    """`text` and `messages` of a column of chats; None if the first value is none."""
+    first = next((value.as_py() for value in column if value.is_valid), None)
+    if as_chat(first) is None:
+        return None
+    chats = [as_chat(value) for value in column.to_pylist()]
+    packed = [packed_chat(chat) for chat in chats if chat]
+    return {
+        "text": pa.array(list(map(plain, packed)), pa.large_string()),
+        "messages": pa.array(packed, pa.large_string()),
+    }
 
 
 def _as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -299,7 +235,7 @@ def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
     try:
         # One quick request first: without a network `datasets` retries for half a minute.
         HfApi().dataset_info(name, timeout=20)
-        with _no_progress_bars():
+        with no_progress_bars():
             stream = load_dataset(name, config or None, split=split, streaming=True)
             columns = stream.column_names or list(next(iter(stream)))
     except Exception as error:
@@ -308,15 +244,19 @@ def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
             f"{spec} is neither a file here nor a dataset that can be read from the Hub "
             f"({reason}): check the spelling and the connection"
         ) from error
-    if text_column not in columns:
-        raise UserError(
-            f"no column {text_column!r} in {spec}: it has {', '.join(columns)}; "
-            "choose one with --text-column"
-        )
-    if text_column != "text":
+    column = _text_column(text_column, columns, spec)
+    wanted = [column, *(["source"] if "source" in columns else [])]
+    if as_chat(next(iter(stream.select_columns([column])))[column]) is not None:
+        return stream.select_columns(wanted).map(_chat_row, fn_kwargs={"column": column})
+    if column != "text":
         stream = stream.remove_columns([c for c in ("text",) if c in columns])
-        stream = stream.rename_column(text_column, "text")
-    return stream.select_columns(["text", "source"] if "source" in columns else ["text"])
+        stream = stream.rename_column(column, "text")
+    return stream.select_columns(["text", *wanted[1:]])
+
+
+def _chat_row(row: dict[str, Any], column: str) -> dict[str, Any]:
+    chat = packed_chat(as_chat(row.pop(column)) or [])
+    return {**row, "text": plain(chat), "messages": chat}
 
 
 def _as_stream(documents: Documents) -> IterableDataset:
@@ -336,14 +276,3 @@ def _with_source(documents: Documents, name: str) -> Documents:
 
 def _short_name(spec: str) -> str:
     return re.split(r"[.:]", Path(spec).name)[0] or spec
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    enabled = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_progress_bars()

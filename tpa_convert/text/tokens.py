@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
+from tpa_convert.text.chat import rendered
 
 Documents: TypeAlias = Dataset | IterableDataset
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -43,7 +44,7 @@ def token_documents(
     wanted = None if max_blocks is None else max_blocks * block_length
     tokens: list[np.ndarray] = []
     count = 0
-    for pieces in _piece_batches(_pieces(documents, seed), wanted):
+    for pieces in _piece_batches(_pieces(documents, tokenizer, seed), wanted):
         for ids in _tokenize(pieces, tokenizer):
             if wanted is not None:
                 ids = ids[: wanted - count]
@@ -70,28 +71,41 @@ def begin(blocks: Array, tokenizer: PreTrainedTokenizerBase) -> Array:
     return blocks
 
 
-def _pieces(documents: Documents | Iterable[str], seed: int | None) -> Iterator[tuple[str, bool]]:
+def _pieces(
+    documents: Documents | Iterable[str], tokenizer: PreTrainedTokenizerBase, seed: int | None
+) -> Iterator[tuple[str, bool]]:
     """Yield (text, whether a document ends here)."""
     if isinstance(documents, IterableDataset) and seed is not None:
         documents = documents.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        for text in texts_of(documents):
+        for text in texts_of(documents, tokenizer):
             yield from ((piece, True) for piece in _cut(text))
     elif seed is not None:
-        pieces = [piece for text in texts_of(documents) for piece in _cut(text)]
+        pieces = [piece for text in texts_of(documents, tokenizer) for piece in _cut(text)]
         random.Random(seed).shuffle(pieces)
         yield from ((piece, True) for piece in pieces)
     else:
-        for text in texts_of(documents):
+        for text in texts_of(documents, tokenizer):
             *head, last = _cut(text)
             yield from ((piece, False) for piece in head)
             yield last, True
 
 
-def texts_of(documents: Documents | Iterable[str]) -> Iterator[str]:
-    """The texts of documents, empty ones left out."""
+def texts_of(
+    documents: Documents | Iterable[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[str]:
+    """The texts of documents, empty ones left out; chats by the template of a tokenizer, if given.
+
+    Raises:
+        UserError: there are chats, and the tokenizer's template cannot render them.
+    """
     if isinstance(documents, Dataset | IterableDataset):
-        rows = documents.select_columns(["text"]).iter(batch_size=100)
-        yield from (text for batch in rows for text in batch["text"] if text)
+        for batch in documents.iter(batch_size=100):
+            chats = batch.get("messages") or [None] * len(batch["text"])
+            for text, chat in zip(batch["text"], chats, strict=True):
+                if chat and text and tokenizer is not None:
+                    yield rendered(chat, tokenizer)
+                elif text:
+                    yield text
     else:
         yield from (text for text in documents if text)
 

@@ -18,18 +18,22 @@ class CacheBytes:
 
     Attributes:
         per_layer: bytes per token in each layer, keys and values.
-        numbers: cached numbers per token, all layers.
-        dtype: of the cached numbers, for instance "bfloat16".
+        numbers: cached numbers per token, all layers; codes of bits are not among them.
+        code_bytes: bytes of codes per token, all layers.
     """
 
     per_layer: tuple[float, ...]
     numbers: float
-    dtype: str
+    code_bytes: float
 
     @property
     def per_token(self) -> float:
         """Bytes per token, all layers."""
         return sum(self.per_layer)
+
+    def at(self, itemsize: int) -> float:
+        """Bytes per token, all layers, with numbers of so many bytes."""
+        return self.code_bytes + itemsize * self.numbers
 
 
 @torch.inference_mode()
@@ -48,8 +52,9 @@ def cache_bytes(model: PreTrainedModel, tokens: int = 128) -> CacheBytes:
     ]
     if not any(layers):
         raise UserError(f"{type(model).__name__} keeps no key-value cache that could be measured")
+    tensors = [t for layer in layers for t in layer]
     return CacheBytes(
         per_layer=tuple(sum(t.nbytes for t in layer) / tokens for layer in layers),
-        numbers=sum(t.numel() for layer in layers for t in layer) / tokens,
-        dtype=str(next(t for layer in layers for t in layer).dtype).removeprefix("torch."),
+        numbers=sum(t.numel() for t in tensors if t.is_floating_point()) / tokens,
+        code_bytes=sum(t.nbytes for t in tensors if not t.is_floating_point()) / tokens,
     )

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.forward.logits import chunk_positions, split_head
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.text.read import read_files
+from tpa_convert.text.files import read_files
 
 NORMAL_95 = NormalDist().inv_cdf(0.975)
 
@@ -150,6 +151,7 @@ def multiple_choice(
     """
     texts = [f"{q.query} {choice}" for q in questions for choice in q.choices]
     ids = tokenizer(texts, verbose=False)["input_ids"]
+    check_ids(model, max(max(tokens, default=0) for tokens in ids))
     queries = tokenizer([q.query for q in questions], verbose=False)["input_ids"]
     starts = [len(query) for q, query in zip(questions, queries, strict=True) for _ in q.choices]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -9,6 +9,7 @@ from torch import FloatTensor, LongTensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
+from tpa_convert.text.chat import apply_template
 
 USER, ANSWER = "USERCONTENT", "ANSWERCONTENT"  # stand in for what the template is filled with
 SPEAKS = -1  # in place of a token: here the model chooses
@@ -36,15 +37,13 @@ def chat_script(tokenizer: PreTrainedTokenizerBase) -> ChatScript:
     """Read the script off a tokenizer's chat template.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one that does not mark the turns.
+        UserError: the tokenizer has no chat template, or one that fails or does not mark the turns.
     """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the source's tokenizer has no chat template to sample chats with: take an instruct "
-            "model as the source, or leave out sampled_chat_tokens"
-        )
     messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        text = apply_template(tokenizer, messages)
+    except UserError as error:
+        raise UserError(f"{error}; or leave out sampled_chat_tokens") from error
     before, _, rest = text.partition(USER)
     between, _, after = rest.partition(ANSWER)
     after = after or tokenizer.eos_token or ""

@@ -24,7 +24,7 @@ def flops_per_token(student: PreTrainedModel, teacher: PreTrainedModel, block_le
 
 def _forward(model: PreTrainedModel, block_length: int) -> float:
     parameters = model.num_parameters()
-    if not model.config.get_text_config().tie_word_embeddings:
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         parameters -= model.get_input_embeddings().weight.numel()
     # Scores and weighted sums: two operations for each number of a key and of a value, and each
     # token attends to half the block.

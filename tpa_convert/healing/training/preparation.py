@@ -92,6 +92,9 @@ def prepare(
     for name, parameter in student.named_parameters():
         trained = settings.trainable == "all" or parameter in attention or is_adapter(name)
         parameter.requires_grad_(trained)
+    head_bias = getattr(student.get_output_embeddings(), "bias", None)
+    if head_bias is not None:  # what the loss makes of the head's product, it has no gradient for
+        head_bias.requires_grad_(False)
     whole_student, use_cache = student, student.config.use_cache
     if sharding():
         student = copy.deepcopy(student)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
 from tpa_convert.forward.divergence import Divergence, skewed_kl
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.forward.passes import block_forward
 from tpa_convert.healing.monitoring.callbacks import (
     SOURCE_PERPLEXITY,
@@ -105,6 +106,9 @@ def heal(
     """
     settings = _prepared_settings(settings or HealingSettings(), student, teacher, valid_blocks)
     blocks = _blocks(documents_or_blocks, tokenizer, settings)
+    for found in (blocks, valid_blocks):
+        if found is not None:
+            check_ids(student, found)
     this_run = fingerprint(settings, teacher, blocks, valid_blocks, sharded=sharding())
     output_dir = Path(output_dir)
     checkpoint = _claim_checkpoints(output_dir, this_run, student, resume)

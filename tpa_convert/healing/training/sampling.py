@@ -21,7 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tpa_convert.errors import UserError
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.healing.training.chat import ChatTurns, chat_script
+from tpa_convert.modeling import source_head_dim, source_key_value_heads
 from tpa_convert.progress import Track, no_tracking
 
 GPU_BATCH = 1024  # sampling is bound by launches and weights, so many sequences cost little more
@@ -99,6 +101,7 @@ def sample_blocks(
     """
     script = chat_script(tokenizer) if chat else None
     start = script.prefix if script else [_begin_of_text(tokenizer)]
+    check_ids(model, max(start + (script.between + script.after if script else [])))
     if len(start) >= block_length:
         raise UserError(
             f"the chat template takes {len(start)} tokens before the user speaks: "
@@ -150,8 +153,7 @@ def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 def _gpu_batch(model: PreTrainedModel, block_length: int) -> int:
     """How many sequences have room in half of the free memory: their cache, and a few logits."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    cached = 2 * config.num_hidden_layers * source_key_value_heads(config) * source_head_dim(config)
     per_block = cached * model.dtype.itemsize * block_length + 32 * config.vocab_size
     free, _ = torch.cuda.mem_get_info(model.device)
     return max(1, min(GPU_BATCH, free // 2 // per_block))

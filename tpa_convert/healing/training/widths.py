@@ -91,7 +91,8 @@ def _resize(
     key_widths: list[int],
 ) -> None:
     """Changes the components of one layer, wherever they occur."""
-    assert isinstance(layer.keys, LatentKeys) and isinstance(layer.keys.gauge, BlockGauge)
+    assert isinstance(layer.keys, LatentKeys)
+    assert isinstance(layer.keys.gauge, BlockGauge)
     assert layer.values.gauge is not None
     for part, change in ((layer.keys, keys), (layer.values, values)):
         _set(part.feature_factor, "weight", change(part.feature_factor.weight, 0))
@@ -108,7 +109,10 @@ def _resize(
     parts, changes = [gauge.weight], [values]
     if layer.values.key_prediction is not None:
         own = gauge.weight.shape[-1] - layer.values.key_prediction.in_features
-        parts, changes = list(gauge.weight.split([own, gauge.weight.shape[-1] - own], -1)), [values, keys]
+        parts, changes = (
+            list(gauge.weight.split([own, gauge.weight.shape[-1] - own], -1)),
+            [values, keys],
+        )
         prediction = layer.values.key_prediction
         _set(prediction, "weight", _but_last(values(prediction.weight, 0), keys, indicators))
         prediction.out_features, prediction.in_features = prediction.weight.shape
