@@ -70,8 +70,9 @@ def _further(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         name = field.name.replace("_", " ")
         for kind in kinds:
             where = [i for i, value in enumerate(values) if value == kind]
-            of = "" if len(kinds) == 1 else f", layers {ranges(where)}"
-            yield f"{name}{of}: {kind}"
+            plural = "" if len(where) == 1 else "s"
+            of = "" if len(kinds) == 1 else f", layer{plural} {ranges(where)}"
+            yield f"{name}{of}: {'yes' if kind is True else kind}"
 
 
 def _files(found: Inspection) -> Iterator[str]:
