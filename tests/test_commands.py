@@ -44,7 +44,7 @@ STARTED: dict[str, list[str]] = {
     ],
     "generate": ["CONVERTED", "Once", "--max-new-tokens", "2"],
     "inspect": ["CONVERTED"],
-    "export": ["CONVERTED", "--to", "llama", "--out", "OUT"],
+    "export": ["PLAIN", "--to", "llama", "--out", "OUT"],
     "run": ["RECIPE", "--out", "OUT"],
 }
 """How each command is started; words in capitals stand for files."""
@@ -62,12 +62,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
     source, converted = save_source(folder / "source"), folder / "converted"
     assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
+    plain = folder / "plain"
+    arguments = (*CONVERT, "--cache-bits", "16", "--out", plain)
+    assert tpa_convert("convert", source, *arguments).exit_code == 0
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"source: {source}\nconvert: {{kv_ratio: 0.5, calibration_blocks: 2, block_length: 32}}\n"
     )
     text = save_text(folder / "text.txt")
-    return {"SOURCE": source, "CONVERTED": converted, "RECIPE": recipe, "TEXT": text}
+    return {
+        "SOURCE": source,
+        "CONVERTED": converted,
+        "PLAIN": plain,
+        "RECIPE": recipe,
+        "TEXT": text,
+    }
 
 
 def not_started(commands: Iterable[str]) -> set[str]:

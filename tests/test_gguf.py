@@ -22,11 +22,13 @@ gguf = pytest.importorskip("gguf")
 
 
 def byte_level_tokenizer(*before: Any, use_regex: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ASCII with one merge, whose text is split by the steps in `before`."""
+    """A byte-level BPE of ASCII with two merges, whose text is split by the steps in `before`."""
     specials = ["<pad>", "<s>", "</s>"]
-    tokens = [*specials, "Ġ", *(chr(code) for code in range(33, 127)), "ab"]
+    tokens = [*specials, "Ġ", *(chr(code) for code in range(33, 127)), "ab", "ba"]
     tokenizer = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("a", "b")])
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)}, merges=[("a", "b"), ("b", "a")]
+        )
     )
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last

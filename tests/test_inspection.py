@@ -171,7 +171,7 @@ def test_a_model_that_is_made_for_it_loses_no_room(converted: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--key-cache", "latent"], "--target llama needs --key-cache rotated"),
+        (["--key-cache", "latent"], "--target llama needs rotated keys of 16 bits"),
         (["--form", "affine"], "--target llama needs --form static"),
         (["--no-whiten"], "--target llama needs --whiten"),
     ],

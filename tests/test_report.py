@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"source: {folder / 'source'}\n"
-        "convert: {kv_ratio: 0.5, calibration_blocks: 2, block_length: 32}\n"
+        "convert: {kv_ratio: 0.5, cache_bits: 16, calibration_blocks: 2, block_length: 32}\n"
         f"heal: {{text: {train}, tokens: 128, tokens_per_step: 64, block_length: 32}}\n"
         f"evaluate: {{text: {test}, block_length: 32, max_blocks: 4, speed: false,"
         " prompt: 'a <i> b'}\n"

@@ -184,12 +184,12 @@ def test_other_models_are_refused(converted: Path, tmp_path: Path) -> None:
 
 
 def test_the_paged_cache_holds_what_is_asked_for(converted: Path) -> None:
-    """Blocks are counted in the source's bytes, of which the converted model needs half."""
+    """Blocks are counted in the source's bytes, of which the converted model needs a quarter."""
     options = ServeOptions(continuous_batching=True, cache_tokens=4096, batch_tokens=64)
     assert paged_sizes(converted, options, "cuda") == {
-        "cb_num_blocks": 8,  # of 256 tokens of the source
+        "cb_num_blocks": 4,  # of 256 tokens of the source
         "cb_max_batch_tokens": 64,
     }
     default = ServeOptions(continuous_batching=True)
     assert paged_sizes(converted, default, "cuda") == {}
-    assert paged_sizes(converted, default, "cpu")["cb_num_blocks"] == 64
+    assert paged_sizes(converted, default, "cpu")["cb_num_blocks"] == 32

@@ -90,6 +90,13 @@ def test_a_llama_computes_the_same(name, gauge) -> None:
     assert_same(model, exported)
 
 
+@pytest.mark.parametrize("name", ["llama-absorbed", "llama-applied"])
+def test_checkpoints_of_version_0_1(name) -> None:
+    directory = Path(__file__).parent / "legacy" / name
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert_same(model, to_llama(model))
+
+
 def test_its_table_of_frequencies_is_what_makes_it_the_same(tiny_llama) -> None:
     model = convert_tiny(tiny_llama("gqa"), kv_floats=22)
     exported = to_llama(model)
@@ -180,7 +187,7 @@ def test_what_a_llama_cannot_hold_is_refused_with_what_helps(source, conversion,
 
 # ------------------------------------------------------------------------------- dense
 
-DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+WITHOUT_BIASES = {"ministral3", "mistral", "mixtral", "phi3"}
 
 
 @pytest.mark.parametrize("make", [to_llama, to_dense])
@@ -190,13 +197,13 @@ def test_caches_of_codes_are_refused(make) -> None:
 
 
 @pytest.mark.parametrize("key_cache", ["rotated", "latent"])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", list(MODELS))
 def test_a_dense_model_computes_the_same(name, key_cache) -> None:
     source = MODELS[name]()
     gauge = {"gauge": "applied"}
     model = convert_tiny(source, kv_floats=22, key_cache=key_cache, **gauge)
     for layer in attention_layers(model):  # a constant part needs a bias, which not all have
-        if key_cache == "latent" and name == "mistral":
+        if key_cache == "latent" and name in WITHOUT_BIASES:
             layer.keys.gauge.offset.data.zero_()
     exported = to_dense(model)
     assert type(exported) is type(source) is source_class(model)

@@ -70,8 +70,9 @@ def _further(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         name = field.name.replace("_", " ")
         for kind in kinds:
             where = [i for i, value in enumerate(values) if value == kind]
-            of = "" if len(kinds) == 1 else f", layers {ranges(where)}"
-            yield f"{name}{of}: {kind}"
+            plural = "" if len(where) == 1 else "s"
+            of = "" if len(kinds) == 1 else f", layer{plural} {ranges(where)}"
+            yield f"{name}{of}: {'yes' if kind is True else kind}"
 
 
 def _files(found: Inspection) -> Iterator[str]:
@@ -103,12 +104,19 @@ def _making(found: Inspection) -> Iterator[str]:
 
 
 def _course(step: HealingStep) -> str:
-    if not step.curve:
-        return ""
-    values = [value for _, value in step.curve]
-    source = step.source_perplexity
-    against = f", source {source:.2f}" if source else ""
-    return f": held-out perplexity {values[0]:.2f} {sparkline(values)} {values[-1]:.2f}{against}"
+    """The curve that says most of what is there: on held-out text, or the training loss."""
+    if step.curve:
+        source = step.source_perplexity
+        against = f", source {source:.2f}" if source else ""
+        return f": held-out perplexity {_curve(step.curve, '.2f')}{against}"
+    if step.losses:
+        return f": training loss {_curve(step.losses, '.3f')}"
+    return ""
+
+
+def _curve(points: Sequence[tuple[int, float]], form: str) -> str:
+    values = [value for _, value in points]
+    return f"{values[0]:{form}} {sparkline(values)} {values[-1]:{form}}"
 
 
 def _short(value: Any) -> str:

@@ -42,14 +42,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         if reason := _obstacle(layer):
             raise UserError(f"layer {i} cannot be a layer of {source.__name__}: {reason}")
     names: AttentionNames = type(model.get_decoder()).attention_names  # type: ignore[attr-defined]
-    parts = [_projections(layer) for layer in layers]
+    parts = [_projections(layer, names) for layer in layers]
     config = _source_config(model, source, any(p["key"][1] is not None for p in parts))
     with torch.device("meta"):
         expected = source(config).state_dict()
     state = other_weights(model)
     for prefix, layer, part in zip(attention_prefixes(model), layers, parts, strict=True):
-        found = _named(part, names)
-        found |= _norms(layer, names, expected, prefix)
+        found = _named(part, layer, names) | _norms(layer, names)
         for name, tensor in found.items():
             if prefix + name in expected:
                 state[prefix + name] = tensor.contiguous()
@@ -79,10 +78,11 @@ def _obstacle(layer: TPAAttention) -> str | None:
     return None
 
 
-def _projections(layer: TPAAttention) -> dict[str, Rows]:
-    order = half_split_order(
-        layer.head_dim, rotated_dims(layer.config, layer.head_dim, layer.layer_idx)
-    )
+def _projections(layer: TPAAttention, names: AttentionNames) -> dict[str, Rows]:
+    rotated = 0
+    if layer.table_order is not None:
+        rotated = rotated_dims(layer.config, layer.head_dim, layer.layer_idx)
+    order = half_split_order(layer.head_dim, rotated, names.pairs)
     back = None if order is None else torch.tensor(order).argsort()
 
     def in_order(rows: Rows) -> Rows:
@@ -117,7 +117,7 @@ def _keys(layer: TPAAttention) -> Rows:
         heads = pairs.new_zeros(*pairs.shape[:-1], keys.head_dim // 2)
         gauge = heads.index_add(-1, keys.rotary_pair, pairs).flatten(-2)[0].mT
     if keys.norm is not None:
-        gauge = gauge / _divisor(keys.norm)[:, None]
+        gauge = gauge / _divisor(keys.norm)[..., None]
     weight, bias = _through(gauge, keys.feature_factor)
     offset = getattr(keys.gauge, "offset", None)
     if offset is not None:
@@ -154,12 +154,19 @@ def _divisor(norm: KeyNorm) -> Tensor:
     return torch.where(norm.weight.abs() < least, least, norm.weight)
 
 
-def _named(parts: dict[str, Rows], names: AttentionNames) -> dict[str, Tensor]:
+def _named(parts: dict[str, Rows], layer: TPAAttention, names: AttentionNames) -> dict[str, Tensor]:
     """Projections under the source's names."""
     if names.fused is not None:
         rows = [parts[part] for part in ("query", "key", "value")]
         biases = [weight.new_zeros(len(weight)) if b is None else b for weight, b in rows]
-        stacked = torch.cat([weight for weight, _ in rows]), torch.cat(biases)
+
+        def together(of_parts: list[Tensor]) -> Tensor:
+            if not names.fused_by_head:
+                return torch.cat(of_parts)
+            size = layer.num_key_value_heads, -1, layer.head_dim
+            return torch.cat([part.unflatten(0, size) for part in of_parts], 1).flatten(0, 2)
+
+        stacked = together([weight for weight, _ in rows]), together(biases)
         named = {names.fused: stacked, names.output: parts["output"]}
     else:
         named = {getattr(names, part): rows for part, rows in parts.items()}
@@ -171,9 +178,7 @@ def _named(parts: dict[str, Rows], names: AttentionNames) -> dict[str, Tensor]:
     return found
 
 
-def _norms(
-    layer: TPAAttention, names: AttentionNames, expected: dict[str, Tensor], prefix: str
-) -> dict[str, Tensor]:
+def _norms(layer: TPAAttention, names: AttentionNames) -> dict[str, Tensor]:
     """Weights of the norms of queries and keys, as the family stores them."""
     found = {}
     if layer.q_norm is not None:
@@ -188,7 +193,7 @@ def _norms(
         latent = isinstance(layer.keys, LatentKeys)
         wanted = norm.weight if latent else _divisor(norm)
         # Some families store the gain, others what it exceeds 1 by.
-        found[f"{names.key_norm}.{name}"] = wanted - (gain - stored).round()
+        found[f"{names.key_norm}.{name}"] = wanted.flatten() - (gain - stored).round()[0]
     return found
 
 
