@@ -1,4 +1,8 @@
-"""How the kernel for latent keys is launched."""
+"""How the kernel for latent keys is launched.
+
+No model calls it yet. Its shape is the only one that Triton 3.6 compiled to a right program on an
+H100: with blocks of 64 slots, or one stage, programs read beyond their shared memory.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +43,8 @@ def launch_latent(
 ) -> Tensor:
     """`latent_reference.decode_latent`, for widths in multiples of 8 and any strides but the
     last."""
+    if query.is_cuda and query.element_size() > 2:
+        raise ValueError("no kernel for latent keys in fp32: its blocks do not fit")
     batch, heads, positions, head_dim = query.shape
     length, width_v = values.shape[2:]
     width_k, pairs = keys.shape[-1], head_dim // 2
