@@ -57,11 +57,11 @@ def measured(tiny_llama):
 def test_floats_bytes_and_ratio_say_the_same(groups, head_dim, layers, ratio) -> None:
     sizes = fields(groups, head_dim, layers)
     total = int(ratio * 2 * groups * head_dim) * layers * 2
-    try:
-        plan = plan_coded(sizes, Budget(kv_bytes=total))
-    except UserError as error:
-        assert "is too small" in str(error)
+    if total < 2 * layers * 4:
+        with pytest.raises(UserError, match="is too small"):
+            plan_coded(sizes, Budget(kv_bytes=total))
         return
+    plan = plan_coded(sizes, Budget(kv_bytes=total))
     assert plan.is_coded
     assert plan.kv_bytes == total
     assert plan_coded(sizes, Budget(kv_floats=plan.kv_floats)) == plan
@@ -102,7 +102,7 @@ def test_blocks_are_as_few_as_decode_quickly(groups, head_dim, blocks) -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.integers(16, 64), st.sampled_from((None, 1, 2, 3, 4, 8)), st.sampled_from((1, 2, 4)))
 def test_chosen_codes_keep_to_the_budget(measured, total, bits, blocks) -> None:
-    source, moments = measured
+    moments = measured[1]
     if bits == 3 and total < 32:
         return  # which `test_impossible_budgets_are_refused` has
     plan = plan_coded(fields(), Budget(kv_bytes=total), bits=bits, key_blocks=blocks)
@@ -299,7 +299,7 @@ def test_a_plan_through_every_command(folder, tmp_path) -> None:
     assert {candidate["split"] for candidate in values["candidates"]} == {"coded"}
     assert [one["bits"] for one in values["quantised_source"]] == list(BITS)
     shown = (folder / "plan.txt").read_text()
-    assert "source's cache in int4" in shown
+    assert "  int4 source" in shown
     assert "context" in shown
 
     converted, healed = tmp_path / "converted", tmp_path / "healed"
@@ -308,7 +308,7 @@ def test_a_plan_through_every_command(folder, tmp_path) -> None:
     assert result.exit_code == 0, result.output
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert model.config.tpa_layers == best["layers"]
-    assert sum(model.config.cached_bytes) == best["kv_bytes"] <= values["source_kv_bytes"] / 4
+    assert sum(model.config.cached_bytes) == best["kv_bytes"] <= 128 / 4
     record = json.loads((converted / "tpa_convert.json").read_text())
     assert record["convert"]["plan"]["kv_bytes"] == best["kv_bytes"]
 
