@@ -275,7 +275,7 @@ def test_all_models_come_to_all_tables(
     expected = make_tiny_llama("gqa")
     tokens = random_blocks(count=1)
     torch.testing.assert_close(models["source"](tokens).logits, expected(tokens).logits)
-    assert models["small"].config.cached_floats == [16, 16]
+    assert models["small"].config.cached_bytes == [32, 32]
     assert calls["task_table"][2] == ["quiz.jsonl"]
     [blocks] = calls["position_table"][1].values()
     assert blocks.shape == (2, 200)

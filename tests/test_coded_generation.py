@@ -137,7 +137,7 @@ def test_static_cache_compiles_as_one_graph(coded) -> None:
 
 
 def test_continuing_a_conversation_equals_starting_over(coded) -> None:
-    """A cache that grew by chunks of odd lengths, from which three tokens were taken off in between."""
+    """A cache that grew by chunks of odd lengths, and lost three tokens in between."""
     tokens = prompt(batch=1, length=17)
     cache = coded(tokens[:, :7], use_cache=True).past_key_values
     coded(tokens[:, :3], past_key_values=cache)

@@ -267,7 +267,7 @@ def test_the_calibrated_metric_beats_the_identity(source, moments) -> None:
     assert losses[0] < losses[1]
 
 
-# ------------------------------------------------------------------- saving, and without the package
+# ----------------------------------------------------------- saving, and without the package
 
 
 @pytest.fixture(scope="module")

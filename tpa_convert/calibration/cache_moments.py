@@ -50,15 +50,17 @@ class CacheMomentAccumulator:
             self._add(name, part.mT @ part)
 
     def finish(self) -> CacheMoments:
+        """The moments, rounded as a file keeps them: with other ones, other codes would follow."""
         tokens = self.sums["tokens"]
         mean = self.sums["first"] / tokens
-        return CacheMoments(
-            mean.cpu(),
-            (self.sums["second"] / tokens - mean.outer(mean)).cpu(),
-            (self.sums["key"] / tokens).cpu(),
-            (self.sums["value"] / tokens).cpu(),
-            (self.sums["sink"] / self.sums["sinks"]).cpu(),
+        moments = (
+            mean,
+            self.sums["second"] / tokens - mean.outer(mean),
+            self.sums["key"] / tokens,
+            self.sums["value"] / tokens,
+            self.sums["sink"] / self.sums["sinks"],
         )
+        return CacheMoments(*(moment.float().double().cpu() for moment in moments))
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def show_planning(result: PlanningResult) -> None:
     source_bytes = report.plan.source_kv_bytes
     for other in report.quantised:
         table.add_row(
-            f"  source's cache in int{other.bits}",
+            f"  int{other.bits} source",
             f"{other.share * source_bytes:,.0f}",
             f"{other.share:.1%}",
             "",
@@ -193,7 +193,8 @@ def _explanation(report: PlanReport) -> list[str]:
         ]
     lines = [
         "coded: every number in the bits that it is worth; predicted from how the loss curves. "
-        "int8 to int2: keys by channel, values by token, in groups of 32 (KIVI)."
+        "int8 to int2: the source's own cache, keys by channel and values by token, in groups of "
+        "32 (KIVI)."
     ]
     chosen = report.candidates[report.chosen]
     share = chosen.plan.kv_bytes / chosen.plan.source_kv_bytes

@@ -9,6 +9,7 @@ from tpa_convert.coding.allocation import (
     allocate_bits,
     fit_tiers,
     groups_of_bits,
+    least_row_bytes,
     remaining_error,
     share_bytes,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "fisher_metric",
     "fit_tiers",
     "groups_of_bits",
+    "least_row_bytes",
     "pair_blocks",
     "part_of",
     "predict_values",

@@ -27,6 +27,7 @@ from tpa_convert.modeling.tpa_codes import (
 GAUSSIAN_STEP = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.05687, 0.03076)
 GAUSSIAN_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 8.714e-5)
 LEVELS = (0, 1, 2, 3, 4, 8)
+NO_ENERGY = 1e-300
 
 
 def allocate_bits(energy: Tensor, budget: int, levels: Sequence[int] = LEVELS) -> Tensor:
@@ -117,10 +118,12 @@ def fit_tiers(energy: Tensor, size: int, align: int = 2, levels: Sequence[int] =
     if size < 0:
         raise ValueError(f"tiers of {size} bytes")
     _check_levels(levels)
+    # Components without energy are as good as any where a row has none but these.
+    energy = energy.double().clamp_min(NO_ENERGY)
     order = energy.argsort(descending=True, stable=True)
     # u: components in units of `align`, which 8 bits need; r: bytes in units of `align`
     blocks = size // align
-    strongest = pad(energy[order].double().cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
+    strongest = pad(energy[order].cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
     before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
     last = len(before) - 1
     left = (before[-1] - before)[:, None].expand(-1, blocks + 1)  # [u, r]: error of all from u on
@@ -146,6 +149,17 @@ def fit_tiers(energy: Tensor, size: int, align: int = 2, levels: Sequence[int] =
     return torch.empty_like(order).index_copy_(0, order, result.to(order.device))
 
 
+def unit_bytes(align: int, levels: Sequence[int]) -> int:
+    """Bytes of the smallest whole tiers for codes of one of the levels: 3 bits need three times as
+    many as others, in a tier of two bits and one of one."""
+    return align * min((bits // min(tier_bits_of(bits)) for bits in levels if bits), default=1)
+
+
+def least_row_bytes(align: int, levels: Sequence[int] = LEVELS) -> int:
+    """Bytes of a row that has room for a code."""
+    return -(-(HEADER_BYTES + unit_bytes(align, levels)) // ROW_WORD) * ROW_WORD
+
+
 def share_bytes(
     parts: Sequence[Sequence[Tensor]],
     total_bytes: int,
@@ -166,13 +180,14 @@ def share_bytes(
     Raises:
         ValueError: as `allocate_bits`, or no room for a header and one tier in every part.
     """
-    least = [-(-(HEADER_BYTES + align) // ROW_WORD) for _ in parts]  # words of a row
-    room = total_bytes - HEADER_BYTES * len(parts)
-    if ROW_WORD * sum(least) > total_bytes:
+    least, unit = least_row_bytes(align, levels), unit_bytes(align, levels)
+    if least * len(parts) > total_bytes:
         raise ValueError(
-            f"{total_bytes} bytes a token have no room for {len(parts)} rows of "
-            f"{ROW_WORD * least[0]} bytes"
+            f"{total_bytes} bytes a token have no room for {len(parts)} rows of {least} bytes"
         )
+    # What is left of the last word is no budget; and more bytes never divide themselves worse.
+    total_bytes -= total_bytes % ROW_WORD
+    room = total_bytes - HEADER_BYTES * len(parts)
     blocks = [energy for part in parts for energy in part]
     ideal = allocate_bits(torch.cat(blocks), 8 * room, levels).split([len(e) for e in blocks])
     sizes = iter([bits.sum().item() / 8 for bits in ideal])
@@ -180,15 +195,15 @@ def share_bytes(
     words = share_units(
         [(HEADER_BYTES + sum(part)) / ROW_WORD for part in ideal_bytes],
         total_bytes // ROW_WORD,
-        least,
+        [least // ROW_WORD] * len(parts),
     )
     result = []
     for part, wanted, count in zip(parts, ideal_bytes, words, strict=True):
-        units = (ROW_WORD * count - HEADER_BYTES) // align
-        shares = share_units([size / align for size in wanted], units, [0] * len(wanted))
+        units = (ROW_WORD * count - HEADER_BYTES) // unit
+        shares = share_units([size / unit for size in wanted], units, [0] * len(wanted))
         result.append(
             [
-                fit_tiers(energy, align * share, align, levels)
+                fit_tiers(energy, unit * share, align, levels)
                 for energy, share in zip(part, shares, strict=True)
             ]
         )

@@ -93,7 +93,8 @@ def principal_components(
     for index in blocks or [torch.arange(n)]:
         index = index.to(covariance.device)
         values, vectors = torch.linalg.eigh(metric[index][:, index])
-        values = values.clamp_min(1e-6 * values.mean())
+        # above 0 also where no error costs anything, as behind projections that are zero
+        values = values.clamp_min(1e-6 * values.mean()).clamp_min(1e-30)
         root, inverse = ((vectors * values**power) @ vectors.mT for power in (0.5, -0.5))
         basis = torch.linalg.eigh(root @ covariance[index][:, index] @ root)[1].flip(-1)
         feature = covariance.new_zeros(len(index), n)

@@ -74,16 +74,19 @@ def design_quantiser(part: Part, sink: Tensor, order: Tensor, layout: RowLayout)
     bits = torch.tensor(layout.bits, device=order.device)
     # A component that never varied still needs a step; it then costs nothing and says nothing.
     spread = part.spread[order]
-    spread = spread.clamp_min(1e-6 * spread.max().clamp_min(1e-30))
+    largest = spread.max()
+    spread = spread.clamp_min(1e-6 * torch.where(largest > 0, largest, 1.0))
     sink_mean = components.feature[order] @ sink
     mean = torch.stack((torch.zeros_like(sink_mean), sink_mean))
     step = spread * spread.new_tensor(GAUSSIAN_STEP)[bits]
+    # Only ratios matter, and nats themselves may be too small for float16.
+    importance = components.importance[order] / components.importance[order].max()
     return Quantiser(
         layout,
         mean.float(),
         step.float(),
         spread.float(),
-        components.importance[order].float(),
+        importance.float(),
         highest_codes(layout).to(order.device),
     )
 
@@ -123,7 +126,8 @@ def predict_values(
     variance = torch.einsum("cn,nm,cm->c", feature, covariance[:n, :n], feature)
     moment = components @ covariance[:n, :n] @ components.mT + (error * kept * variance).diag()
     shared = components @ covariance[:n, n:]  # [c, n]
-    damping = ridge * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
+    mean = moment.diagonal().mean().clamp_min(1e-30)  # 0 of keys that never vary
+    damping = ridge * mean * torch.eye(len(moment)).to(moment)
     weight = torch.linalg.solve(moment + damping, shared).mT
     explained = weight @ shared
     residual = covariance[n:, n:] - explained - explained.mT + weight @ moment @ weight.mT

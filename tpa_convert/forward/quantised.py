@@ -26,7 +26,8 @@ def quantise(x: Tensor, bits: int, dim: int) -> Tensor:
     `GROUP` along a dimension."""
     moved = x.movedim(dim, -1)
     rest = -moved.shape[-1] % GROUP
-    padded = nn.functional.pad(moved, (0, rest), mode="replicate") if rest else moved
+    # a group that is not full has the last number again, which widens no range
+    padded = torch.cat((moved, moved[..., -1:].expand(*moved.shape[:-1], rest)), dim=-1)
     groups = padded.unflatten(-1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)

@@ -121,7 +121,7 @@ class Quantiser(NamedTuple):
         mean: of each class of tokens, fp32 [classes, c]; the number of classes is a power of two.
         step: fp32 [c], larger than 0.
         spread: root mean square of each component around its class's mean, fp32 [c].
-        importance: weight of a squared error of each component, fp32 [c].
+        importance: weight of a squared error of each component, relative to others, fp32 [c].
         highest: code of each component, uint8 [c].
     """
 

@@ -197,6 +197,8 @@ class LayerShape:
             return "key_codes and value_codes are both given or neither"
         if not self.coded:
             return "predict_values needs coded values" if self.predict_values else None
+        if self.row_align < 1:
+            return f"row_align must be positive, not {self.row_align}"
         if not self.latent_keys or self.value_gauge != "applied":
             return "coded keys are latent, and coded values have value_gauge 'applied'"
         for name, codes, width in (

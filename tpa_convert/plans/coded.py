@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tpa_convert.coding import LEVELS, least_row_bytes
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import LayerShape
-from tpa_convert.modeling.tpa_codes import HEADER_BYTES, ROW_WORD
 from tpa_convert.plans.plan import Budget, CodedBudget, Plan, floats_of_budget
 
 # Rebuilding keys takes 2 n w / B operations a token, with n keys of w components in B blocks. With
@@ -45,7 +45,7 @@ def plan_coded(
         )
     total = int(2 * floats * layers)
     align = ALIGN_WIDE if total / (2 * layers) >= WIDE_ROW else ALIGN
-    least = 2 * layers * -(-(HEADER_BYTES + align) // ROW_WORD) * ROW_WORD
+    least = 2 * layers * least_row_bytes(align, LEVELS if bits is None else (0, bits))
     if total < least:
         raise UserError(
             f"a budget of {total} bytes per token is too small: {layers} layers need at least "

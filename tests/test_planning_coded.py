@@ -1,0 +1,403 @@
+"""Budgets, plans and commands of caches that are coded in bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from tests.command_line import error_of, save_source, save_text, tpa_convert
+from tests.conversions import coded_moments, random_blocks, source_of, tiny_moments
+from tpa_convert.conversion.coded import choose_codes
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.errors import UserError
+from tpa_convert.forward.comparison import agreement
+from tpa_convert.forward.quantised import quantise, quantised_source, share_of_bytes
+from tpa_convert.planning.coded import BITS, search_coded
+from tpa_convert.planning.search import PlanReport
+from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_to_yaml
+from tpa_convert.plans.coded import WIDEST_BLOCK, default_blocks
+
+SHORT = ["--calibration-blocks", 4, "--block-length", 32]
+
+
+def fields(groups: int = 2, head_dim: int = 8, layers: int = 2) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": groups,
+        "num_attention_heads": 2 * groups,
+        "head_dim": head_dim,
+        "num_hidden_layers": layers,
+        "hidden_size": 32,
+        "key_norm": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_llama):
+    source = source_of(tiny_llama("gqa"))
+    return source, coded_moments(source.model)
+
+
+# ------------------------------------------------------------------------------- budgets
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    groups=st.integers(1, 8),
+    head_dim=st.integers(1, 64).map(lambda half: 2 * half),
+    layers=st.integers(1, 40),
+    ratio=st.floats(0.01, 1.0),
+)
+def test_floats_bytes_and_ratio_say_the_same(groups, head_dim, layers, ratio) -> None:
+    sizes = fields(groups, head_dim, layers)
+    total = int(ratio * 2 * groups * head_dim) * layers * 2
+    if total < 2 * layers * 4:
+        with pytest.raises(UserError, match="is too small"):
+            plan_coded(sizes, Budget(kv_bytes=total))
+        return
+    plan = plan_coded(sizes, Budget(kv_bytes=total))
+    assert plan.is_coded
+    assert plan.kv_bytes == total
+    assert plan_coded(sizes, Budget(kv_floats=plan.kv_floats)) == plan
+    assert plan.source_kv_bytes == 4 * groups * head_dim * layers
+    assert plan.coded is not None
+    assert head_dim // 2 % plan.coded.key_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "message"),
+    [
+        ({"kv_ratio": 1.01}, {}, "above the source's 32"),
+        ({"kv_bytes": 15}, {}, "15 bytes per token is too small: 2 layers need at least 16 bytes"),
+        ({"kv_bytes": 31}, {"bits": 3}, "31 bytes per token .* at least 32 bytes"),
+        ({"kv_floats": 0.5}, {}, "is too small"),
+        ({"kv_ratio": 0.5}, {"key_blocks": 3}, "must divide the 4 rotary pairs of a head, not 3"),
+        ({"kv_ratio": 0.5}, {"key_blocks": 8}, "must divide the 4 rotary pairs of a head, not 8"),
+        ({}, {}, "give the budget once"),
+        ({"kv_ratio": 0.5, "kv_floats": 3}, {}, "give the budget once"),
+        ({"width_k": 4, "width_v": 4}, {}, "give the budget once"),
+    ],
+)
+def test_impossible_budgets_are_refused(budget, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_coded(fields(), Budget(**budget), **options)
+    plan_coded(fields(), Budget(kv_bytes=16))
+
+
+@pytest.mark.parametrize(
+    ("groups", "head_dim", "blocks"), [(2, 8, 1), (3, 64, 1), (8, 64, 2), (8, 128, 4), (2, 250, 1)]
+)
+def test_blocks_are_as_few_as_decode_quickly(groups, head_dim, blocks) -> None:
+    assert default_blocks(fields(groups, head_dim)) == blocks
+    if blocks > 1:
+        assert groups * head_dim > blocks // 2 * WIDEST_BLOCK
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(16, 64), st.sampled_from((None, 1, 2, 3, 4, 8)), st.sampled_from((1, 2, 4)))
+def test_chosen_codes_keep_to_the_budget(measured, total, bits, blocks) -> None:
+    moments = measured[1]
+    if bits == 3 and total < 32:
+        return  # which `test_impossible_budgets_are_refused` has
+    plan = plan_coded(fields(), Budget(kv_bytes=total), bits=bits, key_blocks=blocks)
+    chosen = choose_codes(plan, moments.layers, moments.num_tokens)
+    assert chosen.plan.coded is None
+    assert chosen.plan.kv_bytes <= total
+    assert chosen.nats > 0
+    for shape in chosen.plan.layers:
+        assert shape.problem(8) is None
+        assert shape.key_blocks == blocks
+        for layout in (shape.key_layout, shape.value_layout):
+            assert layout.row_bytes % 4 == 0
+            assert layout.components >= 1
+            assert bits is None or set(layout.bits) == {bits}
+
+
+# ------------------------------------------------------------------------- the source, quantised
+
+
+def test_numbers_are_rounded_in_groups() -> None:
+    x = torch.randn(2, 3, 70, 8, generator=torch.Generator().manual_seed(0))
+    for dim in (2, 3):
+        errors = [(quantise(x, bits, dim) - x).abs().max().item() for bits in (2, 3, 4, 8)]
+        assert errors[0] > errors[1] > errors[2] > errors[3] > 0
+        spread = x.max() - x.min()
+        for bits, error in zip((2, 3, 4, 8), errors, strict=True):
+            assert error <= spread / (2**bits - 1) / 2 + 1e-6
+    first = x.clone()
+    first[:, :, 32:] = 0  # another group says nothing of this one
+    assert torch.equal(quantise(first, 4, 2)[:, :, :32], quantise(x, 4, 2)[:, :, :32])
+    assert not torch.equal(quantise(first, 4, 3)[:, :, 32:], quantise(x, 4, 3)[:, :, 32:])
+
+
+def test_a_quantised_source_loses_by_its_bits(measured) -> None:
+    source, _ = measured
+    tokens = random_blocks(count=4, length=40, seed=9)
+    before = source.model(tokens).logits
+    losses = [agreement(source.model, quantised_source(source.model, b), tokens).kl for b in BITS]
+    assert list(BITS) == [8, 4, 3, 2]
+    assert losses == sorted(losses)
+    assert losses[0] < 1e-3 * losses[-1]
+    assert torch.equal(source.model(tokens).logits, before)  # which is left as it was
+    assert [share_of_bytes(bits) for bits in BITS] == [9 / 16, 5 / 16, 4 / 16, 3 / 16]
+
+
+# ------------------------------------------------------------------------------- search
+
+
+@pytest.fixture(scope="module")
+def report(measured) -> PlanReport:
+    source, moments = measured
+    plans = [plan_coded(fields(), Budget(kv_ratio=share)) for share in (0.5, 0.25, 0.125)]
+    blocks = random_blocks(count=4, length=32, seed=9)
+    return search_coded(
+        source, moments, blocks, plans, wanted=plans[1], max_increase=0.1, context=100
+    )
+
+
+def test_candidates_fall_with_their_bytes(report) -> None:
+    found = report.candidates
+    assert [candidate.budget for candidate in found] == [16, 8, 4]
+    kl = [candidate.kl for candidate in found]
+    assert kl[0] < kl[1] < kl[2]
+    predicted = [candidate.predicted_kl for candidate in found]
+    assert predicted[0] < predicted[1] < predicted[2]
+    assert report.chosen == 1  # what was wanted, whatever it loses
+    for candidate, expected in zip(found, predicted, strict=True):
+        assert candidate.plan.kv_floats <= candidate.budget
+        assert candidate.split == "coded"
+        assert 0.2 < expected / candidate.kl < 5  # a prediction, of the right size
+
+
+def test_int8_loses_next_to_nothing_and_int2_much(report) -> None:
+    by_bits = {one.bits: one for one in report.quantised}
+    assert list(by_bits) == list(BITS)
+    assert by_bits[8].kl < 1e-3
+    assert by_bits[8].perplexity_ratio == pytest.approx(1, abs=0.01)
+    assert by_bits[2].kl > 100 * by_bits[8].kl
+    assert by_bits[4].share == 5 / 16
+
+
+def test_a_candidate_is_what_its_model_loses(measured, report) -> None:
+    source, moments = measured
+    blocks = random_blocks(count=4, length=32, seed=9)
+    candidate = report.candidates[2]
+    model = convert_model(source, candidate.plan, moments)
+    assert agreement(source.model, model, blocks).kl == pytest.approx(candidate.kl, rel=1e-4)
+    other = convert_model(source, report.candidates[1].plan, moments)  # negative control
+    assert agreement(source.model, other, blocks).kl < 0.9 * candidate.kl
+
+
+def test_without_a_wanted_plan_the_smallest_within_the_accepted_loss(measured, report) -> None:
+    source, moments = measured
+    plans = [plan_coded(fields(), Budget(kv_ratio=share)) for share in (0.5, 0.25, 0.125)]
+    blocks = random_blocks(count=4, length=32, seed=9)
+    arguments: dict[str, Any] = {"wanted": None, "context": 100}
+    for index in range(3):
+        accepted = 1.01 * torch.tensor(report.candidates[index].kl).expm1().item()
+        found = search_coded(source, moments, blocks, plans, max_increase=accepted, **arguments)
+        assert found.chosen == index
+    with pytest.raises(UserError, match="no budget on the curve keeps the loss"):
+        search_coded(source, moments, blocks, plans, max_increase=1e-9, **arguments)
+
+
+# ------------------------------------------------------------------------------- moments
+
+
+def test_moments_of_the_wrong_kind_and_of_another_source(measured) -> None:
+    source, moments = measured
+    plan = plan_coded(fields(), Budget(kv_ratio=0.25))
+    chosen = choose_codes(plan, moments.layers, moments.num_tokens).plan
+    convert_model(source, chosen, moments)
+    with pytest.raises(UserError, match=r"made for a cache of 16 bits.*coded in bits"):
+        convert_model(source, chosen, tiny_moments(source.model))
+    plain = Plan([plan.layers[0]] * 2, 2, 8)
+    with pytest.raises(UserError, match=r"made for a cache coded in bits.*of 16 bits"):
+        convert_model(source, plain, moments)
+    with pytest.raises(UserError, match="needs calibration moments"):
+        convert_model(source, chosen, None)
+    with pytest.raises(UserError, match="made from another source"):
+        moments.check("1" * 64, True)
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def test_a_coded_plan_survives_its_file(measured, tmp_path) -> None:
+    _, moments = measured
+    path = tmp_path / "plan.yaml"
+    for blocks in (1, 2):
+        budget = Budget(kv_ratio=0.25)
+        plan = plan_coded(fields(), budget, key_blocks=blocks)
+        plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+        path.write_text(plan_to_yaml(plan, {"id": "tiny"}))
+        assert load_plan(path, fields()) == plan
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("key_codes", "row_codes", "key_codes and value_codes are both given or neither"),
+        ("value_gauge: applied", "value_gauge: absorbed", "coded values have value_gauge"),
+        ("key_cache: latent", "key_cache: rotated", "coded keys are latent"),
+        ("row_align: 2", "row_align: 0", "row_align"),
+        ("row_align: 2", "row_align: -4", "row_align"),
+        ("row_align: 2", "row_align: two", "row_align holds something that is no int"),
+        ("CODES", "9x4", "codes have 1 to 8 bits"),
+        ("CODES", "'0x4'", "codes have 1 to 8 bits"),
+        ("CODES", "4x0", "codes have 1 to 8 bits"),
+        ("CODES", "4x", "codes have 1 to 8 bits"),
+        ("CODES", "many", "codes have 1 to 8 bits"),
+        ("CODES", "2x3", "there are other codes"),
+        ("CODES", "2x3 | 2x3 | 2x2", "blocks of codes cannot divide 4 rotary pairs"),
+    ],
+)
+def test_bad_coded_plans_are_told_apart(tmp_path, old, new, message) -> None:
+    good = (
+        "{num_key_value_heads: 2, head_dim: 8, form: static, key_gauge: applied, "
+        "value_gauge: applied, rank_k: 1, rank_v: 1, width_k: 8, width_v: 8, key_cache: latent, "
+        "key_codes: CODES, value_codes: 2x8, row_align: 2, predict_values: true}"
+    )
+    path = tmp_path / "plan.yaml"
+    path.write_text(good.replace("CODES", "4x2 2x6"))
+    load_plan(path, fields())
+    path.write_text(good.replace(old, new).replace("CODES", "4x2 2x6"))
+    with pytest.raises(UserError, match=message) as error:
+        load_plan(path, fields())
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a source, a text, and a coded plan with its report."""
+    folder = tmp_path_factory.mktemp("commands")
+    save_source(folder / "source")
+    save_text(folder / "text.txt")
+    options = ["--out", folder / "plan.yaml", "--json", folder / "plan.json", "--key-blocks", 2]
+    options += ["--chart", folder / "plan.svg", "--save-moments", folder / "moments"]
+    result = tpa_convert(
+        "plan", folder / "source", "--kv-ratio", 0.25, "--memory", 0.001, *SHORT, *options
+    )
+    assert result.exit_code == 0, result.output
+    (folder / "plan.txt").write_text(result.stdout)
+    return folder
+
+
+def test_a_plan_through_every_command(folder, tmp_path) -> None:
+    text = folder / "text.txt"
+    values = json.loads((folder / "plan.json").read_text())
+    best = values["candidates"][values["chosen"]]
+    assert {candidate["split"] for candidate in values["candidates"]} == {"coded"}
+    assert [one["bits"] for one in values["quantised_source"]] == list(BITS)
+    shown = (folder / "plan.txt").read_text()
+    assert "  int4 source" in shown
+    assert "context" in shown
+
+    converted, healed = tmp_path / "converted", tmp_path / "healed"
+    command = ("convert", folder / "source", "--plan", folder / "plan.yaml")
+    result = tpa_convert(*command, *SHORT, "--out", converted)
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert model.config.tpa_layers == best["layers"]
+    assert sum(model.config.cached_bytes) == best["kv_bytes"] <= 128 / 4
+    record = json.loads((converted / "tpa_convert.json").read_text())
+    assert record["convert"]["plan"]["kv_bytes"] == best["kv_bytes"]
+
+    result = tpa_convert(
+        "heal", converted, "--text", text, "--tokens", 128, "--tokens-per-step", 64,
+        "--block-length", 32, "--out", healed,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = tpa_convert(
+        "eval", converted, healed, "--text", text, "--block-length", 32, "--max-blocks", 2,
+        "--no-speed", "--allow-overlap", "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert set(list(rows["bytes per token"]["values"].values())[1:]) == {best["kv_bytes"]}
+    for prompt in ("Once upon", "O"):
+        result = tpa_convert("generate", healed, prompt, "--max-new-tokens", 3)
+        assert result.exit_code == 0, result.output
+
+
+def test_kept_moments_give_the_same_conversion(folder, tmp_path) -> None:
+    common = ["convert", folder / "source", "--kv-ratio", 0.25]
+    first = [*common, *SHORT, "--save-moments", tmp_path / "m", "--out", tmp_path / "first"]
+    assert tpa_convert(*first).exit_code == 0
+    second = [*common, "--moments", tmp_path / "m", "--out", tmp_path / "second"]
+    assert tpa_convert(*second).exit_code == 0
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("first", "second"))
+    assert one.config.tpa_layers == two.config.tpa_layers
+    tokens = torch.arange(3, 20)[None]
+    torch.testing.assert_close(one(tokens).logits, two(tokens).logits, atol=1e-3, rtol=0)
+    third = [*common, "--moments", folder / "moments", "--out", tmp_path / "third"]
+    assert tpa_convert(*third).exit_code == 0  # negative control: of other text
+    three = AutoModelForCausalLM.from_pretrained(tmp_path / "third")
+    assert (three(tokens).logits - one(tokens).logits).abs().max() > 1e-3
+
+
+PLAIN = "does not go with"
+REFUSED = [
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--key-cache", "rotated"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--gauge", "absorbed"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 16, "--key-blocks", 2], "--key-blocks is for a cache"),
+    (["--kv-ratio", 0.25, "--key-cache", "rotated", "--key-blocks", 2], "--key-blocks is for"),
+    (["--kv-ratio", 0.25, "--key-blocks", 0], "--key-blocks must be at least 1"),
+    (["--kv-ratio", 0.25, "--key-blocks", 3], "--key-blocks must divide the 4 rotary pairs"),
+    (["--kv-bytes", 31, "--cache-bits", 3], "too small: 2 layers need at least 32 bytes"),
+    (["--kv-bytes", 15], "too small: 2 layers need at least 16 bytes"),
+    (["--kv-floats", 1], "too small: 2 layers need at least 16 bytes"),
+    (["--kv-floats", 33], "above the source's 32"),
+]
+CONVERT_ONLY = [
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--form", "affine"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--method", "svd"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--no-whiten"], PLAIN),
+    (["--width-k", 8, "--width-v", 8, "--cache-bits", 2], PLAIN),
+    (["--width-k", 8, "--width-v", 8, "--key-blocks", 2], "--key-blocks is for"),
+    (["--plan", "PLAN", "--cache-bits", 2], PLAIN),
+    (["--plan", "PLAN", "--key-blocks", 2], "--key-blocks is for"),
+    (["--kv-ratio", 0.25, "--cache-bits", 16, "--moments", "MOMENTS"], "for a cache coded in bits"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        *(("convert", *row) for row in REFUSED + CONVERT_ONLY),
+        *(("plan", *row) for row in REFUSED),
+        ("plan", ["--kv-ratio", 0.25, "--cache-bits", 4, "--refine"], PLAIN),
+    ],
+)
+def test_bad_options_are_one_clear_line(folder, tmp_path, command, options, message) -> None:
+    words = {"PLAN": folder / "plan.yaml", "MOMENTS": folder / "moments"}
+    arguments = [words.get(option, option) for option in options]
+    result = tpa_convert(command, folder / "source", "--out", tmp_path / "out", *arguments)
+    assert message in error_of(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bits", ["5", "0", "-1", "many", "2.0", ""])
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_bits_that_are_none(folder, command, bits) -> None:
+    result = tpa_convert(command, folder / "source", "--kv-ratio", 0.25, f"--cache-bits={bits}")
+    assert result.exit_code == 2
+    message = result.stderr.splitlines()[-1]
+    assert f"'{bits}' is not one of 'auto', '16', '8', '4', '3', '2', '1'." in message
+
+
+def test_moments_of_another_source_are_one_clear_line(folder, tmp_path) -> None:
+    other = save_source(tmp_path / "other", seed=1)
+    for command in ("convert", "plan"):
+        arguments = [command, other, "--kv-ratio", 0.25, "--moments", folder / "moments", *SHORT]
+        result = tpa_convert(*arguments, "--out", tmp_path / "out")
+        assert "made from another source" in error_of(result)
