@@ -238,7 +238,7 @@ def test_left_padding_changes_nothing(narrowed) -> None:
 @pytest.mark.parametrize("key_cache", KEYS)
 def test_what_is_predicted_is_cached(source, key_cache) -> None:
     tokens = text(count=1, length=WINDOW - 2)
-    options = ConvertOptions(kv_ratio=0.5, key_cache=key_cache)
+    options = ConvertOptions(kv_ratio=0.5, cache_bits="16", key_cache=key_cache)
     prediction = predict(source.config, options)
     converted = convert_tiny(source, key_cache=key_cache, **NARROW)
     for expected, model in (
@@ -247,8 +247,8 @@ def test_what_is_predicted_is_cached(source, key_cache) -> None:
     ):
         with torch.no_grad():
             layers = cache_of(model(tokens, use_cache=True)).layers
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        assert expected == held / tokens.shape[1]
+        held = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+        assert expected == 2 * held / tokens.shape[1]
     assert prediction.kv_bytes < 0.51 * prediction.source_kv_bytes
     assert prediction.source_parameters == source.num_parameters()
     assert prediction.parameters == converted.num_parameters()

@@ -101,15 +101,15 @@ def random_model(config: PreTrainedConfig) -> torch.nn.Module:
 def test_predicted_bytes_are_those_of_a_live_cache(family: str) -> None:
     config = FAMILIES[family](num_attention_heads=4, num_key_value_heads=2)
     model, tokens = random_model(config), torch.arange(3, 13)[None]
-    prediction = predict(config, ConvertOptions(kv_ratio=0.5))
+    prediction = predict(config, ConvertOptions(kv_ratio=0.5, cache_bits="16"))
     converted = convert_tiny(model, kv_ratio=0.5)
     for predicted, one in (
         (prediction.source_kv_bytes, model),
         (prediction.kv_bytes, converted),
     ):
         layers = one(tokens, use_cache=True).past_key_values.layers
-        measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        assert predicted == measured / tokens.shape[1]
+        measured = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+        assert predicted == 2 * measured / tokens.shape[1]  # 16 bits a number
     assert prediction.source_parameters == model.num_parameters()
     assert prediction.parameters == converted.num_parameters()
     with pytest.raises(

@@ -19,6 +19,7 @@ from tpa_convert.calibration.moments import Moments
 from tpa_convert.coding import CacheMoments
 from tpa_convert.conversion.layer import attention_module, attention_parameters
 from tpa_convert.decomposition import LatentKeyFactors, ValueFactors
+from tpa_convert.forward.ids import check_ids
 from tpa_convert.modeling import TPAAttention
 from tpa_convert.plans.coded import full_width_shape
 from tpa_convert.progress import Track, no_tracking
@@ -130,6 +131,7 @@ def collect_cache_moments(
     """
     source.family.check_names(source.model)
     model = source.model
+    check_ids(model, blocks)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     batch_size = max(1, min(batch_size, MOST_LOGITS // (vocabulary * blocks.shape[1])))
     generator = torch.Generator(model.device).manual_seed(seed)

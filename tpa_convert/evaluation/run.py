@@ -196,7 +196,7 @@ def _report(inputs: _Inputs, measured: _Measured, notes: list[str]) -> Evaluatio
         "notes": notes,
     }
     return EvaluationReport(
-        tuple([*models, *quantised_names(settings.quantised)]),
+        (*models, *quantised_names(settings.quantised)),
         tuple(measured.rows),
         prompt or None,
         samples,

@@ -18,7 +18,7 @@ from tpa_convert.export.llama import to_llama
 from tpa_convert.export.output import atomic_directory, atomic_file, check_file, check_output
 from tpa_convert.export.save import load_converted
 from tpa_convert.export.stock import check_same_logits, save_stock
-from tpa_convert.modeling import source_head_dim
+from tpa_convert.modeling import source_head_dim, source_key_value_heads
 from tpa_convert.options.usage import ExportOptions
 from tpa_convert.pipeline.subjects import subjects
 
@@ -78,7 +78,8 @@ def export(
     exported = exported.to(dtype)
     config: Any = exported.config
     config.dtype = dtype
-    floats = 2 * config.num_key_value_heads * source_head_dim(config) * config.num_hidden_layers
+    width = source_key_value_heads(config) * source_head_dim(config)
+    floats = 2 * width * config.num_hidden_layers
     if gguf:
         with atomic_file(out) as path:
             write_gguf(
