@@ -23,6 +23,7 @@ from tpa_convert.planning.coded import BITS, search_coded
 from tpa_convert.planning.search import PlanReport
 from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_to_yaml
 from tpa_convert.plans.coded import WIDEST_BLOCK, default_blocks
+from tpa_convert.plans.cost import rebuilding_per_byte
 
 SHORT = ["--calibration-blocks", 4, "--block-length", 32]
 
@@ -97,6 +98,14 @@ def test_blocks_are_as_few_as_decode_quickly(groups, head_dim, blocks) -> None:
     assert default_blocks(fields(groups, head_dim)) == blocks
     if blocks > 1:
         assert groups * head_dim > blocks // 2 * WIDEST_BLOCK
+
+
+def test_a_dry_run_knows_the_blocks_of_codes_that_are_still_to_be_chosen() -> None:
+    sizes, budget = fields(8, 128, 32), Budget(kv_ratio=0.25)
+    found = [
+        rebuilding_per_byte(plan_coded(sizes, budget, key_blocks=blocks)) for blocks in (1, 4, None)
+    ]
+    assert found == [512, 128, 128]
 
 
 @settings(deadline=None, max_examples=20)
@@ -317,9 +326,10 @@ def test_a_plan_through_every_command(folder, tmp_path) -> None:
         "--block-length", 32, "--out", healed,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    valid = save_text(tmp_path / "valid.txt")
     result = tpa_convert(
-        "eval", converted, healed, "--text", text, "--block-length", 32, "--max-blocks", 2,
-        "--no-speed", "--allow-overlap", "--json", tmp_path / "report.json",
+        "eval", converted, healed, "--text", valid, "--block-length", 32, "--max-blocks", 2,
+        "--no-speed", "--json", tmp_path / "report.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
