@@ -140,7 +140,7 @@ def rebuilding_per_byte(plan: Plan) -> float:
     """
     head_width = plan.num_key_value_heads * plan.head_dim
     rebuilt = sum(
-        2 * head_width * shape.width_k / (plan.coded or shape).key_blocks
+        2 * head_width * shape.width_k / (plan.coded.key_blocks if plan.coded else shape.key_blocks)
         for shape in plan.layers
         if shape.latent_keys
     )
