@@ -16,6 +16,8 @@ from tpa_convert.forward.comparison import agreement
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.healing.training.widths import MULTIPLE_OF, even_widths
 from tpa_convert.modeling.tpa_attention import TPAAttention
+from tpa_convert.refinement.least_squares import refit
+from tpa_convert.refinement.regression import RefinementSettings, refine
 
 NAMES = ["llama", "gemma3"]
 
@@ -188,6 +190,20 @@ def test_healing_lowers_the_loss(source, coded, tmp_path) -> None:
         torch.testing.assert_close(student(text(), use_cache=True).logits, whole, atol=1e-4, rtol=0)
     other = MODELS[NAMES[1 - NAMES.index(family(source))]](seed=8)
     assert divergence(source, healed(other, "another")) > 0.92 * before
+
+
+@pytest.mark.parametrize("improve", ["refit", "refine"])
+def test_refit_and_refinement_lower_the_loss_of_codes(source, coded, improve) -> None:
+    model, blocks = copy.deepcopy(coded), random_blocks(count=48, length=32, seed=3)
+    if improve == "refit":
+        report: Any = refit(source, model, blocks)
+    else:
+        settings = RefinementSettings(steps=40, batch_size=8, checks=4)
+        report = refine(source, model, blocks, settings)
+    assert all(layer.after <= layer.before for layer in report)
+    assert any(layer.after < layer.before for layer in report)
+    assert divergence(source, model) < 0.95 * divergence(source, coded)
+    assert model.config.cached_bytes == coded.config.cached_bytes
 
 
 def family(model: PreTrainedModel) -> str:

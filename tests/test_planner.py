@@ -247,7 +247,7 @@ def text(tmp_path) -> Path:
 
 
 def planned(source: Path, text: Path, *options: object):
-    """A plan of plain numbers; those of codes are in `test_planning_coded`."""
+    """A plan of plain numbers; for those of codes see `test_coded_commands`."""
     short = ("--calibration", text, "--calibration-blocks", 8, "--block-length", 32)
     return tpa_convert("plan", source, *short, "--cache-bits", 16, "--multiple-of", 2, *options)
 

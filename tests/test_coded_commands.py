@@ -1,0 +1,143 @@
+"""The commands, with a cache that is coded in bits: a plan through all of them, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.command_line import error_of, save_source, save_text, tpa_convert
+from tpa_convert.planning.coded import BITS
+
+SHORT = ["--calibration-blocks", 4, "--block-length", 32]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a source, a text, and a coded plan with its report."""
+    folder = tmp_path_factory.mktemp("commands")
+    save_source(folder / "source")
+    save_text(folder / "text.txt")
+    options = ["--out", folder / "plan.yaml", "--json", folder / "plan.json", "--key-blocks", 2]
+    options += ["--chart", folder / "plan.svg", "--save-moments", folder / "moments"]
+    result = tpa_convert(
+        "plan", folder / "source", "--kv-ratio", 0.25, "--memory", 0.001, *SHORT, *options
+    )
+    assert result.exit_code == 0, result.output
+    (folder / "plan.txt").write_text(result.stdout)
+    return folder
+
+
+def test_a_plan_through_every_command(folder, tmp_path) -> None:
+    text = folder / "text.txt"
+    values = json.loads((folder / "plan.json").read_text())
+    best = values["candidates"][values["chosen"]]
+    assert {candidate["split"] for candidate in values["candidates"]} == {"coded"}
+    assert [one["bits"] for one in values["quantised_source"]] == list(BITS)
+    shown = (folder / "plan.txt").read_text()
+    assert "  int4 source" in shown
+    assert "context" in shown
+
+    converted, healed = tmp_path / "converted", tmp_path / "healed"
+    command = ("convert", folder / "source", "--plan", folder / "plan.yaml")
+    result = tpa_convert(*command, *SHORT, "--out", converted)
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert model.config.tpa_layers == best["layers"]
+    assert sum(model.config.cached_bytes) == best["kv_bytes"] <= 128 / 4
+    record = json.loads((converted / "tpa_convert.json").read_text())
+    assert record["convert"]["plan"]["kv_bytes"] == best["kv_bytes"]
+
+    result = tpa_convert(
+        "heal", converted, "--text", text, "--tokens", 128, "--tokens-per-step", 64,
+        "--block-length", 32, "--out", healed,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    valid = save_text(tmp_path / "valid.txt")
+    result = tpa_convert(
+        "eval", converted, healed, "--text", valid, "--block-length", 32, "--max-blocks", 2,
+        "--no-speed", "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert set(list(rows["bytes per token"]["values"].values())[1:]) == {best["kv_bytes"]}
+    for prompt in ("Once upon", "O"):
+        result = tpa_convert("generate", healed, prompt, "--max-new-tokens", 3)
+        assert result.exit_code == 0, result.output
+
+
+def test_kept_moments_give_the_same_conversion(folder, tmp_path) -> None:
+    common = ["convert", folder / "source", "--kv-ratio", 0.25]
+    first = [*common, *SHORT, "--save-moments", tmp_path / "m", "--out", tmp_path / "first"]
+    assert tpa_convert(*first).exit_code == 0
+    second = [*common, "--moments", tmp_path / "m", "--out", tmp_path / "second"]
+    assert tpa_convert(*second).exit_code == 0
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("first", "second"))
+    assert one.config.tpa_layers == two.config.tpa_layers
+    tokens = torch.arange(3, 20)[None]
+    torch.testing.assert_close(one(tokens).logits, two(tokens).logits, atol=1e-3, rtol=0)
+    third = [*common, "--moments", folder / "moments", "--out", tmp_path / "third"]
+    assert tpa_convert(*third).exit_code == 0  # negative control: of other text
+    three = AutoModelForCausalLM.from_pretrained(tmp_path / "third")
+    assert (three(tokens).logits - one(tokens).logits).abs().max() > 1e-3
+
+
+PLAIN = "does not go with"
+REFUSED = [
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--key-cache", "rotated"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--gauge", "absorbed"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 16, "--key-blocks", 2], "--key-blocks is for a cache"),
+    (["--kv-ratio", 0.25, "--key-cache", "rotated", "--key-blocks", 2], "--key-blocks is for"),
+    (["--kv-ratio", 0.25, "--key-blocks", 0], "--key-blocks must be at least 1"),
+    (["--kv-ratio", 0.25, "--key-blocks", 3], "--key-blocks must divide the 4 rotary pairs"),
+    (["--kv-bytes", 31, "--cache-bits", 3], "too small: 2 layers need at least 32 bytes"),
+    (["--kv-bytes", 15], "too small: 2 layers need at least 16 bytes"),
+    (["--kv-floats", 1], "too small: 2 layers need at least 16 bytes"),
+    (["--kv-floats", 33], "above the source's 32"),
+]
+CONVERT_ONLY = [
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--form", "affine"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--method", "svd"], PLAIN),
+    (["--kv-ratio", 0.25, "--cache-bits", 4, "--no-whiten"], PLAIN),
+    (["--width-k", 8, "--width-v", 8, "--cache-bits", 2], PLAIN),
+    (["--width-k", 8, "--width-v", 8, "--key-blocks", 2], "--key-blocks is for"),
+    (["--plan", "PLAN", "--cache-bits", 2], PLAIN),
+    (["--plan", "PLAN", "--key-blocks", 2], "--key-blocks is for"),
+    (["--kv-ratio", 0.25, "--cache-bits", 16, "--moments", "MOMENTS"], "for a cache coded in bits"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        *(("convert", *row) for row in REFUSED + CONVERT_ONLY),
+        *(("plan", *row) for row in REFUSED),
+        ("plan", ["--kv-ratio", 0.25, "--cache-bits", 4, "--refine"], PLAIN),
+    ],
+)
+def test_bad_options_are_one_clear_line(folder, tmp_path, command, options, message) -> None:
+    words = {"PLAN": folder / "plan.yaml", "MOMENTS": folder / "moments"}
+    arguments = [words.get(option, option) for option in options]
+    result = tpa_convert(command, folder / "source", "--out", tmp_path / "out", *arguments)
+    assert message in error_of(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bits", ["5", "0", "-1", "many", "2.0", ""])
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_bits_that_are_none(folder, command, bits) -> None:
+    result = tpa_convert(command, folder / "source", "--kv-ratio", 0.25, f"--cache-bits={bits}")
+    assert result.exit_code == 2
+    message = result.stderr.splitlines()[-1]
+    assert f"'{bits}' is not one of 'auto', '16', '8', '4', '3', '2', '1'." in message
+
+
+def test_moments_of_another_source_are_one_clear_line(folder, tmp_path) -> None:
+    other = save_source(tmp_path / "other", seed=1)
+    for command in ("convert", "plan"):
+        arguments = [command, other, "--kv-ratio", 0.25, "--moments", folder / "moments", *SHORT]
+        result = tpa_convert(*arguments, "--out", tmp_path / "out")
+        assert "made from another source" in error_of(result)
