@@ -254,11 +254,15 @@ def choose_header(x: Tensor, quantiser: Quantiser) -> Tensor:
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(lowest).log2() - LOWEST_OCTAVE)
     best = torch.full_like(ratio, torch.inf)
     index = torch.zeros_like(ratio)
+    # In units of the step, and in place: on a CPU this is most of what coding costs.
+    in_steps, weight = centred / step, importance * step.square()
+    reach, highest = quantiser.reach, quantiser.highest.to(step.dtype)
     for octaves in TRIED_OCTAVES:
         tried = (around + SCALES_PER_OCTAVE * octaves).round().clamp(0, most)
-        size = torch.exp2(tried / SCALES_PER_OCTAVE + LOWEST_OCTAVE)[..., None] * step
-        error = centred - size * rounded(centred / size, quantiser.reach)
-        error = (error.square() * importance).sum(-1)
+        scale = torch.exp2(tried / SCALES_PER_OCTAVE + LOWEST_OCTAVE)
+        unrounded = in_steps * scale.reciprocal()[..., None] + reach
+        code = torch.minimum(unrounded.round().clamp_min_(0), highest)
+        error = (unrounded.sub_(code).square_() @ weight) * scale.square()
         index = torch.where(error < best, tried, index)
         best = torch.minimum(error, best)
     return (label << quantiser.scale_bits).to(torch.uint8) | index.to(torch.uint8)
