@@ -150,8 +150,8 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
 
     form: HeadFactorForm = option(
         "static",
-        "Head factors of a cache in 16 bits: static (constant, cost nothing at run time), affine (constant + linear in "
-        "the token), linear (the layer of the TPA paper).",
+        "Head factors of a cache in 16 bits: static (constant, cost nothing at run time), affine "
+        "(constant + linear in the token), linear (the layer of the TPA paper).",
         METHOD,
     )
     method: Method = option(
