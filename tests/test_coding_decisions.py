@@ -1,6 +1,7 @@
 """Bits go where they take most error away, and keep to their bytes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def whole_tiers(bits: torch.Tensor, align: int) -> bool:
     layout = layout_of([bits], align)
     full = [(b, -(-n * min(tier_bits_of(b)) // (8 * align))) for b, n in layout.groups]
     filled = [(b, n * 8 * align // min(tier_bits_of(b))) for b, n in full]
-    return layout._replace(groups=tuple(filled)).header == layout.header
+    return replace(layout, groups=tuple(filled)).header == layout.header
 
 
 def test_padding_costs_little_in_wide_rows():
