@@ -233,7 +233,7 @@ def test_a_recipe_is_started(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert recipe.heal is not None
     assert recipe.evaluate is not None
     if not Path(recipe.source.model).exists():
-        assert recipe.source.model == "HuggingFaceTB/SmolLM2-135M"
+        assert recipe.source.model.removesuffix("-Instruct") == "HuggingFaceTB/SmolLM2-135M"
         monkeypatch.setattr("tpa_convert.pipeline.conversion.read_source_config", smollm2_config)
     result = tpa_convert("run", path, "--dry-run")
     assert result.exit_code == 0, result.output

@@ -57,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="\b\nTry first:\n  tpa-convert convert MODEL --kv-ratio 0.5 --dry-run",
+    epilog="\b\nTry first:\n  tpa-convert convert MODEL --kv-ratio 0.125 --dry-run",
 )
 
 
@@ -113,11 +113,12 @@ def top(
 def plan(
     source: SourceOptions, files: PlanFiles, options: PlanOptions, where: DeviceOptions
 ) -> None:
-    """Choose the widths of every layer by what the model minds.
+    """Choose how much to cache, by measuring several budgets.
 
-    Measures, layer by layer, how much narrower keys and narrower values cost, shares the budget out
-    accordingly, and measures the result beside uniform widths at several budgets. The best plan
-    goes to a file for convert --plan. Give a budget, or what may be lost.
+    Spreads bits over layers, keys and values by what an error of them costs, and measures what that
+    does to the model at several budgets, beside the source's own cache in 8, 4, 3 and 2 bits. The
+    chosen plan goes to a file for convert --plan. Give a budget, or what may be lost. With
+    --cache-bits 16 it measures what narrower keys and values cost and spreads widths instead.
     """
     from tpa_convert import pipeline
     from tpa_convert.reporting.charts import check_chart, planning_chart
@@ -141,15 +142,16 @@ def plan(
         )
 
 
-@command("convert HuggingFaceTB/SmolLM2-135M --kv-ratio 0.5 --out small")
+@command("convert HuggingFaceTB/SmolLM2-135M --kv-ratio 0.125 --refit --out small")
 def convert(
     source: SourceOptions, files: ConvertFiles, options: ConvertOptions, where: DeviceOptions
 ) -> None:
     """Convert a pretrained model, so that it caches less per token.
 
-    Say how much with one budget. The model runs over a calibration text once, and every attention
-    layer is factored so that what it does on that text changes least. The result is an ordinary
-    transformers model; heal it to get back what was lost.
+    Say how much with one budget. The model runs over a calibration text once, which shows what an
+    error of every cached number costs. What matters is then cached in more bits, what matters
+    little in fewer or none. The result is an ordinary transformers model; heal it to get back what
+    was lost.
     """
     if files.out is None and not files.dry_run:
         raise UserError("say where to write the model with --out DIR (or look first: --dry-run)")
@@ -178,7 +180,8 @@ def convert(
 def heal(files: HealFiles, options: HealOptions, teacher: Teacher) -> None:
     """Train a converted model to predict what its source predicts, on plain text.
 
-    Takes a GPU if there is one; for several, put `accelerate launch -m tpa_convert.cli` in front
+    The model learns with its cache as it is, so that it makes up for rounded numbers too. Takes a
+    GPU if there is one; for several, put `accelerate launch -m tpa_convert.cli` in front
     of `heal`. Ctrl-C stops it at a checkpoint beside the output directory, and the same command
     continues from there.
     """

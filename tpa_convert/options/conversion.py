@@ -37,12 +37,15 @@ class CacheBudget(Section):
     """How much to cache."""
 
     kv_floats: int | None = option(
-        None, "Numbers cached per token and layer, as a mean over the layers.", BUDGET, ge=1
+        None,
+        "Numbers of 16 bits cached per token and layer, as a mean over the layers.",
+        BUDGET,
+        ge=1,
     )
     kv_bytes: int | None = option(None, "Bytes cached per token by the whole model.", BUDGET, ge=1)
     kv_ratio: float | None = option(
         None,
-        "Share of the source's cache to keep, at 16 bits a number: 0.25 keeps a quarter.",
+        "Share of the source's cache to keep, at 16 bits a number: 0.125 keeps an eighth.",
         BUDGET,
         gt=0,
         le=1,
@@ -67,8 +70,8 @@ class KeyOptions(Section):
 
     gauge: GaugePlace = option(
         "auto",
-        "Fold the constant maps per head into the projections (absorbed) or apply them at run "
-        "time (applied); auto absorbs them while the projections do not grow.",
+        "Of a cache in 16 bits: fold the constant maps per head into the projections (absorbed) or "
+        "apply them at run time (applied); auto absorbs them while the projections do not grow.",
         METHOD,
     )
     key_cache: KeyCacheKind = option(
@@ -125,10 +128,12 @@ class CalibrationOptions(Section):
 
 
 class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
-    """How to convert: exactly one budget, the form of the head factors, the method, the text."""
+    """How to convert: exactly one budget, what a cached number is, the method, the text."""
 
     plan: Path | None = option(
-        None, "Widths of every layer, from a file that `tpa-convert plan` wrote.", BUDGET
+        None,
+        "Widths and bits of every layer, from a file that `tpa-convert plan` wrote.",
+        BUDGET,
     )
     rank_k: int | None = option(
         None, "Components of the keys that share one head factor each.", BUDGET, ge=1
@@ -145,13 +150,14 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
 
     form: HeadFactorForm = option(
         "static",
-        "Head factors: static (constant, cost nothing at run time), affine (constant + linear in "
-        "the token), linear (the layer of the TPA paper).",
+        "Head factors of a cache in 16 bits: static (constant, cost nothing at run time), affine "
+        "(constant + linear in the token), linear (the layer of the TPA paper).",
         METHOD,
     )
     method: Method = option(
         "gauge",
-        "gauge is the calibrated decomposition of this package; svd, tucker and cp are baselines.",
+        "gauge is the calibrated decomposition of this package; svd, tucker and cp are baselines, "
+        "for caches in 16 bits.",
         METHOD,
     )
     whiten: bool = option(
@@ -162,7 +168,7 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
     refit: bool = option(
         False,
         "After the decomposition, refit the output projections by least squares on the calibration "
-        "text. A few minutes without a GPU.",
+        "text. A few minutes without a GPU; it pays where an eighth of the cache or less is kept.",
         METHOD,
     )
     refine: bool = option(
@@ -187,8 +193,8 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
 
     target: Literal["llama"] | None = option(
         None,
-        "Make a model that `export --to llama` (or gguf) writes without loss: static rotated keys, "
-        "with one table of rotary pairs for all layers.",
+        "Make a model that `export --to llama` (or gguf) writes without loss: static rotated keys "
+        "in 16 bits, with one table of rotary pairs for all layers.",
         METHOD,
     )
 

@@ -1,4 +1,4 @@
-"""How to choose the widths of every layer."""
+"""How to choose the bits, or the widths, of every layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tpa_convert.options.declaration import METHOD, PLANNING, option
 
 
 class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
-    """How to choose widths: a budget, or what may be lost."""
+    """How to choose a plan: a budget, or what may be lost."""
 
     max_increase: float = option(
         0.1,
@@ -35,10 +35,13 @@ class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
     )
     batch_size: int = option(1, "Sequences cached at once, for the memory.", PLANNING, ge=1)
     context: int = option(4096, "Tokens at which arithmetic is counted.", PLANNING, ge=1)
-    multiple_of: int = option(8, "Measured widths are multiples of this.", PLANNING, ge=2)
+    multiple_of: int = option(
+        8, "Widths measured for a cache in 16 bits are multiples of this.", PLANNING, ge=2
+    )
     refine: bool = option(
         False,
-        "Refine every candidate before it is measured, for a model that is going to be refined.",
+        "Refine every candidate before it is measured, for a model that is going to be refined. "
+        "Plans are then of caches in 16 bits.",
         METHOD,
     )
     refine_steps: int = option(200, "Steps of that refinement per layer.", METHOD, ge=1)
