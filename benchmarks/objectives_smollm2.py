@@ -176,7 +176,7 @@ def main() -> None:
     table.row("refined", refined, plan.kv_floats, 0.0)
     training = train_blocks(arguments.train, source, length)
     given = given_settings(arguments.settings)
-    base = HealingSettings(**given)
+    base = HealingSettings(**given).with_rates(coded=False)
     for name, row in ROWS.items():
         if re.search(arguments.rows, name):
             torch._dynamo.reset()

@@ -137,7 +137,7 @@ def test_each_row_changes_what_it_names(objectives, tmp_path, monkeypatch) -> No
     run_main("objectives_smollm2", monkeypatch, source, *options)
     assert [row.name for row in rows] == ["source", "refined"]
     assert list(healed) == list(objectives.ROWS)
-    default = HealingSettings()
+    default = HealingSettings().with_rates(coded=False)
     plain = objectives.DistillationTrainer
     assert healed["skewed KL, 0.1"] == (given, plain)
     assert healed["forward KL"] == (given | {"skew": 0.0}, plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_dry_run_says_what_is_known_of_the_codes(folder, tmp_path) -> None:
+    """All of a plan's; of a budget's, what they will be chosen by, and parameters roughly."""
+    results = tmp_path / "results.json"
+
+    def dry_run(*arguments) -> tuple[dict, str]:
+        command = ("convert", folder / "source", *arguments, "--dry-run")
+        result = tpa_convert(*command, "--json", results, "--overwrite")
+        assert result.exit_code == 0, result.output
+        return json.loads(results.read_text()), result.stdout
+
+    values = json.loads((folder / "plan.json").read_text())
+    planned, shown = dry_run("--plan", folder / "plan.yaml")
+    assert planned["layers"] == values["candidates"][values["chosen"]]["layers"]
+    assert all(layer["key_codes"] and layer["value_codes"] for layer in planned["layers"])
+    assert planned["coded"] is None
+    assert not planned["parameters_approximate"]
+    rough = r"parameters +[\d,]+ +about [\d,]+ "
+    assert not re.search(rough, shown)
+    budget, shown = dry_run("--kv-ratio", 0.25, "--key-blocks", 2)
+    assert budget["coded"]["total_bytes"] == budget["kv_bytes"] == 128 / 4
+    assert budget["coded"]["key_blocks"] == 2
+    assert budget["parameters_approximate"]
+    assert re.search(rough, shown)
+
+
 def test_a_plan_through_every_command(folder, tmp_path) -> None:
     text = folder / "text.txt"
     values = json.loads((folder / "plan.json").read_text())
@@ -43,8 +69,10 @@ def test_a_plan_through_every_command(folder, tmp_path) -> None:
 
     converted, healed = tmp_path / "converted", tmp_path / "healed"
     command = ("convert", folder / "source", "--plan", folder / "plan.yaml")
-    result = tpa_convert(*command, *SHORT, "--out", converted)
+    results = tmp_path / "converted.json"
+    result = tpa_convert(*command, *SHORT, "--out", converted, "--json", results)
     assert result.exit_code == 0, result.output
+    assert json.loads(results.read_text())["layers"] == best["layers"]
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert model.config.tpa_layers == best["layers"]
     assert sum(model.config.cached_bytes) == best["kv_bytes"] <= 128 / 4

@@ -245,14 +245,20 @@ def test_gradients_pass_rounding():
 
 
 def test_codes_travel_alone():
-    """The module goes into exports: it imports torch and the standard library only."""
-    tree = ast.parse(Path(codes_module.__file__).read_text(encoding="utf-8"))
+    """The module goes into exports: it imports torch, the standard library and its neighbours."""
+    path = Path(codes_module.__file__)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     imported = {
-        name.split(".")[0]
+        alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in (
-            [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-        )
+        if isinstance(node, ast.Import)
+        for alias in node.names
     }
-    assert imported == {"functools", "typing", "torch"}
+    neighbours = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            (neighbours if node.level == 1 else imported).add(node.module)
+    tops = {name.split(".")[0] for name in imported}
+    assert tops == {"dataclasses", "typing", "torch"}
+    assert neighbours == {"tpa_kernels"}
+    assert (path.parent / "tpa_kernels.py").exists()

@@ -33,10 +33,11 @@ def show_plan(prediction: Prediction) -> None:
         ("  of them per layer", plan.source_kv_bytes / layers, plan.kv_bytes / layers),
         ("parameters", prediction.source_parameters, prediction.parameters),
     ):
+        about = "about " if name == "parameters" and prediction.approximate else ""
         table.add_row(
             name,
             f"{before:,.0f}",
-            f"{after:,.6g}" if after < 1e6 else f"{after:,}",
+            about + (f"{after:,.6g}" if after < 1e6 else f"{after:,}"),
             f"{after / before:.1%}",
         )
     console.print(table)

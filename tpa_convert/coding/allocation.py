@@ -10,6 +10,7 @@ one budget, and nothing else decides between them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,13 +98,72 @@ def groups_of_bits(bits: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
     return list(zip(values.tolist(), counts.tolist(), strict=True)), order
 
 
-def fit_tiers(energy: Tensor, size: int, align: int = 2, levels: Sequence[int] = LEVELS) -> Tensor:
-    """Bits of each component in tiers of at most `size` bytes together, padding included.
+class TierTable(NamedTuple):
+    """The best tiers of some components at every size.
 
     More energy never gets fewer bits, so a row is how many of the strongest components get the most
     bits, how many of the next get the level below, and so on: dynamic programming over levels,
     components and bytes, in whole tiers. Exact, but for a tier that would reach beyond the last
     component, which counts as a whole one.
+
+    Attributes:
+        error: Σ energy · ε(bits) with at most r · align bytes of tiers, fp64 [sizes].
+        order: of the components by falling energy, int64 [c].
+        taken: of each level, how many units of components get it, by first component and bytes.
+        align: what the bytes of each tier are padded to a multiple of.
+    """
+
+    error: Tensor
+    order: Tensor
+    taken: dict[int, Tensor]
+    align: int
+
+    @classmethod
+    def of(cls, energy: Tensor, size: int, align: int, levels: Sequence[int]) -> TierTable:
+        """Of components with these energies [c], for sizes up to this many bytes."""
+        # Components without energy are as good as any where a row has none but these.
+        energy = energy.double().clamp_min(NO_ENERGY)
+        order = energy.argsort(descending=True, stable=True)
+        # u: components in units of `align`, which 8 bits need; r: bytes in units of `align`
+        strongest = pad(energy[order].cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
+        before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
+        last = len(before) - 1
+        sizes = min(size // align, max((_whole(b, last) for b in levels if b), default=0))
+        left = (before[-1] - before)[:, None].expand(-1, sizes + 1)  # [u, r]: of all from u on
+        u = torch.arange(last + 1)
+        taken = {}
+        for bits in sorted(b for b in levels if b):  # the lowest level comes last in a row
+            unit = 8 // min(tier_bits_of(bits))
+            size = bits * unit // 8
+            counts = range(min(sizes // size, -(-last // unit)) + 1)
+            errors = torch.full((len(counts), last + 1, sizes + 1), torch.inf, dtype=torch.float64)
+            for n in counts:
+                end = (u + n * unit).clamp_max(last)
+                coded = GAUSSIAN_ERROR[bits] * (before[end] - before)
+                errors[n, :, n * size :] = coded[:, None] + left[end, : sizes + 1 - n * size]
+            left, taken[bits] = errors.min(0)
+        return cls(left[0], order, taken, align)
+
+    def bits(self, size: int) -> Tensor:
+        """Of each component in tiers of at most `size` bytes, int64 [c]."""
+        result = torch.zeros(len(self.order), dtype=torch.long)
+        at, room = 0, min(size // self.align, len(self.error) - 1)
+        for bits in sorted(self.taken, reverse=True):
+            n = int(self.taken[bits][min(at, len(self.taken[bits]) - 1), room])
+            unit = 8 // min(tier_bits_of(bits))
+            result[self.align * at : self.align * (at + n * unit)] = bits
+            at, room = at + n * unit, room - n * bits * unit // 8
+        return torch.empty_like(self.order).index_copy_(0, self.order, result.to(self.order.device))
+
+
+def _whole(bits: int, last: int) -> int:
+    """Bytes, in units of the alignment, of tiers that give all of `last` units so many bits."""
+    unit = 8 // min(tier_bits_of(bits))
+    return -(-last // unit) * (bits * unit // 8)
+
+
+def fit_tiers(energy: Tensor, size: int, align: int = 2, levels: Sequence[int] = LEVELS) -> Tensor:
+    """Bits of each component in tiers of at most `size` bytes together, padding included.
 
     Args:
         energy: non-negative, [c].
@@ -118,46 +178,69 @@ def fit_tiers(energy: Tensor, size: int, align: int = 2, levels: Sequence[int] =
     if size < 0:
         raise ValueError(f"tiers of {size} bytes")
     _check_levels(levels)
-    # Components without energy are as good as any where a row has none but these.
-    energy = energy.double().clamp_min(NO_ENERGY)
-    order = energy.argsort(descending=True, stable=True)
-    # u: components in units of `align`, which 8 bits need; r: bytes in units of `align`
-    blocks = size // align
-    strongest = pad(energy[order].cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
-    before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
-    last = len(before) - 1
-    left = (before[-1] - before)[:, None].expand(-1, blocks + 1)  # [u, r]: error of all from u on
-    u = torch.arange(last + 1)
-    taken = {}
-    for bits in sorted(b for b in levels if b):  # the lowest level comes last in a row
-        unit = 8 // min(tier_bits_of(bits))
-        size = bits * unit // 8
-        counts = range(min(blocks // size, -(-last // unit)) + 1)
-        errors = torch.full((len(counts), last + 1, blocks + 1), torch.inf, dtype=torch.float64)
-        for n in counts:
-            end = (u + n * unit).clamp_max(last)
-            coded = GAUSSIAN_ERROR[bits] * (before[end] - before)
-            errors[n, :, n * size :] = coded[:, None] + left[end, : blocks + 1 - n * size]
-        left, taken[bits] = errors.min(0)
-    result = torch.zeros(len(energy), dtype=torch.long)
-    at, room = 0, blocks
-    for bits in sorted(taken, reverse=True):
-        n = int(taken[bits][min(at, last), room])
-        unit = 8 // min(tier_bits_of(bits))
-        result[align * at : align * (at + n * unit)] = bits
-        at, room = at + n * unit, room - n * bits * unit // 8
-    return torch.empty_like(order).index_copy_(0, order, result.to(order.device))
-
-
-def unit_bytes(align: int, levels: Sequence[int]) -> int:
-    """Bytes of the smallest whole tiers for codes of one of the levels: 3 bits need three times as
-    many as others, in a tier of two bits and one of one."""
-    return align * min((bits // min(tier_bits_of(bits)) for bits in levels if bits), default=1)
+    return TierTable.of(energy, size, align, levels).bits(size)
 
 
 def least_row_bytes(align: int, levels: Sequence[int] = LEVELS) -> int:
     """Bytes of a row that has room for a code."""
-    return -(-(HEADER_BYTES + unit_bytes(align, levels)) // ROW_WORD) * ROW_WORD
+    smallest = align * min((_whole(bits, 1) for bits in levels if bits), default=1)
+    return -(-(HEADER_BYTES + smallest) // ROW_WORD) * ROW_WORD
+
+
+class RowTable(NamedTuple):
+    """The best row of one part at every length.
+
+    Attributes:
+        error: of rows of so many words of four bytes, fp64 [words]; infinite where none fits.
+        blocks: tiers of each block of the part.
+        splits: sizes that the first blocks leave to the next, by the sizes of all of them.
+    """
+
+    error: Tensor
+    blocks: list[TierTable]
+    splits: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, energies: Sequence[Tensor], size: int, align: int, levels: Sequence[int]
+    ) -> RowTable:
+        """Of the blocks of one part, for rows of up to `size` bytes."""
+        blocks = [TierTable.of(energy, size, align, levels) for energy in energies]
+        error, splits = blocks[0].error, []
+        most = (size - HEADER_BYTES) // align
+        for block in blocks[1:]:
+            sizes = min(most, len(error) + len(block.error) - 2) + 1
+            best, split = torch.full((sizes,), torch.inf, dtype=torch.float64), []
+            r = torch.arange(sizes)
+            for own in range(len(block.error)):
+                first = (r - own).clamp_max(len(error) - 1)
+                found = torch.where(first < 0, torch.inf, error[first.clamp_min(0)])
+                split.append(found + block.error[own])
+            best, chosen = torch.stack(split).min(0)
+            error = best
+            splits.append(chosen)
+        # A row is whole words, its header among them.
+        words = -(-(HEADER_BYTES + align * (len(error) - 1)) // ROW_WORD)
+        r = (ROW_WORD * torch.arange(min(words, size // ROW_WORD) + 1) - HEADER_BYTES) // align
+        row = torch.where(r < 0, torch.inf, error[r.clamp(0, len(error) - 1)])
+        row[: least_row_bytes(align, levels) // ROW_WORD] = torch.inf
+        return cls(row, blocks, splits)
+
+    def bits(self, words: int) -> list[Tensor]:
+        """Of the components of each block, in a row of so many words."""
+        align = self.blocks[0].align
+        room = (ROW_WORD * words - HEADER_BYTES) // align
+        sizes = []
+        for block, split in zip(reversed(self.blocks[1:]), reversed(self.splits), strict=True):
+            own = int(split[min(room, len(split) - 1)])
+            own = min(own, len(block.error) - 1)
+            sizes.append(own)
+            room = min(room, len(split) - 1) - own
+        sizes.append(room)
+        return [
+            block.bits(align * size)
+            for block, size in zip(self.blocks, reversed(sizes), strict=True)
+        ]
 
 
 def share_bytes(
@@ -166,7 +249,8 @@ def share_bytes(
     align: int = 2,
     levels: Sequence[int] = LEVELS,
 ) -> list[list[Tensor]]:
-    """Bits of the components of every part of every layer, from one budget.
+    """Bits of the components of every part of every layer, from one budget: each word goes where it
+    takes most of the error away.
 
     Args:
         parts: energies [c] of each block of each part (keys or values of a layer), in one unit. A
@@ -180,51 +264,49 @@ def share_bytes(
     Raises:
         ValueError: as `allocate_bits`, or no room for a header and one tier in every part.
     """
-    least, unit = least_row_bytes(align, levels), unit_bytes(align, levels)
+    _check_levels(levels)
+    least = least_row_bytes(align, levels)
     if least * len(parts) > total_bytes:
         raise ValueError(
             f"{total_bytes} bytes a token have no room for {len(parts)} rows of {least} bytes"
         )
-    # What is left of the last word is no budget; and more bytes never divide themselves worse.
-    total_bytes -= total_bytes % ROW_WORD
-    room = total_bytes - HEADER_BYTES * len(parts)
-    blocks = [energy for part in parts for energy in part]
-    ideal = allocate_bits(torch.cat(blocks), 8 * room, levels).split([len(e) for e in blocks])
-    sizes = iter([bits.sum().item() / 8 for bits in ideal])
-    ideal_bytes = [[next(sizes) for _ in part] for part in parts]
-    words = share_units(
-        [(HEADER_BYTES + sum(part)) / ROW_WORD for part in ideal_bytes],
-        total_bytes // ROW_WORD,
-        [least // ROW_WORD] * len(parts),
-    )
-    result = []
-    for part, wanted, count in zip(parts, ideal_bytes, words, strict=True):
-        units = (ROW_WORD * count - HEADER_BYTES) // unit
-        shares = share_units([size / unit for size in wanted], units, [0] * len(wanted))
-        result.append(
-            [
-                fit_tiers(energy, unit * share, align, levels)
-                for energy, share in zip(part, shares, strict=True)
-            ]
-        )
-    return result
+    most = total_bytes - least * (len(parts) - 1)
+    rows = [RowTable.of(part, most, align, levels) for part in parts]
+    words = share_words([row.error for row in rows], total_bytes // ROW_WORD, least // ROW_WORD)
+    return [row.bits(count) for row, count in zip(rows, words, strict=True)]
 
 
-def share_units(wanted: Sequence[float], total: int, least: Sequence[int]) -> list[int]:
-    """Whole numbers near those wanted, each at least its `least`, `total` together or less if less
-    is wanted: the largest remainders are rounded up.
+def share_words(errors: Sequence[Tensor], total: int, least: int) -> list[int]:
+    """How many words every row gets, `total` together at most.
 
-    Raises:
-        ValueError: `least` alone is more than `total`.
+    Greedy by gain per word along the lower convex envelope of each row's error, which is optimal
+    for every total that ends with a whole step; what is left goes where it still helps most.
+
+    Args:
+        errors: of a row by its words, falling, [words] each.
+        least: words of every row, in any case.
     """
-    units = [max(low, int(size)) for size, low in zip(wanted, least, strict=True)]
-    by_remainder = sorted(range(len(units)), key=lambda i: units[i] - wanted[i])
-    spare = total - sum(units)
-    for i in by_remainder[: max(0, spare)]:
-        units[i] += 1
-    while sum(units) > total:  # what the least took, those give that have most
-        i = max(range(len(units)), key=lambda i: units[i] - least[i])
-        if units[i] <= least[i]:
-            raise ValueError(f"{total} units cannot hold {sum(least)}")
-        units[i] -= 1
-    return units
+    steps = []
+    for i, error in enumerate(errors):
+        values, at = error.tolist(), least
+        while at < len(values) - 1:
+            gain = [(values[at] - values[w]) / (w - at) for w in range(at + 1, len(values))]
+            ahead = max(range(len(gain)), key=lambda k: (gain[k], k))
+            steps.append((gain[ahead], i, at, at + 1 + ahead))
+            at += 1 + ahead
+    words, spare = [least] * len(errors), total - least * len(errors)
+    for gain, i, start, end in sorted(steps, key=lambda step: -step[0]):
+        # Where a step did not fit, the later ones of that row do not begin.
+        if gain > 0 and words[i] == start and end - start <= spare:
+            words[i], spare = end, spare - (end - start)
+    while spare > 0:
+        gains = {
+            (i, w): (errors[i][words[i]] - errors[i][w]).item() / (w - words[i])
+            for i in range(len(errors))
+            for w in range(words[i] + 1, min(words[i] + spare, len(errors[i]) - 1) + 1)
+        }
+        i, w = max(gains, key=lambda key: gains[key], default=(0, 0))
+        if not gains or gains[i, w] <= 0:
+            break
+        words[i], spare = w, spare - (w - words[i])
+    return words

@@ -15,7 +15,7 @@ components in a row. Codes of other lengths lie in several tiers, the longest wi
 bits: 3 bits are two low ones and a high one.
 """
 
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -54,40 +54,39 @@ class Tier(NamedTuple):
     shift: int
 
 
-class RowLayout(NamedTuple):
+@dataclass(frozen=True)
+class RowLayout:
     """Where the codes of one row lie.
 
     Attributes:
         groups: (bits, components) of each run of components with equal bits, in the order of the
             components.
         align: what the bytes of each tier are padded to a multiple of.
+        tiers: in the order of their offsets.
+        header: offset of the header byte.
+        row_bytes: of a row, header and padding included: whole words of four bytes for kernels.
+
+    Raises:
+        ValueError: bits outside 1 … 8.
     """
 
     groups: tuple[tuple[int, int], ...]
     align: int = 2
+    tiers: tuple[Tier, ...] = field(init=False, repr=False, compare=False)
+    header: int = field(init=False, repr=False, compare=False)
+    row_bytes: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once and for all: every token that is packed or unpacked asks.
+        tiers = tiers_of(self.groups, self.align)
+        header = sum(tier.size for tier in tiers)
+        object.__setattr__(self, "tiers", tiers)
+        object.__setattr__(self, "header", header)
+        object.__setattr__(self, "row_bytes", round_up(header + HEADER_BYTES, ROW_WORD))
 
     @property
     def components(self) -> int:
         return sum(count for _, count in self.groups)
-
-    @property
-    def tiers(self) -> tuple[Tier, ...]:
-        """In the order of their offsets.
-
-        Raises:
-            ValueError: bits outside 1 … 8.
-        """
-        return tiers_of(self)
-
-    @property
-    def header(self) -> int:
-        """Offset of the header byte."""
-        return sum(tier.size for tier in self.tiers)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, header and padding included: whole words of four bytes for kernels."""
-        return round_up(self.header + HEADER_BYTES, ROW_WORD)
 
     @property
     def bits(self) -> list[int]:
@@ -95,18 +94,14 @@ class RowLayout(NamedTuple):
         return [bits for bits, count in self.groups for _ in range(count)]
 
 
-NO_ROWS = RowLayout(())  # one for all layers, so that one compiled graph serves them
-
-
-@cache
-def tiers_of(layout: RowLayout) -> tuple[Tier, ...]:
-    """The tiers of a layout; the many rows of a text ask again and again."""
+def tiers_of(groups: tuple[tuple[int, int], ...], align: int) -> tuple[Tier, ...]:
+    """The tiers of a row."""
     tiers: list[Tier] = []
     first = offset = 0
-    for bits, count in layout.groups:
+    for bits, count in groups:
         shift = 0
         for tier_bits in tier_bits_of(bits):
-            size = tier_bytes(tier_bits, count, layout.align)
+            size = tier_bytes(tier_bits, count, align)
             tiers.append(Tier(tier_bits, offset, size, first, count, shift))
             offset, shift = offset + size, shift + tier_bits
         first += count
@@ -166,6 +161,9 @@ def tier_bits_of(bits: int) -> list[int]:
 def tier_bytes(bits: int, count: int, align: int) -> int:
     """Bytes of a tier of `count` components, padding included."""
     return round_up(round_up(bits * count, 8) // 8, align)
+
+
+NO_ROWS = RowLayout(())  # one for all layers, so that one compiled graph serves them
 
 
 # ------------------------------------------------------------------------------- packing

@@ -26,7 +26,8 @@ class Prediction:
         dtype: of the weights to be written.
         source_kv_bytes, kv_bytes: cached per token by the whole model, before and after; numbers
             have 16 bits.
-        source_parameters, parameters: before and after; tied ones count once.
+        source_parameters, parameters: before and after; tied ones count once. While codes are
+            still to be chosen, those after are approximate: they count layers of full width.
     """
 
     plan: Plan
@@ -36,8 +37,14 @@ class Prediction:
     source_parameters: int
     parameters: int
 
+    @property
+    def approximate(self) -> bool:
+        """Whether `parameters` is only about right."""
+        return self.plan.coded is not None
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `layers` has one entry per layer."""
+        """Plain values; `layers` has one entry per layer, with its codes if these are chosen, and
+        `coded` says what they are to be chosen by if not."""
         return {
             "dtype": dtype_name(self.dtype),
             "source_kv_floats": self.plan.source_kv_floats,
@@ -46,6 +53,8 @@ class Prediction:
             "kv_bytes": self.kv_bytes,
             "source_parameters": self.source_parameters,
             "parameters": self.parameters,
+            "parameters_approximate": self.approximate,
+            "coded": self.plan.coded and asdict(self.plan.coded),
             "layers": [asdict(layer) for layer in self.plan.layers],
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,24 @@ from typing import Any
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
 from tpa_convert.healing import HealingReport
-from tpa_convert.planning.search import PlanReport
+from tpa_convert.planning.search import Candidate, PlanReport
+from tpa_convert.plans import Plan
 
+LEAST_KL, MOST_KL = 1e-4, 3.0  # that a chart of plans shows
 FORMATS = (".png", ".svg", ".pdf")
 LABELS = {
     "uniform": "uniform widths",
     "halfway": "halfway",
     "measured": "widths by sensitivity",
+    "coded": "coded in bits",
 }
 MARKERS = {"affine": "s", "linear": "^"}
 COLORS = {
     "uniform": "#7f7f7f",
     "halfway": "#17becf",
     "measured": "#1f77b4",
+    "coded": "#1f77b4",
+    "quantised": "#d62728",
     "keys": "#1f77b4",
     "values": "#ff7f0e",
     "training": "#aec7e8",
@@ -42,64 +46,77 @@ def check_chart(path: Path) -> None:
 
 
 def planning_chart(report: PlanReport, path: Path, *, refined: bool) -> None:
-    """Perplexity against cache bytes, and the chosen widths by layer.
+    """Divergence from the source against cache bytes, and what the chosen plan caches by layer.
 
     Args:
         refined: whether candidates were refined before they were measured.
     """
     plt = pyplot()
-    figure, (curve, widths) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-
-    for split, label in LABELS.items():
-        points = [c for c in report.candidates if c.form == "static" and c.split == split]
-        kilobytes = [c.plan.kv_bytes / 1e3 for c in points]
-        curve.plot(
-            kilobytes, [c.perplexity_ratio for c in points], "o-", color=COLORS[split], label=label
-        )
-        predicted = [_ratio(c.predicted_kl) for c in points]
-        curve.plot(kilobytes, predicted, ":", color=COLORS[split], linewidth=1)
-    for c in report.candidates:
-        if c.form != "static":
-            x = c.plan.kv_bytes / 1e3
-            marker = MARKERS[c.form]
-            curve.plot(
-                x, c.perplexity_ratio, marker, color="#d62728", fillstyle="none", label=c.form
-            )
-    best = report.candidates[report.chosen]
-    curve.plot(
-        best.plan.kv_bytes / 1e3,
-        best.perplexity_ratio,
-        "*",
-        color="#2ca02c",
-        markersize=16,
-        label="chosen",
-    )
-    curve.set_yscale("log")
-    curve.set_xlabel("cache, kB per token")
-    curve.set_ylabel("perplexity relative to the source")
-    curve.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
-    curve.yaxis.set_minor_formatter(plt.FuncFormatter(lambda y, _: f"×{y:g}"))
-    curve.tick_params(axis="y", which="minor", labelsize=7)
+    figure, (curve, layers) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    _draw_candidates(curve, report)
+    curve.set_xlabel("share of the source's cache at 16 bits a number")
+    curve.xaxis.set_major_formatter(plt.FuncFormatter(lambda x, _: f"{x:.0%}"))
+    curve.set_ylabel("KL divergence from the source, nats per token")
     moment = "After refinement, before" if refined else "Before refinement and"
     curve.set_title(f"{moment} healing (dotted: predicted)")
     curve.grid(alpha=0.3)
     curve.legend(fontsize=8, loc="best")
-
-    layers = range(len(best.plan.layers))
-    for sign, name in ((1, "keys"), (-1, "values")):
-        heights = [
-            sign * (shape.width_k if name == "keys" else shape.width_v)
-            for shape in best.plan.layers
-        ]
-        widths.bar(layers, heights, color=COLORS[name], label=name)
-    widths.axhline(0, color="black", linewidth=0.8)
-    widths.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{abs(y):g}"))
-    widths.set_xlabel("layer")
-    widths.set_ylabel("numbers cached per token")
-    widths.set_title("Chosen widths: keys above, values below")
-    widths.legend(fontsize=8)
+    _draw_layers(layers, report.plan)
+    layers.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{abs(y):g}"))
     save_figure(figure, path)
     plt.close(figure)
+
+
+def _draw_candidates(axes: Any, report: PlanReport) -> None:
+    """Every kind of candidate as a line, the source's quantised caches, and the chosen one."""
+
+    def share(candidate: Candidate) -> float:
+        return candidate.plan.kv_bytes / candidate.plan.source_kv_bytes
+
+    for split, label in LABELS.items():
+        points = [c for c in report.candidates if c.form == "static" and c.split == split]
+        if not points:
+            continue
+        x = [share(c) for c in points]
+        axes.plot(x, [c.kl for c in points], "o-", color=COLORS[split], label=label)
+        axes.plot(x, [c.predicted_kl for c in points], ":", color=COLORS[split], linewidth=1)
+    for c in report.candidates:
+        if c.form != "static":
+            axes.plot(
+                share(c), c.kl, MARKERS[c.form], color="#d62728", fillstyle="none", label=c.form
+            )
+    if report.quantised:
+        others = report.quantised
+        x = [other.share for other in others]
+        label = "source, cache quantised"
+        axes.plot(x, [o.kl for o in others], "s-", color=COLORS["quantised"], label=label)
+        for other in others:
+            place = (other.share, other.kl)
+            axes.annotate(f"int{other.bits}", place, (4, 4), textcoords="offset points", fontsize=8)
+    best = report.candidates[report.chosen]
+    axes.plot(share(best), best.kl, "*", color="#2ca02c", markersize=16, label="chosen")
+    axes.set_yscale("log")
+    # Hardly anything and everything lost would squeeze what lies between.
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, LEAST_KL), min(high, MOST_KL))
+
+
+def _draw_layers(axes: Any, plan: Plan) -> None:
+    """What the keys of each layer cache upwards, and its values downwards."""
+    coded = plan.is_coded
+    for sign, name in ((1, "keys"), (-1, "values")):
+        heights = []
+        for shape in plan.layers:
+            width = shape.width_k if name == "keys" else shape.width_v
+            layout = shape.key_layout if name == "keys" else shape.value_layout
+            heights.append(sign * (layout.row_bytes if coded else width))
+        axes.bar(range(len(heights)), heights, color=COLORS[name], label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("layer")
+    what = "bytes" if coded else "numbers"
+    axes.set_ylabel(f"{what} cached per token")
+    axes.set_title(f"Chosen {'bytes' if coded else 'widths'}: keys above, values below")
+    axes.legend(fontsize=8)
 
 
 def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> None:
@@ -146,10 +163,6 @@ def healing_chart(report: HealingReport, tokens_per_step: int, path: Path) -> No
         axes.grid(alpha=0.3)
     save_figure(figure, path)
     plt.close(figure)
-
-
-def _ratio(kl: float | None) -> float:
-    return math.nan if kl is None else math.exp(kl)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from tpa_convert.errors import UserError
 from tpa_convert.healing.training.data import blocks_that_fit, largest_divisor
 from tpa_convert.healing.training.distributed import processes, sharding, smallest
-from tpa_convert.options.healing import HealingSettings
+from tpa_convert.options.healing import RATES, HealingSettings
 
 MAX_GRADIENT_NORM = 1.0
 # transformers renamed it after 5.17.
@@ -42,7 +42,7 @@ def training_arguments(
         max_steps=settings.steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate or RATES[1],
         lr_scheduler_type="cosine",
         warmup_steps=min(settings.warmup_steps, settings.steps // 4),
         max_grad_norm=MAX_GRADIENT_NORM,

@@ -157,11 +157,14 @@ def prepare(
 def _optimizer(
     student: PreTrainedModel, settings: HealingSettings
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    attention_rate, rate = settings.attention_learning_rate, settings.learning_rate
+    assert attention_rate is not None
+    assert rate is not None
     groups = parameter_groups(
         student,
-        attention_learning_rate=settings.attention_learning_rate,
-        learning_rate=settings.learning_rate,
+        attention_learning_rate=attention_rate,
+        learning_rate=rate,
         weight_decay=settings.weight_decay,
     )
-    common = {"lr": settings.learning_rate, "betas": ADAM_BETAS, "fused": True}
+    common = {"lr": rate, "betas": ADAM_BETAS, "fused": True}
     return torch.optim.AdamW, {"params": groups, **common}

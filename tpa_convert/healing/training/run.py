@@ -46,6 +46,7 @@ from tpa_convert.healing.training.distributed import processes, refuse_differenc
 from tpa_convert.healing.training.preparation import CHECKPOINTS, Run, prepare
 from tpa_convert.healing.training.trainer import modules_to_compile, restore_offloaded
 from tpa_convert.healing.training.widths import even_widths
+from tpa_convert.modeling.tpa_codes import RowCoder
 from tpa_convert.options.healing import HealingSettings
 
 
@@ -145,7 +146,8 @@ def _prepared_settings(
         raise UserError("FSDP shards the source already: leave out `offload_teacher`")
     check_models(student, teacher)
     weight = hidden_weight_for(student, teacher, settings.hidden_weight)
-    return settings.model_copy(update={"hidden_weight": weight})
+    coded = any(isinstance(module, RowCoder) for module in student.modules())
+    return settings.with_rates(coded).model_copy(update={"hidden_weight": weight})
 
 
 def _claim_checkpoints(
