@@ -180,12 +180,15 @@ class TPAAttention(nn.Module):
             query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query = rotate(query, self.keys.query_table(table))
-        key, value = self.pack(hidden_states, table, cached=cache is not None)
+        key, value, features = self.pack(hidden_states, table, cached=cache is not None)
         if cache is not None:
             key, value, table = self.update(
                 cache, key, value, hidden_states, table, attention_mask, kwargs
             )
-            key, value = self.unpack(key, value, query.dtype)
+            if features is None or key.shape[2] != hidden_states.shape[1]:
+                features = self.unpack(key, value, query.dtype)
+        if features is not None:
+            key, value = features
         implementation = self.config._attn_implementation
         paged = cache is not None and not isinstance(cache, Cache)
         weights = None
@@ -199,7 +202,9 @@ class TPAAttention(nn.Module):
                 kwargs["sliding_window"] = self.sliding_window
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
-            key, value = self.keys.expand(key, table), self.values.expand(value)
+            parts = self.mixed_parts(key, value)
+            value = self.values.expand(torch.cat(parts, -1) if len(parts) > 1 else value)
+            key = self.keys.expand(key, table)
             if implementation == "sdpa":
                 query, key, value = of_one_width(query, key, value)
             output, weights = attention_interface(
@@ -217,25 +222,35 @@ class TPAAttention(nn.Module):
 
     def pack(
         self, hidden_states: torch.Tensor, table: Table, cached: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of new tokens, [b, 1, s, ...] each.
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Keys and values of new tokens, [b, 1, s, ...] each, and their features.
 
         Args:
             hidden_states: [b, s, D].
             table: of the new tokens.
             cached: what is coded comes in rows of bytes, as the cache holds it. Otherwise it comes
-                in features, as `unpack` gives them, and with gradients.
+                in features, with gradients.
+
+        Returns: keys, values, and the features that `unpack` would give for them if they are coded
+            and there are several tokens: all that attention needs where nothing was cached before.
         """
         key = self.keys.pack(hidden_states, table)
-        if self.keys.coder is None or self.values.coder is None:
-            return key, self.values.pack(hidden_states)
+        key_coder, value_coder = self.keys.coder, self.values.coder
+        if key_coder is None or value_coder is None:
+            return key, self.values.pack(hidden_states), None
         if not cached:
-            key = self.keys.coder(key)
-            value = self.values.coder(self.values.pack(hidden_states, key))
-            return key, self._with_parents(key, value)
-        row = self.keys.coder(key, rows=True)
-        components = self.values.pack(hidden_states, self.keys.coder(row, dtype=key.dtype))
-        return row, self.values.coder(components, rows=True)
+            key = key_coder(key)
+            value = value_coder(self.values.pack(hidden_states, key))
+            return key, value, (key, value)
+        dtype, several = key.dtype, key.shape[2] > 1
+        key = key_coder(key, rows=True)
+        features = None
+        if several or self.shape.predict_values:
+            features = key_coder(key, dtype=dtype)
+        value = value_coder(self.values.pack(hidden_states, features), rows=True)
+        if features is None or not several:
+            return key, value, None
+        return key, value, (features, value_coder(value, dtype=dtype))
 
     def unpack(
         self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype
@@ -243,12 +258,11 @@ class TPAAttention(nn.Module):
         """Rows of the cache as features in `dtype`; what is not coded stays as it is."""
         if self.keys.coder is None or self.values.coder is None:
             return key, value
-        key = self.keys.coder(key, dtype=dtype)
-        return key, self._with_parents(key, self.values.coder(value, dtype=dtype))
+        return self.keys.coder(key, dtype=dtype), self.values.coder(value, dtype=dtype)
 
-    def _with_parents(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def mixed_parts(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The features that values are made of: where they are predicted, those of the keys too."""
-        return torch.cat((value, key), dim=-1) if self.shape.predict_values else value
+        return (value, key) if self.shape.predict_values else (value,)
 
     def update(
         self,
@@ -335,8 +349,12 @@ class TPAAttention(nn.Module):
         Returns: what the output projection reads, [b, h, 1, width_v or d].
         """
         keys, values = self.keys, self.values
+        parts = self.mixed_parts(packed_key, packed_value)
         if isinstance(keys, LatentKeys):
             key, heads = keys.expand(packed_key, table), keys.heads
+            if not key.is_cuda:
+                return values.output(self.mix_parts(query, key, parts, attention_mask))
+            packed_value = torch.cat(parts, -1) if len(parts) > 1 else packed_value
         else:
             query, key, heads = keys.component_queries(query), packed_key, 1
             mixed = self.decode_on_kernel(query, packed_key, packed_value, attention_mask)
@@ -355,6 +373,31 @@ class TPAAttention(nn.Module):
             scale=self.scaling,
         )
         return values.output(mixed.flatten(1, 2).unsqueeze(2))
+
+    def mix_parts(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        parts: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What attention of one query position mixes of features that all heads share.
+
+        PyTorch's own attention would copy them for every head on a CPU.
+
+        Args:
+            query: [b, h, 1, d].
+            key: [b, j, t, d].
+            parts: features side by side, [b, 1, t, ...] each.
+
+        Returns: [b, h, 1, width of all parts].
+        """
+        exact = torch.promote_types(query.dtype, torch.float32)
+        grouped = query.reshape(*key.shape[:2], -1, key.shape[-1]) * self.scaling
+        weights = masked_softmax(grouped.to(exact) @ key.to(exact).mT, attention_mask)
+        weights = weights.flatten(1, 2).unsqueeze(1).to(query.dtype)  # [b, 1, h, t]
+        mixed = [weights @ part for part in parts]
+        return (torch.cat(mixed, -1) if len(mixed) > 1 else mixed[0]).transpose(1, 2)
 
     def decode_on_kernel(
         self,
@@ -463,13 +506,14 @@ def unfold(heads: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over [b, h, s, t] in fp32, with a boolean or additive mask that broadcasts to it."""
+    """Softmax over [b, h, s, t] in fp32 at least, with a boolean or additive mask that broadcasts to it."""
     if mask is not None:
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=exact).to(scores.dtype)
 
 
 def eager_attention_forward(

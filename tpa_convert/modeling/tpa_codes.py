@@ -32,6 +32,7 @@ SCALES_PER_OCTAVE = 8
 LOWEST_OCTAVE = -8  # the scale of header 0, as a power of two
 # Scales that are tried for a token, in octaves around the root mean square of its components.
 TRIED_OCTAVES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+AT_ONCE = 1 << 14  # numbers whose scales are tried side by side, not one after the other
 
 
 class Tier(NamedTuple):
@@ -108,6 +109,26 @@ def tiers_of(groups: tuple[tuple[int, int], ...], align: int) -> tuple[Tier, ...
     return tuple(tiers)
 
 
+class RowTables(NamedTuple):
+    """What codes and headers are looked up in: constants of a layout and a number of classes.
+
+    Attributes:
+        scales: what each header byte says, int32 [256, 2]: the bits of its fp32 scale, which a
+            model that is cast keeps this way, and its class.
+        tried: `TRIED_OCTAVES` in steps of the scale, int64 [7, 1].
+        shifts: 0, 1, … 7, uint8 [8, 1].
+        places: which code (the header being the last) fills each of 8 fields of each byte of a row,
+            int64 [8 · row_bytes], field by field; None where no rows are made.
+        fields: the shift down, mask and shift up of these, uint8 [3, 8 · row_bytes].
+    """
+
+    scales: Tensor
+    tried: Tensor
+    shifts: Tensor
+    places: Tensor | None = None
+    fields: Tensor | None = None
+
+
 class Quantiser(NamedTuple):
     """How the coded components of one part of a layer become codes and numbers (1).
 
@@ -118,6 +139,7 @@ class Quantiser(NamedTuple):
         spread: root mean square of each component around its class's mean, fp32 [c].
         importance: weight of a squared error of each component, relative to others, fp32 [c].
         highest: code of each component, uint8 [c].
+        kept: tables of the layout; without them, they are made whenever they are needed.
     """
 
     layout: RowLayout
@@ -126,6 +148,11 @@ class Quantiser(NamedTuple):
     spread: Tensor
     importance: Tensor
     highest: Tensor
+    kept: RowTables | None = None
+
+    @property
+    def tables(self) -> RowTables:
+        return self.kept or row_tables(self.layout, len(self.mean), self.mean.device)
 
     @property
     def scale_bits(self) -> int:
@@ -141,6 +168,30 @@ class Quantiser(NamedTuple):
 def highest_codes(layout: RowLayout) -> Tensor:
     """2^bits − 1 of each component, uint8 [c], on the CPU."""
     return torch.tensor([2**bits - 1 for bits in layout.bits], dtype=torch.uint8, device="cpu")
+
+
+def row_tables(layout: RowLayout, classes: int, device: Any = "cpu") -> RowTables:
+    """Tables of rows in `layout` whose headers tell so many classes apart."""
+    scale_bits = 8 - (classes - 1).bit_length()
+    header = torch.arange(256, device="cpu")
+    scale = torch.exp2((header % 2**scale_bits).double() / SCALES_PER_OCTAVE + LOWEST_OCTAVE)
+    scales = torch.stack((scale.float().view(torch.int32), (header >> scale_bits).int()), -1)
+    tried = torch.tensor([int(SCALES_PER_OCTAVE * o) for o in TRIED_OCTAVES], device="cpu")
+    shifts = torch.arange(8, dtype=torch.uint8, device="cpu")
+    # A field that nothing fills has mask 0.
+    table = torch.zeros(4, 8, layout.row_bytes, dtype=torch.uint8, device="cpu").long()
+    for tier in layout.tiers:
+        code = torch.arange(tier.components, device="cpu")
+        plane, byte = code // tier.size, tier.offset + code % tier.size
+        table[0, plane, byte] = tier.first + code
+        table[1, plane, byte] = tier.shift
+        table[2, plane, byte] = 2**tier.bits - 1
+        table[3, plane, byte] = plane * tier.bits
+    table[0, 0, layout.header] = layout.components
+    table[2, 0, layout.header] = 255
+    places, *fields = table.flatten(1)
+    made = scales, tried[:, None], shifts[:, None], places, torch.stack(fields).to(torch.uint8)
+    return RowTables(*(x.to(device) for x in made))
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -169,12 +220,15 @@ NO_ROWS = RowLayout(())  # one for all layers, so that one compiled graph serves
 # ------------------------------------------------------------------------------- packing
 
 
-def pack_rows(codes: Tensor, header: Tensor, layout: RowLayout) -> Tensor:
+def pack_rows(
+    codes: Tensor, header: Tensor, layout: RowLayout, tables: RowTables | None = None
+) -> Tensor:
     """Rows of bytes.
 
     Args:
         codes: uint8 [..., c], each below 2 to its bits.
         header: uint8 [...].
+        tables: of the layout, with any number of classes.
 
     Returns: uint8 [..., row_bytes].
 
@@ -183,48 +237,56 @@ def pack_rows(codes: Tensor, header: Tensor, layout: RowLayout) -> Tensor:
     """
     if codes.shape[-1] != layout.components:
         raise ValueError(f"{codes.shape[-1]} codes for {layout.components} components")
-    parts = []
-    for tier in layout.tiers:
-        part = codes[..., tier.first : tier.first + tier.components] >> tier.shift
-        part = part & (2**tier.bits - 1)
-        planes = 8 // tier.bits
-        part = pad(part, (0, planes * tier.size - tier.components)).unflatten(-1, (planes, -1))
-        # the planes share no bits, so that their sum is their union
-        parts.append((part << _shifts(tier, codes)).sum(-2, dtype=torch.uint8))
-    tail = pad(header[..., None], (0, layout.row_bytes - layout.header - HEADER_BYTES))
-    return torch.cat((*parts, tail), dim=-1)
+    *_, places, fields = tables or row_tables(layout, 1, codes.device)
+    assert places is not None and fields is not None
+    down, mask, up = fields
+    row = torch.cat((codes, header[..., None]), -1).index_select(-1, places)
+    row = ((row >> down) & mask) << up
+    for fields_left in (4, 2, 1):  # a sum of bytes is slow on a CPU
+        half = fields_left * layout.row_bytes
+        row = row[..., :half] | row[..., half:]
+    return row
 
 
-def unpack_rows(rows: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+def unpack_rows(
+    rows: Tensor, layout: RowLayout, shifts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Inverse of `pack_rows`: codes uint8 [..., c] and header uint8 [...].
+
+    By tiers, since a CPU takes ten times as long to gather a byte as to shift it.
+
+    Args:
+        shifts: see `RowTables`.
 
     Raises:
         ValueError: rows of another length than the layout's.
     """
     if rows.shape[-1] != layout.row_bytes:
         raise ValueError(f"rows of {rows.shape[-1]} bytes in a layout of {layout.row_bytes}")
-    codes = rows.new_zeros(*rows.shape[:-1], layout.components)
+    if shifts is None:
+        shifts = torch.arange(8, dtype=torch.uint8, device=rows.device)[:, None]
+    parts: list[Tensor] = []
     for tier in layout.tiers:
-        packed = rows[..., None, tier.offset : tier.offset + tier.size]
-        part = (packed >> _shifts(tier, rows)) & (2**tier.bits - 1)
-        part = part.flatten(-2)[..., : tier.components] << tier.shift
-        codes[..., tier.first : tier.first + tier.components] |= part
+        part = rows[..., tier.offset : tier.offset + tier.size]
+        if tier.bits < MAX_BITS:
+            planes = (part[..., None, :] >> shifts[:: tier.bits]) & (2**tier.bits - 1)
+            part = planes.flatten(-2)
+        part = part[..., : tier.components]
+        if tier.shift:
+            parts[-1] = parts[-1].add(part, alpha=2**tier.shift)
+        else:
+            parts.append(part)
+    codes = torch.cat(parts, -1) if parts else rows[..., :0]
     return codes, rows[..., layout.header]
-
-
-def _shifts(tier: Tier, like: Tensor) -> Tensor:
-    """Of the planes of a tier, uint8 [8 / bits, 1]."""
-    return torch.arange(0, 8, tier.bits, dtype=torch.uint8, device=like.device)[:, None]
 
 
 # ------------------------------------------------------------------------------- quantising
 
 
 def scale_of(header: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
-    """Scale fp32 [..., 1] and class int64 [...] of header bytes uint8 [...]."""
-    index = (header & (2**quantiser.scale_bits - 1)).float()
-    scale = torch.exp2(index / SCALES_PER_OCTAVE + LOWEST_OCTAVE)
-    return scale[..., None], (header >> quantiser.scale_bits).long()
+    """Scale fp32 [..., 1] and class int32 [...] of header bytes uint8 [...]."""
+    said = quantiser.tables.scales[header.int()]
+    return said[..., :1].view(torch.float32), said[..., 1]
 
 
 @torch.no_grad()
@@ -250,50 +312,63 @@ def choose_header(x: Tensor, quantiser: Quantiser) -> Tensor:
     most = 2**quantiser.scale_bits - 1
     lowest = 2.0**LOWEST_OCTAVE
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(lowest).log2() - LOWEST_OCTAVE)
-    best = torch.full_like(ratio, torch.inf)
-    index = torch.zeros_like(ratio)
-    # In units of the step, and in place: on a CPU this is most of what coding costs.
     in_steps, weight = centred / step, importance * step.square()
-    reach, highest = quantiser.reach, quantiser.highest.to(step.dtype)
-    for octaves in TRIED_OCTAVES:
-        tried = (around + SCALES_PER_OCTAVE * octaves).round().clamp(0, most)
-        scale = torch.exp2(tried / SCALES_PER_OCTAVE + LOWEST_OCTAVE)
-        unrounded = in_steps * scale.reciprocal()[..., None] + reach
-        code = torch.minimum(unrounded.round().clamp_min_(0), highest)
-        error = (unrounded.sub_(code).square_() @ weight) * scale.square()
-        index = torch.where(error < best, tried, index)
-        best = torch.minimum(error, best)
-    return (label << quantiser.scale_bits).to(torch.uint8) | index.to(torch.uint8)
+    settings = weight, quantiser.reach, quantiser.highest.to(step.dtype)
+    if x.numel() <= AT_ONCE:
+        tried = (around[..., None, None] + quantiser.tables.tried).round_().clamp_(0, most)
+        errors = scale_errors(in_steps[..., None, :], tried[..., 0], *settings)
+        index = tried[..., 0].gather(-1, errors.argmin(-1, keepdim=True))[..., 0]
+    else:
+        best = torch.full_like(ratio, torch.inf)
+        index = torch.zeros_like(ratio)
+        for octaves in TRIED_OCTAVES:
+            tried = (around + SCALES_PER_OCTAVE * octaves).round().clamp(0, most)
+            error = scale_errors(in_steps, tried, *settings)
+            index = torch.where(error < best, tried, index)
+            best = torch.minimum(error, best)
+    return ((label << quantiser.scale_bits) + index).to(torch.uint8)
 
 
-def rounded(u: Tensor, reach: Tensor) -> Tensor:
-    """The nearest of −reach, −reach + 1, …, reach."""
-    return torch.minimum((u + reach).round().clamp_min(0), 2 * reach) - reach
+def scale_errors(
+    in_steps: Tensor, tried: Tensor, weight: Tensor, reach: Tensor, highest: Tensor
+) -> Tensor:
+    """Weighted squared errors [...] of rounding numbers in units of their steps [..., c] at the
+    scales `tried` [...], as headers count them.
+
+    In place where possible: on a CPU this is most of what coding costs.
+
+    Args:
+        weight, reach, highest: of each component, [c].
+    """
+    scale = torch.exp2(tried / SCALES_PER_OCTAVE + LOWEST_OCTAVE)
+    unrounded = in_steps * scale.reciprocal()[..., None] + reach
+    code = torch.minimum(unrounded.round().clamp_min_(0), highest)
+    return (unrounded.sub_(code).square_() @ weight) * scale.square()
 
 
 def quantise(x: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
     """Codes uint8 [..., c] and header uint8 [...] of components fp32 [..., c]."""
     header = choose_header(x, quantiser)
     scale, label = scale_of(header, quantiser)
-    reach = quantiser.reach
-    codes = rounded((x - quantiser.mean[label]) / (scale * quantiser.step), reach) + reach
+    unrounded = (x - quantiser.mean[label]) / (scale * quantiser.step) + quantiser.reach
+    codes = torch.minimum(unrounded.round_().clamp_min_(0), quantiser.highest.to(x.dtype))
     return codes.to(torch.uint8), header
 
 
 def numbers_of(codes: Tensor, header: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
-    """What (1) adds to the mean of a token's class, fp32 [..., c], and the class, int64 [...]."""
+    """What (1) adds to the mean of a token's class, fp32 [..., c], and the class, int32 [...]."""
     scale, label = scale_of(header, quantiser)
     return scale * quantiser.step * (codes - quantiser.reach), label
 
 
 def encode(x: Tensor, quantiser: Quantiser) -> Tensor:
     """Components fp32 [..., c] as rows uint8 [..., row_bytes]."""
-    return pack_rows(*quantise(x, quantiser), quantiser.layout)
+    return pack_rows(*quantise(x, quantiser), quantiser.layout, quantiser.tables)
 
 
 def decode(rows: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
     """Rows uint8 [..., row_bytes] as `numbers_of` gives them."""
-    return numbers_of(*unpack_rows(rows, quantiser.layout), quantiser)
+    return numbers_of(*unpack_rows(rows, quantiser.layout, quantiser.tables.shifts), quantiser)
 
 
 def straight_through(x: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
@@ -320,6 +395,11 @@ class RowCoder(nn.Module):
     spread: Tensor
     importance: Tensor
     highest: Tensor
+    scales: Tensor
+    tried: Tensor
+    shifts: Tensor
+    row_places: Tensor
+    row_fields: Tensor
 
     def __init__(self, layout: RowLayout):
         super().__init__()
@@ -330,19 +410,28 @@ class RowCoder(nn.Module):
         self.coding = find_coding()
         self.places: Any = None  # of codes in rows, for kernels
         # Follows from the config: what loading leaves out, `init_weights` makes again.
-        self.register_buffer("highest", highest_codes(layout), persistent=False)
+        for name, table in self._constants().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def _constants(self) -> dict[str, Tensor]:
+        """The highest codes, and `RowTables`."""
+        tables = row_tables(self.layout, CLASSES)
+        names = ("scales", "tried", "shifts", "row_places", "row_fields")
+        return {"highest": highest_codes(self.layout)} | dict(zip(names, tables, strict=True))
 
     @property
     def width(self) -> int:
         """Features of a token."""
         return self.layout.components + CLASSES - 1
 
-    def reset_highest(self) -> None:
-        """Fills the highest codes again, from the config."""
-        self.highest.copy_(highest_codes(self.layout))
+    def reset_constants(self) -> None:
+        """Fills what follows from the config again."""
+        for name, table in self._constants().items():
+            getattr(self, name).copy_(table)
 
     def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
         """The tables; with the layout, if there are rows to be made or read."""
+        rows = () if layout is NO_ROWS else (self.row_places, self.row_fields)
         return Quantiser(
             layout,
             self.mean.float(),
@@ -350,6 +439,7 @@ class RowCoder(nn.Module):
             self.spread.float(),
             self.importance.float(),
             self.highest,
+            RowTables(self.scales, self.tried, self.shifts, *rows),
         )
 
     def forward(self, x: Tensor, rows: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -375,7 +465,7 @@ class RowCoder(nn.Module):
     def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Tensor:
         """What `forward` makes of components, in one launch or a few."""
         quantiser = self.quantiser()
-        tables = coding.code_tables(*quantiser[1:-1], quantiser.reach, LOWEST_OCTAVE)
+        tables = coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
         if not rows:
             numbers, label = coding.straight_through(x, tables)
             return features_of(numbers, label, x.dtype)
@@ -392,5 +482,5 @@ class RowCoder(nn.Module):
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
     """What a token's codes say [..., c], and its class [...], side by side."""
-    classes = torch.arange(1, CLASSES, device=label.device)
-    return torch.cat((numbers.to(dtype), (label[..., None] == classes).to(dtype)), dim=-1)
+    # Of two classes, the label is what tells the second one from the first.
+    return torch.cat((numbers.to(dtype), label[..., None].to(dtype)), dim=-1)

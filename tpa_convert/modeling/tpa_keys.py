@@ -101,9 +101,13 @@ class BlockGauge(HeadGauge):
         self.shared = HeadGauge(heads, head_dim, shared, offset=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if len(self.widths) == 1 and self.shared.offset is not None:  # a single product
+            weight = torch.cat((self.weight, self.shared.weight), -1).flatten(0, 1)
+            heads = nn.functional.linear(features[:, 0], weight, self.shared.offset.flatten())
+            return heads.unflatten(-1, self.weight.shape[:2]).transpose(1, 2)
         *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
         weights = self.weight.split(self.widths, dim=-1)
-        parts = [x @ weight.mT for x, weight in zip(blocks, weights, strict=True)]
+        parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
         halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
         return halves.transpose(-3, -2).flatten(-3) + self.shared(rest)
 

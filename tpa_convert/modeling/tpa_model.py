@@ -48,7 +48,7 @@ class TPAModelMixin:
             init.zeros_(module.mean)
             for scale in (module.step, module.spread, module.importance):
                 init.ones_(scale)
-            module.reset_highest()
+            module.reset_constants()
 
     def _get_static_cache_init_shape(self) -> None:
         # The cache is packed: its shapes follow from the first update, not from the config's heads.

@@ -21,7 +21,11 @@ def rotate(x: torch.Tensor, table: Table) -> torch.Tensor:
     """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, P]."""
     cos, sin = table
     real, imaginary = x.chunk(2, -1)
-    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+    turned = (
+        torch.addcmul(real * cos, imaginary, sin, value=-1),
+        torch.addcmul(imaginary * cos, real, sin),
+    )
+    return torch.cat(turned, dim=-1)
 
 
 def pair_table(position_embeddings: Table, pairs: int, order: PairOrder | None = "halves") -> Table:
