@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .tpa_kernels import Coding, find_coding
 
@@ -238,7 +237,8 @@ def pack_rows(
     if codes.shape[-1] != layout.components:
         raise ValueError(f"{codes.shape[-1]} codes for {layout.components} components")
     *_, places, fields = tables or row_tables(layout, 1, codes.device)
-    assert places is not None and fields is not None
+    assert places is not None
+    assert fields is not None
     down, mask, up = fields
     row = torch.cat((codes, header[..., None]), -1).index_select(-1, places)
     row = ((row >> down) & mask) << up
@@ -417,7 +417,8 @@ class RowCoder(nn.Module):
         """The highest codes, and `RowTables`."""
         tables = row_tables(self.layout, CLASSES)
         names = ("scales", "tried", "shifts", "row_places", "row_fields")
-        return {"highest": highest_codes(self.layout)} | dict(zip(names, tables, strict=True))
+        named = {name: t for name, t in zip(names, tables, strict=True) if t is not None}
+        return {"highest": highest_codes(self.layout)} | named
 
     @property
     def width(self) -> int:
