@@ -546,7 +546,8 @@ def unfold(heads: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over [b, h, s, t] in fp32 at least, with a boolean or additive mask that broadcasts to it."""
+    """Softmax over [b, h, s, t] in fp32 at least, with a boolean or additive mask that broadcasts
+    to it."""
     if mask is not None:
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -237,7 +237,8 @@ def pack_rows(
     if codes.shape[-1] != layout.components:
         raise ValueError(f"{codes.shape[-1]} codes for {layout.components} components")
     *_, places, fields = tables or row_tables(layout, 1, codes.device)
-    assert places is not None and fields is not None
+    assert places is not None
+    assert fields is not None
     down, mask, up = fields
     row = torch.cat((codes, header[..., None]), -1).index_select(-1, places)
     row = ((row >> down) & mask) << up
@@ -414,7 +415,7 @@ class RowCoder(nn.Module):
 
     def _constants(self) -> dict[str, Tensor]:
         """The highest codes, and `RowTables`."""
-        tables = row_tables(self.layout, CLASSES)
+        tables: tuple[Any, ...] = row_tables(self.layout, CLASSES)
         names = ("scales", "tried", "shifts", "row_places", "row_fields")
         return {"highest": highest_codes(self.layout)} | dict(zip(names, tables, strict=True))
 
