@@ -122,7 +122,7 @@ def encode_components(x: Tensor, tables: CodeTables) -> Coded:
         error = ((centred - size * (code - reach)).square() * importance).sum(-1)
         index = torch.where(error < best, tried, index)
         best = torch.minimum(error, best)
-    # Rounded from fp64, as a cache has it in a table: exp2 of fp32 differs with the tensor's length.
+    # Rounded from fp64, as in a cache's table: exp2 of fp32 differs with the tensor's length.
     scale = torch.exp2(index.double() / SCALES_PER_OCTAVE + lowest_octave).to(index.dtype)
     size = scale[..., None] * step
     unclipped = centred / size + reach

@@ -153,7 +153,7 @@ class TPAAttention(nn.Module):
         )
         self.expanded_heads = max(self.keys.expanded_heads, self.values.expanded_heads)
         self.num_key_value_groups = heads // self.expanded_heads  # read by attention functions
-        self.rotary_emb: Callable[[torch.Tensor, torch.Tensor], Table] | None = None
+        self.rotary_emb: LayerRotary | None = None
         self.kernel = find_kernel()
 
     def forward(
@@ -183,7 +183,7 @@ class TPAAttention(nn.Module):
         key, value, features = self.pack(hidden_states, table, cached=cache is not None)
         if cache is not None:
             key, value, table = self.update(
-                cache, key, value, hidden_states, table, attention_mask, kwargs
+                cache, key, value, hidden_states, position_embeddings, attention_mask, kwargs
             )
             if features is None or key.shape[2] != hidden_states.shape[1]:
                 features = self.unpack(key, value, query.dtype)
@@ -242,15 +242,11 @@ class TPAAttention(nn.Module):
             key = key_coder(key)
             value = value_coder(self.values.pack(hidden_states, key))
             return key, value, (key, value)
-        dtype, several = key.dtype, key.shape[2] > 1
-        key = key_coder(key, rows=True)
-        features = None
-        if several or self.shape.predict_values:
-            features = key_coder(key, dtype=dtype)
-        value = value_coder(self.values.pack(hidden_states, features), rows=True)
-        if features is None or not several:
-            return key, value, None
-        return key, value, (features, value_coder(value, dtype=dtype))
+        several = key.shape[2] > 1
+        key, key_features = key_coder(key, rows=True, features=several or self.shape.predict_values)
+        value = self.values.pack(hidden_states, key_features)
+        value, value_features = value_coder(value, rows=True, features=several)
+        return key, value, (key_features, value_features) if several else None
 
     def unpack(
         self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype
@@ -270,7 +266,7 @@ class TPAAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         hidden_states: torch.Tensor,
-        table: Table,
+        position_embeddings: Table,
         attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, Table]:
@@ -283,11 +279,26 @@ class TPAAttention(nn.Module):
         if not stock and "kwargs" not in signature(cache.update).parameters:
             raise ValueError("continuous batching of TPA models needs transformers 5.20 or newer")
         length, positions = key.shape[2], kwargs.get("position_ids")
-        slots = None
         if self.shape.latent_keys and stock:
-            slots = slot_positions(
-                cache, self.layer_idx, length, positions, attention_mask, hidden_states.device
-            )
+            slots_t = cache.get_mask_sizes(length, self.layer_idx)[0]
+            if slots_t != length:
+                assert self.rotary_emb is not None, "set by replace_attention"
+                given = position_embeddings[0], positions, attention_mask
+                position_embeddings = self.rotary_emb.shared(
+                    given,
+                    (slots_t, length, hidden_states.device),
+                    lambda: self.embeddings_of(
+                        hidden_states,
+                        slot_positions(
+                            cache,
+                            self.layer_idx,
+                            length,
+                            positions,
+                            attention_mask,
+                            hidden_states.device,
+                        ),
+                    ),
+                )
         if stock and self.shape.coded:
             refuse_quantised(cache, self.layer_idx)
         widths, dtype = (key.shape[-1], value.shape[-1]), key.dtype
@@ -300,12 +311,17 @@ class TPAAttention(nn.Module):
         if self.shape.latent_keys and not stock:
             starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
             assert positions is not None, "continuous batching gives positions"
-            slots = paged_positions(*starts, positions, key.shape[2])
-        if slots is not None and key.shape[2] != table[0].shape[2]:
-            assert self.rotary_emb is not None, "set by replace_attention"
-            cos, sin = (p.to(hidden_states.device) for p in self.rotary_emb(hidden_states, slots))
-            table = pair_table((cos, sin), self.head_dim // 2, self.table_order)
+            if key.shape[2] != length:
+                slots = paged_positions(*starts, positions, key.shape[2])
+                position_embeddings = self.embeddings_of(hidden_states, slots)
+        table = pair_table(position_embeddings, self.head_dim // 2, self.table_order)
         return key, value, table
+
+    def embeddings_of(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Table:
+        """Cosines and sines of positions [b or 1, t], in the type and place of what comes in."""
+        assert self.rotary_emb is not None, "set by replace_attention"
+        cos, sin = self.rotary_emb(hidden_states, positions)
+        return cos.to(hidden_states.device), sin.to(hidden_states.device)
 
     def cache_grid(self, cache: Any, widths: tuple[int, int]) -> tuple[int, int] | None:
         """Heads and head dim of a cache that was made for those of the config, None for others.
@@ -431,11 +447,15 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
     """
     rotary = getattr(decoder, names.rotary)
     by_type = "layer_type" in signature(type(rotary).forward).parameters
-    for i, layer in enumerate(getattr(decoder, names.layers)):
+    layers = getattr(decoder, names.layers)
+    kept: dict[Any, Any] = {}
+    for i, layer in enumerate(layers):
         attention = TPAAttention(decoder.config, i, getattr(layer, names.attention), names)
         kind = {"layer_type": decoder.config.layer_types[i]} if by_type else {}
         # Past nn.Module's own setter, which would make it a submodule of every layer.
-        object.__setattr__(attention, "rotary_emb", LayerRotary(rotary, kind))
+        object.__setattr__(
+            attention, "rotary_emb", LayerRotary(rotary, kind, kept, i + 1 == len(layers))
+        )
         setattr(layer, names.attention, attention)
 
 
@@ -443,11 +463,31 @@ class LayerRotary:
     """The rotary embedding of one layer: (any tensor of the right type, positions [b, t]) ->
     cosines and sines [b, t, rotated dims]."""
 
-    def __init__(self, module: nn.Module, arguments: dict[str, Any]):
+    def __init__(
+        self, module: nn.Module, arguments: dict[str, Any], kept: dict[Any, Any], last: bool
+    ):
         self.module, self.arguments = module, arguments
+        self.kept, self.last = kept, last
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
         return self.module(x, positions, **self.arguments)
+
+    def shared(self, given: tuple[Any, ...], key: tuple[Any, ...], make: Callable) -> Table:
+        """What `make` returns, once for all layers of a forward pass that are given the same.
+
+        Args:
+            given: the very objects that it follows from, one of them new in each pass.
+            key: what else has to be equal.
+        """
+        if torch.compiler.is_compiling():  # which finds what is equal by itself
+            return make()
+        key = (*self.arguments.values(), *key)
+        found = self.kept.get(key)
+        if found is None or any(a is not b for a, b in zip(found[0], given, strict=True)):
+            found = self.kept[key] = given, make()
+        if self.last:
+            self.kept.clear()
+        return found[1]
 
 
 def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
@@ -506,7 +546,8 @@ def unfold(heads: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over [b, h, s, t] in fp32 at least, with a boolean or additive mask that broadcasts to it."""
+    """Softmax over [b, h, s, t] in fp32 at least, with a boolean or additive mask that broadcasts
+    to it."""
     if mask is not None:
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .tpa_kernels import Coding, find_coding
 
@@ -238,7 +237,8 @@ def pack_rows(
     if codes.shape[-1] != layout.components:
         raise ValueError(f"{codes.shape[-1]} codes for {layout.components} components")
     *_, places, fields = tables or row_tables(layout, 1, codes.device)
-    assert places is not None and fields is not None
+    assert places is not None
+    assert fields is not None
     down, mask, up = fields
     row = torch.cat((codes, header[..., None]), -1).index_select(-1, places)
     row = ((row >> down) & mask) << up
@@ -415,9 +415,10 @@ class RowCoder(nn.Module):
 
     def _constants(self) -> dict[str, Tensor]:
         """The highest codes, and `RowTables`."""
-        tables = row_tables(self.layout, CLASSES)
+        tables: tuple[Any, ...] = row_tables(self.layout, CLASSES)
         names = ("scales", "tried", "shifts", "row_places", "row_fields")
-        return {"highest": highest_codes(self.layout)} | dict(zip(names, tables, strict=True))
+        named = {name: t for name, t in zip(names, tables, strict=True) if t is not None}
+        return {"highest": highest_codes(self.layout)} | named
 
     @property
     def width(self) -> int:
@@ -442,7 +443,13 @@ class RowCoder(nn.Module):
             RowTables(self.scales, self.tried, self.shifts, *rows),
         )
 
-    def forward(self, x: Tensor, rows: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: bool = False,
+        dtype: torch.dtype | None = None,
+        features: bool = False,
+    ) -> Any:
         """Components or rows to rows or features.
 
         Args:
@@ -450,15 +457,23 @@ class RowCoder(nn.Module):
             rows: make rows of components; otherwise features, with gradients as if nothing were
                 rounded, and the same that rows of these components give.
             dtype: of features that are made of rows.
+            features: make them too where rows are made.
 
-        Returns: uint8 [..., row_bytes], or features [..., c + classes − 1].
+        Returns: features [..., c + classes − 1]; or rows, uint8 [..., row_bytes], and features in
+            the type of x or None.
         """
         if dtype is not None:
             return features_of(*decode(x, self.quantiser(self.layout)), dtype)
         if self.coding is not None and x.is_cuda:
-            return self._on_kernels(self.coding, x, rows)
+            made = self._on_kernels(self.coding, x, rows)
+            if not rows:
+                return made
+            return made, self.forward(made, dtype=x.dtype) if features else None
         if rows:
-            return encode(x.float(), self.quantiser(self.layout))
+            quantiser = self.quantiser(self.layout)
+            coded = quantise(x.float(), quantiser)
+            row = pack_rows(*coded, quantiser.layout, quantiser.tables)
+            return row, features_of(*numbers_of(*coded, quantiser), x.dtype) if features else None
         numbers, label = straight_through(x.float(), self.quantiser())
         return features_of(numbers, label, x.dtype)
 
