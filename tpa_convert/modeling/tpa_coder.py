@@ -58,7 +58,8 @@ class RowCoder(nn.Module):
         """The highest codes, and `RowTables`."""
         tables: tuple[Any, ...] = row_tables(self.layout, CLASSES)
         names = ("scales", "tried", "shifts", "row_places", "row_fields")
-        return {"highest": highest_codes(self.layout)} | dict(zip(names, tables, strict=True))
+        named = {name: t for name, t in zip(names, tables, strict=True) if t is not None}
+        return {"highest": highest_codes(self.layout)} | named
 
     @property
     def width(self) -> int:
