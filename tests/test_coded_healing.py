@@ -92,8 +92,8 @@ def test_even_widths_change_nothing_and_are_undone(coded) -> None:
     with even_widths(model):
         found = model(text(), use_cache=False).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-        shapes = [  # of all that training reads, so not of how rows are packed
-            {name: t.shape for name, t in state(attention).items() if ".coder.row_" not in name}
+        shapes = [  # of all but what places codes in rows, of which training makes none
+            {name: x.shape for name, x in state(attention).items() if ".row_" not in name}
             for attention in attentions(model)
         ]
         assert all(shape == shapes[0] for shape in shapes)

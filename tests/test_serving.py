@@ -16,7 +16,7 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 from tests.conversions import convert_tiny, random_blocks
 from tests.generated import telling
 from tests.test_generation import LAYOUTS, SPEAKING
-from tpa_convert.modeling.tpa_attention import fold, unfold
+from tpa_convert.modeling.tpa_cache import fold, unfold
 from tpa_convert.modeling.tpa_configuration import check_transformers
 
 NEW = 10

@@ -10,14 +10,22 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .tpa_cache import cache_grid, fold, refuse_quantised, unfold
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_kernels import decode_components, find_kernel, of_one_width
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
-from .tpa_paged import holds_rows
-from .tpa_rotary import PairOrder, Table, paged_positions, pair_table, rotate, slot_positions
+from .tpa_rotary import (
+    LayerRotary,
+    PairOrder,
+    Table,
+    paged_positions,
+    pair_table,
+    rotate,
+    slot_positions,
+)
 from .tpa_values import ContextualValues, StaticValues
 
 # transformers renamed it in 5.24; layers of GPT-NeoX have a name of their own
@@ -302,7 +310,8 @@ class TPAAttention(nn.Module):
         if stock and self.shape.coded:
             refuse_quantised(cache, self.layer_idx)
         widths, dtype = (key.shape[-1], value.shape[-1]), key.dtype
-        grid = self.cache_grid(cache, widths)
+        heads = self.num_key_value_heads, self.head_dim
+        grid = cache_grid(cache, self.layer_idx, heads, widths)
         if grid is not None:  # its numbers are of the model's type, which holds bytes exactly
             key, value = (fold(x, grid).to(hidden_states.dtype) for x in (key, value))
         key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
@@ -322,28 +331,6 @@ class TPAAttention(nn.Module):
         assert self.rotary_emb is not None, "set by replace_attention"
         cos, sin = self.rotary_emb(hidden_states, positions)
         return cos.to(hidden_states.device), sin.to(hidden_states.device)
-
-    def cache_grid(self, cache: Any, widths: tuple[int, int]) -> tuple[int, int] | None:
-        """Heads and head dim of a cache that was made for those of the config, None for others.
-
-        Paged caches, and static ones that somebody has initialised, hold [heads, head dim] numbers
-        a token whatever comes; rows lie in there with zeros behind them.
-
-        Args:
-            widths: of the packed keys and values.
-        """
-        if not isinstance(cache, Cache):
-            packed = holds_rows(cache, self.layer_idx)
-            return None if packed else (self.num_key_value_heads, self.head_dim)
-        if self.layer_idx >= len(cache.layers):
-            return None
-        layer = cache.layers[self.layer_idx]
-        held: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
-        if not all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.numel() for x in held):
-            return None
-        grid = self.num_key_value_heads, self.head_dim
-        found = [(x.shape[1], x.shape[3]) for x in held]
-        return grid if found == [grid, grid] and found != [(1, w) for w in widths] else None
 
     def decode(
         self,
@@ -459,37 +446,6 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
         setattr(layer, names.attention, attention)
 
 
-class LayerRotary:
-    """The rotary embedding of one layer: (any tensor of the right type, positions [b, t]) ->
-    cosines and sines [b, t, rotated dims]."""
-
-    def __init__(
-        self, module: nn.Module, arguments: dict[str, Any], kept: dict[Any, Any], last: bool
-    ):
-        self.module, self.arguments = module, arguments
-        self.kept, self.last = kept, last
-
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
-        return self.module(x, positions, **self.arguments)
-
-    def shared(self, given: tuple[Any, ...], key: tuple[Any, ...], make: Callable) -> Table:
-        """What `make` returns, once for all layers of a forward pass that are given the same.
-
-        Args:
-            given: the very objects that it follows from, one of them new in each pass.
-            key: what else has to be equal.
-        """
-        if torch.compiler.is_compiling():  # which finds what is equal by itself
-            return make()
-        key = (*self.arguments.values(), *key)
-        found = self.kept.get(key)
-        if found is None or any(a is not b for a, b in zip(found[0], given, strict=True)):
-            found = self.kept[key] = given, make()
-        if self.last:
-            self.kept.clear()
-        return found[1]
-
-
 def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
     """Tokens that a layer of the source attends to, None for all."""
     if hasattr(source, "sliding_window"):
@@ -515,34 +471,6 @@ def normalised_together(norm: nn.Module | None, head_dim: int, heads: int) -> bo
 def norm_epsilon(norm: Any) -> float:
     """What a norm of the source adds to the mean square; families call it one of two names."""
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-
-
-def refuse_quantised(cache: Cache, layer_idx: int) -> None:
-    """Raises `ValueError` if a layer of the cache would quantise the codes it is given."""
-    layers = cache.layers[layer_idx : layer_idx + 1] or [cache.layer_class_to_replicate]
-    kind = layers[0] if isinstance(layers[0], type) else type(layers[0])
-    if kind is not None and issubclass(kind, QuantizedLayer):
-        raise ValueError(
-            "the cache of this model is coded in bits already: use a dynamic or static cache, not "
-            "a quantized one"
-        )
-
-
-def fold(row: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Packed rows [b, 1, s, n] laid out as heads [b, heads, s, head dim], zeros behind them."""
-    heads, head_dim = grid
-    room = heads * head_dim - row.shape[-1]
-    if room < 0:
-        raise ValueError(
-            f"{row.shape[-1]} numbers a token do not fit into a cache of {heads} heads of "
-            f"{head_dim}: use a dynamic cache"
-        )
-    return nn.functional.pad(row[:, 0], (0, room)).unflatten(-1, grid).transpose(1, 2)
-
-
-def unfold(heads: torch.Tensor, width: int) -> torch.Tensor:
-    """Undoes `fold`: [b, heads, t, head dim] to [b, 1, t, width]."""
-    return heads.transpose(1, 2).flatten(2)[..., :width].unsqueeze(1)
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .tpa_codes import RowCoder
+from .tpa_coder import RowCoder
 from .tpa_configuration import LayerShape
 from .tpa_rotary import Table, rotate
 

@@ -7,7 +7,7 @@ from transformers import initialization as init
 
 from .tpa_adapters import tell_peft
 from .tpa_attention import AttentionNames, TPAAttention, replace_attention
-from .tpa_codes import RowCoder
+from .tpa_coder import RowCoder
 from .tpa_keys import HeadGauge, KeyNorm, PairGauge, RotatedKeys
 from .tpa_paged import pack_paged_cache
 

@@ -4,7 +4,8 @@ Features are half-split: of 2 P features, p and p + P are the pair p. Tables of 
 have one entry for each pair. Letters: b batch, s new tokens, t cached tokens, f rotary pairs.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -110,3 +111,34 @@ def paged_positions(
     request = request.clamp(max=len(starts_k) - 2)
     last = position_ids[0, (starts_q[1:].long() - 1).clamp(0, position_ids.shape[1] - 1)]
     return (last[request] - (starts_k[1:].long()[request] - 1 - index))[None].clamp(min=0)
+
+
+class LayerRotary:
+    """The rotary embedding of one layer: (any tensor of the right type, positions [b, t]) ->
+    cosines and sines [b, t, rotated dims]."""
+
+    def __init__(
+        self, module: nn.Module, arguments: dict[str, Any], kept: dict[Any, Any], last: bool
+    ):
+        self.module, self.arguments = module, arguments
+        self.kept, self.last = kept, last
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
+        return self.module(x, positions, **self.arguments)
+
+    def shared(self, given: tuple[Any, ...], key: tuple[Any, ...], make: Callable) -> Table:
+        """What `make` returns, once for all layers of a forward pass that are given the same.
+
+        Args:
+            given: the very objects that it follows from, one of them new in each pass.
+            key: what else has to be equal.
+        """
+        if torch.compiler.is_compiling():  # which finds what is equal by itself
+            return make()
+        key = (*self.arguments.values(), *key)
+        found = self.kept.get(key)
+        if found is None or any(a is not b for a, b in zip(found[0], given, strict=True)):
+            found = self.kept[key] = given, make()
+        if self.last:
+            self.kept.clear()
+        return found[1]

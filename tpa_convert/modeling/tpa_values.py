@@ -6,7 +6,8 @@ v_j(x) = s Σ_r a_{r,j}(x) U_{r,j} b_r(x)        (arXiv 2501.06425, eq. 3.1, wit
 import torch
 from torch import nn
 
-from .tpa_codes import CLASSES, RowCoder
+from .tpa_coder import RowCoder
+from .tpa_codes import CLASSES
 from .tpa_configuration import LayerShape
 from .tpa_keys import HeadGauge
 

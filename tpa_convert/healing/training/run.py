@@ -46,7 +46,7 @@ from tpa_convert.healing.training.distributed import processes, refuse_differenc
 from tpa_convert.healing.training.preparation import CHECKPOINTS, Run, prepare
 from tpa_convert.healing.training.trainer import modules_to_compile, restore_offloaded
 from tpa_convert.healing.training.widths import even_widths
-from tpa_convert.modeling.tpa_codes import RowCoder
+from tpa_convert.modeling.tpa_coder import RowCoder
 from tpa_convert.options.healing import HealingSettings
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.modeling import CLASSES, TPAAttention
-from tpa_convert.modeling.tpa_codes import RowCoder
+from tpa_convert.modeling.tpa_coder import RowCoder
 from tpa_convert.modeling.tpa_keys import BlockGauge, LatentKeys
 
 MULTIPLE_OF = 16

@@ -1,0 +1,62 @@
+"""Packed rows in caches that transformers makes for heads, and caches that rows are not for."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, QuantizedLayer
+
+from .tpa_paged import holds_rows
+
+
+def refuse_quantised(cache: Cache, layer_idx: int) -> None:
+    """Raises `ValueError` if a layer of the cache would quantise the codes it is given."""
+    layers = cache.layers[layer_idx : layer_idx + 1] or [cache.layer_class_to_replicate]
+    kind = layers[0] if isinstance(layers[0], type) else type(layers[0])
+    if kind is not None and issubclass(kind, QuantizedLayer):
+        raise ValueError(
+            "the cache of this model is coded in bits already: use a dynamic or static cache, not "
+            "a quantized one"
+        )
+
+
+def cache_grid(
+    cache: Any, layer_idx: int, grid: tuple[int, int], widths: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Heads and head dim of a cache that was made for those of the config, None for others.
+
+    Paged caches, and static ones that somebody has initialised, hold [heads, head dim] numbers
+    a token whatever comes; rows lie in there with zeros behind them.
+
+    Args:
+        grid: heads and head dim of the config.
+        widths: of the packed keys and values.
+    """
+    if not isinstance(cache, Cache):
+        packed = holds_rows(cache, layer_idx)
+        return None if packed else grid
+    if layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    held: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
+    if not all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.numel() for x in held):
+        return None
+    found = [(x.shape[1], x.shape[3]) for x in held]
+    return grid if found == [grid, grid] and found != [(1, w) for w in widths] else None
+
+
+def fold(row: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Packed rows [b, 1, s, n] laid out as heads [b, heads, s, head dim], zeros behind them."""
+    heads, head_dim = grid
+    room = heads * head_dim - row.shape[-1]
+    if room < 0:
+        raise ValueError(
+            f"{row.shape[-1]} numbers a token do not fit into a cache of {heads} heads of "
+            f"{head_dim}: use a dynamic cache"
+        )
+    return nn.functional.pad(row[:, 0], (0, room)).unflatten(-1, grid).transpose(1, 2)
+
+
+def unfold(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """Undoes `fold`: [b, heads, t, head dim] to [b, 1, t, width]."""
+    return heads.transpose(1, 2).flatten(2)[..., :width].unsqueeze(1)

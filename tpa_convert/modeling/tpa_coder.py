@@ -1,0 +1,141 @@
+"""What codes the components of a layer's keys or values where attention runs: `RowCoder`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tpa_codes import (
+    CLASSES,
+    LOWEST_OCTAVE,
+    NO_ROWS,
+    Quantiser,
+    RowLayout,
+    RowTables,
+    decode,
+    highest_codes,
+    numbers_of,
+    pack_rows,
+    quantise,
+    row_tables,
+    straight_through,
+)
+from .tpa_kernels import Coding, find_coding
+
+
+class RowCoder(nn.Module):
+    """Components of the keys or the values of one layer to rows of bytes, and rows to *features*.
+
+    The features of a token are what its codes add to the mean of its class, and after them, for
+    each class but the first, 1 if the token is of it and 0 if not. What maps features to keys or
+    values thus knows the class as one column more.
+    """
+
+    mean: Tensor
+    step: Tensor
+    spread: Tensor
+    importance: Tensor
+    highest: Tensor
+    scales: Tensor
+    tried: Tensor
+    shifts: Tensor
+    row_places: Tensor
+    row_fields: Tensor
+
+    def __init__(self, layout: RowLayout):
+        super().__init__()
+        self.layout, count = layout, layout.components
+        self.register_buffer("mean", torch.zeros(CLASSES, count))
+        for name in ("step", "spread", "importance"):
+            self.register_buffer(name, torch.ones(count))
+        self.coding = find_coding()
+        self.places: Any = None  # of codes in rows, for kernels
+        # Follows from the config: what loading leaves out, `init_weights` makes again.
+        for name, table in self._constants().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def _constants(self) -> dict[str, Tensor]:
+        """The highest codes, and `RowTables`."""
+        tables: tuple[Any, ...] = row_tables(self.layout, CLASSES)
+        names = ("scales", "tried", "shifts", "row_places", "row_fields")
+        return {"highest": highest_codes(self.layout)} | dict(zip(names, tables, strict=True))
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.layout.components + CLASSES - 1
+
+    def reset_constants(self) -> None:
+        """Fills what follows from the config again."""
+        for name, table in self._constants().items():
+            getattr(self, name).copy_(table)
+
+    def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
+        """The tables; with the layout, if there are rows to be made or read."""
+        rows = () if layout is NO_ROWS else (self.row_places, self.row_fields)
+        return Quantiser(
+            layout,
+            self.mean.float(),
+            self.step.float(),
+            self.spread.float(),
+            self.importance.float(),
+            self.highest,
+            RowTables(self.scales, self.tried, self.shifts, *rows),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: bool = False,
+        dtype: torch.dtype | None = None,
+        features: bool = False,
+    ) -> Any:
+        """Components or rows to rows or features.
+
+        Args:
+            x: components [..., c], or rows, uint8 [..., row_bytes].
+            rows: make rows of components; otherwise features, with gradients as if nothing were
+                rounded, and the same that rows of these components give.
+            dtype: of features that are made of rows.
+            features: make them too where rows are made.
+
+        Returns: features [..., c + classes − 1]; or rows, uint8 [..., row_bytes], and features in
+            the type of x or None.
+        """
+        if dtype is not None:
+            return features_of(*decode(x, self.quantiser(self.layout)), dtype)
+        if self.coding is not None and x.is_cuda:
+            made = self._on_kernels(self.coding, x, rows)
+            if not rows:
+                return made
+            return made, self.forward(made, dtype=x.dtype) if features else None
+        if rows:
+            quantiser = self.quantiser(self.layout)
+            coded = quantise(x.float(), quantiser)
+            row = pack_rows(*coded, quantiser.layout, quantiser.tables)
+            return row, features_of(*numbers_of(*coded, quantiser), x.dtype) if features else None
+        numbers, label = straight_through(x.float(), self.quantiser())
+        return features_of(numbers, label, x.dtype)
+
+    def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Tensor:
+        """What `forward` makes of components, in one launch or a few."""
+        quantiser = self.quantiser()
+        tables = coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
+        if not rows:
+            numbers, label = coding.straight_through(x, tables)
+            return features_of(numbers, label, x.dtype)
+        if self.places is None or self.places[0].device != x.device:
+            layout = self.layout
+            places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
+            self.places = places._replace(
+                component=places.component.to(x.device),
+                bits=places.bits.to(x.device),
+                low=places.low.to(x.device),
+            )
+        return coding.encode_rows(x, tables, self.places)
+
+
+def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a token's codes say [..., c], and its class [...], side by side."""
+    # Of two classes, the label is what tells the second one from the first.
+    return torch.cat((numbers.to(dtype), label[..., None].to(dtype)), dim=-1)
