@@ -102,9 +102,9 @@ def test_straight_through_agrees_with_what_is_cached(rows, width, classes, seed,
     assert torch.allclose(scaled.double(), expected, rtol=1e-2 if dtype != torch.float32 else 1e-5)
     scaled.float().sum().backward()
     u = (x.double() - tables.mean[label]) / size
-    margin = EDGE * (1 + u.abs())
-    assert (y.grad[u.abs() < tables.reach - margin] == 1).all()
-    assert (y.grad[u.abs() > tables.reach + margin] == 0).all()
+    margin, edge = EDGE * (1 + u.abs()), tables.reach + 0.5
+    assert (y.grad[u.abs() < edge - margin] == 1).all()
+    assert (y.grad[u.abs() > edge + margin] == 0).all()
 
 
 @some
