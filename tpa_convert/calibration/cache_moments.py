@@ -96,21 +96,17 @@ def full_width(source: Source) -> Iterator[list[TPAAttention]]:
 
 
 class _Tap:
-    """A forward hook: what a module gives, and after the backward pass its gradient."""
+    """A forward hook: what a module gives, and a zero added to it that takes its gradient."""
 
     def __init__(self, module: nn.Module):
         self.value: Tensor
-        self.gradient: Tensor
+        self.change: Tensor
         self.hook = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        self.value, self.gradient = output.detach(), torch.zeros_like(output)
-        change = torch.zeros_like(output, requires_grad=True)
-        change.register_hook(self._keep)
-        return output + change
-
-    def _keep(self, gradient: Tensor) -> None:
-        self.gradient = gradient
+        self.value = output.detach()
+        self.change = torch.zeros_like(output, requires_grad=True)
+        return output + self.change
 
 
 def collect_cache_moments(
@@ -135,9 +131,6 @@ def collect_cache_moments(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     batch_size = max(1, min(batch_size, MOST_LOGITS // (vocabulary * blocks.shape[1])))
     generator = torch.Generator(model.device).manual_seed(seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     with full_width(source) as modules:
         taps = [
             [_Tap(module.keys.feature_factor), _Tap(module.values.feature_factor)]
@@ -155,14 +148,13 @@ def collect_cache_moments(
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, 1), label[:, 0], reduction="sum"
                 )
-                loss.backward()
-            for layer, pair in zip(sums, taps, strict=True):
+                changes = [tap.change for pair in taps for tap in pair]
+                gradients = torch.autograd.grad(loss, changes, materialize_grads=True)
+            of_keys, of_values = gradients[::2], gradients[1::2]
+            for layer, pair, *gradient in zip(sums, taps, of_keys, of_values, strict=True):
                 layer.update(
-                    torch.cat([tap.value for tap in pair], dim=-1),
-                    torch.cat([tap.gradient for tap in pair], dim=-1),
+                    torch.cat([tap.value for tap in pair], dim=-1), torch.cat(gradient, dim=-1)
                 )
         for tap in (tap for pair in taps for tap in pair):
             tap.hook.remove()
-    for parameter in trained:
-        parameter.requires_grad_(True)
     return Moments([layer.finish() for layer in sums], source.reference.sha256, blocks.numel())

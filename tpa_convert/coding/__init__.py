@@ -6,12 +6,14 @@ What turns components into codes, rows of bytes and back travels with the models
 
 from tpa_convert.coding.allocation import (
     LEVELS,
+    RowTable,
     allocate_bits,
     fit_tiers,
     groups_of_bits,
     least_row_bytes,
     remaining_error,
     share_bytes,
+    share_rows,
 )
 from tpa_convert.coding.components import (
     Components,
@@ -35,6 +37,7 @@ __all__ = [
     "Components",
     "Part",
     "Prediction",
+    "RowTable",
     "allocate_bits",
     "coded_order",
     "design_quantiser",
@@ -48,4 +51,5 @@ __all__ = [
     "principal_components",
     "remaining_error",
     "share_bytes",
+    "share_rows",
 ]

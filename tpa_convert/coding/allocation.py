@@ -204,7 +204,12 @@ class RowTable(NamedTuple):
     def of(
         cls, energies: Sequence[Tensor], size: int, align: int, levels: Sequence[int]
     ) -> RowTable:
-        """Of the blocks of one part, for rows of up to `size` bytes."""
+        """Of the blocks of one part, for rows of up to `size` bytes.
+
+        Raises:
+            ValueError: as `allocate_bits`.
+        """
+        _check_levels(levels)
         blocks = [TierTable.of(energy, size, align, levels) for energy in energies]
         error, splits = blocks[0].error, []
         most = (size - HEADER_BYTES) // align
@@ -264,15 +269,22 @@ def share_bytes(
     Raises:
         ValueError: as `allocate_bits`, or no room for a header and one tier in every part.
     """
-    _check_levels(levels)
+    rows = [RowTable.of(part, total_bytes, align, levels) for part in parts]
+    return share_rows(rows, total_bytes, align, levels)
+
+
+def share_rows(
+    rows: Sequence[RowTable], total_bytes: int, align: int = 2, levels: Sequence[int] = LEVELS
+) -> list[list[Tensor]]:
+    """`share_bytes` for parts whose best rows are known, of every length up to `total_bytes`."""
     least = least_row_bytes(align, levels)
-    if least * len(parts) > total_bytes:
+    if least * len(rows) > total_bytes:
         raise ValueError(
-            f"{total_bytes} bytes a token have no room for {len(parts)} rows of {least} bytes"
+            f"{total_bytes} bytes a token have no room for {len(rows)} rows of {least} bytes"
         )
-    most = total_bytes - least * (len(parts) - 1)
-    rows = [RowTable.of(part, most, align, levels) for part in parts]
-    words = share_words([row.error for row in rows], total_bytes // ROW_WORD, least // ROW_WORD)
+    most = (total_bytes - least * (len(rows) - 1)) // ROW_WORD  # words that can be left to one
+    errors = [row.error[: most + 1] for row in rows]
+    words = share_words(errors, total_bytes // ROW_WORD, least // ROW_WORD)
     return [row.bits(count) for row, count in zip(rows, words, strict=True)]
 
 

@@ -13,6 +13,7 @@ from tpa_convert.coding import (
     LEVELS,
     CacheMoments,
     Part,
+    RowTable,
     coded_order,
     design_quantiser,
     fisher_metric,
@@ -21,7 +22,7 @@ from tpa_convert.coding import (
     part_of,
     predict_values,
     remaining_error,
-    share_bytes,
+    share_rows,
 )
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.modeling import CLASSES, LayerShape, RowLayout, codes_of, groups_of
@@ -82,31 +83,35 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
     budget, predicted = plan.coded, plan.coded.predict_values
     levels = LEVELS if budget.bits is None else (0, budget.bits)
     layers = [CodedLayer(layer, tokens, budget.key_blocks, plan.head_dim) for layer in moments]
+
+    def best_rows(part: Part) -> RowTable:
+        return RowTable.of(part.energies, budget.total_bytes, budget.align, levels)
+
+    key_rows = [best_rows(layer.keys) for layer in layers]
     values = [layer.values(None)[0] for layer in layers]
     for _ in range(1 + ROUNDS * predicted):
         parts = [
-            part.energies
-            for layer, value in zip(layers, values, strict=True)
-            for part in (layer.keys, value)
+            p for layer, value in zip(layers, values, strict=True) for p in (layer.keys, value)
         ]
-        bits = share_bytes(parts, budget.total_bytes, budget.align, levels)
-        keys = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
+        rows = [r for keys, v in zip(key_rows, values, strict=True) for r in (keys, best_rows(v))]
+        bits = share_rows(rows, budget.total_bytes, budget.align, levels)
+        key_groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
         if predicted:
-            values = [layer.values(groups)[0] for layer, groups in zip(layers, keys, strict=True)]
+            values = [x.values(groups)[0] for x, groups in zip(layers, key_groups, strict=True)]
     nats = sum(
         remaining_error(energy, block).item() / 2
         for part, found in zip(parts, bits, strict=True)
-        for energy, block in zip(part, found, strict=True)
+        for energy, block in zip(part.energies, found, strict=True)
     )
     shapes = []
-    for shape, key_groups, (value_bits,) in zip(plan.layers, keys, bits[1::2], strict=True):
+    for shape, groups, (value_bits,) in zip(plan.layers, key_groups, bits[1::2], strict=True):
         value_groups = groups_of_bits(value_bits)[0]
         shapes.append(
             replace(
                 shape,
-                width_k=sum(n for runs in key_groups for _, n in runs),
+                width_k=sum(n for runs in groups for _, n in runs),
                 width_v=sum(n for _, n in value_groups),
-                key_codes=codes_of(key_groups),
+                key_codes=codes_of(groups),
                 value_codes=codes_of([value_groups]),
                 row_align=budget.align,
                 predict_values=predicted,

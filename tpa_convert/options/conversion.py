@@ -65,8 +65,8 @@ class CacheBudget(Section):
         return [f"`{name}`" for name in BUDGETS if getattr(self, name) is not None]
 
 
-class KeyOptions(Section):
-    """How keys are cached."""
+class KeyOptions(CacheBudget):
+    """How much to cache, and how keys are cached."""
 
     gauge: GaugePlace = option(
         "auto",
@@ -89,6 +89,36 @@ class KeyOptions(Section):
         shown_default="as few as a GPU rebuilds while it would read the source's cache",
         ge=1,
     )
+
+    @property
+    def coded(self) -> bool:
+        """Whether the cache is to be coded in bits. A plan in a file says that by itself."""
+        return not self.plain_only() if self.cache_bits == "auto" else self.cache_bits != "16"
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of every component that is kept; None chooses by component."""
+        return None if self.cache_bits == "auto" else int(self.cache_bits)
+
+    def plain_only(self) -> list[str]:
+        """Options given that only a cache of plain numbers has."""
+        found = ["`gauge`"] if self.gauge != "auto" else []
+        return found + (["rotated `key_cache`"] if self.key_cache == "rotated" else [])
+
+    def refuse_codes_elsewhere(self) -> None:
+        """Refuses bits for a cache of plain numbers.
+
+        Raises:
+            ValueError: bits are asked for as well, or blocks of keys that are not coded.
+        """
+        plain = self.plain_only()
+        if self.cache_bits not in ("auto", "16") and plain:
+            raise ValueError(
+                f"`cache_bits` {self.cache_bits} does not go with {' and '.join(plain)}: leave out "
+                "one"
+            )
+        if self.key_blocks is not None and (plain or self.cache_bits == "16"):
+            raise ValueError("`key_blocks` is for a cache coded in bits: leave it out")
 
     @property
     def plain_key_cache(self) -> Literal["rotated", "latent"]:
@@ -127,7 +157,7 @@ class CalibrationOptions(Section):
     )
 
 
-class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
+class ConvertOptions(CalibrationOptions, KeyOptions):
     """How to convert: exactly one budget, what a cached number is, the method, the text."""
 
     plan: Path | None = option(
@@ -198,16 +228,8 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
         METHOD,
     )
 
-    @property
-    def coded(self) -> bool:
-        """Whether the cache is to be coded in bits. A plan says that by itself."""
-        if self.cache_bits == "auto":
-            return not self._plain_only()
-        return self.cache_bits != "16"
-
-    def _plain_only(self) -> list[str]:
-        """Options given that only a cache of plain numbers has."""
-        given = plain_only(self)
+    def plain_only(self) -> list[str]:
+        given = super().plain_only()
         given += [f"`{name}`" for name in RANKS if getattr(self, name) is not None]
         for name, default in (
             ("plan", None),
@@ -252,7 +274,7 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
     def _check_method(self) -> ConvertOptions:
         if self.plan is not None and self.form != "static":
             raise ValueError("the plan says the form of every layer: leave out `form`")
-        refuse_codes_elsewhere(self, self._plain_only())
+        self.refuse_codes_elsewhere()
         if self.key_cache == "latent":
             if self.plan is not None:
                 raise ValueError("the plan says what every layer caches: leave out `key_cache`")
@@ -276,31 +298,6 @@ class ConvertOptions(CacheBudget, CalibrationOptions, KeyOptions):
         if self.moments is not None and self.calibration and not (self.refit or self.refine):
             raise ValueError("`moments` replaces the calibration: leave out `calibration`")
         return self
-
-
-def plain_only(options: KeyOptions) -> list[str]:
-    """Options for keys given that only a cache of plain numbers has."""
-    found = ["`gauge`"] if options.gauge != "auto" else []
-    return found + (["rotated `key_cache`"] if options.key_cache == "rotated" else [])
-
-
-def refuse_codes_elsewhere(options: CacheBudget, plain: list[str]) -> None:
-    """Refuses bits for a cache of plain numbers.
-
-    Args:
-        plain: options given that only such a cache has.
-
-    Raises:
-        ValueError: bits are asked for as well, or blocks of keys that are not coded.
-    """
-    if options.cache_bits not in ("auto", "16") and plain:
-        raise ValueError(
-            f"`cache_bits` {options.cache_bits} does not go with {' and '.join(plain)}: leave out "
-            "one"
-        )
-    blocks = getattr(options, "key_blocks", None)
-    if blocks is not None and (plain or options.cache_bits == "16"):
-        raise ValueError("`key_blocks` is for a cache coded in bits: leave it out")
 
 
 def refuse_moments_twice(options: CalibrationOptions) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from tpa_convert.options.conversion import (
-    CacheBudget,
     CalibrationOptions,
     KeyOptions,
-    plain_only,
-    refuse_codes_elsewhere,
     refuse_moments_twice,
 )
 from tpa_convert.options.declaration import METHOD, PLANNING, option
 
 
-class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
+class PlanOptions(CalibrationOptions, KeyOptions):
     """How to choose a plan: a budget, or what may be lost."""
 
     max_increase: float = option(
@@ -46,15 +43,8 @@ class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
     )
     refine_steps: int = option(200, "Steps of that refinement per layer.", METHOD, ge=1)
 
-    @property
-    def coded(self) -> bool:
-        """Whether plans are of a cache coded in bits."""
-        if self.cache_bits == "auto":
-            return not self._plain_only()
-        return self.cache_bits != "16"
-
-    def _plain_only(self) -> list[str]:
-        return plain_only(self) + (["`refine`"] if self.refine else [])
+    def plain_only(self) -> list[str]:
+        return super().plain_only() + (["`refine`"] if self.refine else [])
 
     @model_validator(mode="after")
     def _check(self) -> PlanOptions:
@@ -65,6 +55,6 @@ class PlanOptions(CacheBudget, CalibrationOptions, KeyOptions):
             )
         if self.calibration_blocks < 2:
             raise ValueError("a plan needs `calibration_blocks` of at least 2: one is held out")
-        refuse_codes_elsewhere(self, self._plain_only())
+        self.refuse_codes_elsewhere()
         refuse_moments_twice(self)
         return self

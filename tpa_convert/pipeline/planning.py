@@ -173,10 +173,9 @@ def _coded_plans(sizes: dict[str, Any], options: PlanOptions) -> tuple[Plan | No
     Raises:
         UserError: what the options ask for cannot be, told before anything is loaded.
     """
-    bits = None if options.cache_bits == "auto" else int(options.cache_bits)
 
     def at(budget: Budget) -> Plan:
-        return plan_coded(sizes, budget, bits=bits, key_blocks=options.key_blocks)
+        return plan_coded(sizes, budget, bits=options.code_bits, key_blocks=options.key_blocks)
 
     wanted = None
     if options.budgets:

@@ -84,8 +84,7 @@ def predict(
     else:
         budget = Budget(**{name: getattr(options, name) for name in (*BUDGETS, *RANKS)})
         if options.coded:
-            bits = None if options.cache_bits == "auto" else int(options.cache_bits)
-            plan = plan_coded(sizes, budget, bits=bits, key_blocks=options.key_blocks)
+            plan = plan_coded(sizes, budget, bits=options.code_bits, key_blocks=options.key_blocks)
         else:
             plan = plan_uniform(
                 sizes,

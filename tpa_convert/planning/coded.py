@@ -10,7 +10,7 @@ from torch import Tensor
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
-from tpa_convert.forward.comparison import Agreement, compare
+from tpa_convert.forward.comparison import compare
 from tpa_convert.forward.quantised import quantised_source, share_of_bytes
 from tpa_convert.planning.search import Candidate, PlanReport, Quantised, choose
 from tpa_convert.plans import Plan
@@ -49,16 +49,23 @@ def search_coded(
     """
     sizes = source.family.attention_sizes(source.model.config)
     model = source.model
-    scores, _ = compare({"source": model}, blocks)
+    bits = BITS if quantises(model) else ()
+    others = {f"int{n}": quantised_source(model, n) for n in bits}
+    scores, agreements = compare(
+        {"source": model, **others},
+        blocks,
+        track=track,
+        description="measuring the source's own cache",
+    )
     perplexity = scores["source"].perplexity
-    candidates, quantised = [], []
-    steps: list[Plan | int] = [*plans, *(BITS if quantises(model) else ())]
-    for step in track(steps, "measuring plans"):
-        if isinstance(step, Plan):
-            candidates.append(_measure(source, moments, blocks, step, sizes, context))
-            continue
-        ratio, agreement = _measure_quantised(model, blocks, step)
-        quantised.append(Quantised(step, share_of_bytes(step), agreement.kl, ratio))
+    quantised = [
+        Quantised(n, share_of_bytes(n), agreements[name].kl, scores[name].perplexity / perplexity)
+        for n, name in zip(bits, others, strict=True)
+    ]
+    candidates = [
+        _measure(source, moments, blocks, plan, sizes, context)
+        for plan in track(plans, "measuring plans")
+    ]
     floats = None if wanted is None else wanted.kv_floats
     return PlanReport(
         tuple(candidates),
@@ -98,11 +105,3 @@ def _measure(
         scores["model"].perplexity / scores["source"].perplexity,
         plan_cost(codes.plan, sizes, context),
     )
-
-
-def _measure_quantised(model: Any, blocks: Tensor, bits: int) -> tuple[float, Agreement]:
-    """Perplexity relative to the source's and agreement, with the source's cache quantised."""
-    models = {"source": model, "quantised": quantised_source(model, bits)}
-    scores, agreements = compare(models, blocks)
-    ratio = scores["quantised"].perplexity / scores["source"].perplexity
-    return ratio, agreements["quantised"]
