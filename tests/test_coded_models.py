@@ -8,12 +8,7 @@ order of sums decides.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,14 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
-from tests.conftest import make_tiny_tokenizer
 from tests.conversions import coded_moments, convert_coded, random_blocks, source_of
-from tests.test_families import SCRIPT, stepwise
+from tests.exports import without_package
+from tests.test_families import stepwise
 from tests.tiny_models import MODELS, WINDOW
 from tpa_convert.calibration.cache_moments import full_width
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.evaluation import cache_bytes
-from tpa_convert.export.save import save_converted
 from tpa_convert.forward.comparison import agreement
 from tpa_convert.modeling.tpa_attention import TPAAttention
 from tpa_convert.modeling.tpa_codes import unpack_rows
@@ -273,29 +267,8 @@ def test_the_calibrated_metric_beats_the_identity(source, moments) -> None:
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Any]]:
     """Logits of each family's export in memory, and as a process without the package has them."""
-    base = tmp_path_factory.mktemp("exports")
-    models = {}
-    for name in NAMES:
-        model = convert_coded(MODELS[name](), key_blocks=2)
-        plan = {"kv_bytes": 1, "source_kv_bytes": 4}
-        record = {"settings": {}, "plan": plan, "versions": {}}
-        provenance = {"source": asdict(source_of(MODELS[name]()).reference), "convert": record}
-        (base / name).mkdir()
-        save_converted(model, make_tiny_tokenizer(), base / name, "tiny", provenance)
-        models[base / name] = model
-    torch.save(text(), base / "tokens.pt")
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT, base / "tokens.pt", base / "results.pt", *models],
-        cwd=base,
-        env=os.environ | {"HF_MODULES_CACHE": str(base / "modules")},
-        check=True,
-        timeout=280,
-    )
-    found = torch.load(base / "results.pt", weights_only=True)
-    return {
-        Path(directory).name: (logits(model, text()), result)
-        for (directory, model), result in zip(models.items(), found, strict=True)
-    }
+    models = {name: (MODELS[name](), convert_coded(MODELS[name](), key_blocks=2)) for name in NAMES}
+    return without_package(models, text(), tmp_path_factory.mktemp("exports"))
 
 
 @pytest.mark.parametrize("name", NAMES)

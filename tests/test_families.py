@@ -6,12 +6,7 @@ The source is a tiny random model of the family; windows are 8 tokens, texts are
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +20,9 @@ from transformers import (
     StaticCache,
 )
 
-from tests.conftest import make_tiny_tokenizer
 from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
+from tests.exports import without_package
 from tests.tiny_models import MODELS, SIZES, WINDOW, random_model
-from tpa_convert.export.save import save_converted
 from tpa_convert.families import FAMILIES
 from tpa_convert.forward.cached import cache_of
 from tpa_convert.forward.comparison import agreement
@@ -360,57 +354,17 @@ def test_healing_lowers_the_loss(source, tmp_path) -> None:
 
 # ------------------------------------------------------------------ exports without the package
 
-SCRIPT = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "tpa_convert":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-import torch
-from transformers import AutoModelForCausalLM
-
-tokens = torch.load(sys.argv[1], weights_only=True)
-results = []
-for directory in sys.argv[3:]:
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-    with torch.no_grad():
-        results.append((type(model).__module__, model(tokens).logits))
-torch.save(results, sys.argv[2])
-"""
-
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
     """Logits of each family's exports in memory, and as a process without the package has them."""
-    base = tmp_path_factory.mktemp("exports")
     models = {}
     for name in NAMES:
         for key_cache in KEYS:
             source = MODELS[name]()
             model = convert_tiny(source, key_cache=key_cache, **NARROW)
-            plan = {"kv_bytes": 1, "source_kv_bytes": 2}
-            record = {"settings": {}, "plan": plan, "versions": {}}
-            provenance = {"source": asdict(source_of(source).reference), "convert": record}
-            directory = base / f"{name}-{key_cache}"
-            directory.mkdir()
-            save_converted(model, make_tiny_tokenizer(), directory, "tiny", provenance)
-            models[directory] = model
-    torch.save(text(), base / "tokens.pt")
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT, base / "tokens.pt", base / "results.pt", *models],
-        cwd=base,
-        env=os.environ | {"HF_MODULES_CACHE": str(base / "modules")},
-        check=True,
-        timeout=280,
-    )
-    found = torch.load(base / "results.pt", weights_only=True)
-    return {
-        Path(directory).name: (logits(model, text()), result)
-        for (directory, model), result in zip(models.items(), found, strict=True)
-    }
+            models[f"{name}-{key_cache}"] = source, model
+    return without_package(models, text(), tmp_path_factory.mktemp("exports"))
 
 
 @pytest.mark.parametrize("key_cache", KEYS)
