@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from tests.command_line import CONVERT, error_of, save_text, tpa_convert
 from tests.conftest import make_tiny_tokenizer
 from tests.conversions import convert_tiny, random_blocks
-from tests.test_families import SCRIPT
+from tests.exports import SCRIPT
 from tests.tiny_models import CONFIGS, SIZES, random_model
 from tpa_convert.conversion.probe import _small_model, probe
 from tpa_convert.errors import UserError
