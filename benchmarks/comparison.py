@@ -107,17 +107,18 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shares", nargs="+", type=float, default=[50, 25, 18.75, 12.5, 6.25])
     options.add_argument("--healed", nargs="*", default=[], help="SHARE=DIR of healed models")
-    options.add_argument("--refit-blocks", type=int, default=64, help="1024 tokens each")
+    options.add_argument("--length", type=int, default=1024, help="tokens of a held-out sequence")
+    options.add_argument("--refit-blocks", type=int, default=64, help="sequences to refit on")
     arguments = options.parse_args()
     source = load(arguments.source)
-    table = Table.start(source, arguments.valid, arguments.valid_blocks)
+    table = Table.start(source, arguments.valid, arguments.valid_blocks, arguments.length)
     blocks = train_blocks(arguments.train, source, 512, arguments.calibration_blocks)
     comparison = Comparison(
         source,
         layer_weights(source),
         collect(source, blocks),
         collect_cache_moments(source, blocks),
-        train_blocks(arguments.train, source, 1024, arguments.refit_blocks),
+        train_blocks(arguments.train, source, arguments.length, arguments.refit_blocks),
     )
     healed = [pair.split("=", 1) for pair in arguments.healed]
     numbers = 2 * source_heads(source)

@@ -176,6 +176,17 @@ def test_every_ratio_of_a_page_is_in_a_file_of_results(page: str) -> None:
     assert unknown("×1.2345") == {"1.2345"}
 
 
+def test_the_picture_shows_ours_below_what_is_quantised() -> None:
+    """From the files; where the bytes are the same."""
+    curves = {name: dict(points) for name, points in benchmark("picture").curves().items()}
+    *quantised, plain, healed = curves.values()
+    assert all(len(points) > 2 for points in curves.values())
+    for share, kl in plain.items():
+        assert healed[share] <= kl
+        assert all(kl < other.get(share, kl + 1) for other in quantised)
+    assert set(plain) & set().union(*quantised)
+
+
 def test_files_of_results_say_how_to_repeat_them() -> None:
     for path in (FOLDER / "results").glob("*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
