@@ -24,11 +24,36 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .split_kv import LOG2_E, in_use, slot_bounds, slot_offset, tanh
+from .split_kv import LOG2_E, in_use, slot_bounds, tanh
 
 STEPS = tl.constexpr(8)  # scales of an octave
 SCALES = tl.constexpr(128)  # of a header; above them, its class
 WHOLE = tl.constexpr(0x4B000000)  # 2^23 as fp32: integers below stand in its lowest bits
+
+
+@triton.jit
+def block_rows(
+    rows,
+    pages,
+    batch,
+    block,
+    valid,
+    pages_stride_b,
+    stride_b,
+    stride_t,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A pointer, and offsets from it [T], of the rows in a block of slots. Offsets of a cache in
+    one piece are short: long ones would take twice the registers."""
+    if PAGE == 0:
+        rows += batch.to(tl.int64) * stride_b + tl.cast(block, tl.int64) * BLOCK * stride_t
+        offset = tl.arange(0, BLOCK) * tl.cast(stride_t, tl.int32)
+    else:
+        slot = block * BLOCK + tl.arange(0, BLOCK)
+        page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
+        offset = page.to(tl.int64) * stride_b + (slot % PAGE).to(tl.int64) * stride_t
+    return rows, offset
 
 
 @triton.jit
@@ -97,6 +122,10 @@ def components_of(
         "padded_columns",
         "pages_stride_b",
         "mask_stride_b",
+        "key_stride_b",
+        "key_stride_t",
+        "value_stride_b",
+        "value_stride_t",
         "header_k",
         "header_v",
     ]
@@ -197,14 +226,9 @@ def latent_weights_kernel(
         for i in tl.static_range(1, TERMS):
             tl.store(terms + i * padded_columns, tl.zeros([COLUMNS], tl.float32), mask=inside)
     else:
-        page = 0
-        if PAGE > 0:
-            page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
-            page = page.to(tl.int64)
-        else:
-            keys += batch.to(tl.int64) * key_stride_b
-            values += batch.to(tl.int64) * value_stride_b
-        key_offset = slot_offset(slot, page, key_stride_b, key_stride_t, PAGE, 1)
+        keys, key_offset = block_rows(
+            keys, pages, batch, block, valid, pages_stride_b, key_stride_b, key_stride_t, PAGE, BLOCK
+        )
         if CODED:
             key_scale, key_class = load_header(keys, key_offset, valid, octave_k, header_k)
 
@@ -214,7 +238,11 @@ def latent_weights_kernel(
         mine = inside[:, None] & used[None, :] & (of_span[:, None] == pair_head[None, :])
         query += batch.to(tl.int64) * query_stride_b
         of_column = head * query_stride_h + position * query_stride_s
-        table = batch.to(tl.int64) * table_stride_b + slot.to(tl.int64) * table_stride_t
+        in_block = tl.arange(0, BLOCK)
+        table = batch.to(tl.int64) * table_stride_b + tl.cast(block, tl.int64) * BLOCK * table_stride_t
+        cosine += table
+        sine += table
+        table = in_block * table_stride_t
         known = used[:, None] & valid[None, :]
         SIZE: tl.constexpr = SPANS * PADDED  # pairs of all spans
         of_pair = span * PADDED + pair
@@ -291,16 +319,27 @@ def latent_weights_kernel(
         highest = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
 
-        out = (batch.to(tl.int64) * length + slot) * padded_columns
+        weights_out += (batch.to(tl.int64) * length + block * BLOCK) * padded_columns
         tl.store(
-            weights_out + out[None, :] + column[:, None],
+            weights_out + (in_block * padded_columns)[None, :] + column[:, None],
             weights.to(weights_out.dtype.element_ty),
             mask=inside[:, None] & (slot < length)[None, :],
         )
         tl.store(terms, highest, mask=inside)
         tl.store(terms + padded_columns, tl.sum(weights, 1), mask=inside)
         if CODED:
-            value_offset = slot_offset(slot, page, value_stride_b, value_stride_t, PAGE, 1)
+            values, value_offset = block_rows(
+                values,
+                pages,
+                batch,
+                block,
+                valid,
+                pages_stride_b,
+                value_stride_b,
+                value_stride_t,
+                PAGE,
+                BLOCK,
+            )
             _, value_class = load_header(values, value_offset, valid, octave_v, header_v)
             of_class = tl.sum(weights * value_class[None, :], 1)
             tl.store(terms + 2 * padded_columns, of_class, mask=inside)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent import components_of, load_header, load_places
-from .split_kv import in_use, slot_bounds, slot_offset
+from .latent import block_rows, components_of, load_header, load_places
+from .split_kv import in_use, slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
 
@@ -138,8 +138,6 @@ def latent_sums_kernel(
     stride_t = tl.where(of_values, value_stride_t.to(tl.int64), key_stride_t.to(tl.int64))
     octave = tl.where(of_values, octave_v, octave_k)
     header = tl.where(of_values, header_v, header_k)
-    if PAGE == 0:
-        rows += batch.to(tl.int64) * stride_b
     weights += batch.to(tl.int64) * length * padded_columns
     sums = tl.zeros([COLUMNS, PIECE], tl.float32)
     for block in range(first_block, last_block):
@@ -147,20 +145,19 @@ def latent_sums_kernel(
         if tl.max(of_block, 0) > float("-inf"):  # otherwise nothing has been written
             slot = block * BLOCK + tl.arange(0, BLOCK)
             valid = (slot >= begin) & in_use(slot, stop, of_sequence)
-            page = 0
-            if PAGE > 0:
-                page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
-                page = page.to(tl.int64)
-            offset = slot_offset(slot, page, stride_b, stride_t, PAGE, 1)
-            loaded = load_places(rows, offset, valid, fields, place, places, PARTS, PIECE)
+            here, offset = block_rows(
+                rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, BLOCK
+            )
+            loaded = load_places(here, offset, valid, fields, place, places, PARTS, PIECE)
+            of_slots = weights + tl.cast(block, tl.int64) * BLOCK * padded_columns
             weight = tl.load(
-                weights + (slot.to(tl.int64) * padded_columns)[None, :] + column[:, None],
+                of_slots + (tl.arange(0, BLOCK) * padded_columns)[None, :] + column[:, None],
                 mask=inside[:, None] & valid[None, :],
                 other=0.0,
             ).to(tl.float32)
             weight *= tl.exp2(of_block - shift)[:, None]
             if CODED:
-                scale, _ = load_header(rows, offset, valid, octave, header)
+                scale, _ = load_header(here, offset, valid, octave, header)
                 weight *= scale[None, :]
             found = components_of(loaded, fields, centre, place, places, CODED, PARTS, PIECE)
             sums = tl.dot(

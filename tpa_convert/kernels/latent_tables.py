@@ -18,7 +18,7 @@ from .rows import Tier
 
 CHUNK = 32  # places that a product adds up
 PIECE = 64  # places that a program sums over slots
-MAX_PAIRS = 128  # of a span
+MAX_PAIRS = 64  # of a span
 
 
 class Rows(NamedTuple):

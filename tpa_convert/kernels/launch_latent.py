@@ -162,7 +162,7 @@ def launch_latent(
         COLUMNS=per_program,
         TILES=tiles,
         PIECE=PIECE,
-        num_warps=4,
+        num_warps=warps,
         **kind,
         **options,
     )

@@ -117,7 +117,7 @@ def _load(rows, offset, valid, first, width, SIZE: tl.constexpr):
 
 
 @triton.jit
-def slot_offset(slot, page, stride_page, stride_t, PAGE: tl.constexpr, ALIGN: tl.constexpr):
+def _slot_offset(slot, page, stride_page, stride_t, PAGE: tl.constexpr, ALIGN: tl.constexpr):
     """Where slots [T] stand; `page` [T] holds the pages that they are in, if PAGE is not 0."""
     if PAGE == 0:
         return tl.multiple_of(slot.to(tl.int64) * stride_t, ALIGN)
@@ -249,10 +249,10 @@ def split_kernel(
         if PAGE > 0:
             page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
             page = page.to(tl.int64)
-        key_offset = slot_offset(slot, page, key_stride_b, key_stride_t, PAGE, ALIGN)
+        key_offset = _slot_offset(slot, page, key_stride_b, key_stride_t, PAGE, ALIGN)
         scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
         if RANK_K > 0:
-            factor_offset = slot_offset(
+            factor_offset = _slot_offset(
                 slot, page, key_heads_stride_b, key_heads_stride_t, PAGE, FACTORS_ALIGN
             )
             key_factors = _load_factors(key_heads, factor_offset, valid, RANK_K * GROUPS, FACTORS_K)
@@ -275,8 +275,8 @@ def split_kernel(
         weights, rescale, highest, total = softmax_step(
             scores, slot, attended, own, scale, softcap, window, highest, total, MULTIPLE
         )
-        value_offset = slot_offset(slot, page, value_stride_b, value_stride_t, PAGE, ALIGN)
-        value_factor_offset = slot_offset(
+        value_offset = _slot_offset(slot, page, value_stride_b, value_stride_t, PAGE, ALIGN)
+        value_factor_offset = _slot_offset(
             slot, page, value_heads_stride_b, value_heads_stride_t, PAGE, FACTORS_ALIGN
         )
         if RANK_V > 0:
