@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, LatentTables, Layout
+from .latent_tables import CHUNK, PIECE, LatentTables
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -44,7 +44,7 @@ def launch_latent(
     pages: Tensor | None = None,
 ) -> Tensor:
     """`decode_latent.decode_latent`, for any strides but the last of queries, keys and values."""
-    layout = Layout(*tables.layout)
+    layout = tables.layout
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, positions, _ = query.shape
     length, page = keys.shape[2], 0
