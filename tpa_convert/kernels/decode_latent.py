@@ -37,7 +37,9 @@ def decode_latent(
             strides but the last.
         cosine, sine: of the position of each slot, [b or 1, t, d / 2].
         tables: of the layer, in the type of `query`.
-        scale, start, end, window, softcap, mask, pages: see `decode.decode_attention`. With pages,
+        mask: slots that may be attended to at all, bool [b or 1, t], or what is added to their
+            scores, with the lowest number of its type for never; None for all.
+        scale, start, end, window, softcap, pages: see `decode.decode_attention`. With pages,
             `cosine` and `sine` are still those of the slots in order.
 
     Returns: features as the tables order them, [b, h, s, n] in the type of `query`; zeros where

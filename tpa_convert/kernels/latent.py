@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .split_kv import LOG2_E, in_use, slot_bounds, tanh
+from .split_kv import LOG2_E, slot_bounds, tanh
 
 STEPS = tl.constexpr(8)  # scales of an octave
 SCALES = tl.constexpr(128)  # of a header; above them, its class
+NEVER = tl.constexpr(-60000.0)  # the lowest number of fp16 is below
 WHOLE = tl.constexpr(0x4B000000)  # 2^23 as fp32: integers below stand in its lowest bits
 
 
@@ -54,6 +55,25 @@ def block_rows(
         page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
         offset = page.to(tl.int64) * stride_b + (slot % PAGE).to(tl.int64) * stride_t
     return rows, offset
+
+
+@triton.jit
+def load_bias(mask, batch, stride_b, slot, begin, stop):
+    """What a mask adds to the scores of slots [T], and which of them are attended to.
+
+    The mask is boolean, or of numbers that are added, where the lowest means never.
+    """
+    valid = (slot >= begin) & (slot < stop)
+    bias = tl.zeros(slot.shape, tl.float32)
+    if mask is not None:
+        mask += batch.to(tl.int64) * stride_b
+        if mask.dtype.element_ty.is_floating():
+            bias = tl.load(mask + slot, mask=valid, other=0).to(tl.float32)
+            valid = valid & (bias > NEVER)
+            bias = tl.where(valid, bias, 0.0)
+        else:
+            valid = valid & (tl.load(mask + slot, mask=valid, other=0) != 0)
+    return bias, valid
 
 
 @triton.jit
@@ -205,10 +225,7 @@ def latent_weights_kernel(
     span, tile = tl.program_id(2) // TILES, tl.program_id(2) % TILES
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    of_sequence = mask
-    if mask is not None:
-        of_sequence = mask + batch.to(tl.int64) * mask_stride_b
-    valid = (slot >= begin) & in_use(slot, stop, of_sequence)
+    bias, valid = load_bias(mask, batch, mask_stride_b, slot, begin, stop)
 
     shared = heads // GROUPS
     per_span = HEADS * shared * positions
@@ -309,6 +326,8 @@ def latent_weights_kernel(
             scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
         else:
             scores = scores * (scale * LOG2_E)
+        if mask is not None:
+            scores += bias[None, :] * LOG2_E
         attended = valid[None, :]
         if MULTIPLE:  # several query positions, each with its own last slot
             own = (stop - positions + position)[:, None]

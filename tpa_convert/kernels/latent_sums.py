@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent import block_rows, components_of, load_header, load_places
-from .split_kv import in_use, slot_bounds
+from .latent import block_rows, components_of, load_bias, load_header, load_places
+from .split_kv import slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
 
@@ -97,9 +97,6 @@ def latent_sums_kernel(
     share = tl.cdiv(tl.cdiv(stop, BLOCK) - first_block, splits)
     first_block += split * share
     last_block = tl.minimum(first_block + share, tl.cdiv(stop, BLOCK))
-    of_sequence = mask
-    if mask is not None:
-        of_sequence = mask + batch.to(tl.int64) * mask_stride_b
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
 
@@ -144,7 +141,7 @@ def latent_sums_kernel(
         of_block = tl.load(terms + block * stride, mask=inside, other=float("-inf"))
         if tl.max(of_block, 0) > float("-inf"):  # otherwise nothing has been written
             slot = block * BLOCK + tl.arange(0, BLOCK)
-            valid = (slot >= begin) & in_use(slot, stop, of_sequence)
+            _, valid = load_bias(mask, batch, mask_stride_b, slot, begin, stop)
             here, offset = block_rows(
                 rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, BLOCK
             )

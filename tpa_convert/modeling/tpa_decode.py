@@ -27,6 +27,10 @@ class LatentDecoder:
         self.tables: Any = None
         self.made_of: Any = None
 
+    def __reduce__(self) -> Any:
+        """A copy makes its own tables."""
+        return LatentDecoder, ()
+
     def prepare(self, query: Tensor, keys: LatentKeys, values: StaticValues) -> Any:
         """Tables for queries of this type and place; None where no kernel would run."""
         if torch.compiler.is_compiling():  # a compiler cannot tell whether tables are still right
@@ -38,7 +42,7 @@ class LatentDecoder:
             return None
         made_of = query.dtype, *((x.data_ptr(), version_of(x)) for x in parts)
         if self.made_of != made_of:
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 self.tables = tables_of(self.kernels, keys, values, query.dtype)
             for table in self.tables:
                 if isinstance(table, Tensor):  # CUDA graphs of a compiler need not copy it
@@ -70,7 +74,7 @@ class LatentDecoder:
             x.requires_grad for x in (query, packed_key, packed_value, keys.gauge.weight)
         ):
             return None
-        known, mask = mask_of_slots(attention_mask)
+        known, mask = mask_of_slots(attention_mask, added=True)
         tables = self.prepare(query, keys, values) if known else None
         if tables is None or self.kernels is None:
             return None

@@ -84,12 +84,14 @@ def find_latent() -> LatentKernels | None:
         return None
 
 
-def mask_of_slots(mask: torch.Tensor | None) -> tuple[bool, torch.Tensor | None]:
+def mask_of_slots(
+    mask: torch.Tensor | None, added: bool = False
+) -> tuple[bool, torch.Tensor | None]:
     """Whether kernels take a mask of attention functions, and the mask [b or 1, t] for them: one
-    position's, the same for all heads."""
+    position's, the same for all heads; boolean, unless they take one that is `added` too."""
     if mask is None:
         return True, None
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
+    if mask.ndim != 4 or mask.shape[1] != 1 or not (added or mask.dtype == torch.bool):
         return False, None
     return True, mask[:, 0, -1]
 
