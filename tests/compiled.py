@@ -61,9 +61,7 @@ class Launches:
                     hints[(i,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "fp32"
-        source = ASTSource(
-            fn=self.kernel, signature=signature, constexprs=constants, attrs=hints
-        )
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=hints)
         return triton.compile(source, target=HOPPER, options=options)
 
 

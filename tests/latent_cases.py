@@ -106,7 +106,9 @@ def random_case(
             cached.append(random_rows(layout, size, batch, slots, generator))
         coded = layouts[0], layouts[1]
     else:
-        cached = [poison(random(batch, 1, slots, w), start, end) for w in (sum(widths[0]), widths[1])]
+        cached = [
+            poison(random(batch, 1, slots, w), start, end) for w in (sum(widths[0]), widths[1])
+        ]
         parts = [numbers(sum(widths[0]), random(1)), numbers(widths[1], random(1))]
     together = norm == "all"
     norms: list[Any] = [None, None]

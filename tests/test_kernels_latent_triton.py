@@ -109,7 +109,7 @@ def test_every_input_matters(case, argument) -> None:
 @pytest.mark.parametrize("codes", ["one block", None])
 @pytest.mark.parametrize("added", [False, True])
 def test_masked(codes, added) -> None:
-    """A mask with holes and one that leaves a single slot; whatever stands elsewhere is not read."""
+    """A mask with holes and one of a single slot; what stands elsewhere is not read."""
     case = random_case(codes=CODES.get(codes), slots=150, dtype=DTYPES[0], device=DEVICE)
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(2, 150, generator=generator) > 0.5

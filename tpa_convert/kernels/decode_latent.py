@@ -1,4 +1,4 @@
-"""Attention of a few query positions over latent keys, coded or not, on a kernel if there is one."""
+"""Attention of a few query positions over latent keys, coded or not, where a kernel runs it."""
 
 from __future__ import annotations
 

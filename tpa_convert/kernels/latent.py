@@ -1,4 +1,4 @@
-"""Weights of latent keys: rows of codes (or numbers) to keys to softmax, a block of slots at a time.
+"""Weights of latent keys: rows of codes or numbers to keys to softmax, block of slots by block.
 
 A program holds some heads and a block of slots. Block by block of rotary pairs it takes the rows
 apart, rebuilds the keys, rotates them and adds their products with the queries:
@@ -244,7 +244,16 @@ def latent_weights_kernel(
             tl.store(terms + i * padded_columns, tl.zeros([COLUMNS], tl.float32), mask=inside)
     else:
         keys, key_offset = block_rows(
-            keys, pages, batch, block, valid, pages_stride_b, key_stride_b, key_stride_t, PAGE, BLOCK
+            keys,
+            pages,
+            batch,
+            block,
+            valid,
+            pages_stride_b,
+            key_stride_b,
+            key_stride_t,
+            PAGE,
+            BLOCK,
         )
         if CODED:
             key_scale, key_class = load_header(keys, key_offset, valid, octave_k, header_k)
@@ -256,7 +265,9 @@ def latent_weights_kernel(
         query += batch.to(tl.int64) * query_stride_b
         of_column = head * query_stride_h + position * query_stride_s
         in_block = tl.arange(0, BLOCK)
-        table = batch.to(tl.int64) * table_stride_b + tl.cast(block, tl.int64) * BLOCK * table_stride_t
+        table = (
+            batch.to(tl.int64) * table_stride_b + tl.cast(block, tl.int64) * BLOCK * table_stride_t
+        )
         cosine += table
         sine += table
         table = in_block * table_stride_t
@@ -284,9 +295,7 @@ def latent_weights_kernel(
                 place = chunk * CHUNK + tl.arange(0, CHUNK)
                 of_place = weight + (place * (2 * SIZE))[:, None] + of_pair[None, :]
                 right = tl.trans(found.to(weight.dtype.element_ty))
-                real = tl.dot(
-                    tl.trans(tl.load(of_place)), right, real, input_precision=PRECISION
-                )
+                real = tl.dot(tl.trans(tl.load(of_place)), right, real, input_precision=PRECISION)
                 imaginary = tl.dot(
                     tl.trans(tl.load(of_place + SIZE)), right, imaginary, input_precision=PRECISION
                 )

@@ -69,9 +69,7 @@ def decode_latent(
     seen = reference.attended_slots(
         slots, query.shape[2], start, end, window, query.device, mask
     ).any(1)
-    of_keys, of_values = (
-        torch.where(seen[..., None], x.to(query.dtype), 0) for x in components
-    )
+    of_keys, of_values = (torch.where(seen[..., None], x.to(query.dtype), 0) for x in components)
     key_class, value_class = (
         (torch.where(seen, x.to(query.dtype), 0) for x in classes)
         if classes is not None
@@ -80,7 +78,10 @@ def decode_latent(
     real, imaginary = rebuild(of_keys, key_class, key_map).chunk(2, -1)
     cos, sin = (x.to(query.dtype)[:, None] for x in (cosine, sine))
     keys = torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), -1)
-    features = [of_values, value_class[..., None] if value_class is not None else of_values[..., :0]]
+    features = [
+        of_values,
+        value_class[..., None] if value_class is not None else of_values[..., :0],
+    ]
     if predicted:
         features += [of_keys, key_class[..., None] if key_class is not None else of_keys[..., :0]]
     mixed = torch.cat(features, -1)[:, None]

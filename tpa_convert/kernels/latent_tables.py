@@ -18,7 +18,7 @@ from .rows import Tier
 
 CHUNK = 32  # places that a product adds up
 PIECE = 64  # places that a program sums over slots
-MAX_PAIRS = 64  # of a span
+MAX_PAIRS = 64  # of a span; with more, H100 programs spill registers
 
 
 class Rows(NamedTuple):
@@ -151,7 +151,9 @@ def latent_tables(
     groups, size, width = key_map.weight.shape
     device, blocks, coded = key_map.weight.device, len(key_map.widths), bool(keys.tiers)
     pairs = size // 2
-    heads = max(1, min(groups, MAX_PAIRS // pairs))
+    # A norm over all heads is found where all of them are.
+    most = (2 if key_map.together else 1) * MAX_PAIRS
+    heads = max(1, min(groups, most // pairs))
     spans = -(-groups // heads)
     padded = max(16, 1 << (heads * pairs - 1).bit_length())
     chunks, component = [0], []
@@ -230,8 +232,7 @@ def latent_tables(
 
 def _in_spans(x: Tensor, heads: int, spans: int, padded: int) -> Tensor:
     """[g, 2, pairs, n] to [2, spans · padded, n]: heads side by side, zeros behind each span."""
-    groups, _, pairs, rest = x.shape
-    made = x.new_zeros(2, spans, padded, rest)
+    made = x.new_zeros(2, spans, padded, x.shape[-1])
     for span in range(spans):
         here = x[span * heads : (span + 1) * heads].transpose(0, 1).flatten(1, 2)
         made[:, span, : here.shape[1]] = here

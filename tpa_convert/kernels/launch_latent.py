@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -56,7 +58,6 @@ def launch_latent(
     options = overlapped(query.device)
     processors = multiprocessors(query.device)
     exact = query.dtype == torch.float32
-    precision = "ieee" if exact else "tf32"
     terms = 4 if layout.coded else 2
     if sine.stride() != cosine.stride():
         cosine, sine = cosine.contiguous(), sine.contiguous()
@@ -65,9 +66,9 @@ def launch_latent(
     per_program = power_of_two(per_span, 16, MAX_COLUMNS)
     tiles = triton.cdiv(per_span, per_program)
     attended = longest(length, positions, window)
-    for block, warps in SHAPES:
-        if triton.cdiv(attended, block) * batch * layout.spans * tiles >= processors:
-            break
+    programs = batch * layout.spans * tiles
+    fitting = [x for x in SHAPES if triton.cdiv(attended, x[0]) * programs >= processors]
+    block, warps = fitting[0] if fitting else SHAPES[-1]
     blocks = triton.cdiv(length, block)
     weights = query.new_empty(
         (batch, length, padded_columns), dtype=torch.float32 if exact else torch.float16
@@ -77,8 +78,13 @@ def launch_latent(
     strides = tuple(x.stride(i) for x in (keys, values) for i in (0, 2))
     octaves = (float(layout.octave_k), float(layout.octave_v))
     headers = (layout.header_k, layout.header_v)
-    kind = {"CODED": bool(layout.coded), "PARTS": layout.parts, "PAGE": page, "BLOCK": block}
-    kind["PRECISION"] = precision
+    kind: dict[str, Any] = {
+        "CODED": bool(layout.coded),
+        "PARTS": layout.parts,
+        "PAGE": page,
+        "BLOCK": block,
+        "PRECISION": "ieee" if exact else "tf32",
+    }
     latent_weights_kernel[(blocks, batch, layout.spans * tiles)](
         query,
         keys,

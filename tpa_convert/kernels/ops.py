@@ -58,38 +58,6 @@ def _(query, keys, values, *others):
     return query.new_empty(*query.shape[:3], values.shape[-1])
 
 
-@torch.library.custom_op("tpa_convert::decode_coded", mutates_args=())
-def decode_coded(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_layout: Sequence[int],
-    key_tables: Sequence[Tensor],
-    value_layout: Sequence[int],
-    value_tables: Sequence[Tensor],
-    scale: float,
-    start: Tensor | None,
-    end: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The same over coded rows; layouts and tables are those of `places.Places`."""
-    from .launch_coded import launch_coded
-    from .places import Places
-
-    key_places = Places(list(key_layout), *key_tables)
-    value_places = Places(list(value_layout), *value_tables)
-    return launch_coded(
-        query, keys, values, key_places, value_places, scale, start, end, window, softcap, mask
-    )
-
-
-@decode_coded.register_fake
-def _(query, keys, values, key_layout, key_tables, value_layout, value_tables, *others):
-    return query.new_empty(*query.shape[:3], value_tables[-1].shape[-1])
-
-
 @torch.library.custom_op("tpa_convert::decode_latent", mutates_args=())
 def decode_latent(
     query: Tensor,
@@ -127,7 +95,8 @@ def run_latent(*arguments: Any) -> Tensor:
     from .launch_latent import launch_latent
 
     tables = LatentTables(Layout(*arguments[5]), *arguments[6:15])
-    return launch_latent(*arguments[:5], tables, *arguments[15:])
+    inputs = *arguments[:5], tables, *arguments[15:]
+    return launch_latent(*inputs)
 
 
 @decode_latent.register_fake
