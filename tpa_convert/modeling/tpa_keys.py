@@ -128,6 +128,12 @@ class KeyNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(*(() if heads is None else (heads,)), head_dim))
         self.eps = eps
 
+    def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """γ and γ', [d] each, or [j, d] of all heads together."""
+        weight = self.weight.to(dtype)
+        least = self.least * weight.abs().max()
+        return weight, torch.where(weight.abs() < least, least, weight)
+
     def forward(self, keys: torch.Tensor, hide: bool = False) -> torch.Tensor:
         """Scales [b, j or 1, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32 at
         least.
@@ -135,10 +141,9 @@ class KeyNorm(nn.Module):
         With `hide`, scales [b, j, s, d] that also turn γ' into γ.
         """
         exact = torch.promote_types(keys.dtype, torch.float32)
-        weight = self.weight.to(exact)
-        weight = weight[:, None] if self.all_heads else weight
-        least = self.least * weight.abs().max()
-        divisor = torch.where(weight.abs() < least, least, weight)
+        weight, divisor = self.weights(exact)
+        if self.all_heads:
+            weight, divisor = weight[:, None], divisor[:, None]
         unscaled = keys.to(exact) / divisor
         together = (1, -1) if self.all_heads else -1
         scale = (unscaled.square().mean(together, keepdim=True) + self.eps).rsqrt()
