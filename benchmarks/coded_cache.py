@@ -2,11 +2,14 @@
 
     python benchmarks/coded_cache.py SmolLM2-135M-Instruct.Q4_1.gguf --train tokens.npy \\
         --valid valid.npz --runs 25 12.5 12.5:alone 12.5:4 --refit \\
-        --heal-tokens 24e6 --settings seed=0 --tasks tasks/*.jsonl.xz
+        --heal-tokens 24e6 --settings seed=0 --tasks tasks/*.jsonl.xz \\
+        --others int3 rotated3 rotated2 transform18.75 transform12.5
 
 A run is the share of the source's 16-bit cache that is kept, in percent; behind colons a number of
 blocks of rotary pairs, and `alone` for values that are not predicted from the keys. The column
-`floats` counts bytes in numbers of 16 bits, headers and padding included. shared.py says the rest.
+`floats` counts bytes in numbers of 16 bits, headers and padding included. `--others` are rows of
+the source with its own cache coded by other methods (other_caches.py), without training. shared.py
+says the rest. On a CPU, `--valid-blocks 1 --calibration-blocks 16` takes some minutes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from other_caches import other_cache
 from quality import quality_tables, task_table
 from settings import given_settings
 from shared import Table, heal_row, load, parser, train_blocks
@@ -48,6 +52,7 @@ def converted(source: Source, moments: Moments, run: str) -> tuple[PreTrainedMod
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--runs", nargs="+", default=["12.5"])
+    options.add_argument("--others", nargs="+", default=[], help="int3, rotated3, transform12.5")
     options.add_argument("--refit", action="store_true", help="rows before and after a refit")
     options.add_argument("--refit-blocks", type=int, default=64, help="1024 tokens each")
     options.add_argument("--heal-tokens", type=float, default=0)
@@ -65,6 +70,10 @@ def main() -> None:
     print(f"<!-- calibration on {blocks.numel():,} tokens {time.perf_counter() - start:.1f} s -->")
     training = train_blocks(arguments.train, source, arguments.length)
     refit_blocks = train_blocks(arguments.train, source, 1024, arguments.refit_blocks)
+    for name in arguments.others:
+        start = time.perf_counter()
+        model, floats = other_cache(source, moments, name)
+        table.row(name, model, floats, time.perf_counter() - start)
     models = {"source": source.model}
     for run in arguments.runs:
         start = time.perf_counter()
