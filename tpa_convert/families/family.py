@@ -46,6 +46,7 @@ class Family:
     title: str = ""
     converted: Any = None
     key_norm: bool | Literal["all"] = False
+    key_norm_if: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -81,7 +82,9 @@ class Family:
 
     def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
-        groups = source_key_value_heads(config)
+        groups, norm = source_key_value_heads(config), self.key_norm
+        if self.key_norm_if is not None and not getattr(config, self.key_norm_if):
+            norm = False
         return {
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_hidden_layers,
@@ -89,7 +92,7 @@ class Family:
             "num_key_value_heads": groups,
             "head_dim": source_head_dim(config),
             # Of one head, a norm over all heads is a norm of each.
-            "key_norm": self.key_norm if groups > 1 else bool(self.key_norm),
+            "key_norm": norm if groups > 1 else bool(norm),
         }
 
     @property
@@ -126,6 +129,7 @@ class Family:
         for name in ("model_type", "architectures", "transformers_version", "auto_map"):
             values.pop(name, None)
         values.pop("quantization_config", None)
+        values["dtype"] = config.dtype  # not its name: models read it while they are made
         converted = self.config_class(**values, tpa_layers=layers)
         implementation = config._attn_implementation or self.attention_implementation
         converted._attn_implementation = implementation

@@ -411,12 +411,10 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
 
 def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
     """Tokens that a layer of the source attends to, None for all."""
-    if hasattr(source, "sliding_window"):
-        return source.sliding_window
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer_idx] != "sliding_attention":
         return None
-    return getattr(config, "sliding_window", None)
+    return getattr(source if hasattr(source, "sliding_window") else config, "sliding_window", None)
 
 
 def norm_width(norm: nn.Module) -> int:
