@@ -172,5 +172,5 @@ def test_heads_are_the_smallest_that_hold_keys_and_values(width_k, width_v, size
 
 
 def test_components_beyond_the_largest_head_are_refused() -> None:
-    with pytest.raises(ValueError, match="70 numbers a token .* at most 64"):
+    with pytest.raises(ValueError, match=r"70 numbers a token .* at most 64"):
         head_size(shape(width_v=70), SIZES)

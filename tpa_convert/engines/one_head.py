@@ -151,12 +151,10 @@ class OneHeadAttention(nn.Module):
         self.scaling, self.softcap = layer.scaling, layer.softcap
         self.sliding_window, self.is_causal = layer.sliding_window, layer.is_causal
         self.num_key_value_groups = layer.num_heads  # read by attention functions
-        self.q_norm: Any = None
-        for name, child in layer.named_children():
-            setattr(self, name, child)
+        self.keys, self.values = cast(RotatedKeys, layer.keys), layer.values
+        self.q_proj, self.q_norm, self.o_proj = layer.q_proj, layer.q_norm, layer.o_proj
         # An engine may make parameters elsewhere than buffers.
-        keys = cast(RotatedKeys, self.keys)
-        keys.rotary_pair = keys.rotary_pair.to(torch.get_default_device())
+        self.keys.rotary_pair = self.keys.rotary_pair.to(torch.get_default_device())
 
     def forward(
         self,

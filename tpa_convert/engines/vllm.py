@@ -26,8 +26,9 @@ MODELS = "tpa_convert.engines.vllm_models"
 
 def register() -> None:
     """Makes converted models known to vLLM; may be called again."""
-    for causal_lm in CAUSAL_LMS.values():
-        config: Any = causal_lm.config_class
+    causal_lms: list[Any] = list(CAUSAL_LMS.values())
+    for causal_lm in causal_lms:
+        config = causal_lm.config_class
         kind = "TPAMoEForCausalLM" if has_experts(config) else "TPAForCausalLM"
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = TPAArchitecture
         if causal_lm.__name__ not in ModelRegistry.get_supported_archs():

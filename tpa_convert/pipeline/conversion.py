@@ -13,16 +13,13 @@ from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
-from tpa_convert.export.llama import check_source
 from tpa_convert.export.output import atomic_directory, check_output
 from tpa_convert.export.save import save_converted, stamp
-from tpa_convert.export.stock import stock_class
-from tpa_convert.families import family_of
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.prediction import Prediction, predict
-from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
@@ -80,7 +77,7 @@ def convert(
             f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
         )
     if options.target == "llama":
-        _refuse_other_than_llama(source)
+        refuse_other_than_llama(source)
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
@@ -129,11 +126,3 @@ def convert(
         provenance = {"source": asdict(loaded.reference), "convert": record}
         save_converted(model, loaded.tokenizer, directory, out.name, provenance)
     return ConversionResult(out, prediction, time.perf_counter() - start)
-
-
-def _refuse_other_than_llama(source: str | SourceOptions) -> None:
-    where = source_options(source)
-    config = read_source_config(
-        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
-    )
-    check_source(stock_class(family_of(config).causal_lm), config)
