@@ -82,6 +82,7 @@ def main() -> None:
             models[f"{name} healed"] = student
             if arguments.keep:
                 student.save_pretrained(arguments.keep / name.replace(":", "-").replace(" ", "-"))
+    table.save(f"{Path(arguments.source).stem}: coded caches", arguments.json)
     if arguments.tasks:
         task_table(models, source.tokenizer, arguments.tasks)
     if arguments.quality:
