@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,13 @@ def convert(
         calibrated = reads_text or (needs_moments and not given)
         blocks = calibration_blocks(loaded, options) if calibrated else None
         moments = None
+        by_layer: dict[str, Any] = {}  # how much the cache of each layer loses
         if needs_moments:
             moments = moments_of(loaded, blocks, options, track, coded=plan.is_coded)
         if plan.coded is not None:
             assert moments is not None
-            plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+            codes = choose_codes(plan, moments.layers, moments.num_tokens)
+            plan, by_layer["layer_nats"] = codes.plan, codes.layer_nats
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
@@ -108,12 +110,14 @@ def convert(
         if options.refit:
             assert blocks is not None
             model = model.to(loaded.model.device)
-            refit(loaded.model, model, blocks, track=track)
+            errors = refit(loaded.model, model, blocks, track=track)
+            by_layer["layer_errors"] = [astuple(error) for error in errors]
         if options.refine:
             assert blocks is not None
             settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
             model = model.to(loaded.model.device)
-            refine(loaded.model, model, blocks, settings, track=track)
+            errors = refine(loaded.model, model, blocks, settings, track=track)
+            by_layer["layer_errors"] = [astuple(error) for error in errors]
         model = model.to(prediction.dtype)
         prediction = replace(
             prediction, plan=plan, kv_bytes=round(plan.kv_bytes), parameters=model.num_parameters()
@@ -121,6 +125,7 @@ def convert(
         record = {
             "settings": options.model_dump(mode="json"),
             "plan": prediction.to_json(),
+            **by_layer,
             **stamp(),
         }
         provenance = {"source": asdict(loaded.reference), "convert": record}
