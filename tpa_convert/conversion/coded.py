@@ -67,10 +67,16 @@ class CodedLayer:
 
 
 class Codes(NamedTuple):
-    """A plan with its codes, and the loss that they are expected to cause, in nats a token."""
+    """A plan with its codes, and the loss that those of each layer are expected to cause, in nats a
+    token."""
 
     plan: Plan
-    nats: float
+    layer_nats: tuple[float, ...]
+
+    @property
+    def nats(self) -> float:
+        """Of all layers."""
+        return sum(self.layer_nats)
 
 
 def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Codes:
@@ -103,11 +109,11 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
         key_groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
         if predicted:
             values = [x.values(groups)[0] for x, groups in zip(layers, key_groups, strict=True)]
-    nats = sum(
-        remaining_error(energy, block).item() / 2
+    part_nats = [
+        sum(remaining_error(e, b).item() / 2 for e, b in zip(part.energies, found, strict=True))
         for part, found in zip(parts, bits, strict=True)
-        for energy, block in zip(part.energies, found, strict=True)
-    )
+    ]
+    layer_nats = tuple(map(sum, zip(part_nats[::2], part_nats[1::2], strict=True)))
     shapes = []
     for shape, groups, (value_bits,) in zip(plan.layers, key_groups, bits[1::2], strict=True):
         value_groups = groups_of_bits(value_bits)[0]
@@ -122,7 +128,7 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
                 predict_values=predicted,
             )
         )
-    return Codes(replace(plan, layers=shapes, coded=None), nats)
+    return Codes(replace(plan, layers=shapes, coded=None), layer_nats)
 
 
 def coded_parameters(

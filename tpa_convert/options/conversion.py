@@ -89,6 +89,12 @@ class KeyOptions(CacheBudget):
         shown_default="as few as a GPU rebuilds while it would read the source's cache",
         ge=1,
     )
+    target: Literal["llama"] | None = option(
+        None,
+        "For a model that `export --to llama` (or gguf) writes without loss: static rotated keys "
+        "in 16 bits, with one table of rotary pairs for all layers.",
+        METHOD,
+    )
 
     @property
     def coded(self) -> bool:
@@ -105,7 +111,8 @@ class KeyOptions(CacheBudget):
     def plain_only(self) -> list[str]:
         """Options given that only a cache of plain numbers has."""
         found = ["`gauge`"] if self.gauge != "auto" else []
-        return found + (["rotated `key_cache`"] if self.key_cache == "rotated" else [])
+        found += ["rotated `key_cache`"] if self.key_cache == "rotated" else []
+        return found + (["`target`"] if self.target is not None else [])
 
     def refuse_codes_elsewhere(self) -> None:
         """Refuses bits for a cache of plain numbers.
@@ -126,6 +133,12 @@ class KeyOptions(CacheBudget):
     def plain_key_cache(self) -> Literal["rotated", "latent"]:
         """Of a cache of plain numbers."""
         return "latent" if self.key_cache == "latent" else "rotated"
+
+    @model_validator(mode="after")
+    def _check_target(self) -> KeyOptions:
+        if self.target == "llama" and (self.plain_key_cache != "rotated" or self.coded):
+            raise ValueError("`target` llama needs rotated keys of 16 bits")
+        return self
 
 
 class CalibrationOptions(Section):
@@ -223,13 +236,6 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
         shown_default="the source's; float32 for GGUF",
     )
 
-    target: Literal["llama"] | None = option(
-        None,
-        "Make a model that `export --to llama` (or gguf) writes without loss: static rotated keys "
-        "in 16 bits, with one table of rotary pairs for all layers.",
-        METHOD,
-    )
-
     def plain_only(self) -> list[str]:
         given = super().plain_only()
         given += [f"`{name}`" for name in RANKS if getattr(self, name) is not None]
@@ -237,7 +243,6 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
             ("plan", None),
             ("form", "static"),
             ("method", "gauge"),
-            ("target", None),
         ):
             if getattr(self, name) != default:
                 given.append(f"`{name}`")
@@ -246,13 +251,11 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
         return given
 
     @model_validator(mode="after")
-    def _check_target(self) -> ConvertOptions:
+    def _check_shared_table(self) -> ConvertOptions:
         if self.target == "llama":
             for name, wanted in (("form", "static"), ("method", "gauge")):
                 if getattr(self, name) != wanted:
                     raise ValueError(f"`target` llama needs `{name}` {wanted}")
-            if self.plain_key_cache != "rotated" or self.coded:
-                raise ValueError("`target` llama needs rotated keys of 16 bits")
             if not self.whiten:
                 raise ValueError("`target` llama needs `whiten`")
         return self

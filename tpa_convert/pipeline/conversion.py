@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,13 @@ from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
-from tpa_convert.export.llama import check_source
 from tpa_convert.export.output import atomic_directory, check_output
 from tpa_convert.export.save import save_converted, stamp
-from tpa_convert.export.stock import stock_class
-from tpa_convert.families import family_of
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.prediction import Prediction, predict
-from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
@@ -80,7 +77,7 @@ def convert(
             f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
         )
     if options.target == "llama":
-        _refuse_other_than_llama(source)
+        refuse_other_than_llama(source)
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
     loaded = load(source_options(source), device)
     with atomic_directory(out, overwrite) as directory:
@@ -91,11 +88,13 @@ def convert(
         calibrated = reads_text or (needs_moments and not given)
         blocks = calibration_blocks(loaded, options) if calibrated else None
         moments = None
+        by_layer: dict[str, Any] = {}  # how much the cache of each layer loses
         if needs_moments:
             moments = moments_of(loaded, blocks, options, track, coded=plan.is_coded)
         if plan.coded is not None:
             assert moments is not None
-            plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+            codes = choose_codes(plan, moments.layers, moments.num_tokens)
+            plan, by_layer["layer_nats"] = codes.plan, codes.layer_nats
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
@@ -111,12 +110,14 @@ def convert(
         if options.refit:
             assert blocks is not None
             model = model.to(loaded.model.device)
-            refit(loaded.model, model, blocks, track=track)
+            errors = refit(loaded.model, model, blocks, track=track)
+            by_layer["layer_errors"] = [astuple(error) for error in errors]
         if options.refine:
             assert blocks is not None
             settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
             model = model.to(loaded.model.device)
-            refine(loaded.model, model, blocks, settings, track=track)
+            errors = refine(loaded.model, model, blocks, settings, track=track)
+            by_layer["layer_errors"] = [astuple(error) for error in errors]
         model = model.to(prediction.dtype)
         prediction = replace(
             prediction, plan=plan, kv_bytes=round(plan.kv_bytes), parameters=model.num_parameters()
@@ -124,16 +125,9 @@ def convert(
         record = {
             "settings": options.model_dump(mode="json"),
             "plan": prediction.to_json(),
+            **by_layer,
             **stamp(),
         }
         provenance = {"source": asdict(loaded.reference), "convert": record}
         save_converted(model, loaded.tokenizer, directory, out.name, provenance)
     return ConversionResult(out, prediction, time.perf_counter() - start)
-
-
-def _refuse_other_than_llama(source: str | SourceOptions) -> None:
-    where = source_options(source)
-    config = read_source_config(
-        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
-    )
-    check_source(stock_class(family_of(config).causal_lm), config)

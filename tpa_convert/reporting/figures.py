@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.evaluation.sweep import SpeedPoint, SpeedReport
 from tpa_convert.export.inspection import HealingStep, Inspection
 from tpa_convert.reporting.charts import COLORS, pyplot
 
@@ -17,6 +18,7 @@ Draw = Callable[[Any], None]
 INK = {"light": "#1d2433", "dark": "#dde3ee"}
 SIZE = (6.4, 3.4)
 FONT_SIZE = 12  # so that it can be read on a phone, where a picture is half as wide
+LINES = ("-", "--", "-.", ":")  # of batches
 FRONT = ("bytes per token", "perplexity")
 
 
@@ -49,6 +51,80 @@ def layer_bytes(found: Inspection) -> Draw:
         axes.set_ylabel("bytes per token")
 
     return draw
+
+
+def layer_losses(found: Inspection) -> Draw | None:
+    """What the codes of each layer are expected to cost; None if that is not known."""
+    if not found.layer_nats:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.bar(
+            range(len(found.layer_nats)), found.layer_nats, color=COLORS["keys"], label="expected"
+        )
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("nats per token")
+
+    return draw
+
+
+def layer_errors(found: Inspection) -> Draw | None:
+    """Errors of the attention of each layer before and after refit or refinement; None without."""
+    if not found.layer_errors:
+        return None
+
+    def draw(axes: Any) -> None:
+        layers = range(len(found.layer_errors))
+        for i, label in enumerate(("before", "after")):
+            values = [errors[i] for errors in found.layer_errors]
+            axes.plot(layers, values, "o-", color=COLORS[("source", "held-out")[i]], label=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("relative squared error")
+
+    return draw
+
+
+def speed_curves(report: SpeedReport) -> dict[str, Draw]:
+    """Decoding, prefill and memory of the cache against the context, by what a picture shows: a
+    line for each model and batch."""
+
+    def curve(value: Callable[[SpeedPoint], float], unit: str) -> Draw:
+        def draw(axes: Any) -> None:
+            batches = sorted({point.batch for point in report.points})
+            for i, model in enumerate(report.weight_bytes):
+                for j, batch in enumerate(batches):
+                    points = [p for p in report.points if (p.model, p.batch) == (model, batch)]
+                    axes.plot(
+                        [point.context for point in points],
+                        [value(point) for point in points],
+                        marker="o",
+                        color=f"C{i}",
+                        linestyle=LINES[j % len(LINES)],
+                        label=model if len(batches) == 1 else f"{model}, batch {batch}",
+                    )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis(lambda y, _: f"{y:,g}")
+            axes.tick_params(axis="y", which="minor", labelsize=FONT_SIZE - 3)
+            axes.set_xlabel("context, tokens")
+            axes.set_ylabel(unit)
+
+        return draw
+
+    return {
+        "Time of a decoding step. Lower is better.": curve(
+            lambda point: point.latency * 1e3, "milliseconds"
+        ),
+        "Speed of reading the prompt. Higher is better.": curve(
+            lambda point: point.prefill, "tokens per second"
+        ),
+        "Memory that the cache takes.": curve(lambda point: point.cache_bytes / 1e6, "megabytes"),
+    }
 
 
 def healing_curves(steps: Sequence[HealingStep]) -> Draw | None:
