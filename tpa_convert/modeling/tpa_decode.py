@@ -94,9 +94,11 @@ class LatentDecoder:
 
 def parameters_of(keys: LatentKeys, values: StaticValues) -> list[Tensor]:
     """What the tables of a layer follow from."""
-    parts: list[Tensor | None] = [keys.gauge.weight, keys.gauge.offset]
+    parts: list[Tensor | None] = [keys.gauge.weight]
     if isinstance(keys.gauge, BlockGauge):
         parts += [keys.gauge.shared.weight, keys.gauge.shared.offset]
+    else:
+        parts.append(keys.gauge.offset)
     if keys.norm is not None:
         parts.append(keys.norm.weight)
     parts += [coder.step for coder in (keys.coder, values.coder) if coder is not None]
