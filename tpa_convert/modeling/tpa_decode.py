@@ -94,11 +94,9 @@ class LatentDecoder:
 
 def parameters_of(keys: LatentKeys, values: StaticValues) -> list[Tensor]:
     """What the tables of a layer follow from."""
-    parts: list[Tensor | None] = [keys.gauge.weight]
-    if isinstance(keys.gauge, BlockGauge):
-        parts += [keys.gauge.shared.weight, keys.gauge.shared.offset]
-    else:
-        parts.append(keys.gauge.offset)
+    gauge = keys.gauge
+    whole = gauge.shared if isinstance(gauge, BlockGauge) else gauge
+    parts: list[Tensor | None] = [gauge.weight, whole.weight, whole.offset]
     if keys.norm is not None:
         parts.append(keys.norm.weight)
     parts += [coder.step for coder in (keys.coder, values.coder) if coder is not None]
@@ -127,11 +125,11 @@ def tables_of(
     if keys.norm is not None:
         weight, divisor = keys.norm.weights(torch.float32)
         unscale, gain = divisor.reciprocal(), weight / divisor
-    of_class = None
-    offset, widths = gauge.offset, [shape.width_k]
     if isinstance(gauge, BlockGauge):
         of_class, offset = gauge.shared.weight[..., 0], gauge.shared.offset
         widths = gauge.widths
+    else:
+        of_class, offset, widths = None, gauge.offset, [shape.width_k]
     key_map = kernels.key_map(
         gauge.weight,
         widths,
