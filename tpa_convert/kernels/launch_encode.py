@@ -31,9 +31,7 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     return scaled, inside, label
 
 
-def launch_rows(
-    x: Tensor, tables: CodeTables, rows: RowTables
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of bytes, uint8 [n, bytes], scaled codes [n, c] and classes int64 [n]."""
     header = x.new_empty(x.shape[:1], dtype=torch.uint8)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
