@@ -170,3 +170,26 @@ def test_moments_of_another_source_are_one_clear_line(folder, tmp_path) -> None:
         arguments = [command, other, "--kv-ratio", 0.25, "--moments", folder / "moments", *SHORT]
         result = tpa_convert(*arguments, "--out", tmp_path / "out")
         assert "made from another source" in error_of(result)
+
+
+def test_a_conversion_says_what_its_codes_will_cost(folder, tmp_path) -> None:
+    """More bytes, less loss; of plain numbers nothing is known."""
+    expected = []
+    for i, options in enumerate((["--kv-ratio", 0.5], ["--kv-ratio", 0.125])):
+        out, results = tmp_path / f"out{i}", tmp_path / f"{i}.json"
+        result = tpa_convert(
+            "convert", folder / "source", *options, "--out", out, "--json", results,
+            "--moments", folder / "moments",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        nats = json.loads(results.read_text())["expected_nats"]
+        said = re.search(r"about (\S+) nats a token", result.stdout)
+        assert said is not None
+        assert float(said[1]) == pytest.approx(nats, rel=0.06)
+        expected.append(nats)
+    assert 0 < expected[0] < 0.5 * expected[1]
+    result = tpa_convert(
+        "convert", folder / "source", "--kv-ratio", 1, *SHORT, "--out", tmp_path / "all"
+    )
+    assert result.exit_code == 0, result.output
+    assert "nats" not in result.stdout

@@ -216,6 +216,22 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 CUSTOM_PAGE = "docs/custom-architectures.md"
+_OTHER_ATTENTION = {
+    "afmoe": "gates behind the attention",
+    "bitnet": "a norm in front of the output projection",
+    "diffllama": "differential attention",
+    "doge": "a mask that is computed from the values",
+    "gpt_oss": "attention sinks",
+    "granite_swa": "attention sinks",
+    "granitemoe_swa": "attention sinks",
+    "hunyuan_v1_dense": "norms of queries and keys behind their rotation",
+    "hunyuan_v1_moe": "norms of queries and keys behind their rotation",
+    "laguna": "gates behind the attention",
+    "mimo_v2_flash": "keys and values of different sizes",
+    "nanochat": "norms of queries and keys behind their rotation",
+}
+"""What families of transformers have that a converted layer does not do."""
+
 _SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -229,6 +245,8 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
             if getattr(config, name, None):
                 return f"{kind} with {name} has {what}, which is not supported"
         return None
+    if kind in _OTHER_ATTENTION:
+        return f"{kind} has {_OTHER_ATTENTION[kind]}, which is not supported"
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder model; only decoder-only models can be converted"
     if getattr(config, "kv_lora_rank", None):
