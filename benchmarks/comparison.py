@@ -20,7 +20,7 @@ import baselines
 import torch
 from coded_cache import converted
 from layer_statistics import collect, layer_weights
-from other_caches import principal_source, rotated_share, rotated_source
+from other_caches import other_cache
 from shared import Table, load, parser, source_heads, train_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,7 +31,6 @@ from tpa_convert.conversion.model import convert_model
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.errors import UserError
 from tpa_convert.export.save import load_converted
-from tpa_convert.forward.quantised import quantised_source, share_of_bytes
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.sources import Source
@@ -52,14 +51,17 @@ class Comparison:
     cache_moments: Moments
     refit_blocks: Tensor
 
-    def quantised(self, bits: tuple[int, ...] = (8, 4, 3, 2)) -> Iterator[Made]:
+    def other(self, kind: str, method: str) -> Made:
+        """The source with its own cache coded by a method of other_caches.py."""
+        model, floats = other_cache(self.source, self.cache_moments, method)
+        return kind, model, 100 * floats / (2 * source_heads(self.source))
+
+    def quantised(self) -> Iterator[Made]:
         """The source's own cache in so many bits."""
-        head_dim = self.source.family.attention_sizes(self.source.model.config)["head_dim"]
-        for b in bits:
-            yield "KIVI's kind", quantised_source(self.source.model, b), 100 * share_of_bytes(b)
-        for b in bits[1:]:
-            share = 100 * rotated_share(b, head_dim)
-            yield "TurboQuant's kind", rotated_source(self.source.model, b), share
+        for bits in (8, 4, 3, 2):
+            yield self.other("KIVI's kind", f"int{bits}")
+        for bits in (4, 3, 2):
+            yield self.other("TurboQuant's kind", f"rotated{bits}")
 
     def coded(self, share: float) -> Iterator[Made]:
         """Bits for components: ours, and principal components."""
@@ -69,8 +71,7 @@ class Comparison:
         model = copy.deepcopy(model)
         refit(self.source.model, model, self.refit_blocks)
         yield f"{OURS}, refit", model, 100 * floats / numbers
-        model, floats = principal_source(self.source, self.cache_moments, share / 100)
-        yield "KVTC's kind", model, 100 * floats / numbers
+        yield self.other("KVTC's kind", f"transform{share:g}")
 
     def plain(self, share: float) -> Iterator[Made]:
         """Fewer numbers of 16 bits."""
@@ -107,17 +108,18 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shares", nargs="+", type=float, default=[50, 25, 18.75, 12.5, 6.25])
     options.add_argument("--healed", nargs="*", default=[], help="SHARE=DIR of healed models")
-    options.add_argument("--refit-blocks", type=int, default=64, help="1024 tokens each")
+    options.add_argument("--length", type=int, default=1024, help="tokens of a held-out sequence")
+    options.add_argument("--refit-blocks", type=int, default=64, help="sequences to refit on")
     arguments = options.parse_args()
     source = load(arguments.source)
-    table = Table.start(source, arguments.valid, arguments.valid_blocks)
+    table = Table.start(source, arguments.valid, arguments.valid_blocks, arguments.length)
     blocks = train_blocks(arguments.train, source, 512, arguments.calibration_blocks)
     comparison = Comparison(
         source,
         layer_weights(source),
         collect(source, blocks),
         collect_cache_moments(source, blocks),
-        train_blocks(arguments.train, source, 1024, arguments.refit_blocks),
+        train_blocks(arguments.train, source, arguments.length, arguments.refit_blocks),
     )
     healed = [pair.split("=", 1) for pair in arguments.healed]
     numbers = 2 * source_heads(source)

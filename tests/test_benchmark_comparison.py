@@ -14,68 +14,11 @@ from tests.benchmarks import FOLDER, benchmark, record_rows, run_main, save_text
 from tests.command_line import save_source
 from tests.conftest import make_tiny_llama
 from tests.conversions import random_blocks, source_of
-from tpa_convert.calibration.cache_moments import collect_cache_moments
 
 ROOT = FOLDER.parent
 
 
-def other() -> object:
-    return benchmark("other_caches")
-
-
-# ------------------------------------------------------------------------------- rotations
-
-
-def test_levels_are_those_of_least_error_for_a_normal_number() -> None:
-    """Max, Quantizing for minimum distortion (1960), table I."""
-    assert other().normal_levels(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-3)
-    assert other().normal_levels(2).tolist() == pytest.approx(
-        [-1.510, -0.4528, 0.4528, 1.510], abs=2e-3
-    )
-
-
-def test_rotations_spread_what_stands_out() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(500, 64)
-    x[:, 3] *= 30
-    rounded = other().rotate_and_round(x, 2)
-    error = (rounded - x).square().sum() / x.square().sum()
-    assert error == pytest.approx(0.1175, rel=0.1)  # of a normal number in two bits
-    turn = other().rotation(64)
-    plain = other().rotate_and_round(x.double() @ turn.mT, 2) @ turn  # turned before, so not at all
-    assert (plain - x).square().sum() / x.square().sum() > 3 * error
-    finer = other().rotate_and_round(x, 8)
-    assert (finer - x).square().sum() < error * x.square().sum() / 100
-
-
-def test_the_rotated_source_attends_to_rounded_keys_and_values() -> None:
-    model, tokens = make_tiny_llama("gqa"), random_blocks(count=2, length=24)
-    exact = model(tokens).logits
-    distances = [
-        (other().rotated_source(model, bits)(tokens).logits - exact).norm().item()
-        for bits in (2, 4, 8)
-    ]
-    assert distances == sorted(distances, reverse=True)
-    assert distances[0] > 10 * distances[-1] > 0
-    assert torch.equal(model(tokens).logits, exact)
-
-
-# ------------------------------------------------------------------------------- components
-
-
-def test_principal_components_count_every_error_alike() -> None:
-    source = source_of(make_tiny_llama("gqa", seed=4))
-    moments = collect_cache_moments(source, random_blocks())
-    [layer, *_] = moments.layers
-    found = other().principal(layer)
-    for metric, part in zip(
-        (found.key_metric, found.value_metric), layer.covariance.diagonal().chunk(2), strict=True
-    ):
-        assert torch.equal(metric, torch.eye(len(part)).double() * metric[0, 0])
-        assert (metric.diagonal() * part).sum() == pytest.approx(1)
-    model, floats = other().principal_source(source, moments, 0.5)
-    assert sum(model.config.cached_bytes) / 2 == pytest.approx(floats * len(moments.layers))
-    assert not any(shape.predict_values for shape in model.config.layer_shapes)
+# ------------------------------------------------------------------------------- the comparison
 
 
 def test_one_latent_holds_keys_and_values_together() -> None:
@@ -89,9 +32,6 @@ def test_one_latent_holds_keys_and_values_together() -> None:
     narrow = baselines.joint_latent(weights, layer, 4, 4)
     rows = torch.cat((narrow.key.flatten(0, 1), narrow.value.flatten(0, 1)))
     assert torch.linalg.matrix_rank(rows) == 8
-
-
-# ------------------------------------------------------------------------------- the comparison
 
 
 def test_the_comparison_measures_everything_at_its_bytes(tmp_path: Path, monkeypatch) -> None:
@@ -174,6 +114,17 @@ def test_every_ratio_of_a_page_is_in_a_file_of_results(page: str) -> None:
     assert len(figures_of(text)) > 8
     assert not unknown(text)
     assert unknown("×1.2345") == {"1.2345"}
+
+
+def test_the_picture_shows_ours_below_what_is_quantised() -> None:
+    """From the files; where the bytes are the same."""
+    curves = {name: dict(points) for name, points in benchmark("picture").curves().items()}
+    *quantised, plain, healed = curves.values()
+    assert all(len(points) > 2 for points in curves.values())
+    for share, kl in plain.items():
+        assert healed[share] <= kl
+        assert all(kl < other.get(share, kl + 1) for other in quantised)
+    assert set(plain) & set().union(*quantised)
 
 
 def test_files_of_results_say_how_to_repeat_them() -> None:

@@ -22,6 +22,7 @@ from tpa_convert.coding import (
     part_of,
     predict_values,
     remaining_error,
+    share_bytes,
     share_rows,
 )
 from tpa_convert.decomposition import AttentionWeights
@@ -87,20 +88,24 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
     """
     assert plan.coded is not None
     budget, predicted = plan.coded, plan.coded.predict_values
-    levels = LEVELS if budget.bits is None else (0, budget.bits)
+    total, align = budget.total_bytes, budget.align
     layers = [CodedLayer(layer, tokens, budget.key_blocks, plan.head_dim) for layer in moments]
 
     def best_rows(part: Part) -> RowTable:
-        return RowTable.of(part.energies, budget.total_bytes, budget.align, levels)
+        return RowTable.of(part.energies, total, align, LEVELS)
 
-    key_rows = [best_rows(layer.keys) for layer in layers]
+    # Which components are kept of all depends on those of the values, where a mean is asked for.
+    key_rows = [] if budget.bits else [best_rows(layer.keys) for layer in layers]
     values = [layer.values(None)[0] for layer in layers]
     for _ in range(1 + ROUNDS * predicted):
         parts = [
             p for layer, value in zip(layers, values, strict=True) for p in (layer.keys, value)
         ]
-        rows = [r for keys, v in zip(key_rows, values, strict=True) for r in (keys, best_rows(v))]
-        bits = share_rows(rows, budget.total_bytes, budget.align, levels)
+        if budget.bits:
+            bits = share_bytes([part.energies for part in parts], total, align, mean=budget.bits)
+        else:
+            pairs = zip(key_rows, values, strict=True)
+            bits = share_rows([r for keys, v in pairs for r in (keys, best_rows(v))], total, align)
         key_groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
         if predicted:
             values = [x.values(groups)[0] for x, groups in zip(layers, key_groups, strict=True)]

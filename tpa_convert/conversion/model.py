@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.conversion.layer import (
-    coded_attention_parameters,
-    convert_layer,
-    query_norm_parameters,
-)
+from tpa_convert.conversion.layer import coded_attention_parameters, convert_layer
 from tpa_convert.errors import UserError
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source
-from tpa_convert.sources.attention import attention_weights
+from tpa_convert.sources.attention import attention_weights, query_norm_parameters
 
 
 class Moments(Protocol):
@@ -99,7 +95,7 @@ def convert_model(
                 whiten=whiten,
                 rank_limit_k=plan.rank_limit_k,
             )
-        parameters |= query_norm_parameters(layers[i], family.names)
+        parameters |= query_norm_parameters(layers[i], family.names, model.config, i)
         state |= {
             attention_prefixes[i] + name: tensor.to("cpu", dtype).contiguous()
             for name, tensor in parameters.items()

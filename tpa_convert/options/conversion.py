@@ -53,9 +53,9 @@ class CacheBudget(Section):
     cache_bits: CacheBits = option(
         "auto",
         "How many bits a cached number has. auto codes every number in the bits that it is worth, "
-        "0 to 8; 1 to 8 give all that are kept as many; 16 caches plain numbers, fewer of them. "
-        "Where ranks, widths or anything else is asked for that only plain numbers have, auto is "
-        "16.",
+        "0 to 8; 1 to 8 are the mean over the numbers that are kept, so that fewer or more of them "
+        "are; 16 caches plain numbers, fewer of them. Where all of them fit (a ratio of 1), or "
+        "ranks, widths or anything else is asked for that only plain numbers have, auto is 16.",
         BUDGET,
     )
 
@@ -99,11 +99,13 @@ class KeyOptions(CacheBudget):
     @property
     def coded(self) -> bool:
         """Whether the cache is to be coded in bits. A plan in a file says that by itself."""
-        return not self.plain_only() if self.cache_bits == "auto" else self.cache_bits != "16"
+        if self.cache_bits == "auto":
+            return not self.plain_only() and self.kv_ratio != 1
+        return self.cache_bits != "16"
 
     @property
     def code_bits(self) -> int | None:
-        """Bits of every component that is kept; None chooses by component."""
+        """Mean of the bits of the components that are kept; None keeps as many as is best."""
         return None if self.cache_bits == "auto" else int(self.cache_bits)
 
     def plain_only(self) -> list[str]:
@@ -124,7 +126,7 @@ class KeyOptions(CacheBudget):
                 f"`cache_bits` {self.cache_bits} does not go with {' and '.join(plain)}: leave out "
                 "one"
             )
-        if self.key_blocks is not None and (plain or self.cache_bits == "16"):
+        if self.key_blocks is not None and not self.coded:
             raise ValueError("`key_blocks` is for a cache coded in bits: leave it out")
 
     @property
@@ -153,7 +155,7 @@ class CalibrationOptions(Section):
     text_column: str = option(
         "text", "Column of the text in jsonl, parquet and datasets.", CALIBRATION
     )
-    calibration_blocks: int = option(64, "Number of sequences.", CALIBRATION, ge=1)
+    calibration_blocks: int = option(32, "Number of sequences.", CALIBRATION, ge=1)
     block_length: int = option(512, "Tokens per sequence.", CALIBRATION, ge=2)
     save_moments: Path | None = option(
         None,

@@ -34,14 +34,18 @@ class ConversionResult:
         out: directory of the converted model.
         prediction: plan, cache bytes and parameters, as `preview` returns them.
         seconds: wall time.
+        nats: what the codes of the cache are expected to cost a token, before refit and healing;
+            None for a cache of plain numbers, and for a plan that has its codes already.
     """
 
     out: Path
     prediction: Prediction
     seconds: float
+    nats: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": str(self.out), "seconds": self.seconds, **self.prediction.to_json()}
+        made = {"out": str(self.out), "seconds": self.seconds, "expected_nats": self.nats}
+        return made | self.prediction.to_json()
 
 
 def preview(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
@@ -88,13 +92,14 @@ def convert(
         calibrated = reads_text or (needs_moments and not given)
         blocks = calibration_blocks(loaded, options) if calibrated else None
         moments = None
+        nats: float | None = None
         by_layer: dict[str, Any] = {}  # how much the cache of each layer loses
         if needs_moments:
             moments = moments_of(loaded, blocks, options, track, coded=plan.is_coded)
         if plan.coded is not None:
             assert moments is not None
             codes = choose_codes(plan, moments.layers, moments.num_tokens)
-            plan, by_layer["layer_nats"] = codes.plan, codes.layer_nats
+            plan, nats, by_layer["layer_nats"] = codes.plan, codes.nats, codes.layer_nats
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
@@ -130,4 +135,4 @@ def convert(
         }
         provenance = {"source": asdict(loaded.reference), "convert": record}
         save_converted(model, loaded.tokenizer, directory, out.name, provenance)
-    return ConversionResult(out, prediction, time.perf_counter() - start)
+    return ConversionResult(out, prediction, time.perf_counter() - start, nats)

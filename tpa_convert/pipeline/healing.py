@@ -25,6 +25,7 @@ from tpa_convert.healing.training.distributed import processes
 from tpa_convert.healing.training.preparation import LOGS
 from tpa_convert.options.healing import HealOptions
 from tpa_convert.options.source import SourceOptions
+from tpa_convert.pipeline.recoding import coded_student
 from tpa_convert.pipeline.selection import source_of
 from tpa_convert.pipeline.training_text import (
     blocks_of_text,
@@ -89,7 +90,7 @@ def heal(
         UserError: held-out documents are in the training text; see `healing.heal` for the others.
         HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
     """
-    prepared = _prepare(directory, check_output(out, overwrite), options, source)
+    prepared = _prepare(directory, check_output(out, overwrite), options, source, track)
     if processes().is_main_process:
         _claim_checkpoints(prepared, resume)
     processes().wait_for_everyone()
@@ -126,7 +127,11 @@ class _Prepared:
 
 
 def _prepare(
-    directory: str | Path, out: Path, options: HealOptions, source: str | SourceOptions | None
+    directory: str | Path,
+    out: Path,
+    options: HealOptions,
+    source: str | SourceOptions | None,
+    track: Track,
 ) -> _Prepared:
     """Read and check everything: text first, since models take longer to load."""
     provenance = read_provenance(directory)
@@ -139,6 +144,8 @@ def _prepare(
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     teacher = source_of(directory, provenance, source, dtype=dtype)
     student, tokenizer = load_converted(directory, dtype=torch.float32)
+    if options.kv_ratio is not None:
+        student, provenance = coded_student(student, tokenizer, provenance, options.kv_ratio, track)
     return _Prepared(
         out=out,
         options=options,
