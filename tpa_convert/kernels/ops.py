@@ -143,13 +143,14 @@ def encode_rows(
     bits: Tensor,
     low: Tensor,
     header: int,
-) -> Tensor:
-    """Rows of bytes [n, bytes] of components [n, c]; see `encode_reference.RowTables`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of bytes [n, bytes] of components [n, c], and what they say: scaled codes and classes;
+    see `encode_reference.RowTables`."""
     tables = mean, step, spread, importance, reach, lowest_octave
     return run_rows(x, *tables, component, bits, low, header)
 
 
-def run_rows(x: Tensor, *tables: Any) -> Tensor:
+def run_rows(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same, not as an operator."""
     from .launch_encode import CodeTables, RowTables, launch_rows
 
@@ -158,7 +159,8 @@ def run_rows(x: Tensor, *tables: Any) -> Tensor:
 
 @encode_rows.register_fake
 def _(x, *tables):
-    return x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
+    rows = x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
+    return rows, x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.int64)
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())

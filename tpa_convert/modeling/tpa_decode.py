@@ -45,7 +45,7 @@ class LatentDecoder:
             with torch.inference_mode(False), torch.no_grad():
                 self.tables = tables_of(self.kernels, keys, values, query.dtype)
             for table in self.tables:
-                if isinstance(table, Tensor):  # CUDA graphs of a compiler need not copy it
+                if isinstance(table, Tensor) and table.is_cuda:  # graphs need not copy it
                     torch._dynamo.mark_static_address(table)
             self.made_of = made_of
         return self.tables

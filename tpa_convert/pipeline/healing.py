@@ -20,6 +20,7 @@ from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_
 from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
 from tpa_convert.healing import HealingReport
 from tpa_convert.healing import heal as heal_model
+from tpa_convert.healing.training.checks import hidden_weight_for
 from tpa_convert.healing.training.distributed import processes
 from tpa_convert.healing.training.preparation import LOGS
 from tpa_convert.options.healing import HealOptions
@@ -202,6 +203,9 @@ def _save(prepared: _Prepared, report: HealingReport, overwrite: bool) -> None:
     student.to("cpu", named_dtype(provenance["convert"]["plan"]["dtype"]))
     record = {
         "settings": prepared.options.model_dump(mode="json"),
+        "hidden_weight": hidden_weight_for(
+            student, prepared.teacher.model, prepared.options.hidden_weight
+        ),
         "source": asdict(prepared.teacher.reference),
         "report": asdict(report) | {"losses": thinned(report.losses)},
         "chart": LOSS_CHART,
