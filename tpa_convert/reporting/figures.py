@@ -7,6 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation.sweep import SpeedPoint, SpeedReport
 from tpa_convert.export.inspection import HealingStep, Inspection
@@ -59,9 +61,7 @@ def layer_losses(found: Inspection) -> Draw | None:
         return None
 
     def draw(axes: Any) -> None:
-        axes.bar(
-            range(len(found.layer_nats)), found.layer_nats, color=COLORS["keys"], label="expected"
-        )
+        axes.bar(range(len(found.layer_nats)), found.layer_nats, color=COLORS["keys"])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel("nats per token")
@@ -108,9 +108,12 @@ def speed_curves(report: SpeedReport) -> dict[str, Draw]:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                axis(lambda y, _: f"{y:,g}")
-            axes.tick_params(axis="y", which="minor", labelsize=FONT_SIZE - 3)
+            # What lies within a decade wants more ticks than its ends; labels of many would touch.
+            low, high = axes.get_ylim()
+            subs = (1, 2, 3, 5, 7) if high < 30 * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
             axes.set_xlabel("context, tokens")
             axes.set_ylabel(unit)
 
@@ -218,13 +221,15 @@ def _svg(draw: Draw, ink: str) -> str:
         figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
         draw(axes)
         axes.grid(alpha=0.2)
-        axes.legend(
-            frameon=False,
-            fontsize=FONT_SIZE - 1,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=3,
-        )
+        axes.set_axisbelow(True)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(
+                frameon=False,
+                fontsize=FONT_SIZE - 1,
+                loc="lower center",
+                bbox_to_anchor=(0.5, 1.0),
+                ncols=3,
+            )
         data = io.BytesIO()
         figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
