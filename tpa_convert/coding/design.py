@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tpa_convert.coding.allocation import GAUSSIAN_ERROR, GAUSSIAN_STEP
+from tpa_convert.coding.allocation import GAUSSIAN_ERROR, GAUSSIAN_STEP, LEVELS
 from tpa_convert.coding.components import Components, principal_components
 from tpa_convert.modeling.tpa_codes import Quantiser, RowLayout, highest_codes
 
@@ -72,15 +72,18 @@ def design_quantiser(part: Part, sink: Tensor, order: Tensor, layout: RowLayout)
     """
     components = part.components
     bits = torch.tensor(layout.bits, device=order.device)
-    # A component that never varied still needs a step; it then costs nothing and says nothing.
+    # Only ratios matter, and nats themselves may be too small for float16.
+    importance = components.importance[order] / components.importance[order].max()
+    # Nothing is coded finer than the strongest component can be. One that never varied would else
+    # have a step next to zero: the least change of the weights, and it alone would set the scale of
+    # its token.
     spread = part.spread[order]
-    largest = spread.max()
-    spread = spread.clamp_min(1e-6 * torch.where(largest > 0, largest, 1.0))
+    largest = (importance * spread.square()).max().sqrt()
+    finest = torch.where(largest > 0, largest, 1.0) / 2 ** max(LEVELS)
+    spread = spread.maximum(finest / importance.sqrt().clamp_min(2.0 ** -max(LEVELS)))
     sink_mean = components.feature[order] @ sink
     mean = torch.stack((torch.zeros_like(sink_mean), sink_mean))
     step = spread * spread.new_tensor(GAUSSIAN_STEP)[bits]
-    # Only ratios matter, and nats themselves may be too small for float16.
-    importance = components.importance[order] / components.importance[order].max()
     return Quantiser(
         layout,
         mean.float(),
