@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tpa_convert  # noqa: F401  (makes the converted model known)
 from tpa_convert.export.inspection import inspect
 
-REQUESTS, NEW, CACHE_TOKENS, BATCH_TOKENS = 32, 24, 8192, 256
+REQUESTS, NEW, CACHE_TOKENS, BATCH_TOKENS = 32, 12, 8192, 256
 STORY = (
     "once upon a time there was a lighthouse keeper who wrote a letter to the queen about the "
     "price of bread and the weather of that winter and he did not know that the ship which was to "
