@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny, random_blocks, random_coded
-from tests.tiny_models import MODELS, random_model
+from tests.tiny_models import CONFIGS, MODELS, random_model
 from tpa_convert.engines.one_head import (
     OneHeadAttention,
     absorb_gauges,
@@ -26,6 +26,7 @@ from tpa_convert.engines.one_head import (
     obstacle,
     use_one_head,
 )
+from tpa_convert.families import family_of
 from tpa_convert.modeling import LayerShape, source_head_dim, source_key_value_heads
 
 SIZES = [24, 40, 64]  # of heads in an engine
@@ -76,7 +77,7 @@ def one_key_head(name: str) -> Any:
     return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
 
 
-HEAD_NORMS = ["gemma3", "qwen3", "qwen3_moe"]
+HEAD_NORMS = [name for name, config in CONFIGS.items() if family_of(config()).key_norm is True]
 SOURCES = {name: make for name, make in MODELS.items() if name not in HEAD_NORMS} | {
     f"{name}, one key head": partial(one_key_head, name) for name in HEAD_NORMS
 }

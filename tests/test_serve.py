@@ -190,6 +190,9 @@ def test_the_paged_cache_holds_what_is_asked_for(converted: Path) -> None:
         "cb_num_blocks": 4,  # of 256 tokens of the source
         "cb_max_batch_tokens": 64,
     }
+    # Codes stay as they are in fp16, where a block of the source takes half of the bytes.
+    half = options.model_copy(update={"dtype": "float16"})
+    assert paged_sizes(converted, half, "cuda")["cb_num_blocks"] == 8
     default = ServeOptions(continuous_batching=True)
     assert paged_sizes(converted, default, "cuda") == {}
     assert paged_sizes(converted, default, "cpu")["cb_num_blocks"] == 32

@@ -13,7 +13,9 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
+from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
+from tpa_convert.export.inspection import cached_bytes
 from tpa_convert.export.inspection import inspect as inspect_directory
 from tpa_convert.export.save import check_converted
 from tpa_convert.families import FAMILIES
@@ -87,7 +89,8 @@ def paged_sizes(directory: str | Path, options: ServeOptions, device: str) -> di
     """Sizes of the paged cache. On a GPU transformers takes what is free, unless told otherwise; on
     a CPU that would be most of the main memory.
 
-    Blocks count as the source's would, in which fewer tokens fit.
+    Blocks count as the source's would, in which fewer tokens fit; both in the type to compute in,
+    which codes do not follow.
     """
     tokens, batch = options.cache_tokens, options.batch_tokens
     if device == "cpu":
@@ -95,7 +98,10 @@ def paged_sizes(directory: str | Path, options: ServeOptions, device: str) -> di
     sizes: dict[str, Any] = {}
     if tokens is not None:
         found = inspect_directory(directory)
-        blocks = tokens / PAGE * found.kv_bytes / found.source_kv_bytes
+        saved = named_dtype(found.dtype).itemsize
+        itemsize = named_dtype(options.dtype).itemsize if options.dtype else saved
+        own = sum(sum(cached_bytes(shape, found.kv_heads, itemsize)) for shape in found.shapes)
+        blocks = tokens / PAGE * own / (found.source_kv_bytes * itemsize / saved)
         sizes["cb_num_blocks"] = ceil(blocks)
     if batch is not None:
         sizes["cb_max_batch_tokens"] = batch
