@@ -77,31 +77,37 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
 
     Args:
         plan: whose codes are still to be chosen.
-        moments: of every layer, of this many `tokens`.
+        moments: of every layer, of this many `tokens`; one is asked for at a time.
     """
     assert plan.coded is not None
     budget, predicted = plan.coded, plan.coded.predict_values
     levels = LEVELS if budget.bits is None else (0, budget.bits)
-    layers = [CodedLayer(layer, tokens, budget.key_blocks, plan.head_dim) for layer in moments]
 
-    def best_rows(part: Part) -> RowTable:
-        return RowTable.of(part.energies, budget.total_bytes, budget.align, levels)
+    def known(index: int) -> CodedLayer:
+        return CodedLayer(moments[index], tokens, budget.key_blocks, plan.head_dim)
 
-    key_rows = [best_rows(layer.keys) for layer in layers]
-    values = [layer.values(None)[0] for layer in layers]
+    def best_rows(energies: list[Tensor]) -> RowTable:
+        return RowTable.of(energies, budget.total_bytes, budget.align, levels)
+
+    keys: list[list[Tensor]] = []
+    values: list[list[Tensor]] = []
+    for index in range(len(moments)):  # moments may be large: of one layer at a time
+        layer = known(index)
+        keys.append(layer.keys.energies)
+        values.append(layer.values(None)[0].energies)
+        del layer
+    key_rows = [best_rows(energies) for energies in keys]
     for _ in range(1 + ROUNDS * predicted):
-        parts = [
-            p for layer, value in zip(layers, values, strict=True) for p in (layer.keys, value)
-        ]
-        rows = [r for keys, v in zip(key_rows, values, strict=True) for r in (keys, best_rows(v))]
+        rows = [r for k, v in zip(key_rows, values, strict=True) for r in (k, best_rows(v))]
+        counted = [e for k, v in zip(keys, values, strict=True) for e in (k, v)]
         bits = share_rows(rows, budget.total_bytes, budget.align, levels)
         key_groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
         if predicted:
-            values = [x.values(groups)[0] for x, groups in zip(layers, key_groups, strict=True)]
+            values = [known(i).values(g)[0].energies for i, g in enumerate(key_groups)]
     nats = sum(
         remaining_error(energy, block).item() / 2
-        for part, found in zip(parts, bits, strict=True)
-        for energy, block in zip(part.energies, found, strict=True)
+        for energies, found in zip(counted, bits, strict=True)
+        for energy, block in zip(energies, found, strict=True)
     )
     shapes = []
     for shape, groups, (value_bits,) in zip(plan.layers, key_groups, bits[1::2], strict=True):

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.coded import choose_codes
-from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.model import Conversion, convert_model
 from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
 from tpa_convert.export.llama import check_source
-from tpa_convert.export.output import atomic_directory, check_output
-from tpa_convert.export.save import save_converted, stamp
+from tpa_convert.export.output import Unfinished, atomic_file, check_output, resumable_directory
+from tpa_convert.export.save import copy_licence, save_around_weights, save_converted, stamp
+from tpa_convert.export.shards import ShardedWeights
 from tpa_convert.export.stock import stock_class
 from tpa_convert.families import family_of
+from tpa_convert.modeling import LayerShape
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.prediction import Prediction, predict
 from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.plans import Plan
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
-from tpa_convert.sources import read_source_config
+from tpa_convert.sources import Source, device_of, read_source_config
+from tpa_convert.storage import TensorFolder
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,9 @@ def convert(
 ) -> ConversionResult:
     """Convert a model and save it to the directory `out`.
 
+    Weights are read, converted and written one decoder layer at a time. A run that is cut short
+    leaves a hidden directory beside `out`, from which the same call goes on.
+
     Args:
         source: Hub id, local directory or .gguf file, or options with a revision.
         options: budget, form, method, calibration.
@@ -82,42 +95,38 @@ def convert(
     if options.target == "llama":
         _refuse_other_than_llama(source)
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
-    loaded = load(source_options(source), device)
-    with atomic_directory(out, overwrite) as directory:
-        reads_text = options.refit or options.refine
-        given = options.moments is not None
-        plan = prediction.plan
-        needs_moments = options.whiten or options.form == "linear" or given or plan.is_coded
-        calibrated = reads_text or (needs_moments and not given)
-        blocks = calibration_blocks(loaded, options) if calibrated else None
+    opened = load(source_options(source), device, on_demand=True)
+    plan = prediction.plan
+    reads_text = options.refit or options.refine
+    given = options.moments is not None
+    needs_moments = options.whiten or options.form == "linear" or given or plan.is_coded
+    calibrated = reads_text or (needs_moments and not given)
+    blocks = calibration_blocks(opened, options) if calibrated else None
+    identity = _identity(opened, blocks, options)
+    with resumable_directory(out, overwrite, identity) as made:
         moments = None
         if needs_moments:
-            moments = moments_of(loaded, blocks, options, track, coded=plan.is_coded)
+            store = TensorFolder(made.work / "moments")
+            moments = moments_of(opened, blocks, options, track, coded=plan.is_coded, store=store)
         if plan.coded is not None:
             assert moments is not None
-            plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+            plan = _with_codes(plan, moments, made.work / "codes.json")
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
-        model = convert_model(
-            loaded,
-            plan,
-            moments,
-            method=options.method,
-            whiten=options.whiten,
-            dtype=torch.float32 if reads_text else prediction.dtype,
-            track=track,
-        )
-        if options.refit:
+        settings: dict[str, Any] = {"method": options.method, "whiten": options.whiten}
+        if reads_text:
             assert blocks is not None
-            model = model.to(loaded.model.device)
-            refit(loaded.model, model, blocks, track=track)
-        if options.refine:
-            assert blocks is not None
-            settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
-            model = model.to(loaded.model.device)
-            refine(loaded.model, model, blocks, settings, track=track)
-        model = model.to(prediction.dtype)
+            model = convert_model(
+                opened, plan, moments, **settings, dtype=torch.float32, track=track
+            ).to(device_of(opened.model))
+            _adapt(opened, model, blocks, options, track)
+            model = model.to(prediction.dtype)
+            save: Callable[..., None] = save_converted
+        else:
+            conversion = Conversion(opened, plan, moments, **settings, dtype=prediction.dtype)
+            model = _write_weights(conversion, made, prediction, track)
+            save = save_around_weights
         prediction = replace(
             prediction, plan=plan, kv_bytes=round(plan.kv_bytes), parameters=model.num_parameters()
         )
@@ -126,9 +135,78 @@ def convert(
             "plan": prediction.to_json(),
             **stamp(),
         }
-        provenance = {"source": asdict(loaded.reference), "convert": record}
-        save_converted(model, loaded.tokenizer, directory, out.name, provenance)
+        provenance = {"source": asdict(opened.reference), "convert": record}
+        save(model, opened.tokenizer, made.output, out.name, provenance)
+        copy_licence(opened, made.output)
     return ConversionResult(out, prediction, time.perf_counter() - start)
+
+
+def _identity(source: Source, blocks: Tensor | None, options: ConvertOptions) -> dict[str, Any]:
+    """All that a conversion follows from."""
+    text = None if blocks is None else sha256(blocks.numpy().tobytes()).hexdigest()
+    given = None if options.moments is None else options.moments.stat().st_mtime_ns
+    return {
+        "source": source.reference.sha256,
+        "settings": options.model_dump(mode="json"),
+        "text": text,
+        "moments": given,
+        "device": str(device_of(source.model)),
+        "versions": stamp()["versions"],
+    }
+
+
+def _with_codes(plan: Plan, moments: Moments, path: Path) -> Plan:
+    """The plan with the codes that an interrupted run has chosen, or else with new ones."""
+    if not path.is_file():
+        chosen = choose_codes(plan, moments.layers, moments.num_tokens).plan
+        _write_shapes(path, chosen.layers)
+    return replace(plan, layers=_read_shapes(path), coded=None)
+
+
+def _write_shapes(path: Path, shapes: Sequence[LayerShape]) -> None:
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(json.dumps([asdict(shape) for shape in shapes]), encoding="utf-8")
+
+
+def _read_shapes(path: Path) -> list[LayerShape]:
+    return [LayerShape(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _write_weights(
+    conversion: Conversion, made: Unfinished, prediction: Prediction, track: Track
+) -> PreTrainedModel:
+    """Converts and writes part by part what is not there yet; the model without its weights."""
+    num_bytes = prediction.parameters * prediction.dtype.itemsize
+    weights = ShardedWeights(made.output, made.work / "weights", len(conversion), num_bytes)
+    shapes: list[LayerShape] = []
+    for index in track(range(len(conversion)), "converting"):
+        decided = made.work / f"shape-{index:05}.json"
+        if index not in weights:
+            part = conversion.part(index)
+            _write_shapes(decided, [] if part.shape is None else [part.shape])
+            weights[index] = part.tensors
+            del part
+        shapes += _read_shapes(decided)
+    model = conversion.empty_model(shapes)
+    written = weights.finish()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert written == {n: s for n, s in expected.items() if n not in conversion.tied}
+    return model
+
+
+def _adapt(
+    source: Source,
+    model: PreTrainedModel,
+    blocks: Tensor,
+    options: ConvertOptions,
+    track: Track,
+) -> None:
+    """Refits or refines a converted model in fp32, in place."""
+    if options.refit:
+        refit(source.model, model, blocks, track=track)
+    else:
+        settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
+        refine(source.model, model, blocks, settings, track=track)
 
 
 def _refuse_other_than_llama(source: str | SourceOptions) -> None:

@@ -13,7 +13,7 @@ from tpa_convert.conversion.probe import probe
 from tpa_convert.errors import UserError
 from tpa_convert.families import family_of
 from tpa_convert.options.source import SourceOptions
-from tpa_convert.sources import Source, load_source, read_source_config
+from tpa_convert.sources import Source, load_source, open_source, read_source_config
 
 
 def source_options(source: str | SourceOptions) -> SourceOptions:
@@ -21,16 +21,23 @@ def source_options(source: str | SourceOptions) -> SourceOptions:
     return source if isinstance(source, SourceOptions) else SourceOptions(model=source)
 
 
-def load(source: SourceOptions, device: str, dtype: torch.dtype = torch.float32) -> Source:
-    """`load_source` with the options of a recipe. Raises what it raises, and what `probe` does of a
-    model whose family a user has described."""
+def load(
+    source: SourceOptions,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    on_demand: bool = False,
+) -> Source:
+    """`load_source` with the options of a recipe, or `open_source`, which reads weights on demand.
+    Raises what they raise, and what `probe` does of a model whose family a user has described."""
     config = read_source_config(
         source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
     family = family_of(config)
     if family.registered:
         probe(family, config)
-    return load_source(
+    get = open_source if on_demand else load_source
+    return get(
         source.model,
         revision=source.revision,
         dtype=dtype,

@@ -27,7 +27,10 @@ from transformers.utils import is_gguf_available
 
 from tpa_convert.errors import UserError
 
-_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files with the terms of a model."""
+
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", *LICENCES)
 # Patterns match across slashes: all but templates are wanted from the top alone, where others keep
 # copies of the weights in other formats.
 _HUB_NOT = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.py")

@@ -1,8 +1,8 @@
 """A model whose parts are in memory only while somebody uses them.
 
-A part is a module whose tensors can be read: a decoder layer, an embedding, a norm, a head. It reads
-them when it is called, or while it is held, and lets go of them after. So a model of any size runs
-in little more memory than its largest part, and what runs it need not know.
+A part is a module whose tensors can be read: a decoder layer, an embedding, a norm, a head. It
+reads them when it is called, or while it is held, and lets go of them after. So a model of any size
+runs in little more memory than its largest part, and what runs it need not know.
 """
 
 from __future__ import annotations

@@ -133,13 +133,13 @@ class StoredWeights:
             ) from error
         for key, tensor in pieces.items():
             # Minimum and maximum carry NaN along and need no temporary tensor of the same size.
-            if tensor.is_floating_point() and tensor.numel():
-                if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
-                    raise self.checkpoint.error(
-                        f"{key} contains NaN or infinity; the checkpoint is damaged or was trained "
-                        "to divergence: download it again or use another one"
-                    )
-        made = {}
+            bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()
+            if not all(torch.isfinite(bound) for bound in bounds):
+                raise self.checkpoint.error(
+                    f"{key} contains NaN or infinity; the checkpoint is damaged or was trained to "
+                    "divergence: download it again or use another one"
+                )
+        made: dict[str, Tensor] = {}
         for first in groups:
             made |= self._make(first, pieces)
         return {name: made[origin] for name, origin in origins.items()}
