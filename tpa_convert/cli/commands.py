@@ -20,7 +20,7 @@ from tpa_convert import __version__
 from tpa_convert.cli.files import write_json, write_text
 from tpa_convert.cli.help import Command, example
 from tpa_convert.cli.signature import of_sections
-from tpa_convert.cli.tables import duration, show_healing, show_plan, show_planning
+from tpa_convert.cli.tables import duration, show_healing, show_plan, show_planning, show_stages
 from tpa_convert.cli.terminal import (
     Commands,
     console,
@@ -169,6 +169,8 @@ def convert(
     )
     write_json(files.json_file, result)
     show_plan(result.prediction)
+    if files.profile:
+        show_stages(result)
     show_next(
         f"Wrote {result.out} in {duration(result.seconds)}. Next:",
         f"tpa-convert heal {result.out} --text YOUR_TEXT --out {result.out}-healed",

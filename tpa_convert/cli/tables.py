@@ -14,6 +14,7 @@ from tpa_convert.cli.terminal import console
 if TYPE_CHECKING:
     from tpa_convert.modeling import LayerShape
     from tpa_convert.pipeline import HealingResult, PlanningResult
+    from tpa_convert.pipeline.conversion import ConversionResult
     from tpa_convert.pipeline.prediction import Prediction
     from tpa_convert.planning.search import PlanReport
     from tpa_convert.plans import Plan
@@ -50,6 +51,20 @@ def show_plan(prediction: Prediction) -> None:
             f"in {blocks} block{'s' if blocks > 1 else ''} of rotary pairs."
         )
     _show_rebuilding(plan)
+
+
+def show_stages(result: ConversionResult) -> None:
+    """Where the time of a conversion went, and how fast weights were turned over."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    rest = result.seconds - sum(result.stages.values())
+    for name, seconds in (*result.stages.items(), ("everything else", rest)):
+        table.add_row(name, f"{seconds:.1f} s", f"{seconds / result.seconds:.0%}")
+    console.print(table)
+    rate = result.source_bytes / result.seconds / 1e9
+    console.print(f"{result.source_bytes / 1e9:.3g} GB of weights, {rate:.3g} GB a second")
 
 
 def show_layers(layers: Sequence[LayerShape]) -> None:

@@ -32,7 +32,7 @@ from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.prediction import Prediction, predict
 from tpa_convert.pipeline.selection import load, source_options
 from tpa_convert.plans import Plan
-from tpa_convert.progress import Track, no_tracking
+from tpa_convert.progress import Stages, Track, no_tracking
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.sources import Source, device_of, read_source_config
@@ -47,14 +47,24 @@ class ConversionResult:
         out: directory of the converted model.
         prediction: plan, cache bytes and parameters, as `preview` returns them.
         seconds: wall time.
+        stages: of it, by what was done.
+        source_bytes: of the source's weights in their files.
     """
 
     out: Path
     prediction: Prediction
     seconds: float
+    stages: dict[str, float]
+    source_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": str(self.out), "seconds": self.seconds, **self.prediction.to_json()}
+        return {
+            "out": str(self.out),
+            "seconds": self.seconds,
+            "stages": self.stages,
+            "source_bytes": self.source_bytes,
+            **self.prediction.to_json(),
+        }
 
 
 def preview(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
@@ -86,7 +96,7 @@ def convert(
         device: cpu, cuda, cuda:1, ... or auto.
         track: shows progress, called as `track(items, description)`.
     """
-    start = time.perf_counter()
+    start, stages = time.perf_counter(), Stages()
     out = check_output(out, overwrite)
     if options.save_moments is not None and options.save_moments.exists() and not overwrite:
         raise UserError(
@@ -95,7 +105,8 @@ def convert(
     if options.target == "llama":
         _refuse_other_than_llama(source)
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
-    opened = load(source_options(source), device, on_demand=True)
+    with stages("checking the source"):
+        opened = load(source_options(source), device, on_demand=True)
     plan = prediction.plan
     reads_text = options.refit or options.refine
     given = options.moments is not None
@@ -106,11 +117,13 @@ def convert(
     with resumable_directory(out, overwrite, identity) as made:
         moments = None
         if needs_moments:
-            store = TensorFolder(made.work / "moments")
-            moments = moments_of(opened, blocks, options, track, coded=plan.is_coded, store=store)
+            store, coded = TensorFolder(made.work / "moments"), plan.is_coded
+            with stages("calibrating"):
+                moments = moments_of(opened, blocks, options, track, coded=coded, store=store)
         if plan.coded is not None:
             assert moments is not None
-            plan = _with_codes(plan, moments, made.work / "codes.json")
+            with stages("choosing codes"):
+                plan = _with_codes(plan, moments, made.work / "codes.json")
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
@@ -120,12 +133,13 @@ def convert(
             model = convert_model(
                 opened, plan, moments, **settings, dtype=torch.float32, track=track
             ).to(device_of(opened.model))
-            _adapt(opened, model, blocks, options, track)
+            with stages("refitting or refining"):
+                _adapt(opened, model, blocks, options, track)
             model = model.to(prediction.dtype)
             save: Callable[..., None] = save_converted
         else:
             conversion = Conversion(opened, plan, moments, **settings, dtype=prediction.dtype)
-            model = _write_weights(conversion, made, prediction, track)
+            model = _write_weights(conversion, made, prediction, track, stages)
             save = save_around_weights
         prediction = replace(
             prediction, plan=plan, kv_bytes=round(plan.kv_bytes), parameters=model.num_parameters()
@@ -138,7 +152,8 @@ def convert(
         provenance = {"source": asdict(opened.reference), "convert": record}
         save(model, opened.tokenizer, made.output, out.name, provenance)
         copy_licence(opened, made.output)
-    return ConversionResult(out, prediction, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return ConversionResult(out, prediction, seconds, stages.seconds, opened.num_bytes)
 
 
 def _identity(source: Source, blocks: Tensor | None, options: ConvertOptions) -> dict[str, Any]:
@@ -173,7 +188,11 @@ def _read_shapes(path: Path) -> list[LayerShape]:
 
 
 def _write_weights(
-    conversion: Conversion, made: Unfinished, prediction: Prediction, track: Track
+    conversion: Conversion,
+    made: Unfinished,
+    prediction: Prediction,
+    track: Track,
+    stages: Stages,
 ) -> PreTrainedModel:
     """Converts and writes part by part what is not there yet; the model without its weights."""
     num_bytes = prediction.parameters * prediction.dtype.itemsize
@@ -182,13 +201,16 @@ def _write_weights(
     for index in track(range(len(conversion)), "converting"):
         decided = made.work / f"shape-{index:05}.json"
         if index not in weights:
-            part = conversion.part(index)
+            with stages("converting"):
+                part = conversion.part(index)
             _write_shapes(decided, [] if part.shape is None else [part.shape])
-            weights[index] = part.tensors
+            with stages("writing"):
+                weights[index] = part.tensors
             del part
         shapes += _read_shapes(decided)
     model = conversion.empty_model(shapes)
-    written = weights.finish()
+    with stages("writing"):
+        written = weights.finish()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert written == {n: s for n, s in expected.items() if n not in conversion.tied}
     return model

@@ -82,6 +82,12 @@ class Source:
     reference: SourceReference
     weights: StoredWeights | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, as they are stored."""
+        tensors = self.model.state_dict() if self.weights is None else self.weights.shapes
+        return sum(tensor.nbytes for tensor in tensors.values())
+
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of the model by their names in its state dict, as they are stored."""
         if self.weights is not None:
