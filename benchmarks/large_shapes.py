@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from machine import device_name, versions
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -82,9 +82,10 @@ def make_source(name: str, layers: int | None, folder: Path) -> int:
     folder.mkdir(parents=True)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    vocabulary = {chr(0x4E00 + i) if i > 255 else chr(i + 1): i for i in range(shape["vocab_size"])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=False))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\x03").save_pretrained(folder)
+    vocabulary = {f"t{i}": i for i in range(shape["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t2").save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
@@ -164,12 +165,12 @@ def main() -> None:
         start = time.perf_counter()
         size = make_source(given.shape, given.layers, source)
         print(f"made {size / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-        if given.calibrated:  # characters that are tokens
+        if given.calibrated:
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(
-                300, SHAPES[given.shape]["vocab_size"], (40_000,), generator=generator
+                3, SHAPES[given.shape]["vocab_size"], (40_000,), generator=generator
             )
-            text = "".join(chr(0x4E00 + i) for i in ids.clamp_max(20_000).tolist())
+            text = " ".join(f"t{i}" for i in ids.tolist())
             (source / "text.txt").write_text(text, encoding="utf-8")
         line = command(source, out, given.calibrated)
         start = time.perf_counter()

@@ -3,8 +3,14 @@
 Importing the package makes converted models known to transformers' Auto classes.
 """
 
+import os
 import sys
 from pathlib import Path
+
+# Before torch is imported: threads that wait for work sleep instead of spinning. While they spin,
+# processes that share a machine take each other's cores; many small decompositions then take a
+# hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.2.0"
 

@@ -159,7 +159,9 @@ def convert(
 def _identity(source: Source, blocks: Tensor | None, options: ConvertOptions) -> dict[str, Any]:
     """All that a conversion follows from."""
     text = None if blocks is None else sha256(blocks.numpy().tobytes()).hexdigest()
-    given = None if options.moments is None else options.moments.stat().st_mtime_ns
+    given = None
+    if options.moments is not None and options.moments.is_file():
+        given = options.moments.stat().st_mtime_ns
     return {
         "source": source.reference.sha256,
         "settings": options.model_dump(mode="json"),
