@@ -159,7 +159,7 @@ def convert(
     from tpa_convert import pipeline
 
     if files.dry_run:
-        prediction = pipeline.preview(source, options)
+        prediction = pipeline.preview(source, options, with_needs=True)
         write_json(files.json_file, prediction)
         show_plan(prediction)
         return

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tpa_convert.planning.search import PlanReport
     from tpa_convert.plans import Plan
 
+NOTABLE_GROWTH = 0.02  # of the source's parameters
 LAYERS_ACROSS = 10  # in the table of an uneven plan
 
 
@@ -42,6 +43,19 @@ def show_plan(prediction: Prediction) -> None:
             f"{after / before:.1%}",
         )
     console.print(table)
+    growth = prediction.parameters - prediction.source_parameters
+    if growth > NOTABLE_GROWTH * prediction.source_parameters:
+        absorbed = any("absorbed" in (x.key_gauge, x.value_gauge) for x in plan.layers)
+        remedy = "; --gauge applied avoids that, and takes time in every step" if absorbed else ""
+        grow = "may grow by up to" if prediction.approximate else "grow by"
+        console.print(f"The weights {grow} {growth / 1e9:,.3g} billion parameters{remedy}.")
+    if prediction.needs is not None:
+        needs = prediction.needs
+        console.print(
+            f"Converting takes about {needs.memory / 1e9:.2g} GB of memory, {needs.disk / 1e9:.2g} "
+            f"GB of disk beside the source, and {duration(needs.seconds)} on this processor if it "
+            "has nothing else to do."
+        )
     if plan.coded is None:
         show_layers(plan.layers)
     else:

@@ -67,13 +67,21 @@ class ConversionResult:
         }
 
 
-def preview(source: str | SourceOptions, options: ConvertOptions) -> Prediction:
-    """What a conversion would make: shapes, cache bytes, parameters. Reads no weights."""
+def preview(
+    source: str | SourceOptions, options: ConvertOptions, *, with_needs: bool = False
+) -> Prediction:
+    """What a conversion would make: shapes, cache bytes, parameters. Reads no weights.
+
+    Args:
+        with_needs: whether to say too what memory, disk and time it takes on this machine.
+    """
     where = source_options(source)
     config = read_source_config(
         where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
     )
-    return predict(config, options, trust_remote_code=where.trust_remote_code)
+    return predict(
+        config, options, trust_remote_code=where.trust_remote_code, with_needs=with_needs
+    )
 
 
 def convert(
