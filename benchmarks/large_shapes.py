@@ -58,7 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SHARD = 4 << 30  # bytes
 PLAIN = ["--kv-ratio", "0.5", "--no-whiten", "--cache-bits", "16", "--gauge", "applied"]
-CODED = ["--kv-ratio", "0.125", "--calibration-blocks", "16", "--block-length", "512"]
+CODED = ["--kv-ratio", "0.125", "--block-length", "512"]
 
 CHILD = """
 import resource, sys
@@ -115,10 +115,12 @@ def make_source(name: str, layers: int | None, folder: Path) -> int:
     return total
 
 
-def command(source: Path, out: Path, calibrated: bool) -> list[str]:
+def command(source: Path, out: Path, blocks: int) -> list[str]:
     arguments = ["convert", str(source), "--out", str(out), "--device", "cpu", "--profile"]
-    text = ["--calibration", str(source / "text.txt")] if calibrated else []
-    return [sys.executable, "-c", CHILD, *arguments, *(CODED if calibrated else PLAIN), *text]
+    if not blocks:
+        return [sys.executable, "-c", CHILD, *arguments, *PLAIN]
+    text = ["--calibration", str(source / "text.txt"), "--calibration-blocks", str(blocks)]
+    return [sys.executable, "-c", CHILD, *arguments, *CODED, *text]
 
 
 def digest(directory: Path) -> str:
@@ -156,6 +158,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--calibrated", action="store_true")
+    parser.add_argument("--blocks", type=int, default=16, help="of 512 tokens, with --calibrated")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--every", type=float, default=15.0, help="seconds between kills")
     given = parser.parse_args()
@@ -172,7 +175,7 @@ def main() -> None:
             )
             text = " ".join(f"t{i}" for i in ids.tolist())
             (source / "text.txt").write_text(text, encoding="utf-8")
-        line = command(source, out, given.calibrated)
+        line = command(source, out, given.blocks if given.calibrated else 0)
         start = time.perf_counter()
         run = subprocess.run(line, check=False, capture_output=True, text=True)
         seconds = time.perf_counter() - start

@@ -136,7 +136,7 @@ class Conversion:
         layer, attention_names = self._layers[index - 1], self.source.family.names
         prefix = f"{self._prefixes[index - 1]}{attention_names.attention}."
         attention = getattr(layer, attention_names.attention)
-        with held(layer):
+        with held(attention):
             parameters, shape = self._attention(attention, index - 1)
             parameters = {
                 prefix + name: tensor.to("cpu", self.dtype)

@@ -32,9 +32,12 @@ class Part:
         self.module, self.device, self._read = module, device, read
         self._absent = module.state_dict(keep_vars=True)
         self._holders = 0
+        self._has_read = False
 
     def hold(self) -> None:
-        if self._holders == 0:
+        absent = any(tensor.is_meta for tensor in self.module.state_dict().values())
+        if self._holders == 0 and absent:  # else a module around it is held
+            self._has_read = True
             state = {name: tensor.to(self.device) for name, tensor in self._read().items()}
             self.module.load_state_dict(state, assign=True)
             self.module.requires_grad_(False)
@@ -42,15 +45,27 @@ class Part:
 
     def let_go(self) -> None:
         self._holders -= 1
-        if self._holders == 0:
+        if self._holders == 0 and self._has_read:
+            self._has_read = False
             self.module.load_state_dict(self._absent, assign=True)
 
 
 def read_on_demand(
-    module: nn.Module, read: Callable[[], dict[str, Tensor]], device: torch.device
+    module: nn.Module,
+    read: Callable[[], dict[str, Tensor]],
+    device: torch.device,
+    *,
+    when_called: bool = True,
 ) -> None:
-    """Makes a module a `Part`, held while its `forward` runs."""
+    """Makes a module a `Part`.
+
+    Args:
+        read, device: as `Part` has them.
+        when_called: whether it is held while its `forward` runs. A part inside of another need not.
+    """
     setattr(module, _PART, Part(module, read, device))
+    if not when_called:
+        return
 
     def forward(*positional: Any, **keywords: Any) -> Any:
         with held(module):

@@ -100,10 +100,11 @@ def _share_tied(model: PreTrainedModel, weights: StoredWeights) -> None:
 def _read_parts_on_demand(
     model: PreTrainedModel, weights: StoredWeights, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Makes parts of the decoder layers, and of all modules outside of them that have tensors and
-    no modules; what has both stays in memory."""
+    """Makes parts of the decoder layers, of the attention in each, and of all modules outside of
+    them that have tensors and no modules; what has both stays in memory."""
     names = {module: name for name, module in model.named_modules()}
     layers = list(model.get_decoder().layers)
+    attention = {getattr(layer, family_of(model.config).names.attention) for layer in layers}
     inside = {module for layer in layers for module in layer.modules()}
 
     def read(prefix: str, own: list[str]) -> dict[str, Tensor]:
@@ -117,13 +118,14 @@ def _read_parts_on_demand(
         for leaf, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[leaf] = buffer.to(device)
-        if module in inside and module not in layers:
+        if module in inside and module not in layers and module not in attention:
             continue
         prefix = f"{name}." if name else ""
-        is_part = module in layers or not any(module.children())
+        is_part = module in inside or not any(module.children())
         own = [n for n in module.state_dict() if is_part or "." not in n]
         if own and is_part:
-            read_on_demand(module, partial(read, prefix, own), device)
+            when_called = module not in attention
+            read_on_demand(module, partial(read, prefix, own), device, when_called=when_called)
         elif own:
             state = {n: tensor.to(device) for n, tensor in read(prefix, own).items()}
             module.load_state_dict(state, strict=False, assign=True)
