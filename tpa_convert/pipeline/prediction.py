@@ -116,13 +116,22 @@ def predict(
         tpa_config = family.tpa_config(config, [asdict(layer) for layer in plan.layers])
     except ValueError as error:  # shapes that do not go together
         raise UserError(str(error)) from error
-    with torch.device("meta"):
-        source = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=family.attention_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-        converted = family.causal_lm(tpa_config)
+    try:
+        with torch.device("meta"):
+            source = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=family.attention_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+            converted = family.causal_lm(tpa_config)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # whatever a model's code has against a config
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"no model can be made with this config.json ({reason}): check its values, or download "
+            "it again"
+        ) from error
     needs = None
     if with_needs:
         attention, parameters = family.names.attention, converted.num_parameters()
