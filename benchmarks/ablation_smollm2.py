@@ -46,13 +46,10 @@ class Bench:
     sensitivity: list[LayerSensitivity]
     weights: list[AttentionWeights]
 
-    def changed(self, change: variants.Change, width_k: int, width_v: int) -> PreTrainedModel:
+    def changed(self, change: baselines.Change, width_k: int, width_v: int) -> PreTrainedModel:
         """The source with the weights that `change` makes of every layer."""
-        layers = [
-            change(weights, statistics, width_k, width_v)
-            for weights, statistics in zip(self.weights, self.moments.layers, strict=True)
-        ]
-        return baselines.model_with(self.source.model, layers)
+        layers = self.moments.layers
+        return baselines.changed(self.source.model, change, self.weights, layers, width_k, width_v)
 
     def uniform(self, floats: int, **settings: Any) -> Plan:
         return plan_uniform(self.config, Budget(kv_floats=floats), **settings)
@@ -75,12 +72,12 @@ class Bench:
 Make = Callable[[Bench, int], PreTrainedModel]
 
 
-def change(function: variants.Change) -> Make:
+def change(function: baselines.Change) -> Make:
     """A change of the weights at equal widths of K and V."""
     return lambda bench, floats: bench.changed(function, floats // 2, floats // 2)
 
 
-def whole_heads(function: variants.Change) -> Make:
+def whole_heads(function: baselines.Change) -> Make:
     """The same where heads cannot be cut; an odd one goes to the keys."""
 
     def make(bench: Bench, floats: int) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,21 @@ from transformers import PreTrainedModel
 
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.decomposition.factors import symmetric_power, to_complex_pairs, to_half_split
+
+Change = Callable[[AttentionWeights, Statistics, int, int], AttentionWeights]
+
+
+def changed(
+    model: PreTrainedModel,
+    change: Change,
+    weights: Sequence[AttentionWeights],
+    statistics: Sequence[Statistics],
+    width_k: int,
+    width_v: int,
+) -> PreTrainedModel:
+    """A copy of a Llama with the weights that `change` makes of every layer."""
+    layers = [change(w, s, width_k, width_v) for w, s in zip(weights, statistics, strict=True)]
+    return model_with(model, layers)
 
 
 def model_with(model: PreTrainedModel, layers: Sequence[AttentionWeights]) -> PreTrainedModel:
@@ -148,4 +163,23 @@ def whitened_joint_svd(
         weights,
         key=projected(weights.key, key @ moment @ key.mT, identity, width_k),
         value=projected(weights.value, value @ moment @ value.mT, identity, width_v),
+    )
+
+
+def joint_latent(
+    weights: AttentionWeights, statistics: Statistics, width_k: int, width_v: int
+) -> AttentionWeights:
+    """One latent for keys and values of all heads together, as MLA caches it (TransMLA, arXiv
+    2502.07864), of width_k + width_v numbers; whitened, keys and values balanced by how much they
+    vary. Keys are rebuilt and rotated at every step, so that no rotary head is cached beside it."""
+    key, value = weights.key.flatten(0, 1), weights.value.flatten(0, 1)
+    moment = statistics.input_equal
+    sizes = [(part @ moment @ part.mT).trace().sqrt() for part in (key, value)]
+    both = torch.cat([part / size for part, size in zip((key, value), sizes, strict=True)])
+    covariance = both @ moment @ both.mT
+    identity = torch.eye(len(both), dtype=both.dtype)
+    narrowed = projected(both[:, None], covariance, identity, width_k + width_v)[:, 0]
+    found = [part * size for part, size in zip(narrowed.chunk(2), sizes, strict=True)]
+    return replace(
+        weights, key=found[0].view_as(weights.key), value=found[1].view_as(weights.value)
     )

@@ -7,6 +7,7 @@
 A run is the share of the source's 16-bit cache that is kept, in percent; behind colons a number of
 blocks of rotary pairs, and `alone` for values that are not predicted from the keys. The column
 `floats` counts bytes in numbers of 16 bits, headers and padding included. shared.py says the rest.
+On a CPU, `--valid-blocks 1 --calibration-blocks 16` takes some minutes.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def main() -> None:
             models[f"{name} healed"] = student
             if arguments.keep:
                 student.save_pretrained(arguments.keep / name.replace(":", "-").replace(" ", "-"))
+    table.save(f"{Path(arguments.source).stem}: coded caches", arguments.json)
     if arguments.tasks:
         task_table(models, source.tokenizer, arguments.tasks)
     if arguments.quality:

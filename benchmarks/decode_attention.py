@@ -1,6 +1,6 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
-    python benchmarks/decode_attention.py [--only plain|contextual|latent|coded|bits|small|masked]
+    python benchmarks/decode_attention.py [--only plain|contextual|latent|coded|masked|host]
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
 the cache over the bandwidth of a plain copy in the same run.
@@ -16,14 +16,21 @@ from time import perf_counter
 import torch
 from kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
 from machine import device_name, versions
+from model_speed import coded_shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from tpa_convert.kernels import CodedRows, Tier, decode_attention
-from tpa_convert.kernels.latent_reference import LatentKeys
+from tpa_convert.kernels import (
+    KeyMap,
+    Rows,
+    decode_attention,
+    decode_latent,
+    latent_tables,
+    numbers,
+)
 from tpa_convert.kernels.launch import launch_rotated
-from tpa_convert.kernels.launch_latent import launch_latent
+from tpa_convert.modeling.tpa_codes import LOWEST_OCTAVE
 
 # Names of sources: query heads, key/value heads, head dim.
 SOURCES = {"MHA": (32, 32, 128), "GQA-8": (32, 8, 128), "MQA": (32, 1, 128), "SmolLM2": (9, 3, 64)}
@@ -82,32 +89,21 @@ def contextual(rank: int, batch: int, slots: int) -> tuple[float, int]:
     return seconds(call, len(caches)), caches[0].numel() * 2
 
 
-def coded_layout(bits: int, width: int, align: int) -> tuple[CodedRows, int]:
-    """One tier, the header behind it, rows of whole multiples of `align` bytes."""
-    size = bits * width // 8
-    step = 0.05 * torch.rand(width, device="cuda") + 0.02
-    mean = torch.randn(2, width, device="cuda")
-    layout = CodedRows((Tier(bits, 0, size, 0, width),), size, step, mean)
-    return layout, (size // align + 1) * align
-
-
-def coded(
-    bits: int, width: int, batch: int, slots: int, heads: int = 32, align: int = 16
-) -> tuple[float, int]:
-    layout, size = coded_layout(bits, width, align)
-
-    def make() -> Tensor:
-        shape = (2, batch, 1, slots, size)
-        rows = torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
-        rows[..., layout.header] %= 16  # scales from 1 to 4, the first class
-        rows[..., 0, layout.header] += 128  # the first token is of the second class
-        return rows
-
-    caches = rotating(make)
-    query = torch.randn(batch, heads, 1, width, device="cuda", dtype=torch.bfloat16)
-    call = partial(decode_attention, scale=0.1, key_rows=layout, value_rows=layout)
-    time = seconds(lambda i: call(query, *caches[i]), len(caches))
-    return time, caches[0].numel()
+def coded(percent: float, source: str, batch: int, slots: int) -> tuple[float, int, float]:
+    """Rows as conversions make them of a source: seconds, bytes of the cache and operations."""
+    heads, groups, head_dim = SOURCES[source]
+    shape = coded_shape(percent, groups, head_dim)
+    parts = [
+        Rows(
+            layout.tiers,
+            layout.header,
+            (2.0 ** torch.tensor(layout.bits, device="cuda") - 1) / 2,
+            0.05 * torch.rand(layout.components, device="cuda") + 0.02,
+            LOWEST_OCTAVE,
+        )
+        for layout in (shape.key_layout, shape.value_layout)
+    ]
+    return latent(groups, head_dim, shape.key_block_widths, parts, batch, slots, heads)
 
 
 def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
@@ -122,29 +118,46 @@ def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
 
 
 def latent(
-    groups: int, head_dim: int, widths: tuple[int, int], batch: int, slots: int
+    groups: int,
+    head_dim: int,
+    widths: list[int],
+    parts: list[Rows],
+    batch: int,
+    slots: int,
+    heads: int = 32,
 ) -> tuple[float, int, float]:
-    """Seconds, bytes of the cache and operations: rebuilding, scores and sums of values."""
-    heads, (width_k, width_v) = 32, widths
+    """Seconds, bytes of the cache and operations: rebuilding, scores and sums."""
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
 
+    width_k, is_coded = sum(widths), bool(parts[0].tiers)
+    of_class = random(groups, head_dim) if is_coded else None
+    weight = 0.1 * random(groups, head_dim // len(widths), width_k)
+    key_map = KeyMap(weight, widths, random(groups, head_dim), of_class)
+    tables = latent_tables(parts[0], parts[1], key_map, torch.bfloat16, predicted=is_coded)
     query = random(batch, heads, 1, head_dim)
-    how = LatentKeys(
-        0.1 * random(groups, head_dim, width_k),
-        random(groups, head_dim),
-        *random(2, 1, slots, head_dim // 2).unbind(),
-    )
-    caches = rotating(lambda: random(batch, slots, width_k + width_v))
+    table = random(2, 1, slots, head_dim // 2).unbind()
 
-    def call(i: int) -> Tensor:
-        keys, values = (part[:, None] for part in caches[i].split(widths, -1))
-        return launch_latent(query, keys, values, how, 0.1, None, None, None, None)
+    def make(part: Rows) -> Tensor:
+        if not part.tiers:
+            return random(batch, 1, slots, len(part.step))
+        size = -(-(part.header + 1) // 4) * 4
+        rows = torch.randint(0, 256, (batch, 1, slots, size), device="cuda", dtype=torch.uint8)
+        rows[..., part.header] = rows[..., part.header] % 16 + 64  # scales from 1 to 4
+        rows[..., 0, part.header] += 128  # the first token is of the second class
+        return rows
 
-    operations = 2 * groups * head_dim * width_k + 2 * heads * (head_dim + width_v)
-    time = seconds(call, len(caches))
-    return time, caches[0].numel() * 2, float(operations * batch * slots)
+    keys, values = (rotating(partial(make, part)) for part in parts)
+    count = min(len(keys), len(values))
+
+    def call(i: int) -> Tensor | None:
+        return decode_latent(query, keys[i], values[i], *table, tables, scale=0.1)
+
+    mixed = len(tables.place_of)
+    operations = 2 * groups * head_dim * width_k // len(widths) + 2 * heads * (head_dim + mixed)
+    size = sum(x[0].numel() * x[0].element_size() for x in (keys, values))
+    return seconds(call, count), size, float(operations * batch * slots)
 
 
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
@@ -178,8 +191,8 @@ def host_rows() -> None:
 class Table:
     """Rows of a Markdown table, each beside a source measured at the same shape."""
 
-    def __init__(self, bandwidth: float):
-        self.bandwidth = bandwidth
+    def __init__(self, bandwidth: float, rate: float):
+        self.bandwidth, self.rate = bandwidth, rate
         self.sources: dict[tuple[str, int, int], float] = {}
         print("| case | batch × slots | ms | ns a token | of copy | against | ratio |")
         print("|---|---|---|---|---|---|---|")
@@ -194,6 +207,19 @@ class Table:
             flush=True,
         )
 
+    def latent(
+        self,
+        name: str,
+        batch: int,
+        slots: int,
+        found: tuple[float, int, float],
+        against: str = "",
+    ) -> None:
+        """With the share of its time that bytes or operations alone would take."""
+        time, size, operations = found
+        floor = max(size / self.bandwidth, operations / self.rate)
+        self.row(f"{name}, floor is {floor / time:.0%} of", batch, slots, time, size, against)
+
     def source(self, name: str, batch: int, slots: int) -> None:
         time, size = source(name, batch, slots)
         self.sources[name, batch, slots] = time
@@ -202,13 +228,13 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choices = ["plain", "coded", "small", "bits", "contextual", "latent", "masked", "host"]
+    choices = ["plain", "coded", "contextual", "latent", "masked", "host"]
     parser.add_argument("--only", choices=choices)
     only = parser.parse_args().only
     print(f"{device_name()}, {versions()}")
     bandwidth, rate = copy_bandwidth(), matrix_rate()
     print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s\n")
-    table = Table(bandwidth)
+    table = Table(bandwidth, rate)
     for batch, slots in LONG + SHORT:
         for name in ("MHA", "GQA-8", "MQA") if only in (None, "plain", "coded") else ():
             table.source(name, batch, slots)
@@ -217,11 +243,10 @@ def main() -> None:
                 name = f"rotated, {width}+{width}, bf16"
                 table.row(name, batch, slots, *rotated(width, batch, slots), "MQA")
         if only in (None, "coded"):
-            for bits in (4, 2):
-                name = f"coded, 1024+1024, {bits} bits"
-                table.row(name, batch, slots, *coded(bits, 1024, batch, slots), "GQA-8")
-            name = "coded, 4096+4096, 2 bits"
-            table.row(name, batch, slots, *coded(2, 4096, batch, slots), "MHA")
+            for percent, name in ((25, "GQA-8"), (12.5, "GQA-8"), (12.5, "MHA")):
+                table.latent(
+                    f"coded, {percent} %", batch, slots, coded(percent, name, batch, slots), name
+                )
     if only in (None, "contextual"):
         for batch, slots in LONG + SHORT:
             for rank in (1, 2):
@@ -229,25 +254,17 @@ def main() -> None:
                 table.row(name, batch, slots, *contextual(rank, batch, slots))
     for groups, head_dim, widths in ((8, 64, (112, 208)), (8, 128, (256, 416))):
         for batch, slots in LONG + SHORT if only in (None, "latent") else ():
-            time, size, operations = latent(groups, head_dim, widths, batch, slots)
-            floor = max(size / bandwidth, operations / rate)
-            name = f"latent, {widths[0]}+{widths[1]}, floor is {floor / time:.0%} of"
-            table.row(name, batch, slots, time, size)
+            parts = [numbers(width, torch.empty(0, device="cuda")) for width in widths]
+            found = latent(groups, head_dim, [widths[0]], parts, batch, slots)
+            table.latent(f"latent, {widths[0]}+{widths[1]}", batch, slots, found)
+    if only in (None, "coded"):
+        table.source("SmolLM2", 64, 8192)
+        table.latent("coded, 12.5 %", 64, 8192, coded(12.5, "SmolLM2", 64, 8192), "SmolLM2")
     if only in (None, "masked"):
         for batch, slots, used in ((8, 32768, 32768), (8, 32768, 8192), (1, 131072, 2048)):
             name = f"rotated, 128+128, masked, {used} used"
             table.row(name, batch, slots, *masked(128, batch, slots, used))
         table.row("rotated, 128+128, no mask", 8, 8192, *rotated(128, 8, 8192))
-    if only in (None, "bits"):
-        for bits in (1, 2, 4, 8):
-            name = f"coded, 1024+1024, {bits} bits"
-            table.row(name, *LONG[0], *coded(bits, 1024, *LONG[0]))
-    if only in (None, "small"):
-        table.source("SmolLM2", 64, 8192)
-        for align in (16, 4):
-            name = f"coded, 192+192, 2 bits, rows in {align} bytes"
-            table.row(name, 64, 8192, *coded(2, 192, 64, 8192, 9, align), "SmolLM2")
-        table.row("rotated, 192+192, bf16", 64, 8192, *rotated(192, 64, 8192, 9), "SmolLM2")
     if only in (None, "host"):
         host_rows()
 

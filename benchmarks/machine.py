@@ -15,9 +15,15 @@ def device_name() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def package_versions() -> dict[str, str]:
+    return {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def versions() -> str:
     """Of Python and the libraries, and the date."""
-    return (
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
-    )
+    named = [f"{name} {version}" for name, version in package_versions().items()]
+    return ", ".join([*named, time.strftime("%Y-%m-%d")])

@@ -3,8 +3,8 @@
     python benchmarks/model_speed.py --shape llama-1b --batch 1 16 --context 2048 32768 [--static]
 
 Kinds of conversions are written as form:width, halves for keys and values: `absorbed:64`,
-`applied:256`, `latent:256`, `affine:1` and `linear:2` (ranks). TPA_CONVERT_BACKEND=reference shows
-them without kernels.
+`applied:256`, `latent:256`, `affine:1` and `linear:2` (ranks); `coded:12.5` has rows of codes in
+that percentage of the source's bytes. TPA_CONVERT_BACKEND=reference shows them without kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tpa_convert.evaluation.sweep import sweep_speed
 from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling.tpa_configuration import codes_of
 from tpa_convert.modeling.tpa_llama import TPALlamaConfig, TPALlamaForCausalLM
+from tpa_convert.plans.coded import ALIGN, ALIGN_WIDE, WIDE_ROW, default_blocks
 
 SHARED = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 18}
 SHAPES = {
@@ -43,8 +45,54 @@ SHAPES = {
 }
 
 
-def layer_shape(kind: str, head_dim: int) -> LayerShape:
+# Of the numbers of keys and values, the share of components that have so many bits at 12.5 %, much
+# as conversions choose them: 1.5 bits for each number of the keys, 2.5 for each of the values.
+KEY_BITS = {4: 0.15, 2: 0.36, 1: 0.18}
+VALUE_BITS = {4: 0.27, 3: 0.2, 2: 0.4}
+
+
+def coded_shape(percent: float, groups: int, head_dim: int) -> LayerShape:
+    """Rows in the blocks of rotary pairs that conversions take, values predicted from keys."""
+    width, scale = groups * head_dim, percent / 12.5
+    blocks = default_blocks({"num_key_value_heads": groups, "head_dim": head_dim})
+    while True:  # padding and headers are part of the bytes
+        keys, values = (
+            [(bits, round(scale * share * of)) for bits, share in shares.items()]
+            for shares, of in ((KEY_BITS, width // blocks), (VALUE_BITS, width))
+        )
+        shape = _coded_shape(groups, blocks, keys, values, percent / 100 * 2 * width)
+        if shape.cached_bytes(groups) <= percent / 100 * 4 * width:
+            return shape
+        scale *= 0.98
+
+
+def _coded_shape(
+    groups: int,
+    blocks: int,
+    keys: list[tuple[int, int]],
+    values: list[tuple[int, int]],
+    row_bytes: float,
+) -> LayerShape:
+    return LayerShape(
+        form="static",
+        key_gauge="applied",
+        value_gauge="applied",
+        rank_k=groups,
+        rank_v=groups,
+        width_k=blocks * sum(count for _, count in keys),
+        width_v=sum(count for _, count in values),
+        key_cache="latent",
+        key_codes=codes_of([keys] * blocks),
+        value_codes=codes_of([values]),
+        row_align=ALIGN_WIDE if row_bytes >= WIDE_ROW else ALIGN,
+        predict_values=True,
+    )
+
+
+def layer_shape(kind: str, groups: int, head_dim: int) -> LayerShape:
     name, number = kind.split(":")
+    if name == "coded":
+        return coded_shape(float(number), groups, head_dim)
     size = int(number)
     if name in ("affine", "linear"):
         width = size * head_dim
@@ -61,7 +109,8 @@ def build(shape: str, kind: str, device: str) -> PreTrainedModel:
     if kind == "source":
         config, family = LlamaConfig(**sizes), LlamaForCausalLM
     else:
-        layers = asdict(layer_shape(kind, int(sizes["head_dim"])))
+        heads = int(sizes["num_key_value_heads"]), int(sizes["head_dim"])
+        layers = asdict(layer_shape(kind, *heads))
         config, family = TPALlamaConfig(**sizes, tpa_layers=layers), TPALlamaForCausalLM
     config.dtype = torch.bfloat16
     with torch.device(device):
@@ -74,7 +123,7 @@ def build(shape: str, kind: str, device: str) -> PreTrainedModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
-    parser.add_argument("--kinds", nargs="+", default=["absorbed:64", "applied:256", "affine:1"])
+    parser.add_argument("--kinds", nargs="+", default=["coded:12.5", "latent:256", "applied:256"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--context", nargs="+", type=int, default=[2048])
     parser.add_argument("--new-tokens", type=int, default=32)

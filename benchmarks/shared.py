@@ -18,11 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from machine import device_name, versions
 from torch import Tensor
@@ -55,6 +56,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     result.add_argument("--valid-blocks", type=int, default=64, help="1024 tokens each, a source")
     result.add_argument("--calibration-blocks", type=int, default=64, help="512 tokens each")
+    result.add_argument("--json", type=Path, help="also write the table to this file")
     return result
 
 
@@ -127,12 +129,14 @@ class Table:
     Attributes:
         reference: perplexities of the source.
         contexts: tokens at which the bytes of the live cache are measured, a column each.
+        rows: what `save` writes.
     """
 
     source: Source
     blocks: Mapping[str, Tensor]
     reference: dict[str, float]
     contexts: Sequence[int] = ()
+    rows: list[list[results.Cell]] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -171,6 +175,9 @@ class Table:
             tokens += found.tokens
         self.reference = self.reference or perplexities
         ratio = geometric_mean(perplexities[k] / self.reference[k] for k in perplexities)
+        share = 100 * floats / (2 * source_heads(self.source))
+        found = (share, *perplexities.values(), ratio, kl / tokens, 100 * top1 / tokens)
+        self.rows.append([name, *(float(f"{value:.5g}") for value in found), round(seconds, 1)])
         values = " | ".join(f"{value:.2f}" for value in perplexities.values())
         caches = "".join(f" {self.cache_kilobytes(model, c):.1f} |" for c in self.contexts)
         print(
@@ -179,6 +186,12 @@ class Table:
             flush=True,
         )
         return ratio
+
+    def save(self, title: str, path: Path | None) -> None:
+        """Writes the rows so far to a file of results, if one is wanted."""
+        columns = ["", "bytes, %", *self.blocks, "ratio", "KL", "top-1, %", "seconds"]
+        if path is not None:
+            results.save(results.of_this_run(title, columns, self.rows), path)
 
     @staticmethod
     def cache_kilobytes(model: PreTrainedModel, tokens: int) -> float:

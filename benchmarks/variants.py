@@ -5,7 +5,6 @@ Letters as in `tpa_convert.decomposition.factors`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
@@ -32,8 +31,6 @@ from tpa_convert.modeling import LayerShape, pair_table
 from tpa_convert.plans import Plan
 from tpa_convert.sources import Source
 from tpa_convert.sources.attention import attention_weights
-
-Change = Callable[[AttentionWeights, Statistics, int, int], AttentionWeights]
 
 
 def reconstructed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,22 @@ def benchmark(name: str) -> Any:
 def run_main(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     benchmark(name).main()
+
+
+WORDS = "A line of text to train and to measure on, again and again, as one does. "
+
+
+def save_texts(folder: Path) -> list[str]:
+    """Arguments that name training text and held-out text of two sources."""
+    train, valid = folder / "train.jsonl", folder / "valid.jsonl"
+    documents = [WORDS[i:] + WORDS[:i] for i in range(len(WORDS))]
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    rows = [
+        {"text": WORDS.title() * 120, "source": "titles"},
+        {"text": WORDS * 120, "source": "long"},
+    ]
+    valid.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--train", str(train), "--valid", str(valid), "--valid-blocks", "1"]
 
 
 class Figures(NamedTuple):

@@ -35,11 +35,10 @@ class Bench:
 
     def changed(self, change: Any, width_k: int, width_v: int) -> Any:
         """The source with the weights that `change` makes of every layer."""
-        layers = [
-            change(weights, statistics, width_k, width_v)
-            for weights, statistics in zip(self.weights, self.statistics.layers, strict=True)
-        ]
-        return benchmark("baselines").model_with(self.model, layers)
+        layers = self.statistics.layers
+        return benchmark("baselines").changed(
+            self.model, change, self.weights, layers, width_k, width_v
+        )
 
     def plan(self, floats: int, **settings: Any) -> Any:
         config = self.source.family.attention_sizes(self.model.config)

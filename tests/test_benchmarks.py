@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.benchmarks import MeasuredRow, benchmark, figures, record_rows, run_main
+from tests.benchmarks import MeasuredRow, benchmark, figures, record_rows, run_main, save_texts
 from tests.command_line import save_source
 from tests.conftest import make_tiny_llama
 from tests.conversions import source_of
@@ -28,8 +28,6 @@ from tpa_convert.planning.sensitivity import measure_sensitivity
 from tpa_convert.plans import Budget, plan_to_yaml, plan_uniform, plan_widths
 from tpa_convert.sources import Source
 from tpa_convert.text.read import load_documents
-
-WORDS = "A line of text to train and to measure on, again and again, as one does. "
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +47,7 @@ def config(source: Source) -> dict[str, Any]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
-    """Arguments that name training text and held-out text of two sources."""
-    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
-    documents = [WORDS[i:] + WORDS[:i] for i in range(len(WORDS))]
-    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    rows = [
-        {"text": WORDS.title() * 120, "source": "titles"},
-        {"text": WORDS * 120, "source": "long"},
-    ]
-    valid.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--train", str(train), "--valid", str(valid), "--valid-blocks", "1"]
+    return save_texts(tmp_path)
 
 
 def check_row(row: MeasuredRow, source: Source, valid: str) -> float:

@@ -118,10 +118,11 @@ REFUSED = [
     (["--kv-ratio", 0.25, "--cache-bits", 4, "--key-cache", "rotated"], PLAIN),
     (["--kv-ratio", 0.25, "--cache-bits", 4, "--gauge", "absorbed"], PLAIN),
     (["--kv-ratio", 0.25, "--cache-bits", 16, "--key-blocks", 2], "--key-blocks is for a cache"),
+    (["--kv-ratio", 1, "--key-blocks", 2], "--key-blocks is for a cache"),
     (["--kv-ratio", 0.25, "--key-cache", "rotated", "--key-blocks", 2], "--key-blocks is for"),
     (["--kv-ratio", 0.25, "--key-blocks", 0], "--key-blocks must be at least 1"),
     (["--kv-ratio", 0.25, "--key-blocks", 3], "--key-blocks must divide the 4 rotary pairs"),
-    (["--kv-bytes", 31, "--cache-bits", 3], "too small: 2 layers need at least 32 bytes"),
+    (["--kv-bytes", 15, "--cache-bits", 3], "too small: 2 layers need at least 16 bytes"),
     (["--kv-bytes", 15], "too small: 2 layers need at least 16 bytes"),
     (["--kv-floats", 1], "too small: 2 layers need at least 16 bytes"),
     (["--kv-floats", 33], "above the source's 32"),
@@ -169,3 +170,26 @@ def test_moments_of_another_source_are_one_clear_line(folder, tmp_path) -> None:
         arguments = [command, other, "--kv-ratio", 0.25, "--moments", folder / "moments", *SHORT]
         result = tpa_convert(*arguments, "--out", tmp_path / "out")
         assert "made from another source" in error_of(result)
+
+
+def test_a_conversion_says_what_its_codes_will_cost(folder, tmp_path) -> None:
+    """More bytes, less loss; of plain numbers nothing is known."""
+    expected = []
+    for i, options in enumerate((["--kv-ratio", 0.5], ["--kv-ratio", 0.125])):
+        out, results = tmp_path / f"out{i}", tmp_path / f"{i}.json"
+        result = tpa_convert(
+            "convert", folder / "source", *options, "--out", out, "--json", results,
+            "--moments", folder / "moments",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        nats = json.loads(results.read_text())["expected_nats"]
+        said = re.search(r"about (\S+) nats a token", result.stdout)
+        assert said is not None
+        assert float(said[1]) == pytest.approx(nats, rel=0.06)
+        expected.append(nats)
+    assert 0 < expected[0] < 0.5 * expected[1]
+    result = tpa_convert(
+        "convert", folder / "source", "--kv-ratio", 1, *SHORT, "--out", tmp_path / "all"
+    )
+    assert result.exit_code == 0, result.output
+    assert "nats" not in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.command_line import error_of, save_source, save_text, tpa_convert
+from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tests.conversions import coded_moments, convert_coded, random_blocks
 from tests.tiny_models import MODELS
+from tpa_convert.export.save import load_model, read_provenance
 from tpa_convert.forward.comparison import agreement
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.healing.training.widths import MULTIPLE_OF, even_widths
 from tpa_convert.modeling.tpa_attention import TPAAttention
+from tpa_convert.pipeline.recoding import coded_student
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
 
@@ -226,3 +231,69 @@ def test_layers_of_several_numbers_of_blocks_are_left_as_they_are(source) -> Non
         assert {n: t.shape for n, t in state(mixed).items()} == {
             n: t.shape for n, t in before.items()
         }
+
+
+# ------------------------------------------------------------------- from plain numbers to codes
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source, a text and a conversion with latent keys in 16 bits."""
+    folder = tmp_path_factory.mktemp("plain")
+    save_source(folder / "source")
+    save_text(folder / "text.txt")
+    options = ["--cache-bits", 16, "--key-cache", "latent", "--gauge", "applied"]
+    result = tpa_convert(
+        "convert", folder / "source", "--kv-ratio", 0.75, *options, "--block-length", 32,
+        "--calibration-blocks", 8, "--out", folder / "plain",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+HEAL = ["--tokens", 512, "--tokens-per-step", 128, "--block-length", 32]
+
+
+def test_healing_takes_a_plain_model_to_a_coded_one(plain, tmp_path) -> None:
+    options = ["--text", plain / "text.txt", *HEAL]
+    result = tpa_convert(
+        "heal", plain / "plain", *options, "--kv-ratio", 0.25, "--out", tmp_path / "coded"
+    )
+    assert result.exit_code == 0, result.output
+    model = load_model(tmp_path / "coded", dtype=torch.float32)
+    assert all(shape.coded for shape in model.config.layer_shapes)
+    record = read_provenance(tmp_path / "coded")
+    earlier = read_provenance(plain / "plain")
+    assert record["convert"]["plan"]["kv_bytes"] <= 128 / 4
+    assert record["convert"]["earlier"]["convert"] == earlier["convert"]
+    assert record["source"] == earlier["source"]
+    # Without a step of training it is near the plain model, from which other weights are far.
+    dense = load_model(plain / "plain", dtype=torch.float32)
+    tokenizer = make_tiny_tokenizer()
+    coded, _ = coded_student(dense, tokenizer, earlier, 0.5)
+    blocks = random_blocks(count=4, length=24, seed=5)
+    near, far = (
+        agreement(dense, coded, blocks).kl,
+        agreement(dense, make_tiny_llama(seed=7), blocks).kl,
+    )
+    assert 0 < near < 0.1 * far
+    # A coded model heals further, in the bits that it has, and in no others.
+    again = ("heal", tmp_path / "coded", *options, "--out", tmp_path / "again")
+    assert "coded in bits already" in error_of(tpa_convert(*again, "--kv-ratio", 0.25))
+    assert tpa_convert(*again).exit_code == 0
+    healed = load_model(tmp_path / "again", dtype=torch.float32)
+    assert healed.config.tpa_layers == model.config.tpa_layers
+
+
+def test_a_gauge_that_queries_have_taken_in_cannot_be_coded(plain, tmp_path) -> None:
+    options = ["--cache-bits", 16, "--gauge", "absorbed", "--calibration-blocks", 8]
+    result = tpa_convert(
+        "convert", plain / "source", "--kv-ratio", 0.5, *options, "--block-length", 32,
+        "--out", tmp_path / "absorbed",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = tpa_convert(
+        "heal", tmp_path / "absorbed", "--text", plain / "text.txt", *HEAL, "--kv-ratio", 0.25,
+        "--out", tmp_path / "coded",
+    )  # fmt: skip
+    assert "its queries have taken the gauge" in error_of(result)

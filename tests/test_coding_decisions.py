@@ -13,6 +13,7 @@ from tpa_convert.coding import (
     fit_tiers,
     groups_of_bits,
     least_row_bytes,
+    mean_bits,
     remaining_error,
     share_bytes,
 )
@@ -229,6 +230,27 @@ def test_bytes_that_make_no_word_change_nothing():
     assert torch.equal(bits[0], bits[1])
     assert torch.equal(bits[0], bits[2])
     assert not torch.equal(bits[0], bits[3])
+
+
+@pytest.mark.parametrize("mean", [1, 2, 3, 4, 8])
+def test_a_mean_of_bits_is_that_of_the_components_that_are_kept(mean) -> None:
+    """Of energies that fall slowly, so that the best has few bits, and quickly, so that it has
+    many; what is kept are the strongest."""
+    total, best = 2 * 120, []
+    for fall in (-1, -8):
+        layers = [torch.logspace(0, fall, 1024).double() * 3.0**i for i in range(2)]
+        parts = [[energy[::2], energy[1::2]] for energy in layers]
+        found = share_bytes(parts, total, mean=mean)
+        assert mean_bits(found) == pytest.approx(mean, rel=0.1)
+        assert sum(layout_of(part, 2).row_bytes for part in found) <= total
+        energy = torch.cat([block for part in parts for block in part])
+        kept = torch.cat([block for part in found for block in part]) > 0
+        assert (energy[~kept] > 2 * energy[kept].quantile(0.05)).double().mean() < 0.02
+        alike = share_bytes(parts, total, levels=(0, mean))  # all kept components as many
+        assert expected_loss(parts, found) < 1.02 * expected_loss(parts, alike)
+        best.append(mean_bits(share_bytes(parts, total)))
+    # negative control: what is best has other means
+    assert any(abs(free - mean) > 0.2 * mean for free in best)
 
 
 def test_parts_without_energy_have_a_code_too():

@@ -6,6 +6,7 @@ without being started here fails.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -150,6 +151,27 @@ LOADED = (
     "except SystemExit: pass\n"
     "print('slow:', sorted({{'torch', 'transformers'}} & set(sys.modules)))"
 )
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "expected"),
+    [
+        ("tpa-convert", {}, "passive"),
+        ("tpa-convert", {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("other", {}, "None"),
+    ],
+)
+def test_idle_threads_of_the_command_line_sleep(program: str, given: dict, expected: str) -> None:
+    """Spinning ones take the cores from other processes; what a user has set stays."""
+    code = (
+        f"import sys, os; sys.argv = [{program!r}]\n"
+        "import tpa_convert; print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == expected, found.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"]])

@@ -22,7 +22,7 @@ from transformers import (
 
 from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
 from tests.exports import without_package
-from tests.tiny_models import MODELS, SIZES, WINDOW, random_model
+from tests.tiny_models import BUILT_LIKE, MODELS, SIZES, WINDOW, random_model
 from tpa_convert.families import FAMILIES
 from tpa_convert.forward.cached import cache_of
 from tpa_convert.forward.comparison import agreement
@@ -36,6 +36,7 @@ from tpa_convert.planning.search import plan_measured
 from tpa_convert.planning.sensitivity import measure_sensitivity
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.sources.attention import rotated_dims
 
 NAMES = list(MODELS)
 KEYS = ["rotated", "latent"]
@@ -51,6 +52,33 @@ def test_the_table_has_every_family() -> None:
 @pytest.fixture(scope="module", params=NAMES)
 def source(request: pytest.FixtureRequest) -> PreTrainedModel:
     return MODELS[request.param]()
+
+
+trained = pytest.mark.parametrize(
+    "source", [name for name in NAMES if name not in BUILT_LIKE], indirect=True, scope="module"
+)
+
+
+def test_attention_is_built_like_that_of_the_family_that_is_trained() -> None:
+    def build(name: str) -> dict[str, Any]:
+        model = MODELS[name]()
+        names = source_of(model).family.names
+        attention = attentions(convert_tiny(model))[0]
+        rotated = None
+        if attention.table_order is not None:
+            rotated = rotated_dims(model.config, attention.head_dim, 0) < attention.head_dim
+        return {
+            "norm": attention.shape.key_norm,
+            "pairs": names.pairs,
+            "fused": names.fused,
+            "partly rotated": rotated,
+            "softcap": attention.softcap,
+        }
+
+    for name, other in BUILT_LIKE.items():
+        assert other not in BUILT_LIKE
+        assert build(name) == build(other), name
+    assert build("qwen3") != build("llama") != build("phi") != build("glm4")
 
 
 @pytest.fixture(scope="module", params=KEYS)
@@ -259,13 +287,16 @@ def test_what_is_predicted_is_cached(source, key_cache) -> None:
 
 def another(source: PreTrainedModel) -> PreTrainedModel:
     """A model of the same sizes with other weights."""
-    return random_model(type(source), copy.deepcopy(source.config), seed=8)
+    config = copy.deepcopy(source.config)
+    config.dtype = source.dtype  # saving leaves its name there
+    return random_model(type(source), config, seed=8)
 
 
 def divergence(source: PreTrainedModel, model: PreTrainedModel) -> float:
     return agreement(source, model, random_blocks(count=64, length=32, seed=9), batch_size=32).kl
 
 
+@trained
 @pytest.mark.parametrize("key_cache", KEYS)
 def test_calibration_pays(source, key_cache) -> None:
     source = copy.deepcopy(source)  # whose attention reads some inputs far more than others
@@ -284,6 +315,7 @@ def test_calibration_pays(source, key_cache) -> None:
     assert divergence(source, exact) < 1e-6 < divergence(source, calibrated)
 
 
+@trained
 @pytest.mark.parametrize("key_cache", KEYS)
 def test_narrower_parts_lose_more(source, key_cache) -> None:
     """What a plan rests on: each part of a layer alone, the rest being the source."""
@@ -300,6 +332,7 @@ def test_narrower_parts_lose_more(source, key_cache) -> None:
         assert part.loss(torch.tensor(part.step * (len(part.error) - 1))) == 0  # at full width
 
 
+@trained
 def test_refit_and_refinement_lower_the_loss(source) -> None:
     narrowed = convert_tiny(source, key_cache=one_of(KEYS, source), **NARROW)
     blocks = random_blocks(count=160, length=32, seed=3)
@@ -320,6 +353,7 @@ def test_refit_and_refinement_lower_the_loss(source) -> None:
     assert divergence(source, model) > before
 
 
+@trained
 def test_healing_lowers_the_loss(source, tmp_path) -> None:
     narrowed = convert_tiny(source, key_cache=one_of(KEYS[::-1], source), **NARROW)
     blocks = random_blocks(count=128, length=32, seed=4)

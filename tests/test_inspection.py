@@ -168,6 +168,34 @@ def test_a_model_that_is_made_for_it_loses_no_room(converted: Path, tmp_path: Pa
     assert json.loads((tmp_path / "made-llama" / "config.json").read_text())["head_dim"] == 8
 
 
+def test_a_plan_for_a_llama_is_one_width_and_measures_the_shared_table(
+    converted: Path, tmp_path: Path
+) -> None:
+    source, file, found = converted.parent / "source", tmp_path / "plan.yaml", tmp_path / "out.json"
+    arguments = [*CONVERT, "--calibration-blocks", "4", "--target", "llama", "--multiple-of", "2"]
+    planned = tpa_convert("plan", source, *arguments, "--out", file, "--json", found)
+    assert planned.exit_code == 0, planned.output
+    assert f"convert {source} --plan {file} --target llama" in " ".join(planned.output.split())
+    candidates = json.loads(found.read_text())["candidates"]
+    assert {candidate["split"] for candidate in candidates} == {"uniform"}
+    for candidate in candidates:
+        assert len({layer["key_pairs"] for layer in candidate["layers"]}) == 1, "one table"
+    made, plain = tmp_path / "made", tmp_path / "plain"
+    arguments = ["--plan", file, "--target", "llama", "--calibration-blocks", "4"]
+    result = tpa_convert("convert", source, *arguments, "--block-length", "32", "--out", made)
+    assert result.exit_code == 0, result.output
+    assert tpa_convert("export", made, "--to", "llama", "--out", plain).exit_code == 0
+    config = json.loads((plain / "config.json").read_text())
+    assert config["head_dim"] == 8  # the next multiple of what half of 2 heads of 8 needs
+
+
+@pytest.mark.parametrize("arguments", [["--key-cache", "latent"], ["--cache-bits", "4"]])
+def test_a_plan_of_other_caches_is_none_for_a_llama(converted: Path, arguments) -> None:
+    source = converted.parent / "source"
+    refused = tpa_convert("plan", source, "--target", "llama", *arguments)
+    assert "target" in error_of(refused)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

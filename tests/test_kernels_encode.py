@@ -45,7 +45,7 @@ def test_codes_are_those_of_the_cache(rows, width, classes, seed):
     header, codes = encode(x, tables)
     layout = quantiser.layout
     where = row_tables([Tier(*t) for t in layout.tiers], layout.header, layout.row_bytes)
-    packed = encode_rows(x, tables, where)
+    packed, _ = encode_rows(x, tables, where)
     assert torch.equal(cache.pack_rows(codes, header, layout), packed)
     scaled, label = straight_through(x, tables)
     numbers, kind = cache.decode(packed, quantiser)

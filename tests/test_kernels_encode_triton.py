@@ -123,8 +123,11 @@ def test_rows_of_bytes_hold_the_codes(rows, groups, classes, align, seed):
     bits = torch.cat([torch.full((count,), float(b)) for b, count in groups]).to(DEVICE)
     tables = tables._replace(reach=(torch.exp2(bits) - 1) / 2)
     header, codes = encode(x, tables)
-    packed = encode_rows(x, tables, RowTables(*(t.to(DEVICE) for t in where[:3]), where.header))
+    there = RowTables(*(t.to(DEVICE) for t in where[:3]), where.header)
+    packed, said = encode_rows(x, tables, there)
     assert torch.equal(packed.cpu(), pack(codes.cpu(), header.cpu(), where))
+    for found, truth in zip(said, straight_through(x, tables), strict=True):
+        assert torch.equal(found, truth)
 
 
 def test_rows_inside_a_wider_tensor() -> None:

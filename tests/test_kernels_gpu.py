@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tpa_convert.kernels import CodedRows, CodeTables, decode_attention, straight_through
+from tpa_convert.kernels import CodeTables, decode_attention, decode_latent, straight_through
 from tpa_convert.kernels import reference as truth_of
 
 from .encode_cases import random_components, random_tables
-from .kernel_cases import bounds, error, exact, poison, random_layout, random_rows
+from .kernel_cases import bounds, error, poison
+from .latent_cases import random_case
 
 pytestmark = pytest.mark.gpu
 
@@ -54,29 +55,86 @@ def test_contextual(rank) -> None:
     assert error(output, truth) < 1e-2
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize(("heads", "width"), [(9, 192), (32, 1024)])
-def test_coded(bits, heads, width) -> None:
-    generator = torch.Generator().manual_seed(bits)
-    layout, size = random_layout([(bits, width)], 2, generator, align=16)
-    keys = random_rows(layout, size, 2, 3000, generator).cuda()
-    values = random_rows(layout, size, 2, 3000, generator).cuda()
-    layout = CodedRows(layout.tiers, layout.header, layout.step.cuda(), layout.mean.cuda(), -1)
-    query = torch.randn(2, heads, 1, width, device="cuda", dtype=torch.bfloat16)
-    start, end = (x.cuda() for x in bounds(2, 3000, generator))
-    output = decode_attention(
-        query,
-        keys,
-        values,
-        scale=0.1,
-        start=start,
-        end=end,
-        key_rows=layout,
-        value_rows=layout,
-    )
-    numbers = [exact(layout).numbers(rows) for rows in (keys, values)]
-    truth = truth_of.decode_attention(query.double(), *numbers, scale=0.1, start=start, end=end)
-    assert error(output, truth) < 5e-3  # the output is in bf16
+LLAMA = {
+    "shape": (32, 8, 128),
+    "codes": ([[(8, 4), (4, 30), (3, 20), (2, 60), (1, 40)]] * 4, [(4, 100), (3, 60), (2, 300)]),
+}
+LATENT = {
+    "llama 8b": LLAMA,
+    "normalised": LLAMA | {"norm": "head"},
+    "smollm2": {
+        "shape": (9, 3, 64),
+        "codes": ([[(4, 40), (3, 20), (2, 60), (1, 20)]], [(4, 90), (2, 60)]),
+    },
+    "all heads normalised": {
+        "shape": (16, 16, 128),
+        "codes": ([[(2, 60)]] * 16, [(2, 700)]),
+        "norm": "all",
+    },
+    # What went wrong in an earlier kernel: few pairs, in several chunks of components.
+    "few pairs": {"shape": (4, 1, 16), "codes": ([[(4, 100), (2, 60)]], [(2, 40)])},
+    "numbers": {"shape": (32, 8, 64), "codes": None, "widths": ([112], 208)},
+    "many numbers": {"shape": (32, 8, 128), "codes": None, "widths": ([256], 416)},
+}
+
+
+@pytest.mark.parametrize("program", [(128, 8), (128, 4), (64, 4), (64, 8)], ids=str)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("case", LATENT)
+def test_latent(monkeypatch, case, program, stages) -> None:
+    """Every shape of a program that the launch could choose, and some that it could be given."""
+    from tpa_convert.kernels import launch_latent
+
+    monkeypatch.setattr(launch_latent, "SHAPES", (program,))
+    monkeypatch.setattr(launch_latent, "STAGES", stages)
+    for dtype, most in ((torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        made = random_case(slots=3000, batch=3, dtype=dtype, device="cuda", **LATENT[case])
+        found = decode_latent(*made.call(), scale=0.1, start=made.start, end=made.end)
+        assert error(found, made.truth(scale=0.1)) < most
+
+
+def test_latent_again_and_again_gives_the_same() -> None:
+    """No order of programs, warps or copies shows: every run is the first one, bit by bit."""
+    made = random_case(slots=9000, batch=4, dtype=torch.bfloat16, device="cuda", **LLAMA)
+    first = decode_latent(*made.call(), scale=0.1, start=made.start, end=made.end)
+    for _ in range(50):
+        again = decode_latent(*made.call(), scale=0.1, start=made.start, end=made.end)
+        assert torch.equal(again, first)
+
+
+def test_latent_in_one_graph_for_a_text_that_grows() -> None:
+    """Captured once, replayed with other masks, in a compiled function without a graph break."""
+    made = random_case(slots=2048, batch=2, dtype=torch.bfloat16, device="cuda", **LLAMA)
+    mask = torch.zeros(2, 2048, dtype=torch.bool, device="cuda")
+    mask[:, :10] = True
+
+    def layer(query, keys, values):
+        inputs = query, keys, values, *made.call()[3:]
+        return decode_latent(*inputs, scale=0.1, mask=mask)
+
+    layer(*made.call()[:3])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = layer(*made.call()[:3])
+    for length in (10, 900, 2048):
+        mask[:, :length] = True
+        graph.replay()
+        truth = made.truth(scale=0.1, mask=mask, start=None, end=None)
+        assert error(output, truth) < 2e-2
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(*made.call()[:3]), output)
+
+
+def test_longer_latent_caches_compile_nothing() -> None:
+    from tpa_convert.kernels.latent import latent_weights_kernel
+
+    counts = []
+    for slots in (20000, 20016, 20017, 33333):
+        made = random_case(slots=slots, batch=1, dtype=torch.bfloat16, device="cuda", **LLAMA)
+        decode_latent(*made.call(), scale=0.1)
+        found = latent_weights_kernel.device_caches.values()
+        counts.append(sum(len(caches[0]) for caches in found))
+    assert counts[1:] == counts[:-1]
 
 
 def test_one_graph_for_a_text_that_grows() -> None:

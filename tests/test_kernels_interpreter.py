@@ -18,6 +18,7 @@ TESTS = [
         "test_kernels_encode_triton.py",
         "test_kernels_latent_triton.py",
         "test_kernels_model.py",
+        "test_kernels_latent_model.py",
     )
 ]
 

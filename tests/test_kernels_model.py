@@ -59,11 +59,11 @@ def prompts(padded: int = 0):
 
 
 @torch.no_grad()
-def logits(model, inputs, **settings):
+def logits(model, inputs, new=NEW, **settings):
     output = model.generate(
         **inputs,
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
+        max_new_tokens=new,
+        min_new_tokens=new,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,

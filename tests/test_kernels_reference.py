@@ -184,8 +184,11 @@ def test_a_backend_that_cannot_run_says_why_in_one_line(monkeypatch, name, said)
         ({"width_k": 130}, "multiples of 8"),
         ({"width_v": 16384}, "above 8192"),
         ({"dtype": torch.float64}, "float64"),
-        ({"layout": "latent"}, "layout latent"),
-        ({"layout": "coded", "strides": (100, 50)}, "four bytes"),
+        ({"layout": "coded"}, "layout coded"),
+        ({"layout": "latent", "dtype": torch.float32}, "in float32"),
+        ({"layout": "latent", "span": (256, 1)}, "more than 128 rotary pairs"),
+        ({"layout": "latent", "span": (64, 2)}, "a norm over more heads"),
+        ({"layout": "latent", "cached": (torch.float16, torch.float16)}, "several types"),
     ],
 )
 def test_triton_refuses_with_a_reason(monkeypatch, changes, said) -> None:

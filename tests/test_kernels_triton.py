@@ -22,39 +22,19 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
 
 from tpa_convert.kernels.launch import choose_splits, launch_rotated  # noqa: E402
-from tpa_convert.kernels.launch_coded import launch_coded  # noqa: E402
 from tpa_convert.kernels.reference import decode_attention  # noqa: E402
-from tpa_convert.kernels.rows import CodedRows  # noqa: E402
 
-from .kernel_cases import (  # noqa: E402
-    bounds,
-    error,
-    exact,
-    poison,
-    random_layout,
-    random_rows,
-)
+from .kernel_cases import bounds, error, poison  # noqa: E402
 
 # The interpreter takes logarithms of empty columns where GPUs do not warn.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-CODED_TOLERANCE = 5e-4  # queries and weights in fp16, whatever the type of the queries
 some = settings(
     max_examples=6,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # the interpreter is too slow to shrink
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-
-
-def moved(layout: CodedRows) -> CodedRows:
-    return CodedRows(
-        layout.tiers,
-        layout.header,
-        layout.step.to(DEVICE),
-        layout.mean.to(DEVICE),
-        layout.lowest_octave,
-    )
 
 
 def random_mask(slots, kind, generator):
@@ -258,85 +238,6 @@ def test_pages(page, count, contextual, seed):
         query.double(), whole[0][1], whole[1][1], scale=0.3, start=start, end=end, **factors
     )
     assert error(output, truth) < 5e-6
-
-
-def coded_error(
-    heads, positions, slots, groups, classes, window, softcap, seed, masked=None
-) -> float:
-    """Of the kernels over random rows, relative to what they sum up."""
-    generator = torch.Generator().manual_seed(seed)
-    layouts, caches = [], []
-    for part, kinds in zip(groups, classes, strict=True):
-        layout, size = random_layout(part, kinds, generator)
-        caches.append(random_rows(layout, size, 2, slots, generator).to(DEVICE))
-        layouts.append(moved(layout))
-    query = torch.randn(2, heads, positions, layouts[0].width, generator=generator).to(DEVICE)
-    start, end = bounds(2, slots, generator)
-    end = torch.maximum(end, start + positions)
-    start, end = start.to(DEVICE), end.to(DEVICE)
-    places = layouts[0].key_places, layouts[1].value_places
-    mask = random_mask(slots, masked, generator)
-    mask = None if mask is None else mask.to(DEVICE)
-    output = launch_coded(query, *caches, *places, 0.3, start, end, window, softcap, mask)
-    numbers = [exact(x).numbers(rows) for x, rows in zip(layouts, caches, strict=True)]
-    settings = {"scale": 0.3, "start": start, "end": end, "window": window, "softcap": softcap}
-    settings["mask"] = mask
-    truth = decode_attention(query.double(), *numbers, **settings)
-    # Values of both signs may sum up to next to nothing: errors are relative to their magnitudes.
-    size = decode_attention(query.double(), numbers[0], numbers[1].abs(), **settings)
-    return float((output.double() - truth).norm() / size.norm().clamp_min(1e-30))
-
-
-GROUPS = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=2)
-
-
-@some
-@given(
-    heads=st.sampled_from([1, 3, 9]),
-    positions=st.integers(1, 2),
-    slots=st.integers(5, 300),
-    groups=st.tuples(GROUPS, GROUPS),
-    classes=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
-    window=st.sampled_from([None, 40]),
-    softcap=st.sampled_from([None, 3.0]),
-    masked=st.sampled_from([None, 1, 2]),
-    seed=st.integers(0, 2**31),
-)
-def test_coded(heads, positions, slots, groups, classes, window, softcap, masked, seed):
-    found = coded_error(heads, positions, slots, groups, classes, window, softcap, seed, masked)
-    assert found < CODED_TOLERANCE
-
-
-@pytest.mark.parametrize(("bits", "positions"), [(1, 1), (2, 3), (3, 1)])
-def test_coded_in_two_passes(bits, positions) -> None:
-    """Values too wide for one program to sum."""
-    groups = [(4, 24), (bits, 40)], [(bits, 300)]
-    for masked in (None, 2):
-        found = coded_error(5, positions, 150, groups, (2, 2), None, None, bits, masked)
-        assert found < CODED_TOLERANCE
-
-
-@pytest.mark.parametrize("field", ["step", "mean", "lowest_octave"])
-def test_coded_tables_matter(field) -> None:
-    """Control: with another table the truth is far away."""
-    generator = torch.Generator().manual_seed(0)
-    layout, size = random_layout([(2, 64)], 2, generator)
-    rows = random_rows(layout, size, 2, 50, generator).to(DEVICE)
-    query = torch.randn(2, 3, 1, 64, generator=generator).to(DEVICE)
-    layout = moved(layout)
-    changed = CodedRows(
-        layout.tiers,
-        layout.header,
-        layout.step.flip(0) if field == "step" else layout.step,
-        layout.mean.flip(0) if field == "mean" else layout.mean,
-        0 if field == "lowest_octave" else layout.lowest_octave,
-    )
-    output = launch_coded(
-        query, rows, rows, changed.key_places, changed.value_places, 0.3, None, None, None, None
-    )
-    numbers = exact(layout).numbers(rows)
-    truth = decode_attention(query.double(), numbers, numbers, scale=0.3)
-    assert error(output, truth) > 10 * CODED_TOLERANCE
 
 
 def test_splits_fill_the_device_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.conversions import convert_tiny, random_blocks
+from tests.conversions import convert_coded, convert_tiny, random_blocks
 from tests.test_generation import LAYOUTS
 from tests.tiny_models import MODELS
 from tpa_convert.modeling.tpa_keys import RotatedKeys
@@ -18,12 +18,17 @@ CONVERTED = {
     "qwen3 rotated": ("qwen3", {"kv_ratio": 0.5}),
     "gemma3 latent": ("gemma3", {"kv_ratio": 0.5, "key_cache": "latent"}),
 }
+CODED = {"llama coded": ("llama", 1), "qwen3 coded in blocks": ("qwen3", 2)}
 
 
-@pytest.fixture(params=list(CONVERTED))
+@pytest.fixture(params=[*CONVERTED, *CODED])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, Path]:
-    family, conversion = CONVERTED[request.param]
-    model = convert_tiny(MODELS[family](), **conversion)
+    if request.param in CODED:
+        family, blocks = CODED[request.param]
+        model = convert_coded(MODELS[family](), key_blocks=blocks)
+    else:
+        family, conversion = CONVERTED[request.param]
+        model = convert_tiny(MODELS[family](), **conversion)
     model.save_pretrained(tmp_path / "model")
     return model, tmp_path / "model"
 

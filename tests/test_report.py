@@ -14,6 +14,7 @@ import pytest
 from tests.command_line import error_of, save_source, save_text, tpa_convert
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation.report import Row
+from tpa_convert.evaluation.sweep import SpeedPoint, SpeedReport
 from tpa_convert.export.card import own_column, quality
 from tpa_convert.export.inspection import inspect
 from tpa_convert.pipeline.healing import KEPT_POINTS, thinned
@@ -86,6 +87,7 @@ def test_a_run_ends_with_a_page(run: Path) -> None:
         "128 bytes per token instead of 256",
         f"×{ratio:.3f}",
         "Healed on train.txt",
+        "the distance of hidden states (weight 10)",
         "Calibrated on the short text that comes with tpa-convert, 2 sequences of 32 tokens.",
         "KL divergence",
         "kv_ratio: 0.5",
@@ -124,7 +126,41 @@ def test_results_from_a_file(tmp_path: Path, run: Path) -> None:
     assert tpa_convert("report", legacy, "--out", out, "--results", results).exit_code == 0
     assert "KL divergence" in Page(out.read_text(encoding="utf-8")).words
     wrong = tpa_convert("report", legacy, "--out", tmp_path / "other", "--results", out)
-    assert "holds no results of `tpa-convert eval --json`" in error_of(wrong)
+    assert "holds no results of eval --json or bench --json" in error_of(wrong)
+
+
+def test_speed_from_a_file(tmp_path: Path, run: Path) -> None:
+    points = tuple(
+        SpeedPoint(model, 1, context, 1e4 / context, 50.0, 0.02, 128.0 * context, 0.001)
+        for context in (128, 512)
+        for model in ("source", "converted")
+    )
+    speed = SpeedReport("a device", "float32", False, 1e9, dict.fromkeys(("source",), 1e6), points)
+    assert SpeedReport.from_json(json.loads(json.dumps(speed.to_json()))) == speed
+    file, out = tmp_path / "bench.json", tmp_path / "page.html"
+    file.write_text(json.dumps(speed.to_json()))
+    result = tpa_convert("report", run / "healed", "--out", out, "--results", file)
+    assert result.exit_code == 0, result.output
+    page = Page(out.read_text(encoding="utf-8"))
+    for words in ("Time of a decoding step", "Memory that the cache takes", "a device, float32"):
+        assert words in page.words
+    assert "Results" in page.words, "what the model's own record has is still there"
+
+
+def test_loss_and_errors_by_layer(tmp_path: Path, run: Path) -> None:
+    made, out = tmp_path / "made", tmp_path / "page.html"
+    arguments = ("--kv-ratio", "0.25", "--calibration-blocks", "4", "--block-length", "32")
+    source = run.parent / "source"
+    assert tpa_convert("convert", source, *arguments, "--refit", "--out", made).exit_code == 0
+    found = inspect(made)
+    assert len(found.layer_nats) == len(found.layer_errors) == len(found.shapes)
+    assert min(found.layer_nats) > 0
+    assert all(after <= before for before, after in found.layer_errors)
+    assert tpa_convert("report", made, "--out", out).exit_code == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    for words in ("What the codes of each layer are expected to cost", "Error of each layer's"):
+        assert words in page.words
+        assert words not in Page((run / "report.html").read_text(encoding="utf-8")).words
 
 
 def perplexities(**values: float) -> EvaluationReport:

@@ -408,6 +408,7 @@ class TestKinds:
         "changes",
         [
             {"quantization": {"group_size": 64, "bits": 4}},
+            {"quantization_config": "4 bits"},
             {"text_config": {"quantization_config": {"quant_method": "4 bits"}}},
             {"compression_config": {"bits": 4}},
         ],
@@ -417,6 +418,16 @@ class TestKinds:
         load_source(directory)
         edit_config(directory, **changes)
         fails(directory, "quantised (4 bits)", "16-bit checkpoint")
+
+    def test_an_unknown_type_of_rope(self, tiny_checkpoint) -> None:
+        directory = tiny_checkpoint()
+        for rope in ({"rope_type": "spiral"}, {"full_attention": {"rope_type": "spiral"}}):
+            edit_config(directory, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+            read_source_config(directory)
+            edit_config(directory, rope_parameters={"rope_theta": 1e4, **rope})
+            with pytest.raises(UserError, match="rope type 'spiral', which this") as raised:
+                read_source_config(directory)
+            assert "yarn" in str(raised.value)
 
     def test_quantised_by_a_file_beside_the_config(self, tiny_checkpoint) -> None:
         directory = tiny_checkpoint()

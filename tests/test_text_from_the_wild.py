@@ -6,6 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tpa_convert.errors import UserError
@@ -85,3 +87,29 @@ def test_another_column_of_changing_type_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"c\.jsonl"):
         load_documents(tmp_path / "c.jsonl")
+
+
+def test_text_in_utf_16_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "notepad.txt").write_text("some text", encoding="utf-16")
+    with pytest.raises(UserError, match=r"notepad\.txt is not UTF-8 .*iconv -f UTF-16 "):
+        load_documents(tmp_path / "notepad.txt")
+    (tmp_path / "latin.txt").write_text("caf\u00e9", encoding="latin-1")
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8 .*iconv -f WINDOWS-1252 "):
+        load_documents(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("b.jsonl", b'{"text":\n'), ("b.jsonl.gz", b"not gzip"), ("b.parquet", b"PAR1xxxx")],
+)
+def test_the_file_of_a_directory_that_cannot_be_read_is_named(tmp_path, name, content) -> None:
+    for stem in ("a", "c"):
+        if name.endswith("parquet"):
+            pq.write_table(pa.table({"text": ["some text"]}), tmp_path / f"{stem}.parquet")
+        else:
+            (tmp_path / f"{stem}.jsonl").write_text('{"text": "some text"}\n')
+    assert len(load_documents(tmp_path)) == 2
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"cannot read .*/{name} as ") as raised:
+        load_documents(tmp_path)
+    assert "\n" not in str(raised.value)

@@ -9,24 +9,39 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    ApertusConfig,
+    ArceeConfig,
     Cohere2Config,
     CohereConfig,
+    CwmConfig,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
+    Ernie4_5Config,
+    Exaone4Config,
+    FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
+    GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
     GraniteMoeConfig,
+    GraniteMoeSharedConfig,
+    MiniMaxM2Config,
     Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
     OlmoeConfig,
     Phi3Config,
     PhiConfig,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -34,6 +49,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    SolarOpenConfig,
     StableLmConfig,
     Starcoder2Config,
 )
@@ -72,6 +88,7 @@ def random_model(family: type[PreTrainedModel], config: Any, seed: int = 0) -> A
 
 MULTI_HEAD = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "cohere": lambda: CohereConfig(**SIZES, logit_scale=0.25),
@@ -125,6 +142,49 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "olmoe": lambda: OlmoeConfig(
         **SIZES | {"intermediate_size": 16}, num_experts=4, num_experts_per_tok=2
     ),
+    "apertus": lambda: ApertusConfig(**SIZES),
+    "arcee": lambda: ArceeConfig(**SIZES),
+    "cwm": lambda: CwmConfig(**SIZES, head_dim=8, sliding_window=WINDOW, layer_types=GEMMA_LAYERS),
+    "dots1": lambda: Dots1Config(
+        **SIZES | {"layer_types": GEMMA_LAYERS, "sliding_window": WINDOW},
+        **ROUTED,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+    ),
+    "ernie4_5": lambda: Ernie4_5Config(**SIZES, head_dim=8, use_bias=True),
+    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
+        **SIZES, moe_num_experts=4, moe_k=2, moe_intermediate_size=16
+    ),
+    "exaone4": lambda: Exaone4Config(
+        **SIZES, sliding_window=None, layer_types=["full_attention"] * 3
+    ),
+    "flex_olmo": lambda: FlexOlmoConfig(
+        **SIZES | {"intermediate_size": 16}, num_experts=4, num_experts_per_tok=2
+    ),
+    "glm": lambda: GlmConfig(**SIZES, head_dim=8),
+    "glm4_moe": lambda: Glm4MoeConfig(**SIZES, **ROUTED, head_dim=8, use_qk_norm=True),
+    "granitemoeshared": lambda: GraniteMoeSharedConfig(
+        **SIZES | {"intermediate_size": 16},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=16,
+        attention_multiplier=0.5,
+    ),
+    "minimax_m2": lambda: MiniMaxM2Config(
+        **SIZES | {"intermediate_size": 16},
+        head_dim=8,
+        rotary_dim=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "ministral": lambda: MinistralConfig(
+        **SIZES, head_dim=8, sliding_window=WINDOW, layer_types=GEMMA_LAYERS
+    ),
+    "nemotron": lambda: NemotronConfig(**SIZES),
+    "phimoe": lambda: PhimoeConfig(
+        **SIZES | {"intermediate_size": 16}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "solar_open": lambda: SolarOpenConfig(**SIZES, **ROUTED, head_dim=8),
     "phi": lambda: PhiConfig(**SIZES),
     "phi3": lambda: Phi3Config(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),
@@ -155,6 +215,24 @@ MODELS: dict[str, Callable[..., Any]] = {
     **{name: partial(_model, name) for name in CONFIGS},
 }
 """Each takes a seed: 3 layers, hidden size 32, vocabulary 128."""
+
+BUILT_LIKE = {
+    "apertus": "qwen3",
+    "arcee": "llama",
+    "cwm": "qwen2_moe",
+    "dots1": "qwen3_moe",
+    "ernie4_5": "cohere",
+    "ernie4_5_moe": "cohere",
+    "exaone4": "qwen3",
+    "flex_olmo": "olmoe",
+    "glm": "glm4",
+    "granitemoeshared": "granitemoe",
+    "ministral": "ministral3",
+    "nemotron": "phi",
+    "phimoe": "mixtral",
+    "solar_open": "mixtral",
+}
+"""Families whose attention is that of another one here: tests that train leave them to it."""
 
 SELF_ATTENTION = [name for name in MODELS if name != "gpt_neox"]
 """Those whose attention has the name that most give it."""

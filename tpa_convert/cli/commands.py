@@ -20,7 +20,14 @@ from tpa_convert import __version__
 from tpa_convert.cli.files import write_json, write_text
 from tpa_convert.cli.help import Command, example
 from tpa_convert.cli.signature import of_sections
-from tpa_convert.cli.tables import duration, show_healing, show_plan, show_planning, show_stages
+from tpa_convert.cli.tables import (
+    duration,
+    show_expected_loss,
+    show_healing,
+    show_plan,
+    show_planning,
+    show_stages,
+)
 from tpa_convert.cli.terminal import (
     Commands,
     console,
@@ -118,7 +125,8 @@ def plan(
     Spreads bits over layers, keys and values by what an error of them costs, and measures what that
     does to the model at several budgets, beside the source's own cache in 8, 4, 3 and 2 bits. The
     chosen plan goes to a file for convert --plan. Give a budget, or what may be lost. With
-    --cache-bits 16 it measures what narrower keys and values cost and spreads widths instead.
+    --cache-bits 16 it measures what narrower keys and values cost and spreads widths instead. With
+    --target llama all layers are as wide, since a Llama has one size of heads.
     """
     from tpa_convert import pipeline
     from tpa_convert.reporting.charts import check_chart, planning_chart
@@ -136,9 +144,10 @@ def plan(
         planning_chart(result.report, files.chart, refined=result.refined)
     show_planning(result)
     if files.out is not None:
+        target = f" --target {options.target}" if options.target else ""
         show_next(
             f"Wrote {files.out} in {duration(result.seconds)}. Next:",
-            f"tpa-convert convert {source.model} --plan {files.out} --out small",
+            f"tpa-convert convert {source.model} --plan {files.out}{target} --out small",
         )
 
 
@@ -169,6 +178,8 @@ def convert(
     )
     write_json(files.json_file, result)
     show_plan(result.prediction)
+    if result.nats is not None:
+        show_expected_loss(result.nats)
     if files.profile:
         show_stages(result)
     show_next(

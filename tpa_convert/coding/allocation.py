@@ -29,6 +29,8 @@ GAUSSIAN_STEP = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.05687, 0
 GAUSSIAN_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 8.714e-5)
 LEVELS = (0, 1, 2, 3, 4, 8)
 NO_ENERGY = 1e-300
+MEAN_ROUNDS = 3
+LOST = 1e9  # `left_out` that gives all that have energy a bit first
 
 
 def allocate_bits(energy: Tensor, budget: int, levels: Sequence[int] = LEVELS) -> Tensor:
@@ -119,8 +121,20 @@ class TierTable(NamedTuple):
     align: int
 
     @classmethod
-    def of(cls, energy: Tensor, size: int, align: int, levels: Sequence[int]) -> TierTable:
-        """Of components with these energies [c], for sizes up to this many bytes."""
+    def of(
+        cls,
+        energy: Tensor,
+        size: int,
+        align: int,
+        levels: Sequence[int],
+        left_out: float = GAUSSIAN_ERROR[0],
+    ) -> TierTable:
+        """Of components with these energies [c], for sizes up to this many bytes.
+
+        Args:
+            left_out: share of the energy that a component without bits counts as its error; where
+                this is large, all that have energy get a bit before one gets more.
+        """
         # Components without energy are as good as any where a row has none but these.
         energy = energy.double().clamp_min(NO_ENERGY)
         order = energy.argsort(descending=True, stable=True)
@@ -129,7 +143,8 @@ class TierTable(NamedTuple):
         before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
         last = len(before) - 1
         sizes = min(size // align, max((_whole(b, last) for b in levels if b), default=0))
-        left = (before[-1] - before)[:, None].expand(-1, sizes + 1)  # [u, r]: of all from u on
+        left = left_out * (before[-1] - before)  # [u]: of all from u on
+        left = left[:, None].expand(-1, sizes + 1)  # [u, r]
         u = torch.arange(last + 1)
         taken = {}
         for bits in sorted(b for b in levels if b):  # the lowest level comes last in a row
@@ -202,15 +217,20 @@ class RowTable(NamedTuple):
 
     @classmethod
     def of(
-        cls, energies: Sequence[Tensor], size: int, align: int, levels: Sequence[int]
+        cls,
+        energies: Sequence[Tensor],
+        size: int,
+        align: int,
+        levels: Sequence[int],
+        left_out: float = GAUSSIAN_ERROR[0],
     ) -> RowTable:
-        """Of the blocks of one part, for rows of up to `size` bytes.
+        """Of the blocks of one part, for rows of up to `size` bytes; `left_out` as in `TierTable`.
 
         Raises:
             ValueError: as `allocate_bits`.
         """
         _check_levels(levels)
-        blocks = [TierTable.of(energy, size, align, levels) for energy in energies]
+        blocks = [TierTable.of(energy, size, align, levels, left_out) for energy in energies]
         error, splits = blocks[0].error, []
         most = (size - HEADER_BYTES) // align
         for block in blocks[1:]:
@@ -253,6 +273,7 @@ def share_bytes(
     total_bytes: int,
     align: int = 2,
     levels: Sequence[int] = LEVELS,
+    mean: float | None = None,
 ) -> list[list[Tensor]]:
     """Bits of the components of every part of every layer, from one budget: each word goes where it
     takes most of the error away.
@@ -263,14 +284,43 @@ def share_bytes(
         total_bytes: of one token's rows of all parts together, padding and headers included.
         align: what the bytes of each tier are padded to a multiple of.
         levels: bits that a component may have, 0 among them.
+        mean: of the bits of the components that are kept; None keeps as many as is best.
 
     Returns: int64 [c] for each block of each part; their rows have at most `total_bytes` bytes.
 
     Raises:
         ValueError: as `allocate_bits`, or no room for a header and one tier in every part.
     """
-    rows = [RowTable.of(part, total_bytes, align, levels) for part in parts]
-    return share_rows(rows, total_bytes, align, levels)
+    if mean is None:
+        rows = [RowTable.of(part, total_bytes, align, levels) for part in parts]
+        return share_rows(rows, total_bytes, align, levels)
+    tried = []
+    count = max(1, int(8 * (total_bytes - len(parts) * HEADER_BYTES) / mean))
+    for _ in range(MEAN_ROUNDS):  # what tiers are padded with shifts the mean
+        kept = strongest(parts, count)
+        rows = [RowTable.of(part, total_bytes, align, levels, LOST) for part in kept]
+        bits = share_rows(rows, total_bytes, align, levels)
+        found = mean_bits(bits)
+        tried.append((abs(found - mean), bits))
+        count = max(1, round(count * found / mean))
+    return min(tried, key=lambda one: one[0])[1]
+
+
+def mean_bits(bits: Sequence[Sequence[Tensor]]) -> float:
+    """Mean over the components that have any."""
+    each = torch.cat([block for part in bits for block in part])
+    return each[each > 0].double().mean().item()
+
+
+def strongest(parts: Sequence[Sequence[Tensor]], count: int) -> list[list[Tensor]]:
+    """The energies of the `count` strongest components of all blocks of all parts; others are 0."""
+    energies = torch.cat([energy for part in parts for energy in part])
+    if count >= len(energies):
+        return [list(part) for part in parts]
+    order = energies.argsort(descending=True, stable=True)
+    kept = torch.zeros_like(energies).index_copy_(0, order[:count], energies[order[:count]])
+    blocks = iter(kept.split([len(energy) for part in parts for energy in part]))
+    return [[next(blocks) for _ in part] for part in parts]
 
 
 def share_rows(

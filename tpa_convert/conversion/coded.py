@@ -22,6 +22,7 @@ from tpa_convert.coding import (
     part_of,
     predict_values,
     remaining_error,
+    share_bytes,
     share_rows,
 )
 from tpa_convert.decomposition import AttentionWeights
@@ -66,10 +67,16 @@ class CodedLayer:
 
 
 class Codes(NamedTuple):
-    """A plan with its codes, and the loss that they are expected to cause, in nats a token."""
+    """A plan with its codes, and the loss that those of each layer are expected to cause, in nats a
+    token."""
 
     plan: Plan
-    nats: float
+    layer_nats: tuple[float, ...]
+
+    @property
+    def nats(self) -> float:
+        """Of all layers."""
+        return sum(self.layer_nats)
 
 
 def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Codes:
@@ -81,13 +88,13 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
     """
     assert plan.coded is not None
     budget, predicted = plan.coded, plan.coded.predict_values
-    levels = LEVELS if budget.bits is None else (0, budget.bits)
+    total, align = budget.total_bytes, budget.align
 
     def known(index: int) -> CodedLayer:
         return CodedLayer(moments[index], tokens, budget.key_blocks, plan.head_dim)
 
     def best_rows(energies: list[Tensor]) -> RowTable:
-        return RowTable.of(energies, budget.total_bytes, budget.align, levels)
+        return RowTable.of(energies, total, align, LEVELS)
 
     keys: list[list[Tensor]] = []
     values: list[list[Tensor]] = []
@@ -96,19 +103,23 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
         keys.append(layer.keys.energies)
         values.append(layer.values(None)[0].energies)
         del layer
-    key_rows = [best_rows(energies) for energies in keys]
+    # Which components are kept of all depends on those of the values, where a mean is asked for.
+    key_rows = [] if budget.bits else [best_rows(energies) for energies in keys]
     for _ in range(1 + ROUNDS * predicted):
-        rows = [r for k, v in zip(key_rows, values, strict=True) for r in (k, best_rows(v))]
-        counted = [e for k, v in zip(keys, values, strict=True) for e in (k, v)]
-        bits = share_rows(rows, budget.total_bytes, budget.align, levels)
+        parts = [e for pair in zip(keys, values, strict=True) for e in pair]
+        if budget.bits:
+            bits = share_bytes(parts, total, align, mean=budget.bits)
+        else:
+            pairs = zip(key_rows, values, strict=True)
+            bits = share_rows([r for k, v in pairs for r in (k, best_rows(v))], total, align)
         key_groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
         if predicted:
             values = [known(i).values(g)[0].energies for i, g in enumerate(key_groups)]
-    nats = sum(
-        remaining_error(energy, block).item() / 2
-        for energies, found in zip(counted, bits, strict=True)
-        for energy, block in zip(energies, found, strict=True)
-    )
+    part_nats = [
+        sum(remaining_error(e, b).item() / 2 for e, b in zip(energies, found, strict=True))
+        for energies, found in zip(parts, bits, strict=True)
+    ]
+    layer_nats = tuple(map(sum, zip(part_nats[::2], part_nats[1::2], strict=True)))
     shapes = []
     for shape, groups, (value_bits,) in zip(plan.layers, key_groups, bits[1::2], strict=True):
         value_groups = groups_of_bits(value_bits)[0]
@@ -123,7 +134,7 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
                 predict_values=predicted,
             )
         )
-    return Codes(replace(plan, layers=shapes, coded=None), nats)
+    return Codes(replace(plan, layers=shapes, coded=None), layer_nats)
 
 
 def coded_parameters(

@@ -24,6 +24,7 @@ from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split, w
 from tpa_convert.decomposition.gauge import value_metric
 from tpa_convert.decomposition.tensor import head_svd
 from tpa_convert.modeling import AttentionNames, LayerShape, TPAAttention
+from tpa_convert.sources.attention import query_norm_parameters
 
 
 def absorbed_query(weights: AttentionWeights, factors: KeyFactors) -> Tensor:
@@ -184,14 +185,6 @@ def convert_layer(
     return attention_parameters(weights, keys, values, shape, functional), shape
 
 
-def query_norm_parameters(attention: nn.Module, names: AttentionNames) -> dict[str, Tensor]:
-    """Parameters of the norm of the queries, which stays the source's own."""
-    norm = getattr(attention, names.query_norm, None)
-    if norm is None:
-        return {}
-    return {f"q_norm.{key}": tensor for key, tensor in norm.state_dict().items()}
-
-
 def attention_module(
     source: nn.Module,
     names: AttentionNames,
@@ -208,7 +201,7 @@ def attention_module(
     """
     with torch.device("meta"):
         attention = TPAAttention(config, layer_idx, source, names)
-    state = parameters | query_norm_parameters(source, names)
+    state = parameters | query_norm_parameters(source, names, config, layer_idx)
     expected = attention.state_dict().keys()
     attention.load_state_dict({name: state[name].float() for name in expected}, assign=True)
     return attention.eval()

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.conversion.layer import (
-    coded_attention_parameters,
-    convert_layer,
-    query_norm_parameters,
-)
+from tpa_convert.conversion.layer import coded_attention_parameters, convert_layer
 from tpa_convert.errors import UserError
 from tpa_convert.modeling import LayerShape
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source, held
-from tpa_convert.sources.attention import attention_weights
+from tpa_convert.sources.attention import attention_weights, query_norm_parameters
 
 
 class Moments(Protocol):
@@ -134,6 +130,7 @@ class Conversion:
         if not 0 < index < len(self) - 1:
             return self._finished(index, self.source.tensors(names), None)
         layer, attention_names = self._layers[index - 1], self.source.family.names
+        config = self.source.model.config
         prefix = f"{self._prefixes[index - 1]}{attention_names.attention}."
         attention = getattr(layer, attention_names.attention)
         with held(attention):
@@ -141,7 +138,8 @@ class Conversion:
             parameters = {
                 prefix + name: tensor.to("cpu", self.dtype)
                 for name, tensor in (
-                    parameters | query_norm_parameters(attention, attention_names)
+                    parameters
+                    | query_norm_parameters(attention, attention_names, config, index - 1)
                 ).items()
             }
         others = self.source.tensors(name for name in names if not name.startswith(prefix))

@@ -67,6 +67,12 @@ class SpeedReport:
         """Plain values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SpeedReport:
+        """Undoes `to_json`. Raises KeyError or TypeError for anything else."""
+        points = tuple(SpeedPoint(**point) for point in values["points"])
+        return cls(**{**values, "points": points})
+
     def ratio(self, point: SpeedPoint, what: str) -> float | None:
         """`prefill` or `decode` of a point over that of the first model, if that fitted too."""
         first = next(iter(self.weight_bytes))

@@ -82,7 +82,7 @@ def making(provenance: Mapping[str, Any]) -> list[str]:
         texts = without_folders(list(settings.get("text") or []))
         sampled = "text sampled from the source" if settings.get("sampled_tokens") else None
         chats = "chats sampled from the source" if settings.get("sampled_chat_tokens") else None
-        weight = settings.get("hidden_weight")
+        weight = provenance["heal"].get("hidden_weight", settings.get("hidden_weight"))
         sentences.append(
             f"Healed on {', '.join(filter(None, [*texts, sampled, chats]))}; the loss is the "
             f"divergence from the source's predictions (skew {settings.get('skew', 0):g}, "

@@ -23,7 +23,7 @@ from tpa_convert.export.stock import (
 )
 from tpa_convert.modeling import AttentionNames, TPAAttention
 from tpa_convert.modeling.tpa_keys import KeyNorm, LatentKeys
-from tpa_convert.sources.attention import half_split_order, rotated_dims
+from tpa_convert.sources.attention import half_split_order, in_order, rotated_dims
 
 Rows = tuple[Tensor, Tensor | None]
 """Weight [n, D] and bias [n] of a projection."""
@@ -78,27 +78,26 @@ def _obstacle(layer: TPAAttention) -> str | None:
     return None
 
 
-def _projections(layer: TPAAttention, names: AttentionNames) -> dict[str, Rows]:
+def _source_order(layer: TPAAttention, names: AttentionNames) -> list[int] | None:
+    """Which of a converted head's dimensions the source has at each place; None for the same."""
     rotated = 0
     if layer.table_order is not None:
         rotated = rotated_dims(layer.config, layer.head_dim, layer.layer_idx)
     order = half_split_order(layer.head_dim, rotated, names.pairs)
-    back = None if order is None else torch.tensor(order).argsort()
+    return None if order is None else sorted(range(len(order)), key=order.__getitem__)
 
-    def in_order(rows: Rows) -> Rows:
-        """Dimensions of each head where the source has them."""
-        if back is None:
-            return rows
 
-        def moved(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, layer.head_dim))[:, back].flatten(0, 1)
+def _projections(layer: TPAAttention, names: AttentionNames) -> dict[str, Rows]:
+    order = _source_order(layer, names)
 
-        weight, bias = rows
-        return moved(weight), None if bias is None else moved(bias)
+    def ordered(rows: Rows) -> Rows:
+        weight, bias = (None if x is None else in_order(x, layer.head_dim, order) for x in rows)
+        assert weight is not None
+        return weight, bias
 
     return {
-        "query": in_order(weight_and_bias(layer.q_proj)),
-        "key": in_order(_keys(layer)),
+        "query": ordered(weight_and_bias(layer.q_proj)),
+        "key": ordered(_keys(layer)),
         "value": _values(layer),
         "output": _output(layer),
     }
@@ -180,10 +179,10 @@ def _named(parts: dict[str, Rows], layer: TPAAttention, names: AttentionNames) -
 
 def _norms(layer: TPAAttention, names: AttentionNames) -> dict[str, Tensor]:
     """Weights of the norms of queries and keys, as the family stores them."""
-    found = {}
+    found, order = {}, _source_order(layer, names)
     if layer.q_norm is not None:
         for name, tensor in layer.q_norm.state_dict().items():
-            found[f"{names.query_norm}.{name}"] = tensor
+            found[f"{names.query_norm}.{name}"] = in_order(tensor, layer.head_dim, order)
     if layer.keys.norm is not None:
         norm = layer.keys.norm
         assert layer.q_norm is not None
@@ -193,7 +192,8 @@ def _norms(layer: TPAAttention, names: AttentionNames) -> dict[str, Tensor]:
         latent = isinstance(layer.keys, LatentKeys)
         wanted = norm.weight if latent else _divisor(norm)
         # Some families store the gain, others what it exceeds 1 by.
-        found[f"{names.key_norm}.{name}"] = wanted.flatten() - (gain - stored).round()[0]
+        weight = wanted.flatten() - (gain - stored).round()[0]
+        found[f"{names.key_norm}.{name}"] = in_order(weight, layer.head_dim, order)
     return found
 
 

@@ -72,6 +72,10 @@ class Inspection:
         rows: bytes that each layer caches per token, of keys and of values.
         weights: their files.
         provenance: how it was made; None for a model that something else saved again.
+        layer_nats: loss that the codes of each layer are expected to cause, nats a token; empty
+            where that is not recorded.
+        layer_errors: error of the attention of each layer before and after its refit or refinement,
+            relative to the size of what it adds to; empty likewise.
         healings: the first one first.
         evaluation: what was measured of it, if its card has results.
     """
@@ -86,6 +90,8 @@ class Inspection:
     rows: Sequence[tuple[int, int]]
     weights: Weights
     provenance: Provenance | None
+    layer_nats: Sequence[float]
+    layer_errors: Sequence[tuple[float, float]]
     healings: Sequence[HealingStep]
     evaluation: EvaluationReport | None
 
@@ -155,6 +161,7 @@ def inspect(directory: str | Path) -> Inspection:
     recorded = (directory / PROVENANCE_FILE).is_file()
     provenance = read_provenance(directory) if recorded else None
     results = (provenance or {}).get("evaluate")
+    conversion = (provenance or {}).get("convert", {})
     return Inspection(
         directory=directory,
         model_type=config["model_type"],
@@ -166,6 +173,8 @@ def inspect(directory: str | Path) -> Inspection:
         rows=[cached_bytes(shape, heads, dtype.itemsize) for shape in shapes],
         weights=_weights(checkpoint),
         provenance=provenance,
+        layer_nats=conversion.get("layer_nats", ()),
+        layer_errors=conversion.get("layer_errors", ()),
         healings=_healings(provenance),
         evaluation=EvaluationReport.from_json(results["report"]) if results else None,
     )

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from tpa_convert.errors import UserError
+from tpa_convert.export.absorption import component_output, component_queries
 from tpa_convert.export.stock import (
     attention_layers,
     attention_prefixes,
@@ -180,8 +181,7 @@ def _attention(
 
     def query(rows: Tensor) -> Tensor:
         """Rows [h d, columns] of the query projection, as queries of the one head."""
-        heads = rows.unflatten(0, (layer.num_heads, -1)).mT[None]
-        components = keys.component_queries(heads)[0].mT
+        components = component_queries(keys, rows, layer.num_heads)
         scaled = components.unflatten(1, (2, -1)) * scales.to(rows)[:, None]
         return spread(scaled.flatten(1, 2)).flatten(0, 1)
 
@@ -189,10 +189,8 @@ def _attention(
         return torch.cat((rows, rows.new_zeros(wide - len(rows), rows.shape[1])))
 
     output, output_bias = weight_and_bias(layer.o_proj)
-    columns = output.unflatten(1, (layer.num_heads, -1))
-    if values.gauge is not None:
-        gauge = values.gauge.weight.repeat_interleave(layer.num_heads // values.heads, dim=0)
-        columns = torch.einsum("xhd,hdw->xhw", columns, gauge)
+    gauge = None if values.gauge is None else values.gauge.weight
+    columns = component_output(gauge, output, layer.num_heads)
     columns = torch.nn.functional.pad(columns, (0, wide - columns.shape[2]))
 
     def both(projection: Any, change: Any) -> tuple[Tensor, Tensor | None]:

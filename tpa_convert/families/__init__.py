@@ -13,6 +13,7 @@ from tpa_convert.modeling import CAUSAL_LMS
 
 _HEAD_NORM = "a LayerNorm of queries and keys"
 _BIDIRECTIONAL = "attention to later tokens"
+_HYBRID = "layers without rotation between those with windows"
 _CLIPPED = "queries, keys and values of limited size"
 
 FAMILIES = (
@@ -33,15 +34,31 @@ FAMILIES = (
     ),
     Family("phi", "Phi-1, 1.5, 2", refused={"qk_layernorm": _HEAD_NORM}),
     Family("phi3", "Phi-3, Phi-4"),
+    Family("phimoe", "Phi-3.5 with experts"),
     Family("olmo", "OLMo", refused={"clip_qkv": _CLIPPED}),
     Family("olmo2", "OLMo 2", key_norm="all"),
     Family("olmo3", "OLMo 3", key_norm="all"),
     Family("olmoe", "OLMoE", key_norm="all", refused={"clip_qkv": _CLIPPED}),
+    Family("flex_olmo", "FlexOLMo", key_norm="all"),
     Family("granite", "Granite"),
     Family("granitemoe", "Granite with experts"),
-    Family("glm4", "GLM-4"),
+    Family("granitemoeshared", "Granite with shared experts"),
+    Family("glm", "GLM-4 (9B)"),
+    Family("glm4", "GLM-4 (0414)"),
+    Family("glm4_moe", "GLM-4.5, 4.6", key_norm=True, key_norm_if="use_qk_norm"),
+    Family("ministral", "Ministral"),
     Family("ministral3", "Ministral 3"),
     Family("seed_oss", "Seed-OSS"),
+    Family("minimax_m2", "MiniMax-M2", key_norm="all"),
+    Family("apertus", "Apertus", key_norm=True),
+    Family("arcee", "Arcee (AFM)"),
+    Family("cwm", "Code World Model"),
+    Family("dots1", "dots.llm1", key_norm=True),
+    Family("ernie4_5", "Ernie 4.5"),
+    Family("ernie4_5_moe", "Ernie 4.5 with experts"),
+    Family("exaone4", "EXAONE 4", key_norm=True, refused={"sliding_window": _HYBRID}),
+    Family("nemotron", "Nemotron, Minitron"),
+    Family("solar_open", "Solar Open"),
     Family("cohere", "Cohere (Command R, Aya)", refused={"use_qk_norm": _HEAD_NORM}),
     Family("cohere2", "Cohere 2 (Command R7B, A)"),
     Family("stablelm", "StableLM", refused={"qk_layernorm": _HEAD_NORM}),

@@ -59,11 +59,11 @@ class TPA{title}ForCausalLM(TPAModelMixin, {causal_lm}):
         self.post_init()
 
 
-__all__ = ["TPA{title}Config", "TPA{title}ForCausalLM", "TPA{title}Model"]
-'''
+{exported}'''
 
 
 LINE_LENGTH = 100
+KINDS = ("Config", "ForCausalLM", "Model")
 
 
 def class_pair_source(
@@ -95,8 +95,9 @@ def class_pair_source(
         for field in fields(names)
         if getattr(names, field.name) != getattr(default, field.name)
     ]
+    title = causal_lm.__name__.removesuffix("ForCausalLM")
     return TEMPLATE.format(
-        title=causal_lm.__name__.removesuffix("ForCausalLM"),
+        title=title,
         model_type=config.model_type,
         decoder=causal_lm.base_model_prefix,
         config=config.__name__,
@@ -107,6 +108,7 @@ def class_pair_source(
         ),
         names_import="from .tpa_attention import AttentionNames\n" if changed else "",
         names=_call("    attention_names = AttentionNames", changed) if changed else "",
+        exported=_list("__all__", [f'"TPA{title}{kind}"' for kind in KINDS]),
     )
 
 
@@ -120,6 +122,14 @@ def _call(function: str, arguments: list[str]) -> str:
     if len(inner) > LINE_LENGTH:
         inner = "".join(f"{indent}    {argument},\n" for argument in arguments)
     return f"{function}(\n{inner}{indent})\n"
+
+
+def _list(name: str, entries: list[str]) -> str:
+    """A line that makes a list, or the lines that it takes."""
+    line = f"{name} = [{', '.join(entries)}]\n"
+    if len(line) <= LINE_LENGTH:
+        return line
+    return f"{name} = [\n" + "".join(f"    {entry},\n" for entry in entries) + "]\n"
 
 
 def class_pair(

@@ -46,6 +46,7 @@ class Family:
     title: str = ""
     converted: Any = None
     key_norm: bool | Literal["all"] = False
+    key_norm_if: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -81,7 +82,9 @@ class Family:
 
     def attention_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Sizes of the attention layers of a model with this config."""
-        groups = source_key_value_heads(config)
+        groups, norm = source_key_value_heads(config), self.key_norm
+        if self.key_norm_if is not None and not getattr(config, self.key_norm_if):
+            norm = False
         return {
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_hidden_layers,
@@ -89,7 +92,7 @@ class Family:
             "num_key_value_heads": groups,
             "head_dim": source_head_dim(config),
             # Of one head, a norm over all heads is a norm of each.
-            "key_norm": self.key_norm if groups > 1 else bool(self.key_norm),
+            "key_norm": norm if groups > 1 else bool(norm),
         }
 
     @property
@@ -126,6 +129,7 @@ class Family:
         for name in ("model_type", "architectures", "transformers_version", "auto_map"):
             values.pop(name, None)
         values.pop("quantization_config", None)
+        values["dtype"] = config.dtype  # not its name: models read it while they are made
         converted = self.config_class(**values, tpa_layers=layers)
         implementation = config._attn_implementation or self.attention_implementation
         converted._attn_implementation = implementation
@@ -212,6 +216,22 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 CUSTOM_PAGE = "docs/custom-architectures.md"
+_OTHER_ATTENTION = {
+    "afmoe": "gates behind the attention",
+    "bitnet": "a norm in front of the output projection",
+    "diffllama": "differential attention",
+    "doge": "a mask that is computed from the values",
+    "gpt_oss": "attention sinks",
+    "granite_swa": "attention sinks",
+    "granitemoe_swa": "attention sinks",
+    "hunyuan_v1_dense": "norms of queries and keys behind their rotation",
+    "hunyuan_v1_moe": "norms of queries and keys behind their rotation",
+    "laguna": "gates behind the attention",
+    "mimo_v2_flash": "keys and values of different sizes",
+    "nanochat": "norms of queries and keys behind their rotation",
+}
+"""What families of transformers have that a converted layer does not do."""
+
 _SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -225,6 +245,8 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
             if getattr(config, name, None):
                 return f"{kind} with {name} has {what}, which is not supported"
         return None
+    if kind in _OTHER_ATTENTION:
+        return f"{kind} has {_OTHER_ATTENTION[kind]}, which is not supported"
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder model; only decoder-only models can be converted"
     if getattr(config, "kv_lora_rank", None):

@@ -1,9 +1,11 @@
 """Kernels that decode attention and code components, and the PyTorch references they agree with."""
 
-from .backends import BACKENDS, Backend, BackendError, Case, choose_backend
+from .backends import BACKENDS, Backend, BackendError, Case, choose_backend, wanted
 from .decode import decode_attention, decode_on_kernel
+from .decode_latent import decode_latent
 from .encode import encode, encode_rows, straight_through
 from .encode_reference import CodeTables, RowTables, row_tables
+from .latent_tables import KeyMap, LatentTables, Rows, latent_tables, numbers
 from .rows import CodedRows, Tier
 
 __all__ = [
@@ -13,13 +15,20 @@ __all__ = [
     "Case",
     "CodeTables",
     "CodedRows",
+    "KeyMap",
+    "LatentTables",
     "RowTables",
+    "Rows",
     "Tier",
     "choose_backend",
     "decode_attention",
+    "decode_latent",
     "decode_on_kernel",
     "encode",
     "encode_rows",
+    "latent_tables",
+    "numbers",
     "row_tables",
     "straight_through",
+    "wanted",
 ]

@@ -15,8 +15,9 @@ import torch
 
 VARIABLE = "TPA_CONVERT_BACKEND"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-LAYOUTS = ("rotated", "contextual", "coded", "components")
+LAYOUTS = ("rotated", "contextual", "latent", "components")
 MAX_WIDTH = 8192
+MAX_SPAN = 128  # rotary pairs whose keys fit the registers
 TRITON_MISSING = importlib.util.find_spec("triton") is None
 
 
@@ -29,13 +30,15 @@ class Case(NamedTuple):
 
     Attributes:
         layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
-            `coded` (rows of bytes); `components` are to be encoded.
+            `latent` (rows of bytes or numbers, of which keys are rebuilt); `components` are to be
+            encoded.
         width_k, width_v: components of keys and of values; of components the first alone.
         dtype, device: of the queries or components.
-        strides: of coded keys and values, from sequence to sequence and slot to slot, modulo 4.
         cached: types of keys and values.
         ranks: of contextual keys and values, 0 without head factors.
         paged: whether the cache is a pool of pages.
+        span: of latent keys, pairs that one program rebuilds side by side, and programs that would
+            have to know each other's norm.
     """
 
     layout: str
@@ -43,10 +46,10 @@ class Case(NamedTuple):
     width_v: int
     dtype: torch.dtype
     device: torch.device
-    strides: tuple[int, ...] = ()
     cached: tuple[torch.dtype, ...] = ()
     ranks: tuple[int, ...] = ()
     paged: bool = False
+    span: tuple[int, int] = (0, 1)
 
 
 class Backend(NamedTuple):
@@ -81,14 +84,14 @@ def _triton(case: Case, interpreted: bool = False) -> str | None:
         return f"widths above {MAX_WIDTH}"
     if case.layout == "components":
         return None
-    if case.layout != "coded" and (case.width_k % 8 or case.width_v % 8):
+    if case.layout == "latent":
+        return _latent(case, interpreted)
+    if case.width_k % 8 or case.width_v % 8:
         return f"widths {case.width_k} and {case.width_v} are not multiples of 8"
-    if case.layout != "coded" and (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
+    if (case.width_k + case.width_v) * case.dtype.itemsize > 2048:
         return "keys and values of more than 2048 bytes a slot"
-    if case.layout != "coded" and any(cached != case.dtype for cached in case.cached):
+    if any(cached != case.dtype for cached in case.cached):
         return "queries, keys and values have several types"
-    if case.layout == "coded" and case.paged:
-        return "no kernel for pages of coded rows"
     if case.layout == "contextual":
         rank_k, rank_v = case.ranks
         # Of a single rank all features have the same factor, however many they are.
@@ -96,12 +99,29 @@ def _triton(case: Case, interpreted: bool = False) -> str | None:
         features = case.width_v // rank_v if rank_v > 1 else 16
         if pairs & (pairs - 1) or features & (features - 1) or pairs < 16 or features < 16:
             return f"{pairs} pairs and {features} features a rank are not powers of two from 16 on"
-    if case.layout == "coded" and any(stride % 4 for stride in case.strides):
-        return "rows are not whole words of four bytes"
+    return None
+
+
+def _latent(case: Case, interpreted: bool) -> str | None:
+    pairs, together = case.span
+    if case.dtype == torch.float32 and not interpreted:
+        return "no kernel for latent keys in float32"
+    if any(cached != case.dtype for cached in case.cached):
+        return "queries, keys and values have several types"
+    if pairs > MAX_SPAN:
+        return f"more than {MAX_SPAN} rotary pairs of a head in one block"
+    if together > 1:
+        return "a norm over more heads than one program rebuilds"
     return None
 
 
 BACKENDS = (Backend("triton", _triton), Backend("reference", _reference))
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether anything but the reference may be chosen for tensors on `device`."""
+    forced = forced_backend()
+    return device.type == "cuda" if forced == "auto" else forced != "reference"
 
 
 def choose_backend(case: Case) -> str:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends import Case, choose_backend
-from .rows import CodedRows
 
 
 def decode_attention(
@@ -21,8 +20,6 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     mask: Tensor | None = None,
-    key_rows: CodedRows | None = None,
-    value_rows: CodedRows | None = None,
     key_heads: Tensor | None = None,
     value_heads: Tensor | None = None,
     groups: int = 1,
@@ -36,14 +33,12 @@ def decode_attention(
     Args:
         query: in the space of the key components, [b, h, s, w_k].
         keys, values: the cache, [b, 1, t, w_k] and [b, 1, t, w_v]; with any strides but the last.
-            Of coded parts the rows, uint8 [b, 1, t, bytes].
         scale: of the scores.
         start: first slot in use of each sequence, integers [b]; None for 0.
         end: slots in use of each sequence, those of the queries included, [b]; None for all.
         window: slots that a query attends to at most, its own included.
         softcap: scores x become softcap · tanh(x / softcap).
         mask: slots that may be attended to at all, bool [b or 1, t]; None for all.
-        key_rows, value_rows: how coded rows become numbers; both or neither.
         key_heads, value_heads: contextual head factors beside numbers, [b, 1, t, R * groups]; of
             keys alone, or of both. See `reference.decode_attention` for the layout of features.
         groups: key/value heads, for head factors.
@@ -53,7 +48,7 @@ def decode_attention(
     Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
 
     Raises:
-        ValueError: only one part is coded, values alone have head factors, or codes have them.
+        ValueError: values alone have head factors.
         BackendError: the environment asks for a backend that cannot run this.
     """
     output = decode_on_kernel(
@@ -66,8 +61,6 @@ def decode_attention(
         window=window,
         softcap=softcap,
         mask=mask,
-        key_rows=key_rows,
-        value_rows=value_rows,
         key_heads=key_heads,
         value_heads=value_heads,
         groups=groups,
@@ -75,8 +68,6 @@ def decode_attention(
     )
     if output is not None:
         return output
-    if key_rows is not None and value_rows is not None:
-        keys, values = key_rows.numbers(keys), value_rows.numbers(values)
     return reference.decode_attention(
         query,
         keys,
@@ -105,28 +96,22 @@ def decode_on_kernel(
     window: int | None = None,
     softcap: float | None = None,
     mask: Tensor | None = None,
-    key_rows: CodedRows | None = None,
-    value_rows: CodedRows | None = None,
     key_heads: Tensor | None = None,
     value_heads: Tensor | None = None,
     groups: int = 1,
     pages: Tensor | None = None,
 ) -> Tensor | None:
     """`decode_attention` where a kernel runs it, None where only the reference would."""
-    if (key_rows is None) != (value_rows is None):
-        raise ValueError("keys and values are both coded or both numbers")
     factors = key_heads is not None or value_heads is not None
-    if factors and (key_heads is None or key_rows is not None):
-        raise ValueError("head factors belong to keys, or keys and values, and to numbers")
-    coded = key_rows is not None and value_rows is not None
+    if factors and key_heads is None:
+        raise ValueError("head factors belong to keys, or keys and values")
     backend = choose_backend(
         Case(
-            "coded" if coded else "contextual" if factors else "rotated",
+            "contextual" if factors else "rotated",
             query.shape[-1],
-            value_rows.width if value_rows is not None else values.shape[-1],
+            values.shape[-1],
             query.dtype,
             query.device,
-            tuple(x.stride(i) % 4 for x in (keys, values) for i in (0, 2)) if coded else (),
             (keys.dtype, values.dtype),
             tuple(0 if x is None else x.shape[-1] // groups for x in (key_heads, value_heads)),
             pages is not None,
@@ -134,24 +119,6 @@ def decode_on_kernel(
     )
     if backend == "reference":
         return None
-    if key_rows is not None and value_rows is not None:
-        key_layout, *key_tables = key_rows.key_places
-        value_layout, *value_tables = value_rows.value_places
-        return ops.decode_coded(
-            query,
-            keys,
-            values,
-            key_layout,
-            key_tables,
-            value_layout,
-            value_tables,
-            scale,
-            start,
-            end,
-            window,
-            softcap,
-            mask,
-        )
     # As an operator it costs the host as much again; only compilers need one.
     decode_rotated = ops.decode_rotated if torch.compiler.is_compiling() else ops.run_rotated
     return decode_rotated(

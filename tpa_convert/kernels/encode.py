@@ -29,16 +29,20 @@ def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     return header.view(x.shape[:-1]), codes.view(x.shape)
 
 
-def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> Tensor:
-    """Rows of bytes, uint8 [..., n], of components [..., c]; without gradients."""
+def encode_rows(
+    x: Tensor, tables: CodeTables, rows: RowTables
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Rows of bytes, uint8 [..., n], of components [..., c], and what they say, as
+    `straight_through` gives it; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _backend(x) == "triton":
         run = ops.encode_rows if torch.compiler.is_compiling() else ops.run_rows
-        packed = run(flat, *tables, *rows)
+        packed, scaled, label = run(flat, *tables, *rows)
     else:
-        header, codes, *_ = encode_components(flat, tables)
+        header, codes, scaled, _, label = encode_components(flat, tables)
         packed = pack(codes, header, rows)
-    return packed.view(*x.shape[:-1], len(rows.bits))
+    said = scaled.view(x.shape), label.view(x.shape[:-1])
+    return packed.view(*x.shape[:-1], len(rows.bits)), said
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:

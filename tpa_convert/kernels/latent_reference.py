@@ -1,62 +1,50 @@
-"""Decoding over latent keys, in plain PyTorch: the truth that the kernel is tested on.
+"""Decoding over latent keys, in plain PyTorch: the truth that the kernels are tested on.
 
-Keys are rebuilt from what is cached, normalised if the source does that, and rotated; values are
-mixed as they are. Letters are those of `reference`, and
+Keys are rebuilt from components, normalised if the source does that, and rotated; components of
+values are mixed as they are, and beside them those of the keys where values follow from both.
+Letters are those of `reference`, and
 
     g  key/value heads                d  head dim, d = 2 f rotary pairs
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import reference
+from .latent_tables import KeyMap
 
 
-class LatentKeys(NamedTuple):
-    """How keys come out of what is cached.
-
-    Attributes:
-        weight: [g, d, w_k]; the real parts of all pairs come first, then the imaginary ones.
-        offset: [g, d].
-        cosine, sine: of the position of each slot, [b or 1, t, f].
-        unscale: what keys are taken times before their root mean square is found, [d]; None for
-            keys without a norm.
-        gain: what normalised keys are taken times, [d].
-        epsilon: added to the mean square.
-    """
-
-    weight: Tensor
-    offset: Tensor
-    cosine: Tensor
-    sine: Tensor
-    unscale: Tensor | None = None
-    gain: Tensor | None = None
-    epsilon: float = 0.0
-
-    def rebuild(self, cached: Tensor) -> Tensor:
-        """Rotated keys [b, g, t, d] of what is cached [b, 1, t, w_k], in its type."""
-        weight, offset, cosine, sine = (x.to(cached.dtype) for x in self[:4])
-        keys = cached @ weight.mT + offset[:, None]
-        if self.unscale is not None and self.gain is not None:
-            size = (keys * self.unscale.to(keys.dtype)).square().mean(-1, keepdim=True)
-            keys = keys * (size + self.epsilon).rsqrt() * self.gain.to(keys.dtype)
-        real, imaginary = keys.chunk(2, -1)
-        cosine, sine = cosine[:, None], sine[:, None]
-        return torch.cat(
-            (real * cosine - imaginary * sine, imaginary * cosine + real * sine), dim=-1
-        )
+def rebuild(components: Tensor, key_class: Tensor | None, key_map: KeyMap) -> Tensor:
+    """Keys [b, g, t, d] before rotation, of components [b, t, w] and 1 for tokens [b, t] of the
+    second class, in their type."""
+    weights = key_map.weight.to(components.dtype).split(list(key_map.widths), -1)
+    parts = components.split(list(key_map.widths), -1)
+    of_blocks = [torch.einsum("btw,gnw->bgtn", *pair) for pair in zip(parts, weights, strict=True)]
+    halves = [torch.cat([x.chunk(2, -1)[i] for x in of_blocks], -1) for i in (0, 1)]
+    keys = torch.cat(halves, -1) + key_map.offset.to(components.dtype)[:, None]
+    if key_map.of_class is not None and key_class is not None:
+        keys = keys + key_map.of_class.to(keys.dtype)[:, None] * key_class[:, None, :, None]
+    if key_map.unscale is None or key_map.gain is None:
+        return keys
+    unscale, gain = (x.to(keys.dtype) for x in (key_map.unscale, key_map.gain))
+    if unscale.ndim == 2:
+        unscale, gain = unscale[:, None], gain[:, None]
+    together = (1, 3) if key_map.together else 3
+    size = (keys * unscale).square().mean(together, keepdim=True)
+    return keys * (size + key_map.epsilon).rsqrt() * gain
 
 
 def decode_latent(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    latent: LatentKeys,
+    components: tuple[Tensor, Tensor],
+    classes: tuple[Tensor, Tensor] | None,
+    key_map: KeyMap,
+    cosine: Tensor,
+    sine: Tensor,
     *,
+    predicted: bool,
     scale: float,
     start: Tensor | None = None,
     end: Tensor | None = None,
@@ -64,25 +52,44 @@ def decode_latent(
     softcap: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · query keys_jᵀ) values, with the keys of the head j that queries share.
+    """softmax(scale · query keys_jᵀ) features, with the keys of the head j that queries share.
 
     Args:
         query: rotated, [b, h, s, d].
-        keys, values: the cache, [b, 1, t, w_k] and [b, 1, t, w_v].
+        components: of keys and of values, [b, t, w_k] and [b, t, w_v]; what stands in slots that
+            nothing attends to may be anything.
+        classes: 1 for tokens of the second class, of keys and of values, [b, t] each.
+        cosine, sine: of the position of each slot, [b or 1, t, f].
+        predicted: whether key components are mixed too.
         scale, start, end, window, softcap, mask: see `reference.decode_attention`.
 
-    Returns: [b, h, s, w_v] in the type of `query`; zeros where nothing is attended to.
+    Returns: features as `latent_tables.LatentTables` orders them, [b, h, s, n].
     """
-    attended = reference.attended_slots(
-        keys.shape[2], query.shape[2], start, end, window, query.device, mask
+    slots = components[0].shape[1]
+    seen = reference.attended_slots(
+        slots, query.shape[2], start, end, window, query.device, mask
+    ).any(1)
+    of_keys, of_values = (torch.where(seen[..., None], x.to(query.dtype), 0) for x in components)
+    key_class, value_class = (
+        (torch.where(seen, x.to(query.dtype), 0) for x in classes)
+        if classes is not None
+        else (None, None)
     )
-    read = attended.any(1)[:, None, :, None]
-    rebuilt = latent.rebuild(torch.where(read, keys, 0).to(query.dtype))
+    real, imaginary = rebuild(of_keys, key_class, key_map).chunk(2, -1)
+    cos, sin = (x.to(query.dtype)[:, None] for x in (cosine, sine))
+    keys = torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), -1)
+    features = [
+        of_values,
+        value_class[..., None] if value_class is not None else of_values[..., :0],
+    ]
+    if predicted:
+        features += [of_keys, key_class[..., None] if key_class is not None else of_keys[..., :0]]
+    mixed = torch.cat(features, -1)[:, None]
     output = [
         reference.decode_attention(
             of_head,
-            rebuilt[:, j : j + 1],
-            values,
+            keys[:, j : j + 1],
+            mixed,
             scale=scale,
             start=start,
             end=end,
@@ -90,6 +97,6 @@ def decode_latent(
             softcap=softcap,
             mask=mask,
         )
-        for j, of_head in enumerate(query.chunk(len(latent.weight), 1))
+        for j, of_head in enumerate(query.chunk(keys.shape[1], 1))
     ]
     return torch.cat(output, 1)

@@ -31,9 +31,13 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     return scaled, inside, label
 
 
-def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> Tensor:
-    """Rows of bytes, uint8 [n, bytes]."""
-    header, codes = launch_encode(x, tables)
+def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of bytes, uint8 [n, bytes], scaled codes [n, c] and classes int64 [n]."""
+    header = x.new_empty(x.shape[:1], dtype=torch.uint8)
+    codes = x.new_empty(x.shape, dtype=torch.uint8)
+    scaled = x.new_empty(x.shape)
+    label = x.new_empty(x.shape[:1], dtype=torch.int64)
+    _launch(x, tables, {"header": header, "codes": codes, "scaled": scaled, "label": label})
     count, row_bytes = len(x), len(rows.bits)
     packed = x.new_empty((count, row_bytes), dtype=torch.uint8)
     if count:
@@ -52,7 +56,7 @@ def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> Tensor:
             BYTES=size,
             num_warps=4,
         )
-    return packed
+    return packed, scaled, label
 
 
 def _launch(x: Tensor, tables: CodeTables, outputs: dict[str, Tensor]) -> None:

@@ -58,36 +58,50 @@ def _(query, keys, values, *others):
     return query.new_empty(*query.shape[:3], values.shape[-1])
 
 
-@torch.library.custom_op("tpa_convert::decode_coded", mutates_args=())
-def decode_coded(
+@torch.library.custom_op("tpa_convert::decode_latent", mutates_args=())
+def decode_latent(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    key_layout: Sequence[int],
-    key_tables: Sequence[Tensor],
-    value_layout: Sequence[int],
-    value_tables: Sequence[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    layout: Sequence[int],
+    epsilon: float,
+    chunks: Tensor,
+    fields: Tensor,
+    centre: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    norm: Tensor | None,
+    place_of: Tensor,
+    step: Tensor,
     scale: float,
     start: Tensor | None,
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
     mask: Tensor | None = None,
+    pages: Tensor | None = None,
 ) -> Tensor:
-    """The same over coded rows; layouts and tables are those of `places.Places`."""
-    from .launch_coded import launch_coded
-    from .places import Places
-
-    key_places = Places(list(key_layout), *key_tables)
-    value_places = Places(list(value_layout), *value_tables)
-    return launch_coded(
-        query, keys, values, key_places, value_places, scale, start, end, window, softcap, mask
-    )
+    """Decoding over latent keys; what is not of a call is `latent_tables.LatentTables`."""
+    tables = layout, epsilon, chunks, fields, centre, weight, offset, norm, place_of, step
+    cached = query, keys, values, cosine, sine
+    return run_latent(*cached, *tables, scale, start, end, window, softcap, mask, pages)
 
 
-@decode_coded.register_fake
-def _(query, keys, values, key_layout, key_tables, value_layout, value_tables, *others):
-    return query.new_empty(*query.shape[:3], value_tables[-1].shape[-1])
+def run_latent(*arguments: Any) -> Tensor:
+    """The same, not as an operator."""
+    from .latent_tables import LatentTables, Layout
+    from .launch_latent import launch_latent
+
+    tables = LatentTables(Layout(*arguments[5]), *arguments[6:15])
+    inputs = *arguments[:5], tables, *arguments[15:]
+    return launch_latent(*inputs)
+
+
+@decode_latent.register_fake
+def _(query, keys, values, cosine, sine, layout, epsilon, *tables):
+    return query.new_empty(*query.shape[:3], tables[6].shape[0])
 
 
 @torch.library.custom_op("tpa_convert::encode", mutates_args=())
@@ -129,13 +143,14 @@ def encode_rows(
     bits: Tensor,
     low: Tensor,
     header: int,
-) -> Tensor:
-    """Rows of bytes [n, bytes] of components [n, c]; see `encode_reference.RowTables`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of bytes [n, bytes] of components [n, c], and what they say: scaled codes and classes;
+    see `encode_reference.RowTables`."""
     tables = mean, step, spread, importance, reach, lowest_octave
     return run_rows(x, *tables, component, bits, low, header)
 
 
-def run_rows(x: Tensor, *tables: Any) -> Tensor:
+def run_rows(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same, not as an operator."""
     from .launch_encode import CodeTables, RowTables, launch_rows
 
@@ -144,7 +159,8 @@ def run_rows(x: Tensor, *tables: Any) -> Tensor:
 
 @encode_rows.register_fake
 def _(x, *tables):
-    return x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
+    rows = x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
+    return rows, x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.int64)
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())

@@ -51,8 +51,8 @@ def encode_kernel(
 ):
     """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
 
-    Of the outputs those are written that are not None: `scaled`, `inside` and `label`, or `header`
-    and `codes`.
+    Of the outputs those are written that are not None: `header` and `codes`, `scaled` and `label`,
+    and `inside`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -106,9 +106,10 @@ def encode_kernel(
     if scaled is not None:
         numbers = scale[:, None] * size[None, :] * (code - limit)
         tl.store(scaled + place, numbers.to(scaled.dtype.element_ty), mask=mask)
-        tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
         tl.store(label + row, kind.to(tl.int64), mask=row < rows)
-    else:
+    if inside is not None:
+        tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
+    if codes is not None:
         tl.store(codes + place, code.to(tl.uint8), mask=mask)
         tl.store(header + row, head.to(tl.uint8), mask=row < rows)
 

@@ -10,13 +10,11 @@ high bits and below it the token's scale, in steps of 2^(1/8) from 2^`lowest_oct
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .places import KEY_CHUNKS, VALUE_CHUNKS, Places, find_places
 
 SCALES_PER_OCTAVE = 8
 
@@ -51,7 +49,6 @@ class CodedRows:
         step: [w] fp32, larger than 0.
         mean: of each class, [classes, w] fp32; the number of classes is a power of two.
         lowest_octave: the scale of the lowest header, as a power of two.
-        key_places, value_places: tables for kernels, where these are rows of keys or of values.
     """
 
     tiers: tuple[Tier, ...]
@@ -59,13 +56,6 @@ class CodedRows:
     step: Tensor
     mean: Tensor
     lowest_octave: int = 0
-    key_places: Places = field(init=False, repr=False)
-    value_places: Places = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        # Now, not when they are first used: that may be inside a compiled function.
-        object.__setattr__(self, "key_places", find_places(self, KEY_CHUNKS))
-        object.__setattr__(self, "value_places", find_places(self, VALUE_CHUNKS))
 
     @property
     def width(self) -> int:

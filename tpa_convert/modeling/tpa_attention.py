@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tpa_cache import cache_grid, fold, refuse_quantised, unfold
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
-from .tpa_kernels import decode_components, find_kernel, of_one_width
+from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated, masked_softmax
+from .tpa_kernels import find_kernel, of_one_width
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_rotary import (
     LayerRotary,
@@ -163,6 +164,7 @@ class TPAAttention(nn.Module):
         self.num_key_value_groups = heads // self.expanded_heads  # read by attention functions
         self.rotary_emb: LayerRotary | None = None
         self.kernel = find_kernel()
+        self.latent_decoder = LatentDecoder()
 
     def forward(
         self,
@@ -193,16 +195,20 @@ class TPAAttention(nn.Module):
             key, value, table = self.update(
                 cache, key, value, hidden_states, position_embeddings, attention_mask, kwargs
             )
-            if features is None or key.shape[2] != hidden_states.shape[1]:
-                features = self.unpack(key, value, query.dtype)
-        if features is not None:
-            key, value = features
+            if key.shape[2] != hidden_states.shape[1]:  # something was cached before
+                features = None
+            if isinstance(self.keys, LatentKeys):
+                self.latent_decoder.prepare(query, self.keys, self.values)
         implementation = self.config._attn_implementation
-        paged = cache is not None and not isinstance(cache, Cache)
-        weights = None
-        if query.shape[2] == 1 and implementation == "sdpa" and not paged and not self.softcap:
-            output = self.decode(query, key, value, attention_mask, table).transpose(1, 2)
-        else:
+        one = query.shape[2] == 1 and (cache is None or isinstance(cache, Cache))
+        output = weights = None
+        if one and features is None:
+            output = self.decode_latent(query, key, value, attention_mask, table)
+        if output is None and self.shape.coded:
+            key, value = features or self.unpack(key, value, query.dtype)
+        if output is None and one and implementation == "sdpa" and not self.softcap:
+            output = self.decode(query, key, value, attention_mask, table)
+        if output is None:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
                 implementation, eager_attention_forward
             )
@@ -332,98 +338,55 @@ class TPAAttention(nn.Module):
         cos, sin = self.rotary_emb(hidden_states, positions)
         return cos.to(hidden_states.device), sin.to(hidden_states.device)
 
-    def decode(
-        self,
-        query: torch.Tensor,
-        packed_key: torch.Tensor,
-        packed_value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        table: Table,
-    ) -> torch.Tensor:
-        """Attention of one query position on the packed cache; keys and values are not expanded,
-        except latent keys.
-
-        Args:
-            query: rotated queries [b, h, 1, width_k] (absorbed gauge) or [b, h, 1, d].
-            packed_key, packed_value: the cache of this layer, [b, 1, t, ...].
-            attention_mask: boolean or additive, [b, 1, 1, t], or None to attend to everything.
-            table: see `update`.
-
-        Returns: what the output projection reads, [b, h, 1, width_v or d].
-        """
-        keys, values = self.keys, self.values
-        parts = self.mixed_parts(packed_key, packed_value)
-        if isinstance(keys, LatentKeys):
-            key, heads = keys.expand(packed_key, table), keys.heads
-            if not key.is_cuda:
-                return values.output(self.mix_parts(query, key, parts, attention_mask))
-            packed_value = torch.cat(parts, -1) if len(parts) > 1 else packed_value
-        else:
-            query, key, heads = keys.component_queries(query), packed_key, 1
-            mixed = self.decode_on_kernel(query, packed_key, packed_value, attention_mask)
-            if mixed is not None:
-                return values.output(mixed)
-            if keys.shape.key_head_factors(keys.heads):
-                scores = keys.scores(query, packed_key) * self.scaling
-                weights = masked_softmax(scores, attention_mask)
-                return values.output(values.mix(weights, packed_value))
-        # The query heads that share keys take the place of query positions.
-        mixed = nn.functional.scaled_dot_product_attention(
-            query.reshape(len(query), heads, -1, query.shape[-1]),
-            key,
-            packed_value.expand(-1, heads, -1, -1),
-            attn_mask=attention_mask,
-            scale=self.scaling,
-        )
-        return values.output(mixed.flatten(1, 2).unsqueeze(2))
-
-    def mix_parts(
+    def decode_latent(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        parts: tuple[torch.Tensor, ...],
+        value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """What attention of one query position mixes of features that all heads share.
+        table: Table,
+    ) -> torch.Tensor | None:
+        """What `decode` gives of latent keys, from the cache as it is: rows of codes, or numbers.
 
-        PyTorch's own attention would copy them for every head on a CPU.
-
-        Args:
-            query: [b, h, 1, d].
-            key: [b, j, t, d].
-            parts: features side by side, [b, 1, t, ...] each.
-
-        Returns: [b, h, 1, width of all parts].
+        Returns: None where no kernel runs it.
         """
-        exact = torch.promote_types(query.dtype, torch.float32)
-        grouped = query.reshape(*key.shape[:2], -1, key.shape[-1]) * self.scaling
-        weights = masked_softmax(grouped.to(exact) @ key.to(exact).mT, attention_mask)
-        weights = weights.flatten(1, 2).unsqueeze(1).to(query.dtype)  # [b, 1, h, t]
-        mixed = [weights @ part for part in parts]
-        return (torch.cat(mixed, -1) if len(mixed) > 1 else mixed[0]).transpose(1, 2)
+        keys, values, implementation = self.keys, self.values, self.config._attn_implementation
+        # Who hooks into this module may want weights, which only eager attention gives.
+        eager = implementation == "eager" and self.softcap and not self._forward_hooks
+        plain = implementation == "sdpa" and not self.softcap
+        if not isinstance(keys, LatentKeys) or not (eager or plain):
+            return None
+        arguments = query, key, value, attention_mask, table, keys, values
+        mixed = self.latent_decoder(*arguments, self.scaling, self.softcap)
+        return None if mixed is None else values.output(mixed).transpose(1, 2)
 
-    def decode_on_kernel(
+    def decode(
         self,
         query: torch.Tensor,
-        packed_key: torch.Tensor,
-        packed_value: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """What `decode` mixes of rotated keys and values, [b, h, 1, width_v], or None."""
-        shape, groups = self.shape, self.num_key_value_heads
-        linear = shape.form == "linear"
-        mixed = decode_components(
-            self.kernel,
-            query,
-            packed_key,
-            packed_value,
-            attention_mask,
-            key_factors=shape.key_head_factors(groups),
-            value_factors=shape.rank_v * groups if shape.contextual else 0,
-            scale=self.scaling / shape.rank_k if linear else self.scaling,
-            groups=groups,
-        )
-        return mixed / shape.rank_v if linear and mixed is not None else mixed
+        table: Table,
+    ) -> torch.Tensor:
+        """Attention of one query position; keys and values are not expanded, except latent keys.
+
+        Args:
+            query: rotated queries [b, h, 1, width_k] (absorbed gauge) or [b, h, 1, d].
+            key, value: the cache of this layer, or features of rows, [b, 1, t, ...].
+            attention_mask: boolean or additive, [b, 1, 1, t], or None to attend to everything.
+            table: see `update`.
+
+        Returns: what the output projection reads, [b, 1, h, width_v or d].
+        """
+        keys, values, scaling = self.keys, self.values, self.scaling
+        if isinstance(keys, LatentKeys):
+            parts = self.mixed_parts(key, value)
+            rebuilt = keys.expand(key, table)
+            output = decode_rebuilt(query, rebuilt, parts, attention_mask, values, scaling)
+        else:
+            cached = query, key, value, attention_mask
+            output = decode_rotated(*cached, keys, values, self.kernel, scaling)
+        return output.transpose(1, 2)
 
 
 def replace_attention(decoder: Any, names: AttentionNames) -> None:
@@ -448,12 +411,10 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
 
 def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
     """Tokens that a layer of the source attends to, None for all."""
-    if hasattr(source, "sliding_window"):
-        return source.sliding_window
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer_idx] != "sliding_attention":
         return None
-    return getattr(config, "sliding_window", None)
+    return getattr(source if hasattr(source, "sliding_window") else config, "sliding_window", None)
 
 
 def norm_width(norm: nn.Module) -> int:
@@ -471,18 +432,6 @@ def normalised_together(norm: nn.Module | None, head_dim: int, heads: int) -> bo
 def norm_epsilon(norm: Any) -> float:
     """What a norm of the source adds to the mean square; families call it one of two names."""
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-
-
-def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over [b, h, s, t] in fp32 at least, with a boolean or additive mask that broadcasts
-    to it."""
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=exact).to(scores.dtype)
 
 
 def eager_attention_forward(

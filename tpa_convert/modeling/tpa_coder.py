@@ -106,10 +106,9 @@ class RowCoder(nn.Module):
         if dtype is not None:
             return features_of(*decode(x, self.quantiser(self.layout)), dtype)
         if self.coding is not None and x.is_cuda:
-            made = self._on_kernels(self.coding, x, rows)
-            if not rows:
-                return made
-            return made, self.forward(made, dtype=x.dtype) if features else None
+            row, numbers, label = self._on_kernels(self.coding, x, rows)
+            said = features_of(numbers, label, x.dtype) if features or not rows else None
+            return (row, said) if rows else said
         if rows:
             quantiser = self.quantiser(self.layout)
             coded = quantise(x.float(), quantiser)
@@ -118,13 +117,14 @@ class RowCoder(nn.Module):
         numbers, label = straight_through(x.float(), self.quantiser())
         return features_of(numbers, label, x.dtype)
 
-    def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Tensor:
-        """What `forward` makes of components, in one launch or a few."""
+    def _on_kernels(
+        self, coding: Coding, x: Tensor, rows: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Rows if they are asked for, what codes say, and classes, in one launch or two."""
         quantiser = self.quantiser()
         tables = coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
         if not rows:
-            numbers, label = coding.straight_through(x, tables)
-            return features_of(numbers, label, x.dtype)
+            return None, *coding.straight_through(x, tables)
         if self.places is None or self.places[0].device != x.device:
             layout = self.layout
             places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
@@ -133,7 +133,8 @@ class RowCoder(nn.Module):
                 bits=places.bits.to(x.device),
                 low=places.low.to(x.device),
             )
-        return coding.encode_rows(x, tables, self.places)
+        row, (numbers, label) = coding.encode_rows(x, tables, self.places)
+        return row, numbers, label
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:

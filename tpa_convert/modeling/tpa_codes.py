@@ -192,6 +192,7 @@ def row_tables(layout: RowLayout, classes: int, device: Any = "cpu") -> RowTable
 
 
 def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below a number."""
     return -(-number // multiple) * multiple
 
 

@@ -57,6 +57,45 @@ def find_coding() -> Coding | None:
         return None
 
 
+class LatentKernels(NamedTuple):
+    """`tpa_convert.kernels`' own way to decode over latent keys."""
+
+    decode: Callable[..., torch.Tensor | None]
+    wanted: Callable[..., bool]
+    tables: Callable[..., Any]
+    key_map: Callable[..., Any]
+    rows: Callable[..., Any]
+    numbers: Callable[..., Any]
+
+
+def find_latent() -> LatentKernels | None:
+    """What decodes over latent keys on a GPU, None where no package has it; see `find_kernel`."""
+    try:
+        kernels = import_module("tpa_convert.kernels")
+        return LatentKernels(
+            kernels.decode_latent,
+            kernels.wanted,
+            kernels.latent_tables,
+            kernels.KeyMap,
+            kernels.Rows,
+            kernels.numbers,
+        )
+    except (ImportError, AttributeError):
+        return None
+
+
+def mask_of_slots(
+    mask: torch.Tensor | None, added: bool = False
+) -> tuple[bool, torch.Tensor | None]:
+    """Whether kernels take a mask of attention functions, and the mask [b or 1, t] for them: one
+    position's, the same for all heads; boolean, unless they take one that is `added` too."""
+    if mask is None:
+        return True, None
+    if mask.ndim != 4 or mask.shape[1] != 1 or not (added or mask.dtype == torch.bool):
+        return False, None
+    return True, mask[:, 0, -1]
+
+
 def decode_components(
     kernel: Callable[..., torch.Tensor | None] | None,
     query: torch.Tensor,
@@ -81,11 +120,9 @@ def decode_components(
     """
     if kernel is None or any(x.requires_grad for x in (query, packed_key, packed_value)):
         return None
-    mask = attention_mask
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
-            return None
-        mask = mask[:, 0, -1]  # of the one query position, for all heads
+    known, mask = mask_of_slots(attention_mask)
+    if not known:
+        return None
     return kernel(
         query,
         packed_key[..., key_factors:],

@@ -23,12 +23,16 @@ from .tpa_configuration import LayerShape
 from .tpa_rotary import Table, rotate
 
 
-def heads_of(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Products [b, j, s, d] of features [b, 1, s, w] with a matrix for each head, [j, d, w].
+def heads_of(
+    features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Products [b, j, s, d] of features [b, 1, s, w] with a matrix for each head, [j, d, w], and
+    the offset [j, d] of each.
 
     As a single product: a batched one would copy the features for every head.
     """
-    heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1))
+    bias = None if offset is None else offset.flatten()
+    heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1), bias)
     return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
 
 
@@ -76,19 +80,24 @@ class HeadGauge(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, head_dim, width))
         self.offset = nn.Parameter(torch.zeros(heads, head_dim)) if offset else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Heads [b, j, s, d] of features [b, j or 1, s, width]."""
+    def forward(self, features: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """Heads [b, j, s, d] of features [b, j or 1, s, width].
+
+        Args:
+            before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
+        """
+        weight = self.weight if before is None else torch.cat((before, self.weight), -1)
         if features.shape[1] == 1:
-            heads = heads_of(features, self.weight)
-        else:
-            heads = features @ self.weight.mT
+            return heads_of(features, weight, self.offset)
+        heads = features @ weight.mT
         return heads if self.offset is None else heads + self.offset[:, None]
 
 
-class BlockGauge(HeadGauge):
-    """A `HeadGauge` whose features make heads on blocks of rotary pairs: weight [j, d / B, width].
+class BlockGauge(nn.Module):
+    """As `HeadGauge`, with features that make heads on blocks of rotary pairs: weight [j, d / B,
+    width].
 
-    Features that belong to no block come last and have a weight of their own, `shared`.
+    Features that belong to no block come last and have a gauge of their own, `shared`.
 
     Args:
         widths: features of each of the B blocks.
@@ -96,15 +105,15 @@ class BlockGauge(HeadGauge):
     """
 
     def __init__(self, heads: int, head_dim: int, widths: list[int], shared: int):
-        super().__init__(heads, head_dim // len(widths), sum(widths))
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim // len(widths), sum(widths)))
         self.widths = widths
         self.shared = HeadGauge(heads, head_dim, shared, offset=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if len(self.widths) == 1 and self.shared.offset is not None:  # a single product
-            weight = torch.cat((self.weight, self.shared.weight), -1).flatten(0, 1)
-            heads = nn.functional.linear(features[:, 0], weight, self.shared.offset.flatten())
-            return heads.unflatten(-1, self.weight.shape[:2]).transpose(1, 2)
+        """Heads [b, j, s, d] of features [b, 1, s, all widths]."""
+        if len(self.widths) == 1:  # a single product
+            return self.shared(features, self.weight)
         *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
         weights = self.weight.split(self.widths, dim=-1)
         parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
@@ -128,6 +137,12 @@ class KeyNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(*(() if heads is None else (heads,)), head_dim))
         self.eps = eps
 
+    def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """γ and γ', [d] each, or [j, d] of all heads together."""
+        weight = self.weight.to(dtype)
+        least = self.least * weight.abs().max()
+        return weight, torch.where(weight.abs() < least, least, weight)
+
     def forward(self, keys: torch.Tensor, hide: bool = False) -> torch.Tensor:
         """Scales [b, j or 1, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32 at
         least.
@@ -135,10 +150,9 @@ class KeyNorm(nn.Module):
         With `hide`, scales [b, j, s, d] that also turn γ' into γ.
         """
         exact = torch.promote_types(keys.dtype, torch.float32)
-        weight = self.weight.to(exact)
-        weight = weight[:, None] if self.all_heads else weight
-        least = self.least * weight.abs().max()
-        divisor = torch.where(weight.abs() < least, least, weight)
+        weight, divisor = self.weights(exact)
+        if self.all_heads:
+            weight, divisor = weight[:, None], divisor[:, None]
         unscaled = keys.to(exact) / divisor
         together = (1, -1) if self.all_heads else -1
         scale = (unscaled.square().mean(together, keepdim=True) + self.eps).rsqrt()
@@ -323,6 +337,7 @@ class LatentKeys(KeyLayout):
         super().__init__(shape, hidden_size, heads, head_dim, bias or shape.coded, norm_eps)
         self.expanded_heads = heads
         self.coder = RowCoder(shape.key_layout) if shape.coded else None
+        self.gauge: HeadGauge | BlockGauge
         if self.coder is None:
             self.gauge = HeadGauge(heads, head_dim, shape.width_k, offset=True)
         else:

@@ -8,7 +8,7 @@ from transformers import initialization as init
 from .tpa_adapters import tell_peft
 from .tpa_attention import AttentionNames, TPAAttention, replace_attention
 from .tpa_coder import RowCoder
-from .tpa_keys import HeadGauge, KeyNorm, PairGauge, RotatedKeys
+from .tpa_keys import BlockGauge, HeadGauge, KeyNorm, PairGauge, RotatedKeys
 from .tpa_paged import pack_paged_cache
 
 
@@ -36,9 +36,9 @@ class TPAModelMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, PairGauge):
             init.normal_(module.weight, std=1.0)
-        elif isinstance(module, HeadGauge):
+        elif isinstance(module, HeadGauge | BlockGauge):
             init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
-            if module.offset is not None:
+            if isinstance(module, HeadGauge) and module.offset is not None:
                 init.zeros_(module.offset)
         elif isinstance(module, KeyNorm):
             init.ones_(module.weight)

@@ -53,9 +53,9 @@ class CacheBudget(Section):
     cache_bits: CacheBits = option(
         "auto",
         "How many bits a cached number has. auto codes every number in the bits that it is worth, "
-        "0 to 8; 1 to 8 give all that are kept as many; 16 caches plain numbers, fewer of them. "
-        "Where ranks, widths or anything else is asked for that only plain numbers have, auto is "
-        "16.",
+        "0 to 8; 1 to 8 are the mean over the numbers that are kept, so that fewer or more of them "
+        "are; 16 caches plain numbers, fewer of them. Where all of them fit (a ratio of 1), or "
+        "ranks, widths or anything else is asked for that only plain numbers have, auto is 16.",
         BUDGET,
     )
 
@@ -89,21 +89,30 @@ class KeyOptions(CacheBudget):
         shown_default="as few as a GPU rebuilds while it would read the source's cache",
         ge=1,
     )
+    target: Literal["llama"] | None = option(
+        None,
+        "For a model that `export --to llama` (or gguf) writes without loss: static rotated keys "
+        "in 16 bits, with one table of rotary pairs for all layers.",
+        METHOD,
+    )
 
     @property
     def coded(self) -> bool:
         """Whether the cache is to be coded in bits. A plan in a file says that by itself."""
-        return not self.plain_only() if self.cache_bits == "auto" else self.cache_bits != "16"
+        if self.cache_bits == "auto":
+            return not self.plain_only() and self.kv_ratio != 1
+        return self.cache_bits != "16"
 
     @property
     def code_bits(self) -> int | None:
-        """Bits of every component that is kept; None chooses by component."""
+        """Mean of the bits of the components that are kept; None keeps as many as is best."""
         return None if self.cache_bits == "auto" else int(self.cache_bits)
 
     def plain_only(self) -> list[str]:
         """Options given that only a cache of plain numbers has."""
         found = ["`gauge`"] if self.gauge != "auto" else []
-        return found + (["rotated `key_cache`"] if self.key_cache == "rotated" else [])
+        found += ["rotated `key_cache`"] if self.key_cache == "rotated" else []
+        return found + (["`target`"] if self.target is not None else [])
 
     def refuse_codes_elsewhere(self) -> None:
         """Refuses bits for a cache of plain numbers.
@@ -117,13 +126,19 @@ class KeyOptions(CacheBudget):
                 f"`cache_bits` {self.cache_bits} does not go with {' and '.join(plain)}: leave out "
                 "one"
             )
-        if self.key_blocks is not None and (plain or self.cache_bits == "16"):
+        if self.key_blocks is not None and not self.coded:
             raise ValueError("`key_blocks` is for a cache coded in bits: leave it out")
 
     @property
     def plain_key_cache(self) -> Literal["rotated", "latent"]:
         """Of a cache of plain numbers."""
         return "latent" if self.key_cache == "latent" else "rotated"
+
+    @model_validator(mode="after")
+    def _check_target(self) -> KeyOptions:
+        if self.target == "llama" and (self.plain_key_cache != "rotated" or self.coded):
+            raise ValueError("`target` llama needs rotated keys of 16 bits")
+        return self
 
 
 class CalibrationOptions(Section):
@@ -140,7 +155,7 @@ class CalibrationOptions(Section):
     text_column: str = option(
         "text", "Column of the text in jsonl, parquet and datasets.", CALIBRATION
     )
-    calibration_blocks: int = option(64, "Number of sequences.", CALIBRATION, ge=1)
+    calibration_blocks: int = option(32, "Number of sequences.", CALIBRATION, ge=1)
     block_length: int = option(512, "Tokens per sequence.", CALIBRATION, ge=2)
     save_moments: Path | None = option(
         None,
@@ -221,13 +236,6 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
         shown_default="the source's; float32 for GGUF",
     )
 
-    target: Literal["llama"] | None = option(
-        None,
-        "Make a model that `export --to llama` (or gguf) writes without loss: static rotated keys "
-        "in 16 bits, with one table of rotary pairs for all layers.",
-        METHOD,
-    )
-
     def plain_only(self) -> list[str]:
         given = super().plain_only()
         given += [f"`{name}`" for name in RANKS if getattr(self, name) is not None]
@@ -235,7 +243,6 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
             ("plan", None),
             ("form", "static"),
             ("method", "gauge"),
-            ("target", None),
         ):
             if getattr(self, name) != default:
                 given.append(f"`{name}`")
@@ -244,13 +251,11 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
         return given
 
     @model_validator(mode="after")
-    def _check_target(self) -> ConvertOptions:
+    def _check_shared_table(self) -> ConvertOptions:
         if self.target == "llama":
             for name, wanted in (("form", "static"), ("method", "gauge")):
                 if getattr(self, name) != wanted:
                     raise ValueError(f"`target` llama needs `{name}` {wanted}")
-            if self.plain_key_cache != "rotated" or self.coded:
-                raise ValueError("`target` llama needs rotated keys of 16 bits")
             if not self.whiten:
                 raise ValueError("`target` llama needs `whiten`")
         return self

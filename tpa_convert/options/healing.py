@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, model_validator
 
 from tpa_convert.options.declaration import (
+    BUDGET,
     OUTPUT,
     SOURCE,
     TEXT,
@@ -194,6 +195,15 @@ class HealOptions(HealingSettings):
         metavar="PATH|DATASET",
     )
     text_column: str = option("text", "Column of the text in jsonl, parquet and datasets.", TEXT)
+    kv_ratio: float | None = option(
+        None,
+        "Of a model that caches plain numbers: code its cache in bits first, in this share of the "
+        "source's bytes. Needs keys that are latent, or a gauge that is applied.",
+        BUDGET,
+        shown_default="the cache stays as it is",
+        gt=0,
+        lt=1,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> HealOptions:

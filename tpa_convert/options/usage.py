@@ -144,7 +144,8 @@ class ReportFiles(Section):
     out: Path = option(REQUIRED, "Page to write.", OUTPUT, flags="--out -o", metavar="FILE.html")
     results: Texts = option(
         (),
-        "Results that eval --json wrote, beside those in the model's card. May be repeated.",
+        "Results that eval --json or bench --json wrote, beside those in the model's card. May be "
+        "repeated.",
         MEASURE,
         metavar="FILE",
     )

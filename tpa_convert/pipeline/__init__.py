@@ -1,8 +1,7 @@
 """The steps of the command line as a Python API: plan, convert, heal, evaluate, bench, generate.
 
     from tpa_convert import pipeline
-    from tpa_convert.options.conversion import ConvertOptions
-from tpa_convert.options.healing import HealOptions
+    from tpa_convert.recipe import ConvertOptions, HealOptions
 
     pipeline.convert("HuggingFaceTB/SmolLM2-135M", "small", ConvertOptions(kv_ratio=0.5))
     pipeline.heal("small", "healed", HealOptions(text=["essays.jsonl"]))

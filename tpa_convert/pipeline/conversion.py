@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.coded import choose_codes
+from tpa_convert.conversion.coded import Codes, choose_codes
 from tpa_convert.conversion.model import Conversion, convert_model
 from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
-from tpa_convert.export.llama import check_source
 from tpa_convert.export.output import Unfinished, atomic_file, check_output, resumable_directory
 from tpa_convert.export.save import copy_licence, save_around_weights, save_converted, stamp
 from tpa_convert.export.shards import ShardedWeights
-from tpa_convert.export.stock import stock_class
-from tpa_convert.families import family_of
 from tpa_convert.modeling import LayerShape
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
 from tpa_convert.pipeline.prediction import Prediction, predict
-from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Stages, Track, no_tracking
 from tpa_convert.refinement.least_squares import refit
-from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.refinement.regression import LayerRefinement, RefinementSettings, refine
 from tpa_convert.sources import Source, device_of, read_source_config
 from tpa_convert.storage import TensorFolder
 
@@ -49,6 +46,8 @@ class ConversionResult:
         seconds: wall time.
         stages: of it, by what was done.
         source_bytes: of the source's weights in their files.
+        nats: what the codes of the cache are expected to cost a token, before refit and healing;
+            None for a cache of plain numbers, and for a plan that has its codes already.
     """
 
     out: Path
@@ -56,15 +55,17 @@ class ConversionResult:
     seconds: float
     stages: dict[str, float]
     source_bytes: int
+    nats: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        made = {
             "out": str(self.out),
             "seconds": self.seconds,
             "stages": self.stages,
             "source_bytes": self.source_bytes,
-            **self.prediction.to_json(),
+            "expected_nats": self.nats,
         }
+        return made | self.prediction.to_json()
 
 
 def preview(
@@ -111,7 +112,7 @@ def convert(
             f"{options.save_moments} exists: use it with --moments, or pass --overwrite"
         )
     if options.target == "llama":
-        _refuse_other_than_llama(source)
+        refuse_other_than_llama(source)
     prediction = preview(source, options)  # a wrong budget is told before anything is loaded
     with stages("checking the source"):
         opened = load(source_options(source), device, on_demand=True)
@@ -124,6 +125,8 @@ def convert(
     identity = _identity(opened, blocks, options)
     with resumable_directory(out, overwrite, identity) as made:
         moments = None
+        nats: float | None = None
+        by_layer: dict[str, Any] = {}  # how much the cache of each layer loses
         if needs_moments:
             store, coded = TensorFolder(made.work / "moments"), plan.is_coded
             with stages("calibrating"):
@@ -131,7 +134,8 @@ def convert(
         if plan.coded is not None:
             assert moments is not None
             with stages("choosing codes"):
-                plan = _with_codes(plan, moments, made.work / "codes.json")
+                codes = _codes(plan, moments, made.work / "codes.json")
+            plan, nats, by_layer["layer_nats"] = codes.plan, codes.nats, codes.layer_nats
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
@@ -142,7 +146,8 @@ def convert(
                 opened, plan, moments, **settings, dtype=torch.float32, track=track
             ).to(device_of(opened.model))
             with stages("refitting or refining"):
-                _adapt(opened, model, blocks, options, track)
+                errors = _adapt(opened, model, blocks, options, track)
+            by_layer["layer_errors"] = [astuple(error) for error in errors]
             model = model.to(prediction.dtype)
             save: Callable[..., None] = save_converted
         else:
@@ -155,13 +160,14 @@ def convert(
         record = {
             "settings": options.model_dump(mode="json"),
             "plan": prediction.to_json(),
+            **by_layer,
             **stamp(),
         }
         provenance = {"source": asdict(opened.reference), "convert": record}
         save(model, opened.tokenizer, made.output, out.name, provenance)
         copy_licence(opened, made.output)
     seconds = time.perf_counter() - start
-    return ConversionResult(out, prediction, seconds, stages.seconds, opened.num_bytes)
+    return ConversionResult(out, prediction, seconds, stages.seconds, opened.num_bytes, nats)
 
 
 def _identity(source: Source, blocks: Tensor | None, options: ConvertOptions) -> dict[str, Any]:
@@ -180,12 +186,16 @@ def _identity(source: Source, blocks: Tensor | None, options: ConvertOptions) ->
     }
 
 
-def _with_codes(plan: Plan, moments: Moments, path: Path) -> Plan:
-    """The plan with the codes that an interrupted run has chosen, or else with new ones."""
+def _codes(plan: Plan, moments: Moments, path: Path) -> Codes:
+    """The codes that an interrupted run has chosen, or else new ones."""
     if not path.is_file():
-        chosen = choose_codes(plan, moments.layers, moments.num_tokens).plan
-        _write_shapes(path, chosen.layers)
-    return replace(plan, layers=_read_shapes(path), coded=None)
+        chosen = choose_codes(plan, moments.layers, moments.num_tokens)
+        record = {"layers": [asdict(x) for x in chosen.plan.layers], "nats": chosen.layer_nats}
+        with atomic_file(path) as unfinished:
+            unfinished.write_text(json.dumps(record), encoding="utf-8")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    layers = [LayerShape(**values) for values in record["layers"]]
+    return Codes(replace(plan, layers=layers, coded=None), tuple(record["nats"]))
 
 
 def _write_shapes(path: Path, shapes: Sequence[LayerShape]) -> None:
@@ -232,18 +242,9 @@ def _adapt(
     blocks: Tensor,
     options: ConvertOptions,
     track: Track,
-) -> None:
+) -> list[LayerRefinement]:
     """Refits or refines a converted model in fp32, in place."""
     if options.refit:
-        refit(source.model, model, blocks, track=track)
-    else:
-        settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
-        refine(source.model, model, blocks, settings, track=track)
-
-
-def _refuse_other_than_llama(source: str | SourceOptions) -> None:
-    where = source_options(source)
-    config = read_source_config(
-        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
-    )
-    check_source(stock_class(family_of(config).causal_lm), config)
+        return refit(source.model, model, blocks, track=track)
+    settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
+    return refine(source.model, model, blocks, settings, track=track)

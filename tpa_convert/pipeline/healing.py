@@ -20,10 +20,12 @@ from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_
 from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
 from tpa_convert.healing import HealingReport
 from tpa_convert.healing import heal as heal_model
+from tpa_convert.healing.training.checks import hidden_weight_for
 from tpa_convert.healing.training.distributed import processes
 from tpa_convert.healing.training.preparation import LOGS
 from tpa_convert.options.healing import HealOptions
 from tpa_convert.options.source import SourceOptions
+from tpa_convert.pipeline.recoding import coded_student
 from tpa_convert.pipeline.selection import source_of
 from tpa_convert.pipeline.training_text import (
     blocks_of_text,
@@ -88,7 +90,7 @@ def heal(
         UserError: held-out documents are in the training text; see `healing.heal` for the others.
         HealingInterrupted: after Ctrl-C or SIGTERM; the same call continues.
     """
-    prepared = _prepare(directory, check_output(out, overwrite), options, source)
+    prepared = _prepare(directory, check_output(out, overwrite), options, source, track)
     if processes().is_main_process:
         _claim_checkpoints(prepared, resume)
     processes().wait_for_everyone()
@@ -125,7 +127,11 @@ class _Prepared:
 
 
 def _prepare(
-    directory: str | Path, out: Path, options: HealOptions, source: str | SourceOptions | None
+    directory: str | Path,
+    out: Path,
+    options: HealOptions,
+    source: str | SourceOptions | None,
+    track: Track,
 ) -> _Prepared:
     """Read and check everything: text first, since models take longer to load."""
     provenance = read_provenance(directory)
@@ -138,6 +144,8 @@ def _prepare(
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     teacher = source_of(directory, provenance, source, dtype=dtype)
     student, tokenizer = load_converted(directory, dtype=torch.float32)
+    if options.kv_ratio is not None:
+        student, provenance = coded_student(student, tokenizer, provenance, options.kv_ratio, track)
     return _Prepared(
         out=out,
         options=options,
@@ -195,6 +203,9 @@ def _save(prepared: _Prepared, report: HealingReport, overwrite: bool) -> None:
     student.to("cpu", named_dtype(provenance["convert"]["plan"]["dtype"]))
     record = {
         "settings": prepared.options.model_dump(mode="json"),
+        "hidden_weight": hidden_weight_for(
+            student, prepared.teacher.model, prepared.options.hidden_weight
+        ),
         "source": asdict(prepared.teacher.reference),
         "report": asdict(report) | {"losses": thinned(report.losses)},
         "chart": LOSS_CHART,

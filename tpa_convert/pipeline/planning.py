@@ -15,7 +15,7 @@ from tpa_convert.options.conversion import BUDGETS
 from tpa_convert.options.planning import PlanOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
-from tpa_convert.pipeline.selection import load, source_options
+from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
 from tpa_convert.planning.coded import search_coded
 from tpa_convert.planning.search import Candidate, PlanReport, check_multiples, search
 from tpa_convert.plans import Budget, Plan, plan_coded, plan_to_yaml, plan_uniform
@@ -120,6 +120,8 @@ def plan(
         track: shows progress, called as `track(items, description)`.
     """
     start = time.perf_counter()
+    if options.target == "llama":
+        refuse_other_than_llama(source)
     where = source_options(source)
     config = read_source_config(
         where.model, revision=where.revision, trust_remote_code=where.trust_remote_code

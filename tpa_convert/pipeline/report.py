@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.evaluation.sweep import SpeedReport
 from tpa_convert.export.inspection import inspect
 from tpa_convert.export.output import atomic_file
 from tpa_convert.reporting.html import render_report
@@ -17,25 +18,33 @@ def report(directory: str | Path, out: str | Path, results: Sequence[str | Path]
     """Write a page of the model in `directory`, from what is known of it.
 
     Args:
-        results: files that `eval --json` wrote, beside what the model's own record has.
+        results: files that `eval --json` or `bench --json` wrote, beside what the model's own
+            record has.
 
     Raises:
         UserError: no converted model there, or a file that holds no results.
     """
-    page = render_report(inspect(directory), [load_results(path) for path in results])
+    found = [load_results(path) for path in results]
+    page = render_report(
+        inspect(directory),
+        [one for one in found if isinstance(one, EvaluationReport)],
+        [one for one in found if isinstance(one, SpeedReport)],
+    )
     with atomic_file(out) as path:
         path.write_text(page, encoding="utf-8")
 
 
-def load_results(path: str | Path) -> EvaluationReport:
-    """What `eval --json` wrote.
+def load_results(path: str | Path) -> EvaluationReport | SpeedReport:
+    """What `eval --json` or `bench --json` wrote.
 
     Raises:
         UserError: it is no such file.
     """
     try:
-        return EvaluationReport.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        kind = SpeedReport if "points" in values else EvaluationReport
+        return kind.from_json(values)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no results of `tpa-convert eval --json`") from error
+        raise UserError(f"{path} holds no results of eval --json or bench --json") from error

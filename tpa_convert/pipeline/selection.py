@@ -11,6 +11,8 @@ import torch
 
 from tpa_convert.conversion.probe import probe
 from tpa_convert.errors import UserError
+from tpa_convert.export.llama import check_source
+from tpa_convert.export.stock import stock_class
 from tpa_convert.families import family_of
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.sources import Source, load_source, open_source, read_source_config
@@ -19,6 +21,19 @@ from tpa_convert.sources import Source, load_source, open_source, read_source_co
 def source_options(source: str | SourceOptions) -> SourceOptions:
     """A plain string is a model without a revision."""
     return source if isinstance(source, SourceOptions) else SourceOptions(model=source)
+
+
+def refuse_other_than_llama(source: str | SourceOptions) -> None:
+    """Refuses sources of which no conversion can be a Llama.
+
+    Raises:
+        UserError: what is in the way.
+    """
+    where = source_options(source)
+    config = read_source_config(
+        where.model, revision=where.revision, trust_remote_code=where.trust_remote_code
+    )
+    check_source(stock_class(family_of(config).causal_lm), config)
 
 
 def load(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
 from tpa_convert.forward.comparison import compare
 from tpa_convert.modeling import Form, KeyCache
@@ -39,7 +40,8 @@ class Candidate:
         form: of all layers.
         split: `uniform` over layers and between keys and values, by `measured` sensitivity, or
             `halfway` between the two. `coded`: in bits, which need no sensitivity.
-        predicted_kl: sum of the losses of all parts, nats per token; None for contextual forms.
+        predicted_kl: sum of the losses of all parts, nats per token; None for contextual forms, and
+            where no sensitivity was measured.
         kl: measured, KL(source ‖ model) in nats per token.
         perplexity_ratio: measured, to the source's.
         cost: of the attention layers, at the report's context.
@@ -192,7 +194,8 @@ def search(
         source: a model in fp32.
         moments: of the source on calibration text.
         blocks: token ids [N, length] that the moments have not seen.
-        options: kind of keys, gauge, multiples of widths, accepted loss, refinement.
+        options: kind of keys, gauge, target, multiples of widths, accepted loss, refinement. For a
+            Llama, whose layers are all as wide, only uniform widths are measured.
         kv_floats: the wanted budget, in numbers per token and layer; the best candidate there is
             chosen, contextual forms included where they fit. None chooses the smallest cache that
             keeps the accepted loss, told from the divergence: exp(KL) − 1.
@@ -206,9 +209,11 @@ def search(
     sizes = source.family.attention_sizes(source.model.config)
     # Sensitivities run most of the model for each part: a quarter of the text is enough for them.
     few = blocks[: max(1, len(blocks) // 4)]
-    sensitivity = measure_sensitivity(
-        source, moments, few, key_cache=options.plain_key_cache, track=track
-    )
+    sensitivity: Sequence[LayerSensitivity] = ()
+    if options.target is None:
+        sensitivity = measure_sensitivity(
+            source, moments, few, key_cache=options.plain_key_cache, track=track
+        )
     wanted = [] if kv_floats is None else [kv_floats]
     least = least_floats(sizes, options.multiple_of, options.plain_key_cache)
     fitting = [floats for floats in curve if floats >= least]
@@ -256,6 +261,9 @@ def _proposals(
     """The plans at one budget, the uniform one first."""
     key_cache, gauge = options.plain_key_cache, options.gauge
     uniform = plan_uniform(sizes, Budget(kv_floats=floats), key_cache=key_cache)
+    if options.target == "llama":
+        yield _Proposal(floats, uniform.with_gauge(gauge), "static", "uniform")
+        return
     uneven = plan_measured(sensitivity, sizes, floats, options.multiple_of, key_cache)
     between = plan_between(uniform, uneven, sizes)
     yield _Proposal(floats, uniform.with_gauge(gauge), "static", "uniform")
@@ -280,6 +288,8 @@ def _measure(
 ) -> tuple[Candidate, float]:
     """A proposal with what it does to the model, and the perplexity of the source."""
     plan = proposal.plan
+    if options.target == "llama":
+        plan = share_pairs(plan, moments)
     model = convert_model(source, plan, moments).to(source.model.device)
     if refined_on is not None:
         settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
@@ -292,7 +302,7 @@ def _measure(
         plan,
         proposal.form,
         proposal.split,
-        predicted_loss(plan, sensitivity) if proposal.form == "static" else None,
+        predicted_loss(plan, sensitivity) if sensitivity and proposal.form == "static" else None,
         agreements["model"].kl,
         scores["model"].perplexity / source_perplexity,
         plan_cost(plan, sizes, options.context),

@@ -3,11 +3,12 @@ text is read."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from tpa_convert.coding import LEVELS, least_row_bytes
+from tpa_convert.coding import least_row_bytes
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import LayerShape, codes_of
 from tpa_convert.plans.plan import Budget, CodedBudget, Plan, floats_of_budget
 
 # Rebuilding keys takes 2 n w / B operations a token, with n keys of w components in B blocks. With
@@ -29,7 +30,8 @@ def plan_coded(
     Args:
         sizes: `Family.attention_sizes` of the source.
         budget: floats, bytes or a ratio; a number has 16 bits.
-        bits: of every component that is kept; None chooses by component.
+        bits: mean over the components that are kept; where all have as many, what is left of the
+            budget stays unused. None keeps as many components as is best.
         key_blocks: of rotary pairs; None for as few as decode quickly.
 
     Raises:
@@ -45,7 +47,7 @@ def plan_coded(
         )
     total = int(2 * floats * layers)
     align = ALIGN_WIDE if total / (2 * layers) >= WIDE_ROW else ALIGN
-    least = 2 * layers * least_row_bytes(align, LEVELS if bits is None else (0, bits))
+    least = 2 * layers * least_row_bytes(align)
     if total < least:
         raise UserError(
             f"a budget of {total} bytes per token is too small: {layers} layers need at least "
@@ -57,6 +59,8 @@ def plan_coded(
         raise UserError(
             f"`key_blocks` must divide the {pairs} rotary pairs of a head, not {blocks}"
         )
+    if bits is not None:
+        total = min(total, layers * _bytes_of_all(sizes, blocks, align, bits))
     groups = sizes["num_key_value_heads"]
     return Plan(
         [full_width_shape(sizes)] * layers,
@@ -80,6 +84,18 @@ def full_width_shape(sizes: dict[str, Any]) -> LayerShape:
     return LayerShape(
         "static", "applied", "applied", rank, rank, width, width, "latent", sizes["key_norm"]
     )
+
+
+def _bytes_of_all(sizes: dict[str, Any], blocks: int, align: int, bits: int) -> int:
+    """Bytes of a layer's rows that give every component so many bits."""
+    width = _source_floats(sizes) // 2
+    shape = replace(
+        full_width_shape(sizes),
+        key_codes=codes_of([[(bits, width // blocks)]] * blocks),
+        value_codes=codes_of([[(bits, width)]]),
+        row_align=align,
+    )
+    return shape.cached_bytes(sizes["num_key_value_heads"])
 
 
 def _source_floats(sizes: dict[str, Any]) -> int:

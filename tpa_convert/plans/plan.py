@@ -49,7 +49,7 @@ class CodedBudget:
         total_bytes: of one token in all layers.
         key_blocks: of rotary pairs.
         align: see `LayerShape.row_align`.
-        bits: of every component that is kept; None chooses by component.
+        bits: mean over the components that are kept; None keeps as many as is best.
         predict_values: see `LayerShape`.
     """
 

@@ -29,7 +29,7 @@ COLORS = {
     "quantised": "#d62728",
     "keys": "#1f77b4",
     "values": "#ff7f0e",
-    "training": "#aec7e8",
+    "training": "#7fb0dd",
     "held-out": "#1f77b4",
     "source": "#7f7f7f",
 }

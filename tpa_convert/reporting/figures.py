@@ -7,7 +7,10 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.evaluation.sweep import SpeedPoint, SpeedReport
 from tpa_convert.export.inspection import HealingStep, Inspection
 from tpa_convert.reporting.charts import COLORS, pyplot
 
@@ -17,6 +20,7 @@ Draw = Callable[[Any], None]
 INK = {"light": "#1d2433", "dark": "#dde3ee"}
 SIZE = (6.4, 3.4)
 FONT_SIZE = 12  # so that it can be read on a phone, where a picture is half as wide
+LINES = ("-", "--", "-.", ":")  # of batches
 FRONT = ("bytes per token", "perplexity")
 
 
@@ -49,6 +53,81 @@ def layer_bytes(found: Inspection) -> Draw:
         axes.set_ylabel("bytes per token")
 
     return draw
+
+
+def layer_losses(found: Inspection) -> Draw | None:
+    """What the codes of each layer are expected to cost; None if that is not known."""
+    if not found.layer_nats:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.bar(range(len(found.layer_nats)), found.layer_nats, color=COLORS["keys"])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("nats per token")
+
+    return draw
+
+
+def layer_errors(found: Inspection) -> Draw | None:
+    """Errors of the attention of each layer before and after refit or refinement; None without."""
+    if not found.layer_errors:
+        return None
+
+    def draw(axes: Any) -> None:
+        layers = range(len(found.layer_errors))
+        for i, label in enumerate(("before", "after")):
+            values = [errors[i] for errors in found.layer_errors]
+            axes.plot(layers, values, "o-", color=COLORS[("source", "held-out")[i]], label=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("relative squared error")
+
+    return draw
+
+
+def speed_curves(report: SpeedReport) -> dict[str, Draw]:
+    """Decoding, prefill and memory of the cache against the context, by what a picture shows: a
+    line for each model and batch."""
+
+    def curve(value: Callable[[SpeedPoint], float], unit: str) -> Draw:
+        def draw(axes: Any) -> None:
+            batches = sorted({point.batch for point in report.points})
+            for i, model in enumerate(report.weight_bytes):
+                for j, batch in enumerate(batches):
+                    points = [p for p in report.points if (p.model, p.batch) == (model, batch)]
+                    axes.plot(
+                        [point.context for point in points],
+                        [value(point) for point in points],
+                        marker="o",
+                        color=f"C{i}",
+                        linestyle=LINES[j % len(LINES)],
+                        label=model if len(batches) == 1 else f"{model}, batch {batch}",
+                    )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            # What lies within a decade wants more ticks than its ends; labels of many would touch.
+            low, high = axes.get_ylim()
+            subs = (1, 2, 3, 5, 7) if high < 30 * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+            axes.set_xlabel("context, tokens")
+            axes.set_ylabel(unit)
+
+        return draw
+
+    return {
+        "Time of a decoding step. Lower is better.": curve(
+            lambda point: point.latency * 1e3, "milliseconds"
+        ),
+        "Speed of reading the prompt. Higher is better.": curve(
+            lambda point: point.prefill, "tokens per second"
+        ),
+        "Memory that the cache takes.": curve(lambda point: point.cache_bytes / 1e6, "megabytes"),
+    }
 
 
 def healing_curves(steps: Sequence[HealingStep]) -> Draw | None:
@@ -142,13 +221,15 @@ def _svg(draw: Draw, ink: str) -> str:
         figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
         draw(axes)
         axes.grid(alpha=0.2)
-        axes.legend(
-            frameon=False,
-            fontsize=FONT_SIZE - 1,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=3,
-        )
+        axes.set_axisbelow(True)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(
+                frameon=False,
+                fontsize=FONT_SIZE - 1,
+                loc="lower center",
+                bbox_to_anchor=(0.5, 1.0),
+                ncols=3,
+            )
         data = io.BytesIO()
         figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)

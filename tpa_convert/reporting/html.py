@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.filesize import decimal
 
 from tpa_convert.evaluation import EvaluationReport
+from tpa_convert.evaluation.sweep import SpeedReport
 from tpa_convert.export.card import (
     making,
     own_column,
@@ -20,23 +21,37 @@ from tpa_convert.export.card import (
 )
 from tpa_convert.export.inspection import Inspection
 from tpa_convert.modeling import LayerShape
-from tpa_convert.reporting.figures import front, healing_curves, layer_bytes, pictures
+from tpa_convert.reporting.figures import (
+    front,
+    healing_curves,
+    layer_bytes,
+    layer_errors,
+    layer_losses,
+    pictures,
+    speed_curves,
+)
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CONTEXTS = (1024, 8192, 32_768, 131_072)
 DROPPED = "drop"  # in the name of the row that sums up how much worse tasks are answered
 
 
-def render_report(found: Inspection, reports: Sequence[EvaluationReport] = ()) -> str:
+def render_report(
+    found: Inspection,
+    reports: Sequence[EvaluationReport] = (),
+    speeds: Sequence[SpeedReport] = (),
+) -> str:
     """The page of a model.
 
     Args:
         reports: what was measured of it, beside what its own record has.
+        speeds: how fast it was beside its source.
     """
     own = [] if found.evaluation is None else [found.evaluation]
     reports = [*reports, *(report for report in own if report not in reports)]
     provenance = found.provenance
     curves, measured = healing_curves(found.healings), front(reports)
+    losses, errors = layer_losses(found), layer_errors(found)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     header, rows = _layers(found)
@@ -47,6 +62,9 @@ def render_report(found: Inspection, reports: Sequence[EvaluationReport] = ()) -
         quality=quality(provenance or {}, found.name, reports[0] if reports else None),
         front=pictures(measured) if measured else None,
         layers=pictures(layer_bytes(found)),
+        losses=pictures(losses) if losses else None,
+        errors=pictures(errors) if errors else None,
+        speeds=[_speed(report) for report in speeds],
         memory=[_memory(found, tokens) for tokens in CONTEXTS],
         layer_header=header,
         layer_rows=rows,
@@ -97,6 +115,15 @@ def _measured_tiles(report: EvaluationReport, model: str) -> Iterator[dict[str, 
         if DROPPED in row.name and value is not None:
             margin = f" ± {row.margins[model]:.1f}" if model in row.margins else ""
             yield {"value": f"{value:.1f}{margin}", "meaning": f"points: {row.name}"}
+
+
+def _speed(report: SpeedReport) -> dict[str, Any]:
+    """Pictures by their captions, and what was measured on."""
+    caches = "static caches" if report.static else "dynamic caches"
+    return {
+        "pictures": {text: pictures(draw) for text, draw in speed_curves(report).items()},
+        "where": f"{report.device}, {report.dtype}, {caches}.",
+    }
 
 
 def _memory(found: Inspection, tokens: int) -> dict[str, str]:

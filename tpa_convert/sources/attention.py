@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,10 +44,7 @@ def attention_weights(
     """
     head_dim = source_head_dim(config)
     heads, groups = config.num_attention_heads, source_key_value_heads(config)
-    rotated = 0
-    if names.table_order(attention) is not None:
-        rotated = rotated_dims(config, head_dim, layer_idx)
-    order = half_split_order(head_dim, rotated, names.pairs)
+    order = head_order(attention, names, config, layer_idx)
     query, key, value = (
         part.to(device, dtype).unflatten(0, (-1, head_dim))
         for part in _projections(attention, names, heads, groups, head_dim, layer_idx)
@@ -58,13 +56,12 @@ def attention_weights(
     )
     if key_norm is not None:
         key = key * key_norm.divisor[..., None]
-    if order is not None:
-        if query_norm is not None or key_norm is not None:
-            raise UserError(
-                f"layer {layer_idx} normalises its heads and rotates a part of them, or neighbours "
-                "in them, which is not supported yet"
-            )
+    if order is not None:  # a norm is the same in any order, its weight but for that
         query, key = query[:, order], key[:, order]
+        query_norm, key_norm = (
+            None if norm is None else replace(norm, weight=norm.weight[..., order])
+            for norm in (query_norm, key_norm)
+        )
     return AttentionWeights(
         query=query,
         key=key,
@@ -77,6 +74,36 @@ def attention_weights(
         window=sliding_window(attention, config, layer_idx),
         softcap=getattr(attention, "attn_logit_softcapping", None),
     )
+
+
+def query_norm_parameters(
+    attention: Any, names: AttentionNames, config: Any, layer_idx: int
+) -> dict[str, Tensor]:
+    """Parameters of the norm of the queries, which stays the source's own module, by their names
+    in a `TPAAttention`: for queries in the order that `attention_weights` gives them."""
+    norm = getattr(attention, names.query_norm, None)
+    if norm is None:
+        return {}
+    order = head_order(attention, names, config, layer_idx)
+    return {
+        f"q_norm.{name}": in_order(tensor, source_head_dim(config), order)
+        for name, tensor in norm.state_dict().items()
+    }
+
+
+def in_order(rows: Tensor, head_dim: int, order: list[int] | None) -> Tensor:
+    """Rows [heads * head_dim, ...] with the dimensions of each head in another order."""
+    return rows if order is None else rows.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
+
+
+def head_order(
+    attention: Any, names: AttentionNames, config: Any, layer_idx: int
+) -> list[int] | None:
+    """`half_split_order` of a layer of the source."""
+    head_dim, rotated = source_head_dim(config), 0
+    if names.table_order(attention) is not None:
+        rotated = rotated_dims(config, head_dim, layer_idx)
+    return half_split_order(head_dim, rotated, names.pairs)
 
 
 def rotated_dims(config: Any, head_dim: int, layer_idx: int) -> int:

@@ -208,9 +208,9 @@ class Checkpoint:
         for part in (config, config.get("text_config") or {}):
             for key in ("quantization_config", "compression_config", "quantization"):
                 if part.get(key):
-                    method = (
-                        part[key].get("quant_method") or f"{part[key].get('bits', 'some')} bits"
-                    )
+                    method = part[key]
+                    if isinstance(method, dict):
+                        method = method.get("quant_method") or f"{method.get('bits', 'some')} bits"
                     raise self.error(_quantized_message(method))
         if (self.directory / "hf_quant_config.json").is_file():
             raise self.error(_quantized_message("modelopt"))

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from tpa_convert.errors import UserError
@@ -161,6 +162,7 @@ def checkpoint_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTra
             checkpoint.directory, trust_remote_code=trust_remote_code, **location
         )
     language = language_config(config)
+    _refuse_unknown_rope(checkpoint, language)
     try:
         family_of(language)
     except UserError as error:
@@ -170,6 +172,19 @@ def checkpoint_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTra
     if language.dtype is None:
         language.dtype = config.dtype or checkpoint.stored_dtype()
     return language
+
+
+def _refuse_unknown_rope(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """A type of rope that transformers would ask for as a missing key."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for name in (one.get("rope_type") for one in each):
+        if name not in (None, "default", *ROPE_INIT_FUNCTIONS):
+            raise checkpoint.error(
+                f"config.json has the rope type {name!r}, which this transformers does not know "
+                f"(known: default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}); correct it, or use a "
+                "newer transformers"
+            )
 
 
 def _refuse_unreadable_type(

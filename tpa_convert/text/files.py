@@ -36,6 +36,7 @@ BUILDERS = {
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 FORMATS = "txt, md, jsonl, json, csv or parquet, also .gz, .xz, .zst or .bz2"
 ENCODING = "utf-8-sig"  # a byte-order mark at the beginning, if there is one, is no text
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Notepad's "Unicode" begins
 # Where a column of strings holds even one number, newer versions of `datasets` give all of it as
 # JSON, with quotes and escapes, and past the first 10 MB even under the type of strings. None makes
 # them refuse such a column, as older versions do.
@@ -104,8 +105,9 @@ def read_files(
             _refuse_other_encodings(builder, file)
         table = _read_json(files, columns) if builder == "json" and columns else None
         if table is None:
+            name, error = _unreadable(builder, files, spec, error)
             reason = str(error.__cause__ or error).strip().split("\n")[0]
-            raise UserError(f"cannot read {spec} as {builder}: {reason}") from error
+            raise UserError(f"cannot read {name} as {builder}: {reason}") from error
         tables = [table]
     if not tables:
         raise UserError(f"no text in {spec}: the file is empty")
@@ -135,20 +137,37 @@ def _read_with_builder(builder: str, files: Sequence[str]) -> list[pa.Table]:
     return tables
 
 
+def _unreadable(
+    builder: str, files: Sequence[str], spec: str, error: Exception
+) -> tuple[str, Exception]:
+    """The first of several files that cannot be read by itself, and why; if all can, what the user
+    named and why that cannot."""
+    for file in files if len(files) > 1 else ():
+        try:
+            _read_with_builder(builder, [file])
+        except StopIteration:  # empty
+            continue
+        except Exception as alone:
+            return file, alone
+    return spec, error
+
+
 def _refuse_other_encodings(builder: str, file: str) -> None:
     """Names a file that is not UTF-8; of many in a directory it may be any."""
     if builder == "parquet":
         return
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder, other = codecs.getincrementaldecoder("utf-8")(), "WINDOWS-1252"
     with _opened(file) as stream:
         try:
             while part := stream.read(1 << 20):
+                if stream.tell() == len(part) and part.startswith(UTF_16_MARKS):
+                    other = "UTF-16"
                 decoder.decode(part)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file} is not UTF-8 ({error.reason}): convert it, for example with "
-                "`iconv -f WINDOWS-1252 -t UTF-8`, or leave it out"
+                f"`iconv -f {other} -t UTF-8`, or leave it out"
             ) from error
         except (OSError, EOFError, lzma.LZMAError):
             return  # damaged, as the builder has found out too

@@ -1,0 +1,77 @@
+"""Kernels compiled for a GPU that is not there, as their launches would have them compiled."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+
+
+class Launches:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **named: self.calls.append((arguments, named))
+
+    def compile(self) -> Any:
+        """The kernel of the last launch, for Hopper."""
+        arguments, named = self.calls[-1]
+        options = {name: named[name] for name in OPTIONS if name in named}
+        names = self.kernel.arg_names
+        given = dict(zip(names, arguments, strict=False)) | {
+            name: value for name, value in named.items() if name not in OPTIONS
+        }
+        constants: dict[Any, Any] = {}
+        signature: dict[str, str] = {}
+        hints: dict[Any, Any] = {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = given[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name] = "constexpr"
+                constants[(i,)] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+                hints[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, int):
+                signature[parameter.name] = "i32"
+                if value == 1 and not parameter.do_not_specialize:
+                    signature[parameter.name] = "constexpr"
+                    constants[(i,)] = 1
+                elif value % 16 == 0 and not parameter.do_not_specialize:
+                    hints[(i,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "fp32"
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=hints)
+        return triton.compile(source, target=HOPPER, options=options)
+
+
+def matrix_products(ptx: str) -> dict[str, int]:
+    """How many asynchronous products take their left side from registers and from shared memory,
+    and how many products are synchronous."""
+    asynchronous = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
+    registers = sum(len(re.findall(r"\{", call)) > 1 for call in asynchronous)
+    return {
+        "registers": registers,
+        "shared": len(asynchronous) - registers,
+        "synchronous": len(re.findall(r"\bmma\.sync", ptx)),
+    }

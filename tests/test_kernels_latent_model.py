@@ -1,0 +1,185 @@
+"""Models with latent keys, coded or not, give on the kernels what they give without them.
+
+On a GPU, or under Triton's interpreter, by way of `test_kernels_interpreter.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+
+import pytest
+import torch
+from transformers import StaticCache
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
+
+from tests.conversions import convert_coded, convert_tiny  # noqa: E402
+from tests.test_kernels_model import PROMPT, logits, prompts  # noqa: E402
+from tests.tiny_models import MODELS, WINDOW  # noqa: E402
+from tpa_convert.kernels import ops  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+# Kernels for latent keys are for 16 bits; the interpreter takes fp32, where tests are sharper.
+NEW = 3  # tokens: two steps on the cache, since the interpreter is slow
+DTYPE, TOLERANCE = (torch.bfloat16, 3e-2) if GPU else (torch.float32, 2e-5)
+CODED = {
+    "one block": ("llama", {"key_blocks": 1}),
+    "two blocks": ("llama", {"key_blocks": 2}),
+    "an eighth": ("qwen2", {"kv_ratio": 0.125}),
+    "normalised keys": ("qwen3", {}),
+    "normalised together": ("olmo2", {}),
+    "windows": ("gemma3", {}),
+    "soft cap": ("gemma2", {}),
+    "partial rotation": ("gpt_neox", {}),
+}
+PLAIN = {
+    "numbers": ("llama", {"key_cache": "latent", "width_k": 16, "width_v": 8}),
+    "normalised numbers": ("qwen3", {"key_cache": "latent", "width_k": 12, "width_v": 8}),
+}
+
+
+def make(case: str):
+    if case in CODED:
+        family, settings = CODED[case]
+        model = convert_coded(MODELS[family](), **settings)
+    else:
+        family, settings = PLAIN[case]
+        model = convert_tiny(MODELS[family](), **settings)
+    return model.to(DEVICE, DTYPE)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {}
+
+
+def both(monkeypatch, model, inputs, **settings):
+    results = []
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("TPA_CONVERT_BACKEND", backend)
+        results.append(logits(model, inputs, new=NEW, **settings))
+    return results
+
+
+@pytest.fixture
+def coded(models):
+    if "two blocks" not in models:
+        models["two blocks"] = make("two blocks")
+    return copy.deepcopy(models["two blocks"])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the kernel ran: control that it did, and that it did not."""
+    found = []
+    real = ops.run_latent
+    monkeypatch.setattr(ops, "run_latent", lambda *a: found.append(1) or real(*a))
+    return found
+
+
+def close(found, truth):
+    return torch.allclose(found, truth, atol=TOLERANCE * truth.abs().max())
+
+
+@pytest.mark.parametrize("case", [*CODED, *PLAIN])
+def test_generation(monkeypatch, models, calls, case) -> None:
+    """With padding; every other case with a static cache, whose free slots hold anything."""
+    models.setdefault(case, make(case))
+    settings = {}
+    if [*CODED, *PLAIN].index(case) % 2:
+        settings = {"cache_implementation": "static", "disable_compile": True}
+    found, truth = both(monkeypatch, models[case], prompts(5), **settings)
+    assert len(calls) == 3 * (NEW - 1)
+    assert close(found, truth)
+
+
+def test_without_padding_and_longer_than_a_window(monkeypatch, models, calls) -> None:
+    assert PROMPT > WINDOW
+    for case in ("two blocks", "windows"):
+        models.setdefault(case, make(case))
+        found, truth = both(monkeypatch, models[case], prompts())
+        assert close(found, truth)
+    assert len(calls) == 2 * 3 * (NEW - 1)
+
+
+def test_another_table_would_be_seen(monkeypatch, coded, calls) -> None:
+    """Control: with the gauge of another head, logits are others."""
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "reference")
+    truth = logits(coded, prompts(), new=2)
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    decoder = coded.model.layers[1].self_attn.latent_decoder
+    assert close(logits(coded, prompts(), new=2), truth)
+    decoder.tables = decoder.tables._replace(weight=decoder.tables.weight.flip(-1))
+    assert not close(logits(coded, prompts(), new=2), truth)
+
+
+def test_tables_follow_parameters(monkeypatch, coded, calls) -> None:
+    """Changed in place, as training and loading do it."""
+    logits_of = both(monkeypatch, coded, prompts())
+    with torch.no_grad():
+        coded.model.layers[0].self_attn.keys.gauge.weight.mul_(-2.0)
+        coded.model.layers[1].self_attn.values.coder.step.mul_(3.0)
+    found, truth = both(monkeypatch, coded, prompts())
+    assert close(found, truth)
+    assert not close(found, logits_of[0])
+    assert len(calls) == 2 * 3 * (NEW - 1)
+
+
+def test_compiled_in_one_graph(monkeypatch, coded) -> None:
+    """One step on a static cache, without a graph break."""
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    launched = []
+    real = ops.run_latent
+    monkeypatch.setattr(ops, "run_latent", lambda *a: launched.append(1) or real(*a))
+    steps = []
+    with torch.no_grad():
+        for compiled in (False, True):
+            cache = StaticCache(config=coded.config, max_cache_len=32)
+            coded(**prompts(), past_key_values=cache)
+            backend = "inductor" if GPU else "aot_eager"
+            step = torch.compile(coded, fullgraph=True, backend=backend) if compiled else coded
+            token = torch.full((2, 1), 7, device=DEVICE)
+            position = torch.full((2, 1), PROMPT, device=DEVICE)
+            output = step(input_ids=token, past_key_values=cache, position_ids=position)
+            steps.append(output.logits)
+    assert len(launched) == 2 * 3  # in the compiled graph too
+    assert close(*steps)
+
+
+def test_gradients_take_the_other_path(monkeypatch, coded, calls) -> None:
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    coded.requires_grad_(True)
+    output = coded(**prompts(), use_cache=True)
+    token = torch.full((2, 1), 7, device=DEVICE)
+    step = coded(input_ids=token, past_key_values=output.past_key_values)
+    step.logits.sum().backward()
+    assert not calls
+    assert coded.model.layers[0].self_attn.keys.gauge.weight.grad.count_nonzero()
+
+
+def test_whoever_hooks_into_soft_capped_attention_gets_weights(monkeypatch, models, calls) -> None:
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    model = copy.deepcopy(models.setdefault("soft cap", make("soft cap")))
+    output = model.generate(
+        **prompts(), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
+    )
+    assert not calls
+    assert [x.shape[-1] for x in output.attentions[1]] == [WINDOW, PROMPT + 1, WINDOW]
+
+
+def test_without_the_package_nothing_is_looked_for(monkeypatch, coded) -> None:
+    from tpa_convert.modeling import tpa_kernels
+
+    def no_package(name):
+        raise ModuleNotFoundError(name)
+
+    assert tpa_kernels.find_latent() is not None
+    monkeypatch.setattr(tpa_kernels, "import_module", no_package)
+    assert tpa_kernels.find_latent() is None

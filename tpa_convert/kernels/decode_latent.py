@@ -1,0 +1,67 @@
+"""Attention of a few query positions over latent keys, coded or not, where a kernel runs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import Case, choose_backend
+from .latent_tables import LatentTables
+
+
+def decode_latent(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    tables: LatentTables,
+    *,
+    scale: float,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    pages: Tensor | None = None,
+) -> Tensor | None:
+    """softmax(scale · query keysᵀ) features, where a kernel runs it; None where none does.
+
+    Keys are rebuilt and rotated where they are used, and nothing of their size is made. Nothing is
+    read from slots that no query attends to, and nothing waits for the device.
+
+    Args:
+        query: rotated, real parts of all pairs first, [b, h, s, d].
+        keys, values: the cache, uint8 rows [b, 1, t, bytes] or numbers [b, 1, t, w]; with any
+            strides but the last.
+        cosine, sine: of the position of each slot, [b or 1, t, d / 2].
+        tables: of the layer, in the type of `query`.
+        mask: slots that may be attended to at all, bool [b or 1, t], or what is added to their
+            scores, with the lowest number of its type for never; None for all.
+        scale, start, end, window, softcap, pages: see `decode.decode_attention`. With pages,
+            `cosine` and `sine` are still those of the slots in order.
+
+    Returns: features as the tables order them, [b, h, s, n] in the type of `query`; zeros where
+        nothing is attended to.
+
+    Raises:
+        BackendError: the environment asks for a backend that cannot run this.
+    """
+    layout = tables.layout
+    case = Case(
+        "latent",
+        layout.key_places,
+        len(tables.centre) - layout.key_places,
+        query.dtype,
+        query.device,
+        cached=() if layout.coded else (keys.dtype, values.dtype),
+        paged=pages is not None,
+        span=(layout.padded, layout.spans if layout.together else 1),
+    )
+    if choose_backend(case) == "reference":
+        return None
+    # As an operator it costs the host as much again; only compilers need one.
+    run = ops.decode_latent if torch.compiler.is_compiling() else ops.run_latent
+    arguments = query, keys, values, cosine, sine, list(layout), *tables[1:]
+    return run(*arguments, scale, start, end, window, softcap, mask, pages)
