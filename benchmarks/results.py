@@ -84,13 +84,13 @@ def of_this_run(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell
         date=time.strftime("%Y-%m-%d"),
         hardware=device_name(),
         versions=package_versions(),
-        commit=commit(),
+        commit=COMMIT,
         columns=list(columns),
         rows=[list(row) for row in rows],
     )
 
 
-def commit() -> str:
+def _commit() -> str:
     """Of the checkout that this file is in; "unknown" outside of one."""
 
     def git(*arguments: str) -> str:
@@ -101,6 +101,9 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+COMMIT = _commit()  # when a script starts, whatever is committed while it runs
 
 
 def save(result: Result, path: str | Path) -> None:

@@ -11,19 +11,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.family_table import README, parts, table
+from tests.family_table import CHECKS, README, TRAINED, parts, tables
+from tests.tiny_models import BUILT_LIKE, MODELS
 from tpa_convert.families.class_pair import main
 
 ROOT = README.parent
 PAGE = ROOT / "docs" / "adding-a-family.md"
 
 
-def test_the_table_in_the_readme_is_that_of_the_families() -> None:
+def test_the_tables_in_the_readme_are_those_of_the_families() -> None:
     before, inside, after = parts(README.read_text(encoding="utf-8"))
     assert before
     assert after
-    assert inside == table()
-    assert inside.replace("experts", "nothing", 1) != table()
+    assert inside == tables()
+    assert inside.replace("experts", "nothing", 1) != tables()
+
+
+def test_checks_run_on_the_families_that_the_readme_says() -> None:
+    """Asked of pytest: the families that each test is parametrised with."""
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider",
+         "tests/test_families.py", "tests/test_families_coded.py"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    ).stdout  # fmt: skip
+    names: dict[str, set[str]] = {}
+    for test, parameters in re.findall(r"::(\w+)\[(.+)\]$", found, re.MULTILINE):
+        names.setdefault(test, set()).update(parameters.split("-"))
+    for test in CHECKS:
+        families = set(MODELS) - (set(BUILT_LIKE) if test in TRAINED else set())
+        assert names[test] & set(MODELS) == families, test
+    assert names["test_a_part_of_each_head_is_rotated"].isdisjoint(MODELS)  # negative control
 
 
 def insert(text: str, anchor: str, new: str) -> str:

@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-from tests.conversions import convert_tiny, random_blocks
+from tests.conftest import make_tiny_llama
+from tests.conversions import convert_coded, convert_tiny, random_blocks
 from tests.generated import telling
 from tests.test_generation import LAYOUTS, SPEAKING
 from tpa_convert.modeling.tpa_cache import fold, unfold
@@ -126,3 +127,21 @@ def test_versions_that_run(version) -> None:
 def test_versions_that_do_not_run_are_told_in_a_line(version) -> None:
     with pytest.raises(ImportError, match=rf"transformers >= 5\.17 and < 6, and {version} is"):
         check_transformers(version)
+
+
+def test_rows_wider_than_a_cache_made_for_heads_are_refused() -> None:
+    """Of 8 bits a component rows have a byte more than the source has numbers, their header."""
+    source = make_tiny_llama()
+    tokens = random_blocks(count=1, length=4)
+    for bits, ratio, fits in ((8, 0.75, False), (None, 0.4, True)):
+        model = convert_coded(source, bits=bits, kv_ratio=ratio)
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+        layouts = [(s.key_layout, s.value_layout) for s in model.config.layer_shapes]
+        widths = [layout.row_bytes for pair in layouts for layout in pair]
+        assert (max(widths) <= 2 * 8) is fits
+        if fits:
+            model(tokens, past_key_values=cache)
+            continue
+        with pytest.raises(ValueError, match="do not fit into a cache of 2 heads of 8"):
+            model(tokens, past_key_values=cache)

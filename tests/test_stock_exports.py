@@ -187,7 +187,10 @@ def test_what_a_llama_cannot_hold_is_refused_with_what_helps(source, conversion,
 
 # ------------------------------------------------------------------------------- dense
 
-WITHOUT_BIASES = {"ministral3", "mistral", "mixtral", "phi3"}
+WITHOUT_BIASES = {
+    *("cwm", "ernie4_5_moe", "exaone4", "minimax_m2"),
+    *("ministral", "ministral3", "mistral", "mixtral", "phi3"),
+}
 
 
 @pytest.mark.parametrize("make", [to_llama, to_dense])

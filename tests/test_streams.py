@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 from tests.conversions import convert_tiny, random_blocks
-from tests.tiny_models import MODELS, SELF_ATTENTION
+from tests.tiny_models import BUILT_LIKE, MODELS, SELF_ATTENTION
 from tpa_convert.forward.walk import DecoderWalk
 from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.refinement.streams import StreamPair, find_sum
 
 BLOCKS = random_blocks(count=6, length=32, seed=3)
-NONE = ["cohere", "cohere2", "gemma2", "gemma3", "glm4", "olmo2", "olmo3", "phi"]
-"""Families that norm the output first (Gemma 2, GLM-4, OLMo 2), or run the MLP beside the attention
-(Cohere, Phi)."""
+NONE = ["cohere", "cohere2", "exaone4", "flex_olmo", "gemma2", "gemma3", "glm4", "olmo2", "olmo3"]
+NONE += ["phi"]
+"""Families that norm the output first (EXAONE, Gemma 2, GLM-4, OLMo 2), or run the MLP beside the
+attention (Cohere, Phi)."""
 SUMS = {name: 0.3 if name == "granite" else 1.0 for name in SELF_ATTENTION if name not in NONE}
+
+
+def reader(layer: Any) -> Any:
+    """The norm behind the sum of stream and attention; Apertus has another name for it."""
+    name = "post_attention_layernorm"
+    return getattr(layer, name if hasattr(layer, name) else "feedforward_layernorm")
 
 
 def damaged(model: Any, amount: float = 0.3) -> Any:
@@ -41,7 +48,7 @@ def test_the_sum_is_found_where_there_is_one(family) -> None:
         found = find_sum(walk, index)
         if family in SUMS:
             assert found is not None
-            assert found.reader is layer.post_attention_layernorm
+            assert found.reader is reader(layer)
             assert found.multiplier == pytest.approx(SUMS[family], rel=1e-5)
             assert (found.multiplier == 1) == (SUMS[family] == 1)
         else:
@@ -53,9 +60,7 @@ def middles(model: Any, blocks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The model's residual streams before each layer and after its attention, by its own pass."""
     seen: list[Tensor] = []
     hooks = [
-        layer.post_attention_layernorm.register_forward_pre_hook(
-            lambda _, args: seen.append(args[0])
-        )
+        reader(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         for layer in model.model.layers
     ]
     states = model(blocks, output_hidden_states=True).hidden_states
@@ -136,7 +141,7 @@ def test_without_a_sum_the_target_is_the_sources_own_output(family) -> None:
         pair.model.advance(index)
 
 
-@pytest.mark.parametrize("family", SELF_ATTENTION)
+@pytest.mark.parametrize("family", [name for name in SELF_ATTENTION if name not in BUILT_LIKE])
 def test_refinement_repairs_every_family(family) -> None:
     source = MODELS[family]()
     model = damaged(source)

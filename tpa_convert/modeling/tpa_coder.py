@@ -20,7 +20,7 @@ from .tpa_codes import (
     row_tables,
     straight_through,
 )
-from .tpa_kernels import Coding, find_coding
+from .tpa_kernels import Coding, Sources, find_coding
 
 
 class RowCoder(nn.Module):
@@ -50,6 +50,8 @@ class RowCoder(nn.Module):
             self.register_buffer(name, torch.ones(count))
         self.coding = find_coding()
         self.places: Any = None  # of codes in rows, for kernels
+        self.made_of = Sources()
+        self.kept: dict[bool, Quantiser] = {}
         # Follows from the config: what loading leaves out, `init_weights` makes again.
         for name, table in self._constants().items():
             self.register_buffer(name, table, persistent=False)
@@ -72,7 +74,23 @@ class RowCoder(nn.Module):
             getattr(self, name).copy_(table)
 
     def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
-        """The tables; with the layout, if there are rows to be made or read."""
+        """The tables; with the layout, if there are rows to be made or read.
+
+        Kept until a buffer is another one or has changed: every token and layer asks.
+        """
+        if torch.compiler.is_compiling():
+            return self._quantiser(layout)
+        given = self.mean, self.step, self.spread, self.importance, self.highest
+        if not self.made_of.are(given):
+            self.made_of, self.kept = Sources(given), {}
+        rows = layout is not NO_ROWS
+        if rows not in self.kept:
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._quantiser(layout)
+                self.kept[rows] = made._replace(followed=made.header_tables)
+        return self.kept[rows]
+
+    def _quantiser(self, layout: RowLayout) -> Quantiser:
         rows = () if layout is NO_ROWS else (self.row_places, self.row_fields)
         return Quantiser(
             layout,

@@ -126,6 +126,26 @@ class RowTables(NamedTuple):
     fields: Tensor | None = None
 
 
+class HeaderTables(NamedTuple):
+    """What headers are chosen by, which follows from a `Quantiser`'s other tables.
+
+    Attributes:
+        reach: half of the highest code, fp32 [c].
+        highest: of the codes, fp32 [c].
+        weighted: means times importance, fp32 [classes, c].
+        size: of each mean, weighted, fp32 [classes].
+        coded: how many components are, others being padding.
+        weight: importance of a squared error in steps, fp32 [c].
+    """
+
+    reach: Tensor
+    highest: Tensor
+    weighted: Tensor
+    size: Tensor
+    coded: Tensor
+    weight: Tensor
+
+
 class Quantiser(NamedTuple):
     """How the coded components of one part of a layer become codes and numbers (1).
 
@@ -137,6 +157,7 @@ class Quantiser(NamedTuple):
         importance: weight of a squared error of each component, relative to others, fp32 [c].
         highest: code of each component, uint8 [c].
         kept: tables of the layout; without them, they are made whenever they are needed.
+        followed: what follows from the other tables; the same.
     """
 
     layout: RowLayout
@@ -146,6 +167,7 @@ class Quantiser(NamedTuple):
     importance: Tensor
     highest: Tensor
     kept: RowTables | None = None
+    followed: HeaderTables | None = None
 
     @property
     def tables(self) -> RowTables:
@@ -159,7 +181,21 @@ class Quantiser(NamedTuple):
     @property
     def reach(self) -> Tensor:
         """Half of the highest code, fp32 [c]."""
-        return self.highest.float() / 2
+        return self.highest.float() / 2 if self.followed is None else self.followed.reach
+
+    @property
+    def header_tables(self) -> HeaderTables:
+        if self.followed is not None:
+            return self.followed
+        weighted = self.mean * self.importance
+        return HeaderTables(
+            self.reach,
+            self.highest.to(self.step.dtype),
+            weighted,
+            (self.mean * weighted).sum(-1),
+            (self.highest > 0).sum().clamp_min(1),
+            self.importance * self.step.square(),
+        )
 
 
 def highest_codes(layout: RowLayout) -> Tensor:
@@ -302,17 +338,14 @@ def choose_header(x: Tensor, quantiser: Quantiser) -> Tensor:
 
     Returns: uint8 [...].
     """
-    mean, step, importance = quantiser.mean, quantiser.step, quantiser.importance
-    weighted = mean * importance
-    label = ((mean * weighted).sum(-1) - 2 * x @ weighted.mT).argmin(-1)
-    centred = x - mean[label]
-    count = (quantiser.highest > 0).sum().clamp_min(1)
-    ratio = ((centred / quantiser.spread).square().sum(-1) / count).sqrt()
+    reach, highest, weighted, size, coded, weight = quantiser.header_tables
+    label = (size - 2 * x @ weighted.mT).argmin(-1)
+    centred = x - quantiser.mean[label]
+    ratio = ((centred / quantiser.spread).square().sum(-1) / coded).sqrt()
     most = 2**quantiser.scale_bits - 1
     lowest = 2.0**LOWEST_OCTAVE
     around = SCALES_PER_OCTAVE * (ratio.clamp_min(lowest).log2() - LOWEST_OCTAVE)
-    in_steps, weight = centred / step, importance * step.square()
-    settings = weight, quantiser.reach, quantiser.highest.to(step.dtype)
+    in_steps, settings = centred / quantiser.step, (weight, reach, highest)
     if x.numel() <= AT_ONCE:
         tried = (around[..., None, None] + quantiser.tables.tried).round_().clamp_(0, most)
         errors = scale_errors(in_steps[..., None, :], tried[..., 0], *settings)
@@ -350,7 +383,8 @@ def quantise(x: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
     header = choose_header(x, quantiser)
     scale, label = scale_of(header, quantiser)
     unrounded = (x - quantiser.mean[label]) / (scale * quantiser.step) + quantiser.reach
-    codes = torch.minimum(unrounded.round_().clamp_min_(0), quantiser.highest.to(x.dtype))
+    highest = quantiser.header_tables.highest
+    codes = torch.minimum(unrounded.round_().clamp_min_(0), highest)
     return codes.to(torch.uint8), header
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .tpa_coder import RowCoder
 from .tpa_codes import LOWEST_OCTAVE
-from .tpa_kernels import LatentKernels, decode_components, find_latent, mask_of_slots
+from .tpa_kernels import LatentKernels, Sources, decode_components, find_latent, mask_of_slots
 from .tpa_keys import BlockGauge, LatentKeys, RotatedKeys
 from .tpa_rotary import Table
 from .tpa_values import StaticValues
@@ -25,7 +25,8 @@ class LatentDecoder:
     def __init__(self) -> None:
         self.kernels = find_latent()
         self.tables: Any = None
-        self.made_of: Any = None
+        self.made_of = Sources()
+        self.dtype: torch.dtype | None = None
 
     def __reduce__(self) -> Any:
         """A copy makes its own tables."""
@@ -40,14 +41,13 @@ class LatentDecoder:
         parts = parameters_of(keys, values)
         if any(x.device != query.device for x in parts):  # offloaded
             return None
-        made_of = query.dtype, *((x.data_ptr(), version_of(x)) for x in parts)
-        if self.made_of != made_of:
+        if self.dtype != query.dtype or not self.made_of.are(parts):
             with torch.inference_mode(False), torch.no_grad():
                 self.tables = tables_of(self.kernels, keys, values, query.dtype)
             for table in self.tables:
                 if isinstance(table, Tensor) and table.is_cuda:  # graphs need not copy it
                     torch._dynamo.mark_static_address(table)
-            self.made_of = made_of
+            self.made_of, self.dtype = Sources(parts), query.dtype
         return self.tables
 
     def __call__(
@@ -101,11 +101,6 @@ def parameters_of(keys: LatentKeys, values: StaticValues) -> list[Tensor]:
         parts.append(keys.norm.weight)
     parts += [coder.step for coder in (keys.coder, values.coder) if coder is not None]
     return [x for x in parts if x is not None]
-
-
-def version_of(x: Tensor) -> int:
-    """How often a tensor has been changed in place, as far as that is counted."""
-    return 0 if x.is_inference() else x._version
 
 
 def tables_of(

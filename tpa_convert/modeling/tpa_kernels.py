@@ -1,7 +1,7 @@
 """What kernels of attention take: those of tpa-convert, for models that find the package installed
 (others do without), and PyTorch's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -82,6 +82,26 @@ def find_latent() -> LatentKernels | None:
         )
     except (ImportError, AttributeError):
         return None
+
+
+class Sources:
+    """The tensors that something was made of, to see whether they are still the same."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = ()):
+        # Kept, so that no other tensor can have their place in memory.
+        self.seen = [(x, x.data_ptr(), changes_of(x)) for x in tensors]
+
+    def are(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are they, not changed in place since."""
+        return len(self.seen) == len(tensors) and all(
+            a is b and place == b.data_ptr() and changes == changes_of(b)
+            for (a, place, changes), b in zip(self.seen, tensors, strict=True)
+        )
+
+
+def changes_of(x: torch.Tensor) -> int:
+    """How often a tensor has been changed in place, as far as that is counted."""
+    return 0 if x.is_inference() else x._version
 
 
 def mask_of_slots(
