@@ -248,41 +248,63 @@ def failing(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize(
-    "step",
-    ["calibration.collect_cache_moments", "conversion.convert_model", "conversion.save_converted"],
-)
-def test_ctrl_c_leaves_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+def test_ctrl_c_leaves_nothing_where_nothing_is_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"tpa_convert.pipeline.{step}", failing(KeyboardInterrupt()))
+    step = "tpa_convert.pipeline.calibration.collect_cache_moments"
+    monkeypatch.setattr(step, failing(KeyboardInterrupt()))
     result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
     assert error_of(result, code=130).startswith("interrupted")
     assert contents(tmp_path) == []
 
 
+@pytest.mark.parametrize("step", ["Conversion", "save_around_weights"])
+def test_after_ctrl_c_the_same_command_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    arguments = ["convert", source, *CONVERT, "--out", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"tpa_convert.pipeline.conversion.{step}", failing(KeyboardInterrupt()))
+        message = error_of(tpa_convert(*arguments), code=130)
+    assert message == "interrupted: run the same command again to go on from here"
+    assert contents(tmp_path) == [".out.unfinished"]
+    # What is measured is not measured again.
+    monkeypatch.setattr("tpa_convert.calibration.cache_moments.DecoderWalk", None)
+    assert tpa_convert(*arguments).exit_code == 0
+    assert contents(tmp_path) == ["out"]
+
+
 def test_full_disk_while_weights_are_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tpa_convert.export import save
+    from tpa_convert import storage
 
-    # After the weights, so that there is something to clean up.
-    monkeypatch.setattr(
-        save, "write_provenance", failing(OSError(errno.ENOSPC, "No space left on device"))
+    arguments = ["convert", source, *CONVERT, "--out", tmp_path / "out"]
+    save_file, groups = storage.save_file, []
+
+    def full(tensors: Any, path: Path, **settings: Any) -> None:
+        groups.append(path)
+        if len(groups) == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "save_file", full)
+        message = error_of(tpa_convert(*arguments))
+    assert message == (
+        f"error: the disk is full: {tmp_path / 'out'} was not written; free some space or write "
+        "elsewhere. What is done is kept: the same command goes on from there"
     )
-    result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
-    assert error_of(result) == (
-        f"error: the disk is full: {tmp_path / 'out'} was not written; "
-        "free some space or write elsewhere"
-    )
-    assert contents(tmp_path) == []
+    assert contents(tmp_path) == [".out.unfinished"]
+    assert tpa_convert(*arguments).exit_code == 0
+    assert contents(tmp_path) == ["out"]
 
 
 def test_unexpected_error_is_one_line_and_a_traceback_on_demand(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "tpa_convert.pipeline.conversion.convert_model", failing(ZeroDivisionError("a bug"))
+        "tpa_convert.pipeline.conversion.Conversion", failing(ZeroDivisionError("a bug"))
     )
     arguments = ["convert", source, *CONVERT, "--out", tmp_path / "out"]
     assert "unexpected ZeroDivisionError: a bug" in error_of(tpa_convert(*arguments))
@@ -517,7 +539,7 @@ def test_a_file_for_results_is_checked_before_any_work(
 def test_out_of_memory(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr("tpa_convert.pipeline.conversion.convert_model", failing(error))
+    monkeypatch.setattr("tpa_convert.pipeline.conversion.Conversion", failing(error))
     result = tpa_convert("convert", source, *CONVERT, "--out", tmp_path / "out")
     assert error_of(result) == "error: out of memory: try a smaller batch or another device"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,7 +77,11 @@ def divergence(source: PreTrainedModel, model: PreTrainedModel) -> float:
 
 def test_the_full_width_is_the_source(source) -> None:
     expected = logits(source, text())
-    with full_width(source_of(source)) as modules:
+    with ExitStack() as stack:
+        modules = [
+            stack.enter_context(full_width(source_of(source), index))
+            for index in range(source.config.num_hidden_layers)
+        ]
         assert attentions(source) == modules
         found = logits(source, text(), use_cache=False)
         torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
@@ -250,10 +256,15 @@ def test_more_bytes_lose_less(source, moments) -> None:
 def test_the_calibrated_metric_beats_the_identity(source, moments) -> None:
     """In a source whose keys and values do not all matter alike."""
     identity = torch.eye(len(moments.layers[0].key_metric)).double()
-    alike = copy.deepcopy(moments)
-    for layer in alike.layers:
-        object.__setattr__(layer, "key_metric", identity * layer.key_metric.diagonal().mean())
-        object.__setattr__(layer, "value_metric", identity * layer.value_metric.diagonal().mean())
+    layers = [
+        replace(
+            layer,
+            key_metric=identity * layer.key_metric.diagonal().mean(),
+            value_metric=identity * layer.value_metric.diagonal().mean(),
+        )
+        for layer in moments.layers
+    ]
+    alike = replace(moments, layers=layers)
     losses = [
         divergence(source, convert_coded(source, moments=m, kv_ratio=0.25))
         for m in (moments, alike)

@@ -7,6 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch is imported: threads that wait for work sleep instead of spinning. While they spin,
+# processes that share a machine take each other's cores; many small decompositions then take a
+# hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "0.3.0.dev0"
 
 

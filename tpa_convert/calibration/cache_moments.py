@@ -3,28 +3,38 @@
 One forward and one backward pass over calibration text, with labels drawn from the model itself:
 with g the gradient of -log p(label) by a token's keys (or values), E[g gᵀ] is the Fisher metric,
 in which an error costs nats (`coding.components`).
+
+Layers are passed one by one. What enters each is kept, and on the way back each is run again, now
+with gradients: so no more than one layer and what it keeps for its gradients is in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpa_convert.calibration.moments import Moments
+from tpa_convert.calibration.moments import (
+    Moments,
+    StoredLayers,
+    as_tensors,
+    inputs_name,
+    moments_name,
+)
 from tpa_convert.coding import CacheMoments
 from tpa_convert.conversion.layer import attention_module, attention_parameters
 from tpa_convert.decomposition import LatentKeyFactors, ValueFactors
-from tpa_convert.forward.ids import check_ids
+from tpa_convert.forward.walk import DecoderWalk
 from tpa_convert.modeling import TPAAttention
 from tpa_convert.plans.coded import full_width_shape
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.sources import Source
+from tpa_convert.sources import Source, device_of, held
 from tpa_convert.sources.attention import attention_weights
+from tpa_convert.storage import Store, scratch
 
 MOST_LOGITS = 2**27  # of a batch; what is kept of them for the backward pass is several times that
 
@@ -65,18 +75,19 @@ class CacheMomentAccumulator:
 
 
 @contextmanager
-def full_width(source: Source) -> Iterator[list[TPAAttention]]:
-    """Puts latent keys and values of full width, whose gauge is the identity, into the source's
-    own decoder: they give keys and values one form, whatever the family. Undone on leaving."""
+def full_width(source: Source, index: int) -> Iterator[TPAAttention]:
+    """Puts latent keys and values of full width, whose gauge is the identity, into a layer of the
+    source's own decoder: they give keys and values one form, whatever the family. The layer is held
+    until it is left, and then as it was."""
     model, family = source.model, source.family
     decoder, names = model.get_decoder(), family.names
     shape = full_width_shape(family.attention_sizes(model.config))
     config = family.tpa_config(model.config, [asdict(shape)] * len(decoder.layers))
     config._attn_implementation = model.config._attn_implementation
-    before = [getattr(layer, names.attention) for layer in decoder.layers]
-    modules = []
-    for i, attention in enumerate(before):
-        weights = attention_weights(attention, names, model.config, i, dtype=torch.float32)
+    layer = decoder.layers[index]
+    with held(layer):
+        before = getattr(layer, names.attention)
+        weights = attention_weights(before, names, model.config, index, dtype=torch.float32)
         groups, head_dim, _ = weights.key.shape
         gauge = torch.eye(groups * head_dim).to(weights.key).unflatten(0, (groups, head_dim))
         keys = LatentKeyFactors(weights.key.flatten(0, 1), gauge, gauge[..., 0] * 0)
@@ -84,15 +95,14 @@ def full_width(source: Source) -> Iterator[list[TPAAttention]]:
         parameters = attention_parameters(
             weights, keys, values, shape, weights.key.new_zeros(weights.key.shape[-1] - 1)
         )
-        module = attention_module(attention, names, config, i, parameters)
-        modules.append(module.to(weights.key.device, model.dtype).requires_grad_(False))
-    try:
-        for layer, module in zip(decoder.layers, modules, strict=True):
-            setattr(layer, names.attention, module)
-        yield modules
-    finally:
-        for layer, attention in zip(decoder.layers, before, strict=True):
-            setattr(layer, names.attention, attention)
+        module = attention_module(before, names, config, index, parameters)
+        module = module.to(weights.key.device, model.dtype).requires_grad_(False)
+        del weights, keys, values, parameters
+        setattr(layer, names.attention, module)
+        try:
+            yield module
+        finally:
+            setattr(layer, names.attention, before)
 
 
 class _Tap:
@@ -116,6 +126,7 @@ def collect_cache_moments(
     batch_size: int = 4,
     seed: int = 0,
     track: Track = no_tracking,
+    store: Store | None = None,
 ) -> Moments:
     """`CacheMoments` of every layer of `source` on `blocks`.
 
@@ -123,24 +134,73 @@ def collect_cache_moments(
         blocks: token ids, int64 [N, length].
         batch_size: blocks per step, fewer for large vocabularies.
         seed: of the labels.
-        track: shows progress over the batches, called as `track(batches, description)`.
+        track: shows progress over the layers, called as `track(layers, description)`.
+        store: gets the moments, and meanwhile what enters every layer (fp32 numbers for each layer,
+            token and hidden feature): what is in it already, from a run that was cut short, is not
+            done again. By default, all of that is in memory or in temporary files.
     """
     source.family.check_names(source.model)
     model = source.model
-    check_ids(model, blocks)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     batch_size = max(1, min(batch_size, MOST_LOGITS // (vocabulary * blocks.shape[1])))
-    generator = torch.Generator(model.device).manual_seed(seed)
-    with full_width(source) as modules:
-        taps = [
-            [_Tap(module.keys.feature_factor), _Tap(module.values.feature_factor)]
-            for module in modules
-        ]
-        sums = [CacheMomentAccumulator() for _ in modules]
-        for batch in track(list(blocks.split(batch_size)), "calibrating"):
-            batch = batch.to(model.device)
+    count = len(model.get_decoder().layers)
+    kept = {} if store is None else store
+    moments = Moments(
+        StoredLayers(kept, CacheMoments, count), source.reference.sha256, blocks.numel()
+    )
+    if moments_name(0) in kept:  # the last to be measured
+        return moments
+    walk = DecoderWalk(model, blocks, batch_size, source.family.names.attention)
+    with ExitStack() as until_done:
+        inputs = store
+        if inputs is None:
+            inputs = until_done.enter_context(scratch(count * walk.states.nbytes))
+        below = next((i for i in range(count + 1) if _gradient_name(i) in inputs), None)
+        if below is None:
+            _forward(source, walk, inputs, track)
+            gradient = _gradient_of_labels(walk, seed)
+            inputs[_gradient_name(count)] = {"gradient": gradient}
+            below = count
+        else:
+            gradient = inputs[_gradient_name(below)]["gradient"].to(device_of(model))
+        for i in track(range(below - 1, -1, -1), "calibrating (back)"):
+            walk.states.copy_(inputs[inputs_name(i)]["states"])
+            kept[moments_name(i)] = as_tensors(_backward(source, walk, i, gradient))
+            inputs[_gradient_name(i)] = {"gradient": gradient.cpu()}
+            inputs.pop(_gradient_name(i + 1), None)
+            inputs.pop(inputs_name(i), None)
+        inputs.pop(_gradient_name(0), None)
+    return moments
+
+
+def _gradient_name(index: int) -> str:
+    """Of the gradient by what enters a layer in a store."""
+    return f"gradient-{index:05}"
+
+
+@torch.no_grad()
+def _forward(source: Source, walk: DecoderWalk, inputs: Store, track: Track) -> None:
+    """Keeps what enters each layer, and leaves what leaves the last in the walk's states."""
+    count = len(walk.layers)
+    done = max((i for i in range(count) if inputs_name(i) in inputs), default=0)
+    if done:
+        walk.states.copy_(inputs[inputs_name(done)]["states"])
+    for i in track(range(done, count), "calibrating"):
+        if inputs_name(i) not in inputs:
+            inputs[inputs_name(i)] = {"states": walk.states.cpu().clone()}
+        with full_width(source, i):
+            walk.advance(i)
+
+
+def _gradient_of_labels(walk: DecoderWalk, seed: int) -> Tensor:
+    """Of -log p(label), summed over tokens, by what leaves the last layer, [N, L, D]."""
+    generator = torch.Generator(walk.states.device).manual_seed(seed)
+    gradient = torch.empty_like(walk.states)
+    with held(walk.model.get_output_embeddings()):
+        for batch in walk.batches:
             with torch.enable_grad():
-                logits = model(input_ids=batch, use_cache=False).logits.float()
+                hidden = walk.states[batch].requires_grad_()
+                logits = walk.all_logits(hidden).float()
                 with torch.no_grad():
                     probability = logits.softmax(-1).flatten(0, 1)
                     label = torch.multinomial(probability, 1, generator=generator)
@@ -148,13 +208,32 @@ def collect_cache_moments(
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, 1), label[:, 0], reduction="sum"
                 )
-                changes = [tap.change for pair in taps for tap in pair]
-                gradients = torch.autograd.grad(loss, changes, materialize_grads=True)
-            of_keys, of_values = gradients[::2], gradients[1::2]
-            for layer, pair, *gradient in zip(sums, taps, of_keys, of_values, strict=True):
-                layer.update(
-                    torch.cat([tap.value for tap in pair], dim=-1), torch.cat(gradient, dim=-1)
+                del logits
+                (gradient[batch],) = torch.autograd.grad(loss, hidden)
+    return gradient
+
+
+def _backward(source: Source, walk: DecoderWalk, index: int, gradient: Tensor) -> CacheMoments:
+    """Moments of a layer that the walk's states are about to enter.
+
+    Args:
+        gradient: by what leaves the layer, [N, L, D]; becomes that by what enters it.
+    """
+    sums = CacheMomentAccumulator()
+    with full_width(source, index) as module:
+        taps = [_Tap(module.keys.feature_factor), _Tap(module.values.feature_factor)]
+        for batch in walk.batches:
+            with torch.enable_grad():
+                hidden = walk.states[batch].requires_grad_()
+                output = walk.run(index, hidden)
+                gradient[batch], of_keys, of_values = torch.autograd.grad(
+                    output,
+                    [hidden, *(tap.change for tap in taps)],
+                    gradient[batch],
+                    materialize_grads=True,
                 )
-        for tap in (tap for pair in taps for tap in pair):
-            tap.hook.remove()
-    return Moments([layer.finish() for layer in sums], source.reference.sha256, blocks.numel())
+            sums.update(
+                torch.cat([tap.value for tap in taps], dim=-1),
+                torch.cat((of_keys, of_values), dim=-1),
+            )
+    return sums.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,54 @@ from tpa_convert.errors import UserError
 from tpa_convert.forward.walk import DecoderWalk
 from tpa_convert.modeling import pair_table
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.sources import Source
+from tpa_convert.sources import Source, held
 from tpa_convert.sources.attention import attention_weights
+from tpa_convert.storage import Store
+
+Kind = type[LayerMoments] | type[CacheMoments]
+
+
+def as_tensors(layer: LayerMoments | CacheMoments) -> dict[str, Tensor]:
+    """The moments of a layer by name, complex numbers as pairs."""
+    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    return {
+        name: (torch.view_as_real(value) if value.is_complex() else value).cpu().contiguous()
+        for name, value in values.items()
+    }
+
+
+def of_tensors(kind: Kind, tensors: dict[str, Tensor]) -> Any:
+    """The other way, fp64."""
+    values = {name: tensor.double() for name, tensor in tensors.items()}
+    if kind is LayerMoments:
+        # A copy: numbers mapped from a file need not lie where LAPACK wants complex ones.
+        values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"].clone())
+    return kind(**values)
+
+
+class StoredLayers(Sequence[Any]):
+    """The moments of all layers in a store, of which one is read when it is asked for."""
+
+    def __init__(self, store: Store, kind: Kind, count: int):
+        self._store, self._kind, self._size = store, kind, count
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        return of_tensors(self._kind, self._store[moments_name(index)])
+
+
+def moments_name(index: int) -> str:
+    """Of a layer's moments in a store."""
+    return f"moments-{index:05}"
+
+
+def inputs_name(index: int) -> str:
+    """Of the hidden states before a layer in a store."""
+    return f"inputs-{index:05}"
 
 
 @dataclass(frozen=True)
@@ -33,18 +80,17 @@ class Moments:
         num_tokens: calibration tokens seen.
     """
 
-    layers: list[Any]
+    layers: Sequence[Any]
     source_sha256: str
     num_tokens: int
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, float32, complex numbers as pairs."""
-        tensors = {}
-        for i, layer in enumerate(self.layers):
-            for field in fields(layer):
-                value = getattr(layer, field.name)
-                value = torch.view_as_real(value) if value.is_complex() else value
-                tensors[f"layers.{i}.{field.name}"] = value.float().cpu().contiguous()
+        tensors = {
+            f"layers.{i}.{name}": value.float()
+            for i, layer in enumerate(self.layers)
+            for name, value in as_tensors(layer).items()
+        }
         metadata = {"source_sha256": self.source_sha256, "num_tokens": str(self.num_tokens)}
         save_file(tensors, path, metadata=metadata)
 
@@ -54,25 +100,10 @@ class Moments:
         if not path.is_file():
             raise UserError(f"no moments file at {path}: make one with --save-moments {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+            layers = _FileLayers(path)
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable moments file: {error}") from error
-        if "source_sha256" not in metadata:
-            raise UserError(f"{path} holds no moments: make a file with --save-moments")
-        kind = CacheMoments if "layers.0.sink_mean" in tensors else LayerMoments
-        layers = []
-        for i in range(1 + max(int(key.split(".")[1]) for key in tensors)):
-            names = {f.name: f"layers.{i}.{f.name}" for f in fields(kind)}
-            if not tensors.keys() >= set(names.values()):
-                raise UserError(
-                    f"{path} was written by another version: make a new file with --save-moments"
-                )
-            values = {name: tensors[key] for name, key in names.items()}
-            if kind is LayerMoments:
-                values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"])
-            layers.append(kind(**values))
+        metadata = layers.metadata
         return cls(layers, metadata["source_sha256"], int(metadata["num_tokens"]))
 
     def check(self, source_sha256: str, coded: bool) -> None:
@@ -88,6 +119,37 @@ class Moments:
                 f"the moments file was made for a cache {made}, and this one is {wanted}: "
                 "calibrate again with --save-moments, or change --cache-bits"
             )
+
+
+class _FileLayers(Sequence[Any]):
+    """The moments of all layers in a file, of which one is read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            self.metadata = file.metadata() or {}
+            names = set(file.keys())
+        if "source_sha256" not in self.metadata:
+            raise UserError(f"{path} holds no moments: make a file with --save-moments")
+        self.kind: Kind = CacheMoments if "layers.0.sink_mean" in names else LayerMoments
+        self.size = 1 + max(int(key.split(".")[1]) for key in names)
+        if not names >= {name for i in range(self.size) for name in self._names(i).values()}:
+            raise UserError(
+                f"{path} was written by another version: make a new file with --save-moments"
+            )
+
+    def _names(self, index: int) -> dict[str, str]:
+        return {field.name: f"layers.{index}.{field.name}" for field in fields(self.kind)}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        with safe_open(self.path, framework="pt") as file:
+            tensors = {name: file.get_tensor(key) for name, key in self._names(index).items()}
+        return of_tensors(self.kind, tensors)
 
 
 class MomentAccumulator:
@@ -229,6 +291,7 @@ def collect_moments(
     batch_size: int = 4,
     query_stride: int = 4,
     track: Track = no_tracking,
+    store: Store | None = None,
 ) -> Moments:
     """Moments of every layer of `source` on `blocks`, one layer in flight at a time.
 
@@ -238,20 +301,35 @@ def collect_moments(
         batch_size: blocks per step.
         query_stride: distance of the positions taken as queries.
         track: shows progress over the layers, called as `track(layers, description)`.
+        store: gets the moments, and the hidden states before the layer that is next: what is in it
+            already, from a run that was cut short, is not done again.
     """
     source.family.check_names(source.model)
     names = source.family.names
+    store = {} if store is None else store
+    count = len(source.model.get_decoder().layers)
+    moments = Moments(
+        StoredLayers(store, LayerMoments, count), source.reference.sha256, blocks.numel()
+    )
+    if moments_name(count - 1) in store:
+        return moments
     walk = DecoderWalk(source.model, blocks, batch_size, names.attention)
-    layers = []
-    for i in track(range(len(walk.layers)), "calibrating"):
-        weights = attention_weights(
-            walk.attention(i), names, source.model.config, i, dtype=torch.float32
-        )
-        accumulator = MomentAccumulator(weights, query_stride)
-        pairs, order = weights.key.shape[1] // 2, names.table_order(walk.attention(i))
-        for b, call in enumerate(walk.observe(i)):
-            cos, sin = pair_table(call.keywords["position_embeddings"], pairs, order)
-            rotation = torch.complex(cos[0, 0].float(), sin[0, 0].float())
-            accumulator.update(call.hidden.float(), rotation, b % query_stride)
-        layers.append(accumulator.finish())
-    return Moments(layers, source.reference.sha256, blocks.numel())
+    done = max((i for i in range(count) if inputs_name(i) in store), default=0)
+    if done:
+        walk.states.copy_(store[inputs_name(done)]["states"])
+    for i in track(range(done, count), "calibrating"):
+        with held(walk.layers[i]):
+            weights = attention_weights(
+                walk.attention(i), names, source.model.config, i, dtype=torch.float32
+            )
+            accumulator = MomentAccumulator(weights, query_stride)
+            pairs, order = weights.key.shape[1] // 2, names.table_order(walk.attention(i))
+            for b, call in enumerate(walk.observe(i)):
+                cos, sin = pair_table(call.keywords["position_embeddings"], pairs, order)
+                rotation = torch.complex(cos[0, 0].float(), sin[0, 0].float())
+                accumulator.update(call.hidden.float(), rotation, b % query_stride)
+        store[moments_name(i)] = as_tensors(accumulator.finish())
+        store[inputs_name(i + 1)] = {"states": walk.states.cpu()}
+        store.pop(inputs_name(i), None)
+    del store[inputs_name(count)]
+    return moments

@@ -26,6 +26,7 @@ from tpa_convert.cli.tables import (
     show_healing,
     show_plan,
     show_planning,
+    show_stages,
 )
 from tpa_convert.cli.terminal import (
     Commands,
@@ -167,7 +168,7 @@ def convert(
     from tpa_convert import pipeline
 
     if files.dry_run:
-        prediction = pipeline.preview(source, options)
+        prediction = pipeline.preview(source, options, with_needs=True)
         write_json(files.json_file, prediction)
         show_plan(prediction)
         return
@@ -179,6 +180,8 @@ def convert(
     show_plan(result.prediction)
     if result.nats is not None:
         show_expected_loss(result.nats)
+    if files.profile:
+        show_stages(result)
     show_next(
         f"Wrote {result.out} in {duration(result.seconds)}. Next:",
         f"tpa-convert heal {result.out} --text YOUR_TEXT --out {result.out}-healed",

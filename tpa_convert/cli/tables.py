@@ -14,10 +14,12 @@ from tpa_convert.cli.terminal import console
 if TYPE_CHECKING:
     from tpa_convert.modeling import LayerShape
     from tpa_convert.pipeline import HealingResult, PlanningResult
+    from tpa_convert.pipeline.conversion import ConversionResult
     from tpa_convert.pipeline.prediction import Prediction
     from tpa_convert.planning.search import PlanReport
     from tpa_convert.plans import Plan
 
+NOTABLE_GROWTH = 0.02  # of the source's parameters
 LAYERS_ACROSS = 10  # in the table of an uneven plan
 
 
@@ -41,6 +43,19 @@ def show_plan(prediction: Prediction) -> None:
             f"{after / before:.1%}",
         )
     console.print(table)
+    growth = prediction.parameters - prediction.source_parameters
+    if growth > NOTABLE_GROWTH * prediction.source_parameters:
+        absorbed = any("absorbed" in (x.key_gauge, x.value_gauge) for x in plan.layers)
+        remedy = "; --gauge applied avoids that, and takes time in every step" if absorbed else ""
+        grow = "may grow by up to" if prediction.approximate else "grow by"
+        console.print(f"The weights {grow} {growth / 1e9:,.3g} billion parameters{remedy}.")
+    if prediction.needs is not None:
+        needs = prediction.needs
+        console.print(
+            f"Converting takes about {needs.memory / 1e9:.2g} GB of memory, {needs.disk / 1e9:.2g} "
+            f"GB of disk beside the source, and {duration(needs.seconds)} on this processor if it "
+            "has nothing else to do."
+        )
     if plan.coded is None:
         show_layers(plan.layers)
     else:
@@ -50,6 +65,20 @@ def show_plan(prediction: Prediction) -> None:
             f"in {blocks} block{'s' if blocks > 1 else ''} of rotary pairs."
         )
     _show_rebuilding(plan)
+
+
+def show_stages(result: ConversionResult) -> None:
+    """Where the time of a conversion went, and how fast weights were turned over."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    rest = result.seconds - sum(result.stages.values())
+    for name, seconds in (*result.stages.items(), ("everything else", rest)):
+        table.add_row(name, f"{seconds:.1f} s", f"{seconds / result.seconds:.0%}")
+    console.print(table)
+    rate = result.source_bytes / result.seconds / 1e9
+    console.print(f"{result.source_bytes / 1e9:.3g} GB of weights, {rate:.3g} GB a second")
 
 
 def show_layers(layers: Sequence[LayerShape]) -> None:

@@ -84,34 +84,40 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
 
     Args:
         plan: whose codes are still to be chosen.
-        moments: of every layer, of this many `tokens`.
+        moments: of every layer, of this many `tokens`; one is asked for at a time.
     """
     assert plan.coded is not None
     budget, predicted = plan.coded, plan.coded.predict_values
     total, align = budget.total_bytes, budget.align
-    layers = [CodedLayer(layer, tokens, budget.key_blocks, plan.head_dim) for layer in moments]
 
-    def best_rows(part: Part) -> RowTable:
-        return RowTable.of(part.energies, total, align, LEVELS)
+    def known(index: int) -> CodedLayer:
+        return CodedLayer(moments[index], tokens, budget.key_blocks, plan.head_dim)
 
+    def best_rows(energies: list[Tensor]) -> RowTable:
+        return RowTable.of(energies, total, align, LEVELS)
+
+    keys: list[list[Tensor]] = []
+    values: list[list[Tensor]] = []
+    for index in range(len(moments)):  # moments may be large: of one layer at a time
+        layer = known(index)
+        keys.append(layer.keys.energies)
+        values.append(layer.values(None)[0].energies)
+        del layer
     # Which components are kept of all depends on those of the values, where a mean is asked for.
-    key_rows = [] if budget.bits else [best_rows(layer.keys) for layer in layers]
-    values = [layer.values(None)[0] for layer in layers]
+    key_rows = [] if budget.bits else [best_rows(energies) for energies in keys]
     for _ in range(1 + ROUNDS * predicted):
-        parts = [
-            p for layer, value in zip(layers, values, strict=True) for p in (layer.keys, value)
-        ]
+        parts = [e for pair in zip(keys, values, strict=True) for e in pair]
         if budget.bits:
-            bits = share_bytes([part.energies for part in parts], total, align, mean=budget.bits)
+            bits = share_bytes(parts, total, align, mean=budget.bits)
         else:
             pairs = zip(key_rows, values, strict=True)
-            bits = share_rows([r for keys, v in pairs for r in (keys, best_rows(v))], total, align)
+            bits = share_rows([r for k, v in pairs for r in (k, best_rows(v))], total, align)
         key_groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
         if predicted:
-            values = [x.values(groups)[0] for x, groups in zip(layers, key_groups, strict=True)]
+            values = [known(i).values(g)[0].energies for i, g in enumerate(key_groups)]
     part_nats = [
-        sum(remaining_error(e, b).item() / 2 for e, b in zip(part.energies, found, strict=True))
-        for part, found in zip(parts, bits, strict=True)
+        sum(remaining_error(e, b).item() / 2 for e, b in zip(energies, found, strict=True))
+        for energies, found in zip(parts, bits, strict=True)
     ]
     layer_nats = tuple(map(sum, zip(part_nats[::2], part_nats[1::2], strict=True)))
     shapes = []

@@ -2,17 +2,22 @@
 
 Everything the toolkit writes goes to a temporary sibling first and is renamed when it is complete,
 so that an error, a full disk or Ctrl-C never leaves a directory that looks finished and is not.
+What takes long keeps what it has done there, and goes on from that when it is run again.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tpa_convert.errors import UserError
 
@@ -80,6 +85,99 @@ def atomic_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         if is_disk_full(error):
             raise UserError(disk_full_message(out)) from error
         raise
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An output on its way.
+
+    Attributes:
+        output: becomes the output directory.
+        work: what is needed until then.
+    """
+
+    output: Path
+    work: Path
+
+
+@contextmanager
+def resumable_directory(
+    out: str | Path, overwrite: bool, identity: dict[str, Any]
+) -> Iterator[Unfinished]:
+    """As `atomic_directory`, but what a run has done that was cut short is there again.
+
+    A run is cut short by a kill, by Ctrl-C, a full disk or one that cannot be read or written.
+    After any other error, nothing is left.
+
+    Args:
+        identity: all that the result follows from, JSON-able; what another run has left is removed.
+
+    Raises:
+        UserError: as `atomic_directory`, or another process is writing `out`.
+    """
+    out = check_output(out, overwrite)
+    target = Path(os.path.realpath(out))
+    partial = target.with_name(f".{target.name}.unfinished")
+    made = Unfinished(partial / "output", partial / "work")
+    with _writable(out):
+        partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial, out):
+        try:
+            with _writable(out):
+                _prepare(partial, made, json.dumps(identity, sort_keys=True))
+            yield made
+            _usual_permissions(made.output, *made.output.rglob("*"))
+            _replace(made.output, target, overwrite)
+        except (KeyboardInterrupt, OSError, UserError, RuntimeError) as error:
+            if not _cut_short(error) or not _holds_files(made.output, made.work):
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt) and partial.is_dir():
+                raise KeyboardInterrupt("run the same command again to go on from here") from error
+            if is_disk_full(error):
+                raise UserError(
+                    f"{disk_full_message(out)}. What is done is kept: the same command goes on "
+                    "from there"
+                ) from error
+            raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cut_short(error: BaseException | None) -> bool:
+    """Whether the same run could go on later."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | OSError) or is_disk_full(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _holds_files(*folders: Path) -> bool:
+    return any(path.is_file() for folder in folders for path in folder.rglob("*"))
+
+
+def _prepare(partial: Path, made: Unfinished, identity: str) -> None:
+    """Makes the folders of an output, empty unless they are of the same run."""
+    record = partial / "identity.json"
+    if not record.is_file() or record.read_text(encoding="utf-8") != identity:
+        for folder in (made.output, made.work):
+            shutil.rmtree(folder, ignore_errors=True)
+        record.write_text(identity, encoding="utf-8")
+    made.output.mkdir(exist_ok=True)
+    made.work.mkdir(exist_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    """Holds a folder for this process; the system lets go of it when the process ends."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is writing {out}: wait until it has ended") from error
+        yield
 
 
 @contextmanager

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -26,6 +29,8 @@ from tpa_convert.export.card import render_card
 from tpa_convert.export.code import write_own_code
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
 from tpa_convert.families.family import CUSTOM_PAGE
+from tpa_convert.sources import Source
+from tpa_convert.sources.checkpoint import LICENCES
 
 PACKAGES = ("torch", "transformers", "safetensors", "tensorly", "datasets", "accelerate")
 
@@ -65,16 +70,59 @@ def save_converted(
         UserError: weights are larger than their type can hold.
     """
     for parameter_name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(
-                f"{parameter_name} holds numbers that are not finite in "
-                f"{str(parameter.dtype).removeprefix('torch.')}: convert with --dtype bfloat16"
-            )
+        check_finite(parameter_name, parameter)
+    _save(model, tokenizer, directory, name, provenance, None)
+
+
+def save_around_weights(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    name: str,
+    provenance: Mapping[str, Any],
+) -> None:
+    """As `save_converted`, but the weights are in the directory already; those of `model` may be
+    anywhere."""
+    # Elsewhere first: transformers removes shards that it has not written itself.
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        _save(model, tokenizer, Path(folder), name, provenance, {})
+        for path in Path(folder).iterdir():
+            os.replace(path, directory / path.name)
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    name: str,
+    provenance: Mapping[str, Any],
+    weights: dict[str, torch.Tensor] | None,
+) -> None:
     model.config.auto_map = auto_map(type(model))
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=weights)
     write_own_code(type(model), directory)
     tokenizer.save_pretrained(directory)
     write_provenance(directory, name, provenance)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor to be written whose numbers its type cannot hold."""
+    # Minimum and maximum carry NaN along and need no temporary tensor of the same size.
+    bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()
+    if not all(torch.isfinite(bound) for bound in bounds):
+        raise UserError(
+            f"{name} holds numbers that are not finite in "
+            f"{str(tensor.dtype).removeprefix('torch.')}: convert with --dtype bfloat16"
+        )
+
+
+def copy_licence(source: Source, directory: Path) -> None:
+    """Files with the terms of the source go along with what was made of it."""
+    if source.weights is None:
+        return
+    for pattern in LICENCES:
+        for path in source.weights.checkpoint.directory.glob(pattern):
+            shutil.copyfile(path, directory / path.name)
 
 
 def auto_map(causal_lm: Any) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tpa_convert.forward.stand_in import standing_in
+from tpa_convert.sources import device_of
 
 Finish = Callable[[Tensor], Tensor]
 """Products of the head's weight [..., V] -> logits of the model [..., V], differentiable."""
@@ -63,7 +64,7 @@ def final_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def logit_finish(model: PreTrainedModel) -> Finish | None:
     """What `model` makes of products of its output head's weight, None if they are its logits."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
     output = type(decoder(input_ids=token, use_cache=False))
     forward = model.forward  # as it is now: others may stand in for it when `finish` is called
 
@@ -79,6 +80,6 @@ def logit_finish(model: PreTrainedModel) -> Finish | None:
         return logits.view(product.shape)
 
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(4, len(head.weight), generator=generator).to(model.device, model.dtype)
+    probe = torch.randn(4, len(head.weight), generator=generator).to(device_of(model), model.dtype)
     probe *= 4  # large enough for a soft cap to show
     return None if torch.equal(finish(probe).to(probe), probe) else finish

@@ -2,12 +2,14 @@
 
 Whatever a model does before its first layer, between layers and attention, and after the last one
 is done by its own code. What each layer is called with (masks, position embeddings by the type of
-layer, ...) is captured once and used again for all batches.
+layer, ...) is captured once and used again for all batches. Only one layer is called at a time, so
+that of a model that is read on demand no more than that is in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from tpa_convert.forward.head import final_hidden_states, logit_finish
 from tpa_convert.forward.ids import check_ids
 from tpa_convert.forward.logits import chunk_positions
 from tpa_convert.forward.stand_in import arguments_at, named_arguments, standing_in
+from tpa_convert.sources import device_of
 
 ATTENTION = "self_attn"  # the attribute of a layer that holds its attention in most families
 
@@ -93,9 +96,8 @@ class DecoderWalk:
         self.model, self.attention_name = model, attention or attention_name(model)
         self.layers: list[nn.Module] = list(model.get_decoder().layers)
         self.arguments: list[dict[str, Any]] = []
-        self._tuples: list[bool] = []
         check_ids(model, blocks)
-        blocks = blocks.to(model.get_input_embeddings().weight.device)
+        blocks = blocks.to(device_of(model))
         self._capture(blocks[:1])
         starts = range(0, len(blocks), batch_size)
         self.batches = [slice(start, min(start + batch_size, len(blocks))) for start in starts]
@@ -106,20 +108,31 @@ class DecoderWalk:
             self.states[batch] = entering
 
     def _capture(self, block: Tensor) -> None:
-        """Takes down how the model calls its layers and what they return, in one pass."""
+        """Takes down how the model calls its layers. All but the first hand on what they get, in
+        the form in which the first returns it."""
+        returned: list[Any] = []
 
         def record(
             layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any
         ) -> None:
             self.arguments.append(named_arguments(layer, positional, keywords)[1])
-            self._tuples.append(isinstance(output, tuple))
+            returned.append(output)
+
+        def hand_on(layer: nn.Module) -> Callable[..., Any]:
+            def forward(*positional: Any, **keywords: Any) -> Any:
+                hidden = named_arguments(layer, positional, keywords)[0]
+                return (hidden, *returned[0][1:]) if isinstance(returned[0], tuple) else hidden
+
+            return forward
 
         hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in self.layers]
         try:
-            self.model.get_decoder()(input_ids=block, use_cache=False)
+            with standing_in({layer: hand_on(layer) for layer in self.layers[1:]}):
+                self.model.get_decoder()(input_ids=block, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
+        self._in_tuples = isinstance(returned[0], tuple)
 
     def _enter(self, blocks: Tensor) -> Tensor:
         """Hidden states before the first layer: [b, L] token ids -> [b, L, D]."""
@@ -176,17 +189,25 @@ class DecoderWalk:
         for batch in self.batches:
             self.states[batch] = self.run(index, self.states[batch])
 
+    @contextmanager
+    def _ending_with(self, hidden: Tensor) -> Iterator[Tensor]:
+        """The model's last layer gives [b, t, D], whatever is put in: a token id for that."""
+
+        def layer(*_: Any, **__: Any) -> Any:
+            return (hidden,) if self._in_tuples else hidden
+
+        with standing_in(dict.fromkeys(self.layers, layer)):
+            yield torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+
     def final(self, hidden: Tensor) -> Tensor:
         """What the output head sees where [b, t, D] leaves the last layer: [b, t, D]."""
-
-        def stand_in(wrapped: bool) -> Any:
-            return lambda *_, **__: (hidden,) if wrapped else hidden
-
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        with standing_in(
-            {layer: stand_in(w) for layer, w in zip(self.layers, self._tuples, strict=True)}
-        ):
+        with self._ending_with(hidden) as token:
             return final_hidden_states(self.model, token)
+
+    def all_logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits where [b, t, D] leaves the last layer, all at once: [b, t, V]."""
+        with self._ending_with(hidden) as token:
+            return self.model(input_ids=token, use_cache=False).logits
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """The model's logits where [b, t, D] leaves the last layer: [C, V], a few positions at a

@@ -71,6 +71,7 @@ class ConvertFiles(Section):
     )
     overwrite: bool = OVERWRITE
     dry_run: bool = DRY_RUN
+    profile: bool = option(False, "Show where the time went.", OUTPUT)
     json_file: Path | None = JSON_FILE
 
 

@@ -10,6 +10,7 @@ from tpa_convert.export.output import atomic_file
 from tpa_convert.options.conversion import CalibrationOptions
 from tpa_convert.progress import Track
 from tpa_convert.sources import Source
+from tpa_convert.storage import Store
 from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
 
 
@@ -39,11 +40,13 @@ def moments_of(
     track: Track,
     *,
     coded: bool,
+    store: Store | None = None,
 ) -> Moments:
     """The moments a user has kept, or else those of `blocks`, which are kept if asked.
 
     Args:
         coded: whether they are for a cache coded in bits.
+        store: gets what is measured, as `collect_moments` and `collect_cache_moments` say.
 
     Raises:
         UserError: the file of kept moments is missing or something else.
@@ -54,9 +57,9 @@ def moments_of(
         return moments
     assert blocks is not None
     if coded:
-        moments = collect_cache_moments(source, blocks, seed=options.seed, track=track)
+        moments = collect_cache_moments(source, blocks, seed=options.seed, track=track, store=store)
     else:
-        moments = collect_moments(source, blocks, track=track)
+        moments = collect_moments(source, blocks, track=track, store=store)
     if options.save_moments is not None:
         with atomic_file(options.save_moments) as path:
             moments.save(path)

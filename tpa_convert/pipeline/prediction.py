@@ -14,6 +14,7 @@ from tpa_convert.dtypes import dtype_name, named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.families import family_of
 from tpa_convert.options.conversion import BUDGETS, RANKS, ConvertOptions
+from tpa_convert.pipeline.needs import Needs, needs_of
 from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_uniform
 
 
@@ -28,6 +29,7 @@ class Prediction:
             have 16 bits.
         source_parameters, parameters: before and after; tied ones count once. While codes are
             still to be chosen, those after are approximate: they count layers of full width.
+        needs: memory, disk and time that the conversion takes; None unless they were asked for.
     """
 
     plan: Plan
@@ -36,6 +38,7 @@ class Prediction:
     kv_bytes: int
     source_parameters: int
     parameters: int
+    needs: Needs | None = None
 
     @property
     def approximate(self) -> bool:
@@ -56,16 +59,22 @@ class Prediction:
             "parameters_approximate": self.approximate,
             "coded": self.plan.coded and asdict(self.plan.coded),
             "layers": [asdict(layer) for layer in self.plan.layers],
+            **({} if self.needs is None else {"needs": asdict(self.needs)}),
         }
 
 
 def predict(
-    config: PreTrainedConfig, options: ConvertOptions, *, trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    options: ConvertOptions,
+    *,
+    trust_remote_code: bool = False,
+    with_needs: bool = False,
 ) -> Prediction:
     """Plan the conversion of a model with this config, and count what follows.
 
     Args:
         trust_remote_code: whether the model's own code may run, to count its parameters.
+        with_needs: whether to say too what the conversion needs of this machine.
 
     Raises:
         UserError: an impossible budget, or a family that cannot be converted.
@@ -107,13 +116,26 @@ def predict(
         tpa_config = family.tpa_config(config, [asdict(layer) for layer in plan.layers])
     except ValueError as error:  # shapes that do not go together
         raise UserError(str(error)) from error
-    with torch.device("meta"):
-        source = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=family.attention_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-        converted = family.causal_lm(tpa_config)
+    try:
+        with torch.device("meta"):
+            source = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=family.attention_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+            converted = family.causal_lm(tpa_config)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # whatever a model's code has against a config
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"no model can be made with this config.json ({reason}): check its values, or download "
+            "it again"
+        ) from error
+    needs = None
+    if with_needs:
+        attention, parameters = family.names.attention, converted.num_parameters()
+        needs = needs_of(source, attention, plan, parameters, options, dtype)
     return Prediction(
         plan=plan,
         dtype=dtype,
@@ -121,4 +143,5 @@ def predict(
         kv_bytes=round(plan.kv_bytes),
         source_parameters=source.num_parameters(),
         parameters=converted.num_parameters(),
+        needs=needs,
     )

@@ -15,7 +15,7 @@ from tpa_convert.export.llama import check_source
 from tpa_convert.export.stock import stock_class
 from tpa_convert.families import family_of
 from tpa_convert.options.source import SourceOptions
-from tpa_convert.sources import Source, load_source, read_source_config
+from tpa_convert.sources import Source, load_source, open_source, read_source_config
 
 
 def source_options(source: str | SourceOptions) -> SourceOptions:
@@ -36,16 +36,23 @@ def refuse_other_than_llama(source: str | SourceOptions) -> None:
     check_source(stock_class(family_of(config).causal_lm), config)
 
 
-def load(source: SourceOptions, device: str, dtype: torch.dtype = torch.float32) -> Source:
-    """`load_source` with the options of a recipe. Raises what it raises, and what `probe` does of a
-    model whose family a user has described."""
+def load(
+    source: SourceOptions,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    on_demand: bool = False,
+) -> Source:
+    """`load_source` with the options of a recipe, or `open_source`, which reads weights on demand.
+    Raises what they raise, and what `probe` does of a model whose family a user has described."""
     config = read_source_config(
         source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
     family = family_of(config)
     if family.registered:
         probe(family, config)
-    return load_source(
+    get = open_source if on_demand else load_source
+    return get(
         source.model,
         revision=source.revision,
         dtype=dtype,

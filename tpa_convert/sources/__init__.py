@@ -1,5 +1,15 @@
 """Source models: found, checked and loaded."""
 
 from tpa_convert.sources.load import Source, SourceReference, load_source, read_source_config
+from tpa_convert.sources.on_demand import device_of, held
+from tpa_convert.sources.opening import open_source
 
-__all__ = ["Source", "SourceReference", "load_source", "read_source_config"]
+__all__ = [
+    "Source",
+    "SourceReference",
+    "device_of",
+    "held",
+    "load_source",
+    "open_source",
+    "read_source_config",
+]

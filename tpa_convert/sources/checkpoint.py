@@ -27,7 +27,10 @@ from transformers.utils import is_gguf_available
 
 from tpa_convert.errors import UserError
 
-_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files with the terms of a model."""
+
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", *LICENCES)
 # Patterns match across slashes: all but templates are wanted from the top alone, where others keep
 # copies of the weights in other formats.
 _HUB_NOT = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.py")
@@ -48,6 +51,7 @@ _PACKED = (
     ".weight_scale_inv",
 )
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -212,13 +216,36 @@ class Checkpoint:
             raise self.error(_quantized_message("modelopt"))
 
     def sha256(self) -> str:
-        """Of the bytes of all weight files in the order of their names; names do not count."""
+        """Of the bytes of all weight files in the order of their names; names do not count.
+
+        Raises:
+            UserError: a file cannot be read, or is in the Hub's cache under another sha256.
+        """
         digest = hashlib.sha256()
         for path in self.weight_files():
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
+            own, named = hashlib.sha256(), _sha256_of_blob(path)
+            try:
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 22):
+                        digest.update(chunk)
+                        if named is not None:
+                            own.update(chunk)
+            except OSError as error:
+                raise self.error(
+                    f"{path.name} cannot be read ({error.strerror}); see that the disk is well"
+                ) from error
+            if named not in (None, own.hexdigest()):
+                raise self.error(
+                    f"{path.name} is damaged: its sha256 is not the one that the Hub knows it by; "
+                    f"delete {path.resolve()} and download it again"
+                )
         return digest.hexdigest()
+
+
+def _sha256_of_blob(path: Path) -> str | None:
+    """What the Hub's cache says of a large file: it is a link to a file named by its sha256."""
+    name = path.resolve().name
+    return name if path.is_symlink() and _SHA256.fullmatch(name) else None
 
 
 def find_checkpoint(

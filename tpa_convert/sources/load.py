@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,9 +34,10 @@ from tpa_convert.families.family import (
     language_config,
 )
 from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
+from tpa_convert.sources.weights import StoredWeights
 
 # Where multimodal checkpoints keep the language model, and the rest.
-_LANGUAGE_MODEL = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+LANGUAGE_MODEL = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 _OTHER_SENSES = (
     "vision_tower.",
     "multi_modal_projector.",
@@ -69,12 +71,30 @@ class SourceReference:
 
 @dataclass(frozen=True)
 class Source:
-    """A pretrained model to be converted, in eval mode and without gradients."""
+    """A pretrained model to be converted, in eval mode and without gradients.
+
+    Attributes:
+        weights: where a model that is read on demand has its tensors; None of one in memory.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     family: Family
     reference: SourceReference
+    weights: StoredWeights | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, as they are stored."""
+        tensors = self.model.state_dict() if self.weights is None else self.weights.shapes
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of the model by their names in its state dict, as they are stored."""
+        if self.weights is not None:
+            return self.weights.read(names)
+        state = self.model.state_dict()
+        return {name: state[name] for name in names}
 
 
 def load_source(
@@ -99,7 +119,7 @@ def load_source(
             or of a kind that cannot be converted.
     """
     checkpoint = find_checkpoint(spec, revision=revision, trust_remote_code=trust_remote_code)
-    config = _read_config(checkpoint, trust_remote_code)
+    config = checkpoint_config(checkpoint, trust_remote_code)
     checkpoint.check_weight_files()
     model = _load_model(checkpoint, config, dtype, trust_remote_code)
     _check_finite(checkpoint, model)
@@ -108,7 +128,7 @@ def load_source(
     )
     return Source(
         model=model.to(device).eval().requires_grad_(False),
-        tokenizer=_load_tokenizer(checkpoint, config, trust_remote_code),
+        tokenizer=tokenizer_of(checkpoint, config, trust_remote_code),
         family=family_of(model.config),
         reference=reference,
     )
@@ -125,10 +145,10 @@ def read_source_config(
     checkpoint = find_checkpoint(
         spec, revision=revision, weights=False, trust_remote_code=trust_remote_code
     )
-    return _read_config(checkpoint, trust_remote_code)
+    return checkpoint_config(checkpoint, trust_remote_code)
 
 
-def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
+def checkpoint_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
     if checkpoint.gguf_file is not None:
         checkpoint.check_weight_files()
         location: dict[str, Any] = {"gguf_file": checkpoint.gguf_file}
@@ -137,7 +157,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedC
         checkpoint.refuse_quantized(raw)
         _refuse_unreadable_type(checkpoint, raw, trust_remote_code)
         location = {}
-    with _quiet(), _transformers_errors(checkpoint):
+    with quiet(), transformers_errors(checkpoint):
         config = AutoConfig.from_pretrained(
             checkpoint.directory, trust_remote_code=trust_remote_code, **location
         )
@@ -196,7 +216,7 @@ def _load_model(
     checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     location = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
-    with _quiet(), _transformers_errors(checkpoint):
+    with quiet(), transformers_errors(checkpoint):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -205,30 +225,32 @@ def _load_model(
             attn_implementation=family_of(config).attention_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            key_mapping=_LANGUAGE_MODEL,
+            key_mapping=LANGUAGE_MODEL,
             **location,
         )
-    missing = sorted(info["missing_keys"])
+    check_names(checkpoint, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
+    _forget_quantization(model)
+    return model
+
+
+def check_names(checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> None:
+    """Refuses files that lack tensors of the model, and tells of others that they have."""
     if missing:
         raise checkpoint.error(
             f"{len(missing)} of the model's tensors are not in the weight files (the first: "
             f"{missing[0]}); download them again, or check that config.json belongs to them"
         )
-    unexpected = sorted(info["unexpected_keys"])
     if unexpected and all(name.startswith(_OTHER_SENSES) for name in unexpected):
         warnings.warn(
             f"{checkpoint.spec}: this is a multimodal model; only its language model is converted",
-            stacklevel=3,
+            stacklevel=4,
         )
-        unexpected = []
-    if unexpected:
+    elif unexpected:
         warnings.warn(
             f"{checkpoint.spec}: {len(unexpected)} tensors in the weight files have no place in "
             f"the model and are left out (the first: {unexpected[0]})",
-            stacklevel=3,
+            stacklevel=4,
         )
-    _forget_quantization(model)
-    return model
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -240,12 +262,12 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             delattr(model, name)
 
 
-def _load_tokenizer(
+def tokenizer_of(
     checkpoint: Checkpoint, config: PreTrainedConfig, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     location = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.directory, trust_remote_code=trust_remote_code, **location
             )
@@ -303,7 +325,7 @@ def _check_finite(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
+def transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Whatever transformers raises over a bad checkpoint, as one line that names the checkpoint."""
     try:
         yield
@@ -321,7 +343,7 @@ def _transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences transformers' log and bars: what matters in them is raised or warned about here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

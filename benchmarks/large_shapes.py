@@ -1,0 +1,201 @@
+"""Conversion of models of real sizes, read and written layer by layer: memory, time, and on what.
+
+    python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large
+    python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large --calibrated --layers 4
+    python benchmarks/large_shapes.py llama-2-7b --folder /tmp/large --kills 20
+
+Makes a checkpoint of the shape with random bf16 weights in shards, converts it in a process of its
+own, and prints what that process needed. Without --calibrated, weights alone are decomposed
+(rotated keys in 16 bits, half of the cache); with it, the cache is coded in an eighth of the bytes
+after 16 x 512 tokens. With --kills, the conversion is killed so many times, every --every seconds,
+and has to have the same bytes as an undisturbed one after that. The folder is removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import device_name, versions
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+SHARD = 4 << 30  # bytes
+PLAIN = ["--kv-ratio", "0.5", "--no-whiten", "--cache-bits", "16", "--gauge", "applied"]
+CODED = ["--kv-ratio", "0.125", "--block-length", "512"]
+
+CHILD = """
+import resource, sys
+from tpa_convert.cli import main
+try:
+    main()
+finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(f"MEASURED {used.ru_maxrss} {used.ru_utime + used.ru_stime}", file=sys.stderr)
+"""
+
+
+def make_source(name: str, layers: int | None, folder: Path) -> int:
+    """Writes a checkpoint with random weights, shard by shard. Returns its bytes."""
+    shape = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
+    config = LlamaConfig(
+        **shape, dtype="bfloat16", max_position_embeddings=8192, rope_theta=5e5, architectures=None
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    folder.mkdir(parents=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    vocabulary = {f"t{i}": i for i in range(shape["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t2").save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    weight_map: dict[str, str] = {}
+    size = total = count = 0
+
+    def write() -> None:
+        nonlocal shard, size, count
+        count += 1
+        file = f"model-{count:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        shard, size = {}, 0
+
+    for key, tensor in model.state_dict().items():
+        values = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        if tensor.ndim == 1:
+            values.fill_(1)
+        else:
+            values.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
+        if size and size + values.nbytes > SHARD:
+            write()
+        shard[key] = values
+        size, total = size + values.nbytes, total + values.nbytes
+    write()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def command(source: Path, out: Path, blocks: int) -> list[str]:
+    arguments = ["convert", str(source), "--out", str(out), "--device", "cpu", "--profile"]
+    if not blocks:
+        return [sys.executable, "-c", CHILD, *arguments, *PLAIN]
+    text = ["--calibration", str(source / "text.txt"), "--calibration-blocks", str(blocks)]
+    return [sys.executable, "-c", CHILD, *arguments, *CODED, *text]
+
+
+def digest(directory: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            found.update(path.name.encode())
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def killed(line: list[str], times: int, every: float) -> int:
+    """Runs a command and kills it so many times; then lets it end. Returns how often it was killed
+    before it had ended by itself."""
+    for done in range(times):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(every)
+            return done
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="is made, and removed at the end"
+    )
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--calibrated", action="store_true")
+    parser.add_argument("--blocks", type=int, default=16, help="of 512 tokens, with --calibrated")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--every", type=float, default=15.0, help="seconds between kills")
+    given = parser.parse_args()
+    print(f"{given.shape}: {device_name()}, {versions()}")
+    source, out = given.folder / "source", given.folder / "out"
+    try:
+        start = time.perf_counter()
+        size = make_source(given.shape, given.layers, source)
+        print(f"made {size / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
+        if given.calibrated:
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(
+                3, SHAPES[given.shape]["vocab_size"], (40_000,), generator=generator
+            )
+            text = " ".join(f"t{i}" for i in ids.tolist())
+            (source / "text.txt").write_text(text, encoding="utf-8")
+        line = command(source, out, given.blocks if given.calibrated else 0)
+        start = time.perf_counter()
+        run = subprocess.run(line, check=False, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+        print(run.stdout)
+        if run.returncode:
+            sys.exit(run.stderr[-3000:])
+        rss, cpu = next(x.split()[1:] for x in run.stderr.splitlines() if "MEASURED" in x)
+        print(
+            f"wall {seconds:.0f} s, CPU {float(cpu):.0f} s, ru_maxrss {int(rss) / 2**20:.2f} GiB, "
+            f"{size / 1e9 / seconds:.3f} GB of weights a second"
+        )
+        if given.kills:
+            expected = digest(out)
+            shutil.rmtree(out)
+            times = killed(line, given.kills, given.every)
+            same = digest(out) == expected
+            print(f"killed {times} times, every {given.every:g} s: identical: {same}")
+    finally:
+        shutil.rmtree(given.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

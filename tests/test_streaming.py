@@ -1,0 +1,189 @@
+"""Conversion part by part: bit for bit what converting the whole model gives, and resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import make_tiny_llama, make_tiny_tokenizer
+from tests.tiny_models import MODELS
+from tpa_convert import pipeline
+from tpa_convert.calibration.cache_moments import collect_cache_moments
+from tpa_convert.calibration.moments import collect_moments
+from tpa_convert.conversion.coded import choose_codes
+from tpa_convert.conversion.model import convert_model
+from tpa_convert.export import shards
+from tpa_convert.pipeline.calibration import calibration_blocks
+from tpa_convert.recipe import ConvertOptions
+from tpa_convert.sources import load_source
+
+TEXT = {"calibration_blocks": 6, "block_length": 32}
+WAYS: dict[str, dict[str, Any]] = {
+    "coded": {"kv_ratio": 0.25, **TEXT},
+    "rotated": {"kv_ratio": 0.5, "cache_bits": "16", **TEXT},
+    "weights alone": {"kv_ratio": 0.5, "key_cache": "latent", "cache_bits": "16", "whiten": False},
+}
+FAMILIES = ["llama", "mixtral", "qwen3", "gpt_neox", "gemma2", "cohere2"]
+
+
+def save(model: Any, directory: Path) -> Path:
+    model.bfloat16().save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def whole(directory: Path, options: ConvertOptions) -> dict[str, torch.Tensor]:
+    """Tensors of the conversion of a model that is in memory as a whole."""
+    source = load_source(directory)
+    prediction = pipeline.preview(str(directory), options)
+    plan, moments = prediction.plan, None
+    if options.whiten:
+        blocks = calibration_blocks(source, options)
+        collect = collect_cache_moments if plan.is_coded else collect_moments
+        moments = collect(source, blocks)
+    if plan.coded is not None:
+        assert moments is not None
+        plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
+    model = convert_model(
+        source, plan, moments, whiten=options.whiten, dtype=prediction.dtype
+    )  # fmt: skip
+    return dict(model.state_dict())
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_what_the_whole_model_gives(family: str, way: str, tmp_path: Path) -> None:
+    options = ConvertOptions(**WAYS[way])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        source = save(MODELS[family](), tmp_path / "source")
+        pipeline.convert(str(source), tmp_path / "out", options)
+        expected = whole(source, options)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype == torch.bfloat16
+        assert torch.equal(found[name], tensor), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_what_is_not_attention_has_the_bytes_of_the_source(tmp_path: Path) -> None:
+    source = save(make_tiny_llama("gqa"), tmp_path / "source")
+    pipeline.convert(str(source), tmp_path / "out", ConvertOptions(**WAYS["coded"]))
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    others = [name for name in before if ".self_attn." not in name]
+    assert len(others) > 10
+    for name in others:
+        assert torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)), name
+
+
+def test_large_models_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(make_tiny_llama("gqa", tie_word_embeddings=True), tmp_path / "source")
+    options = ConvertOptions(**WAYS["coded"])
+    pipeline.convert(str(source), tmp_path / "one", options)
+    monkeypatch.setattr(shards, "ONE_FILE", 1000)
+    pipeline.convert(str(source), tmp_path / "many", options)
+    names = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert names == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    assert index["weight_map"].keys() == one.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.values())
+    assert "lm_head.weight" not in one
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "many")]
+    for (name, a), b in zip(
+        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_the_terms_of_the_source_go_along(tmp_path: Path) -> None:
+    source = save(make_tiny_llama("gqa"), tmp_path / "source")
+    (source / "LICENSE.md").write_text("As you like it.")
+    pipeline.convert(str(source), tmp_path / "out", ConvertOptions(**WAYS["weights alone"]))
+    assert (tmp_path / "out" / "LICENSE.md").read_text() == "As you like it."
+
+
+# ------------------------------------------------------------------------------- cut short
+
+# Converts in child processes. Each is killed when it has written so many groups of tensors,
+# in the middle of the next one, until one comes to its end. Prints how the children ended.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from tpa_convert import pipeline, storage
+from tpa_convert.export import shards
+from tpa_convert.recipe import ConvertOptions
+
+torch.set_num_threads(1)
+source, out, options, count = sys.argv[1:]
+shards.ONE_FILE = 1000
+save_file = storage.save_file
+
+def convert():
+    left = int(count)
+    def dying(tensors, path, metadata):
+        nonlocal left
+        if left == 0:
+            Path(path).write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        save_file(tensors, path, metadata)
+    storage.save_file = dying
+    pipeline.convert(source, out, ConvertOptions(**json.loads(options)))
+
+codes = []
+while not codes or codes[-1] != 0 and len(codes) < 40:
+    child = os.fork()
+    if child == 0:
+        convert()
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if codes[-1] != 0:
+        assert not Path(out).exists()
+print(json.dumps(codes))
+"""
+
+
+def exit_codes(source: Path, out: Path, way: str, count: int) -> list[int]:
+    arguments = [str(source), str(out), json.dumps(WAYS[way]), str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("way", ["coded", "rotated"])
+def test_a_run_killed_again_and_again_gives_the_same_bytes(way: str, tmp_path: Path) -> None:
+    """Each run is killed inside of the third group of tensors that it writes: a layer has two."""
+    source = save(make_tiny_llama("gqa"), tmp_path / "source")
+    undisturbed, killed = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out"
+    assert exit_codes(source, undisturbed, way, 1000) == [0]
+    codes = exit_codes(source, killed, way, 2)
+    assert len(codes) >= {"coded": 5, "rotated": 4}[way]
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert files_of(killed) == files_of(undisturbed)
+    assert [path.name for path in killed.parent.iterdir()] == ["out"]
