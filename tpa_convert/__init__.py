@@ -25,9 +25,5 @@ def _is_command_line() -> bool:
 
 
 # The command line imports what each command needs: its --help does not wait for torch.
-if _is_command_line():
-    # Threads that have nothing to do sleep. By default they spin, and take the cores from other
-    # processes that work: with four of these on two cores, conversion took nine times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-else:
+if not _is_command_line():
     import tpa_convert.modeling  # noqa: F401

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpa_convert.calibration.cache_moments import collect_cache_moments
-from tpa_convert.coding import CacheMoments
 from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
@@ -21,8 +19,6 @@ from tpa_convert.pipeline.calibration import calibration_blocks
 from tpa_convert.pipeline.prediction import predict
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source, SourceReference
-
-RIDGE = 1e-3  # of the mean variance
 
 
 def coded_student(
@@ -55,7 +51,6 @@ def coded_student(
     prediction = predict(dense.config, options)
     blocks = calibration_blocks(source, options)
     moments = collect_cache_moments(source, blocks, seed=options.seed, track=track)
-    moments = replace(moments, layers=[with_ridge(layer) for layer in moments.layers])
     plan = choose_codes(prediction.plan, moments.layers, moments.num_tokens).plan
     model = convert_model(source, plan, moments, track=track)
     prediction = replace(
@@ -69,14 +64,3 @@ def coded_student(
         "earlier": {name: provenance[name] for name in ("convert", "heal") if name in provenance},
     }
     return model, {**provenance, "convert": record}
-
-
-def with_ridge(moments: CacheMoments) -> CacheMoments:
-    """Moments in which every number varies a little by itself.
-
-    Keys and values of a narrowed model vary in fewer directions than they have numbers. In the
-    others a quantiser would have steps of almost nothing, which one step of training overruns.
-    """
-    covariance = moments.covariance
-    ridge = RIDGE * covariance.diagonal().mean()
-    return replace(moments, covariance=covariance + ridge * torch.eye(len(covariance)).to(ridge))
