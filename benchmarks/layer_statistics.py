@@ -35,6 +35,8 @@ class Statistics(LayerMoments):
         head_query_energy: E|q_{i,f}|², [h, f].
     """
 
+    complex_fields = ("pair_covariance", "head_pair_covariance")
+
     input_equal: Tensor
     input_weighted: Tensor
     value_mean: Tensor
@@ -44,6 +46,8 @@ class Statistics(LayerMoments):
 
 class StatisticsAccumulator(package.MomentAccumulator):
     """Sums what `Statistics` holds."""
+
+    kind = Statistics
 
     def add_all(
         self,

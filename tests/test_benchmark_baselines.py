@@ -4,7 +4,7 @@ and their statistics against sums over the model's own attention."""
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
@@ -359,7 +359,7 @@ def test_statistics_are_sums_over_the_models_own_attention() -> None:
 
 def test_moments_of_the_package_are_left_as_they_are(bench) -> None:
     plain = tiny_moments(bench.model)
-    for name in LayerMoments.__dataclass_fields__:
+    for name in (field.name for field in fields(LayerMoments)):
         found, expected = (getattr(m.layers[0], name) for m in (bench.statistics, plain))
         torch.testing.assert_close(found, expected)
     assert type(plain.layers[0]) is LayerMoments  # what is collected beside them is not

@@ -197,7 +197,7 @@ def test_nothing_of_a_source_is_left_out_in_silence() -> None:
         layer.self_attn = other.self_attn
     source = source_of(model)
     plan = plan_uniform(source.family.attention_sizes(model.config), Budget(kv_ratio=0.5))
-    with pytest.raises(UserError, match=r"^8 tensors .* no place in .* \(the first: .*self_attn\."):
+    with pytest.raises(UserError, match=r"^4 tensors .* no place in .* \(the first: .*self_attn\."):
         convert_model(source, plan, None, whiten=False)
 
 

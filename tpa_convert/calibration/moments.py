@@ -39,9 +39,9 @@ def as_tensors(layer: LayerMoments | CacheMoments) -> dict[str, Tensor]:
 def of_tensors(kind: Kind, tensors: dict[str, Tensor]) -> Any:
     """The other way, fp64."""
     values = {name: tensor.double() for name, tensor in tensors.items()}
-    if kind is LayerMoments:
+    for name in kind.complex_fields:
         # A copy: numbers mapped from a file need not lie where LAPACK wants complex ones.
-        values["pair_covariance"] = torch.view_as_complex(values["pair_covariance"].clone())
+        values[name] = torch.view_as_complex(values[name].clone())
     return kind(**values)
 
 
@@ -158,6 +158,8 @@ class MomentAccumulator:
     Only every `query_stride`-th position is taken as a query: neighbouring queries attend alike,
     and the cost of the attention-weighted sums falls by that factor.
     """
+
+    kind = LayerMoments
 
     def __init__(self, weights: AttentionWeights, query_stride: int):
         self.weights, self.query_stride = weights, query_stride
@@ -309,7 +311,7 @@ def collect_moments(
     store = {} if store is None else store
     count = len(source.model.get_decoder().layers)
     moments = Moments(
-        StoredLayers(store, LayerMoments, count), source.reference.sha256, blocks.numel()
+        StoredLayers(store, MomentAccumulator.kind, count), source.reference.sha256, blocks.numel()
     )
     if moments_name(count - 1) in store:
         return moments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ class CacheMoments:
         key_metric, value_metric: E[g gᵀ] of `components.fisher_metric`, [n, n].
         sink_mean: of the sinks, [2 n].
     """
+
+    complex_fields: ClassVar[tuple[str, ...]] = ()
 
     mean: Tensor
     covariance: Tensor

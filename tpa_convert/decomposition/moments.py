@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class LayerMoments:
             constant 1 (C⁻¹ μ with C = E[x xᵀ], μ = E[x]).
         constant_residual: mean squared error of that functional, 1 − μᵀ C⁻¹ μ.
     """
+
+    complex_fields: ClassVar[tuple[str, ...]] = ("pair_covariance",)
 
     pair_covariance: Tensor
     query_energy: Tensor

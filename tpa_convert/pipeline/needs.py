@@ -112,8 +112,9 @@ def needs_of(
         batch = min(BATCH, options.calibration_blocks) * options.block_length
         kept = 4 * batch * (sizes.layer // hidden + 8 * hidden)  # for the gradients of a layer
         covariances = 8 * (6 * n * n if plan.is_coded else 4 * n * n + hidden * hidden)
-        layer = 4 * (sizes.layer + 2 * sizes.attention + n * n)
-        head = 4 * sizes.embedding + 4 * 4 * logits
+        # In fp32, beside the pages of the file that it was read from.
+        layer = (itemsize + 4) * sizes.layer + 4 * (2 * sizes.attention + n * n)
+        head = (itemsize + 4) * sizes.embedding + 4 * 4 * logits
         memory = max(memory, 3 * states + max(layer + kept + covariances, head))
         flops = 2 * sizes.used * tokens * (3 if plan.is_coded else 1)
         seconds += flops / (2 * PRODUCT**3) * product + PASSES * layers * states / DISK_RATE

@@ -167,6 +167,8 @@ def checkpoint_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTra
         family_of(language)
     except UserError as error:
         raise checkpoint.error(str(error)) from error
+    if language.num_hidden_layers < 1:
+        raise checkpoint.error("config.json says that the model has no layers")
     if language is not config:  # the head is the outer model's
         language.tie_word_embeddings = config.tie_word_embeddings
     if language.dtype is None:
@@ -192,7 +194,7 @@ def _refuse_unreadable_type(
 ) -> None:
     """Errors about the model type that transformers would bury in a paragraph."""
     model_type = raw.get("model_type")
-    if not model_type:
+    if not model_type or not isinstance(model_type, str):
         raise checkpoint.error(
             'config.json names no "model_type"; re-save the model with save_pretrained'
         )
