@@ -21,16 +21,17 @@ demo: $(VENV)/.installed
 	$(BIN)/tpa-convert run recipes/demo.yaml
 
 # Two workers with one thread each: tiny models gain nothing from more threads. Files stay whole, so
-# that what their tests share is made once.
+# that what their tests share is made once, and in their order: by the number of tests, which is the
+# default, the longest of all would come last.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Models, caches, exports and the walk through a source are what a version of transformers can break.
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		tests/test_coded_generation.py tests/test_families.py tests/test_families_coded.py \
 		tests/test_family_configs.py tests/test_legacy.py tests/test_paged.py \
 		tests/test_remote_code.py tests/test_serving.py tests/test_walk.py
