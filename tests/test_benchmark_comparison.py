@@ -132,4 +132,4 @@ def test_files_of_results_say_how_to_repeat_them() -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         assert re.fullmatch(r"20\d\d-\d\d-\d\d", found["date"]), path
         assert found["hardware"], path
-        assert found["command"].startswith(("python benchmarks/", "tpa-convert ")), path
+        assert found["command"].startswith(("python benchmarks/", "tpa-convert ", "make ")), path
