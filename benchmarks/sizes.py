@@ -57,7 +57,9 @@ def row(name: str, config: PreTrainedConfig, ratio: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         found = pipeline.preview(
-            SourceOptions(model=folder), ConvertOptions(kv_ratio=ratio), with_needs=True
+            SourceOptions(model=folder),
+            ConvertOptions(kv_ratio=ratio, calibration_blocks=32),
+            with_needs=True,
         )
     assert found.needs is not None
     before, after = NUMBER * found.source_parameters, NUMBER * found.parameters

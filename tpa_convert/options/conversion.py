@@ -155,7 +155,7 @@ class CalibrationOptions(Section):
     text_column: str = option(
         "text", "Column of the text in jsonl, parquet and datasets.", CALIBRATION
     )
-    calibration_blocks: int = option(32, "Number of sequences.", CALIBRATION, ge=1)
+    calibration_blocks: int = option(16, "Number of sequences.", CALIBRATION, ge=1)
     block_length: int = option(512, "Tokens per sequence.", CALIBRATION, ge=2)
     save_moments: Path | None = option(
         None,
