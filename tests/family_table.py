@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.conversions import convert_tiny
 from tests.tiny_models import BUILT_LIKE, MODELS
-from tpa_convert.families import FAMILIES, Family, family_of
+from tpa_convert.families import FAMILIES, Family, experts_of, family_of
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.sources.attention import rotated_dims
 
@@ -55,7 +55,6 @@ TRAINED = (
     "test_refit_and_refinement_lower_the_loss",
     "test_healing_lowers_the_loss",
 )
-EXPERTS = ("num_experts", "num_local_experts")
 
 
 def special(family: Family, model: Any) -> str:
@@ -68,7 +67,7 @@ def special(family: Family, model: Any) -> str:
     )
     windows = [layer.sliding_window is not None for layer in layers]
     found = {
-        "experts": any(getattr(config, name, None) for name in EXPERTS),
+        "experts": experts_of(config) > 0,
         "sliding windows": any(windows),
         "QK-norm": family.key_norm is True,
         "QK-norm over all heads": family.key_norm == "all",

@@ -5,25 +5,16 @@ Headers and codes may differ from the truth on edges alone: where two choices ar
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
+from tests.kernel_device import DEVICE
+from tpa_convert.kernels import RowTables, encode, encode_rows, row_tables, straight_through
+from tpa_convert.kernels.encode_reference import CodeTables, encode_components, pack
 
-from tpa_convert.kernels import RowTables, encode, encode_rows, row_tables, straight_through  # noqa: E402
-from tpa_convert.kernels.encode_reference import CodeTables, encode_components, pack  # noqa: E402
-
-from .encode_cases import (  # noqa: E402
+from .encode_cases import (
     distance,
     double,
     random_components,
@@ -31,7 +22,7 @@ from .encode_cases import (  # noqa: E402
     size_and_label,
     weighted_error,
 )
-from .kernel_cases import random_layout  # noqa: E402
+from .kernel_cases import random_layout
 
 EDGE = 1e-3
 some = settings(

@@ -6,24 +6,16 @@ On a GPU, or under Triton's interpreter, by way of `test_kernels_interpreter.py`
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 
 import pytest
 import torch
 from transformers import StaticCache
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
-
-from tests.conversions import convert_coded, convert_tiny  # noqa: E402
-from tests.test_kernels_model import PROMPT, logits, prompts  # noqa: E402
-from tests.tiny_models import MODELS, WINDOW  # noqa: E402
-from tpa_convert.kernels import ops  # noqa: E402
+from tests.conversions import convert_coded, convert_tiny
+from tests.kernel_device import DEVICE, GPU
+from tests.test_kernels_model import PROMPT, both, logits, prompts
+from tests.tiny_models import MODELS, WINDOW
+from tpa_convert.kernels import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 # Kernels for latent keys are for 16 bits; the interpreter takes fp32, where tests are sharper.
@@ -60,14 +52,6 @@ def models():
     return {}
 
 
-def both(monkeypatch, model, inputs, **settings):
-    results = []
-    for backend in ("triton", "reference"):
-        monkeypatch.setenv("TPA_CONVERT_BACKEND", backend)
-        results.append(logits(model, inputs, new=NEW, **settings))
-    return results
-
-
 @pytest.fixture
 def coded(models):
     if "two blocks" not in models:
@@ -95,7 +79,7 @@ def test_generation(monkeypatch, models, calls, case) -> None:
     settings = {}
     if [*CODED, *PLAIN].index(case) % 2:
         settings = {"cache_implementation": "static", "disable_compile": True}
-    found, truth = both(monkeypatch, models[case], prompts(5), **settings)
+    found, truth = both(monkeypatch, models[case], prompts(5), new=NEW, **settings)
     assert len(calls) == 3 * (NEW - 1)
     assert close(found, truth)
 
@@ -104,7 +88,7 @@ def test_without_padding_and_longer_than_a_window(monkeypatch, models, calls) ->
     assert PROMPT > WINDOW
     for case in ("two blocks", "windows"):
         models.setdefault(case, make(case))
-        found, truth = both(monkeypatch, models[case], prompts())
+        found, truth = both(monkeypatch, models[case], prompts(), new=NEW)
         assert close(found, truth)
     assert len(calls) == 2 * 3 * (NEW - 1)
 
@@ -122,11 +106,11 @@ def test_another_table_would_be_seen(monkeypatch, coded, calls) -> None:
 
 def test_tables_follow_parameters(monkeypatch, coded, calls) -> None:
     """Changed in place, as training and loading do it."""
-    logits_of = both(monkeypatch, coded, prompts())
+    logits_of = both(monkeypatch, coded, prompts(), new=NEW)
     with torch.no_grad():
         coded.model.layers[0].self_attn.keys.gauge.weight.mul_(-2.0)
         coded.model.layers[1].self_attn.values.coder.step.mul_(3.0)
-    found, truth = both(monkeypatch, coded, prompts())
+    found, truth = both(monkeypatch, coded, prompts(), new=NEW)
     assert close(found, truth)
     assert not close(found, logits_of[0])
     assert len(calls) == 2 * 3 * (NEW - 1)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
+from tests.kernel_device import DEVICE, GPU
+from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels.launch_latent import launch_latent
 
-from tpa_convert.kernels import launch_latent as launches  # noqa: E402
-from tpa_convert.kernels.launch_latent import launch_latent  # noqa: E402
-
-from .kernel_cases import error  # noqa: E402
-from .latent_cases import random_case  # noqa: E402
+from .kernel_cases import error
+from .latent_cases import random_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]

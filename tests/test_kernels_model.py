@@ -5,23 +5,14 @@ On a GPU, or under Triton's interpreter, by way of `test_kernels_interpreter.py`
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from transformers import StaticCache
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
-
-from tests.conversions import convert_tiny  # noqa: E402
-from tests.tiny_models import MODELS, WINDOW  # noqa: E402
-from tpa_convert.kernels import ops  # noqa: E402
+from tests.conversions import convert_tiny
+from tests.kernel_device import DEVICE, GPU
+from tests.tiny_models import MODELS, WINDOW
+from tpa_convert.kernels import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 PROMPT, NEW = 12, 4

@@ -6,25 +6,16 @@ was set before anything imported Triton.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("test_kernels_interpreter.py runs this without a GPU", allow_module_level=True)
+from tests.kernel_device import DEVICE
+from tpa_convert.kernels.launch import choose_splits, launch_rotated
+from tpa_convert.kernels.reference import decode_attention
 
-from tpa_convert.kernels.launch import choose_splits, launch_rotated  # noqa: E402
-from tpa_convert.kernels.reference import decode_attention  # noqa: E402
-
-from .kernel_cases import bounds, error, poison  # noqa: E402
+from .kernel_cases import bounds, error, poison
 
 # The interpreter takes logarithms of empty columns where GPUs do not warn.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")

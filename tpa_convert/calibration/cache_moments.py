@@ -22,6 +22,7 @@ from tpa_convert.calibration.moments import (
     Moments,
     StoredLayers,
     as_tensors,
+    go_on,
     inputs_name,
     moments_name,
 )
@@ -181,11 +182,7 @@ def _gradient_name(index: int) -> str:
 @torch.no_grad()
 def _forward(source: Source, walk: DecoderWalk, inputs: Store, track: Track) -> None:
     """Keeps what enters each layer, and leaves what leaves the last in the walk's states."""
-    count = len(walk.layers)
-    done = max((i for i in range(count) if inputs_name(i) in inputs), default=0)
-    if done:
-        walk.states.copy_(inputs[inputs_name(done)]["states"])
-    for i in track(range(done, count), "calibrating"):
+    for i in track(range(go_on(walk, inputs), len(walk.layers)), "calibrating"):
         if inputs_name(i) not in inputs:
             inputs[inputs_name(i)] = {"states": walk.states.cpu().clone()}
         with full_width(source, i):

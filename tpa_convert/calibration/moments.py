@@ -65,6 +65,14 @@ def moments_name(index: int) -> str:
     return f"moments-{index:05}"
 
 
+def go_on(walk: DecoderWalk, store: Store) -> int:
+    """Takes a walk to the last layer whose inputs are in a store, and says which that is."""
+    done = max((i for i in range(len(walk.layers)) if inputs_name(i) in store), default=0)
+    if done:
+        walk.states.copy_(store[inputs_name(done)]["states"])
+    return done
+
+
 def inputs_name(index: int) -> str:
     """Of the hidden states before a layer in a store."""
     return f"inputs-{index:05}"
@@ -316,10 +324,7 @@ def collect_moments(
     if moments_name(count - 1) in store:
         return moments
     walk = DecoderWalk(source.model, blocks, batch_size, names.attention)
-    done = max((i for i in range(count) if inputs_name(i) in store), default=0)
-    if done:
-        walk.states.copy_(store[inputs_name(done)]["states"])
-    for i in track(range(done, count), "calibrating"):
+    for i in track(range(go_on(walk, store), count), "calibrating"):
         with held(walk.layers[i]):
             weights = attention_weights(
                 walk.attention(i), names, source.model.config, i, dtype=torch.float32

@@ -48,7 +48,7 @@ def show_plan(prediction: Prediction) -> None:
         absorbed = any("absorbed" in (x.key_gauge, x.value_gauge) for x in plan.layers)
         remedy = "; --gauge applied avoids that, and takes time in every step" if absorbed else ""
         grow = "may grow by up to" if prediction.approximate else "grow by"
-        console.print(f"The weights {grow} {growth / 1e9:,.3g} billion parameters{remedy}.")
+        console.print(f"The weights {grow} {growth:,} parameters{remedy}.")
     if prediction.needs is not None:
         needs = prediction.needs
         console.print(

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tpa_convert.export.absorption import component_output, component_queries
 from tpa_convert.modeling import AttentionNames, LayerShape, TPAAttention, norm_width, pair_table
 from tpa_convert.modeling.tpa_attention import eager_attention_forward
+from tpa_convert.modeling.tpa_codes import round_up
 from tpa_convert.modeling.tpa_keys import PairGauge, RotatedKeys
 from tpa_convert.modeling.tpa_rotary import Table, rotate
 
@@ -60,7 +61,7 @@ def head_size(shape: LayerShape, sizes: Sequence[int] | None, multiple: int = 8)
     """
     needed = max(shape.width_k, shape.width_v)
     if not sizes:
-        return -(-needed // multiple) * multiple
+        return round_up(needed, multiple)
     found = min((size for size in sizes if size >= needed), default=None)
     if found is None:
         raise ValueError(f"{needed} numbers a token do not fit into heads of at most {max(sizes)}")

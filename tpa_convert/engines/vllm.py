@@ -18,9 +18,9 @@ from vllm.transformers_utils.model_arch_config_convertor import (
 )
 
 from tpa_convert.engines.one_head import head_size, obstacle
+from tpa_convert.families import experts_of
 from tpa_convert.modeling import CAUSAL_LMS, LayerShape, source_key_value_heads
 
-EXPERTS = ("num_experts", "num_local_experts")
 MODELS = "tpa_convert.engines.vllm_models"
 
 
@@ -29,15 +29,10 @@ def register() -> None:
     causal_lms: list[Any] = list(CAUSAL_LMS.values())
     for causal_lm in causal_lms:
         config = causal_lm.config_class
-        kind = "TPAMoEForCausalLM" if has_experts(config) else "TPAForCausalLM"
+        kind = "TPAMoEForCausalLM" if experts_of(config()) else "TPAForCausalLM"
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = TPAArchitecture
         if causal_lm.__name__ not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(causal_lm.__name__, f"{MODELS}:{kind}")
-
-
-def has_experts(config: Any) -> bool:
-    """Whether models of a class of configs have experts."""
-    return any(hasattr(config, name) for name in EXPERTS)
 
 
 def size_of(shape: LayerShape) -> int:

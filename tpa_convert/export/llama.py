@@ -39,6 +39,7 @@ from tpa_convert.export.stock import (
     weight_and_bias,
 )
 from tpa_convert.modeling import TPAAttention
+from tpa_convert.modeling.tpa_codes import round_up
 from tpa_convert.modeling.tpa_keys import RotatedKeys
 
 SAME_DECODERS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Phi3ForCausalLM)
@@ -156,7 +157,7 @@ def shared_slots(layers: Sequence[TPAAttention]) -> Slots:
         slots[order] = first[of_layer[order]] + within
         places.append(slots)
     needed = max(2 * int(widest.sum()), *(layer.shape.width_v for layer in layers))
-    head_dim = -(-needed // HEAD_MULTIPLE) * HEAD_MULTIPLE
+    head_dim = round_up(needed, HEAD_MULTIPLE)
     table = torch.arange(len(widest)).repeat_interleave(widest)
     return Slots(tuple(table.tolist()), tuple(places), head_dim)
 

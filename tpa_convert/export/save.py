@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tpa_convert import __version__
+from tpa_convert.dtypes import dtype_name, is_finite
 from tpa_convert.errors import UserError
 from tpa_convert.export.card import render_card
 from tpa_convert.export.code import write_own_code
@@ -107,12 +108,10 @@ def _save(
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor to be written whose numbers its type cannot hold."""
-    # Minimum and maximum carry NaN along and need no temporary tensor of the same size.
-    bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()
-    if not all(torch.isfinite(bound) for bound in bounds):
+    if not is_finite(tensor):
         raise UserError(
-            f"{name} holds numbers that are not finite in "
-            f"{str(tensor.dtype).removeprefix('torch.')}: convert with --dtype bfloat16"
+            f"{name} holds numbers that are not finite in {dtype_name(tensor.dtype)}: convert with "
+            "--dtype bfloat16"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tpa_convert.families.family import (
     Family,
     add_family,
+    experts_of,
     family_of,
     is_tpa,
     register_family,
@@ -74,6 +75,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "add_family",
+    "experts_of",
     "family_of",
     "is_tpa",
     "register_family",

@@ -194,6 +194,12 @@ def is_tpa(config: PreTrainedConfig) -> bool:
     return config.model_type == "tpa" or getattr(config, "tpa_layers", None) is not None
 
 
+def experts_of(config: PreTrainedConfig) -> int:
+    """How many experts each layer has, 0 for none."""
+    names = "num_experts", "num_local_experts"  # configs that say otherwise map one of these to it
+    return next((count for name in names if (count := getattr(config, name, None))), 0)
+
+
 def language_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of a multimodal model's language model, if that is of a known family; else the
     config as it is."""

@@ -134,22 +134,24 @@ def components_of(
         return loaded[0]
 
 
-@triton.jit(
-    do_not_specialize=[
-        "length",
-        "positions",
-        "window",
-        "padded_columns",
-        "pages_stride_b",
-        "mask_stride_b",
-        "key_stride_b",
-        "key_stride_t",
-        "value_stride_b",
-        "value_stride_t",
-        "header_k",
-        "header_v",
-    ]
-)
+AT_RUN_TIME = [
+    "length",
+    "positions",
+    "window",
+    "padded_columns",
+    "pages_stride_b",
+    "mask_stride_b",
+    "key_stride_b",
+    "key_stride_t",
+    "value_stride_b",
+    "value_stride_t",
+    "header_k",
+    "header_v",
+]
+"""Arguments that differ from call to call: kernels are not compiled anew for them."""
+
+
+@triton.jit(do_not_specialize=AT_RUN_TIME)
 def latent_weights_kernel(
     query,
     keys,

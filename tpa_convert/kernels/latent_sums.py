@@ -15,30 +15,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent import block_rows, components_of, load_bias, load_header, load_places
+from .latent import AT_RUN_TIME, block_rows, components_of, load_bias, load_header, load_places
 from .split_kv import slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
 
 
-@triton.jit(
-    do_not_specialize=[
-        "length",
-        "positions",
-        "window",
-        "splits",
-        "blocks",
-        "padded_columns",
-        "pages_stride_b",
-        "mask_stride_b",
-        "key_stride_b",
-        "key_stride_t",
-        "value_stride_b",
-        "value_stride_t",
-        "header_k",
-        "header_v",
-    ]
-)
+@triton.jit(do_not_specialize=[*AT_RUN_TIME, "splits", "blocks"])
 def latent_sums_kernel(
     keys,
     values,

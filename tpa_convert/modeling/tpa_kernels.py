@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .tpa_codes import round_up
+
 WIDEST_FLASH = 256  # head dim of PyTorch's flash attention
 
 
@@ -19,7 +21,7 @@ def of_one_width(
     widths = key.shape[-1], value.shape[-1]
     if not query.is_cuda or widths[0] == widths[1] or max(widths) > WIDEST_FLASH:
         return query, key, value
-    width = -(-max(widths) // 8) * 8
+    width = round_up(max(widths), 8)
     query, key, value = (
         nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value)
     )
@@ -31,8 +33,15 @@ def find_kernel() -> Callable[..., torch.Tensor | None] | None:
 
     To be called when a model is made: `torch.compile` does not follow an import.
     """
+    found = _of_kernels("decode_on_kernel")
+    return None if found is None else found[0]
+
+
+def _of_kernels(*names: str) -> list[Any] | None:
+    """What `tpa_convert.kernels` has by these names, None where no package has all of them."""
     try:
-        return import_module("tpa_convert.kernels").decode_on_kernel
+        kernels = import_module("tpa_convert.kernels")
+        return [getattr(kernels, name) for name in names]
     except (ImportError, AttributeError):
         return None
 
@@ -48,13 +57,8 @@ class Coding(NamedTuple):
 
 def find_coding() -> Coding | None:
     """What codes components on a GPU, None where no package has it; see `find_kernel`."""
-    try:
-        kernels = import_module("tpa_convert.kernels")
-        return Coding(
-            kernels.straight_through, kernels.encode_rows, kernels.CodeTables, kernels.row_tables
-        )
-    except (ImportError, AttributeError):
-        return None
+    found = _of_kernels("straight_through", "encode_rows", "CodeTables", "row_tables")
+    return None if found is None else Coding(*found)
 
 
 class LatentKernels(NamedTuple):
@@ -70,18 +74,8 @@ class LatentKernels(NamedTuple):
 
 def find_latent() -> LatentKernels | None:
     """What decodes over latent keys on a GPU, None where no package has it; see `find_kernel`."""
-    try:
-        kernels = import_module("tpa_convert.kernels")
-        return LatentKernels(
-            kernels.decode_latent,
-            kernels.wanted,
-            kernels.latent_tables,
-            kernels.KeyMap,
-            kernels.Rows,
-            kernels.numbers,
-        )
-    except (ImportError, AttributeError):
-        return None
+    found = _of_kernels("decode_latent", "wanted", "latent_tables", "KeyMap", "Rows", "numbers")
+    return None if found is None else LatentKernels(*found)
 
 
 class Sources:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tpa_convert.calibration.cache_moments import MOST_LOGITS
 from tpa_convert.conversion.coded import ROUNDS
+from tpa_convert.families import experts_of
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.plans import Plan
 
@@ -64,7 +65,7 @@ def sizes_of(model: PreTrainedModel, attention: str) -> Sizes:
     inside = {id(p) for p in layers.parameters()}
     others = [p.numel() for p in model.parameters() if id(p) not in inside]
     config = model.config
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    experts = experts_of(config)
     share = 1.0 if not experts else config.num_experts_per_tok / experts
     used = sum(
         p.numel() * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.utils import is_gguf_available
 
+from tpa_convert.dtypes import is_finite
 from tpa_convert.errors import UserError
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -74,6 +75,14 @@ class Checkpoint:
     def error(self, message: str) -> UserError:
         """An error about this checkpoint, on one line."""
         return UserError(f"{self.spec}: {_one_line(message)}")
+
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuses a tensor of the files that holds NaN or infinity."""
+        if not is_finite(tensor):
+            raise self.error(
+                f"{name} contains NaN or infinity; the checkpoint is damaged or was trained to "
+                "divergence: download it again or use another one"
+            )
 
     def read_config(self) -> dict[str, Any]:
         """`config.json` as it is.

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -132,13 +131,7 @@ class StoredWeights:
                 "again"
             ) from error
         for key, tensor in pieces.items():
-            # Minimum and maximum carry NaN along and need no temporary tensor of the same size.
-            bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()
-            if not all(torch.isfinite(bound) for bound in bounds):
-                raise self.checkpoint.error(
-                    f"{key} contains NaN or infinity; the checkpoint is damaged or was trained to "
-                    "divergence: download it again or use another one"
-                )
+            self.checkpoint.check_finite(key, tensor)
         made: dict[str, Tensor] = {}
         for first in groups:
             made |= self._make(first, pieces)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.modeling import CLASSES, TPAAttention
 from tpa_convert.modeling.tpa_coder import RowCoder
+from tpa_convert.modeling.tpa_codes import round_up
 from tpa_convert.modeling.tpa_keys import BlockGauge, LatentKeys
 
 MULTIPLE_OF = 16
@@ -34,8 +35,8 @@ def even_widths(student: PreTrainedModel) -> Iterator[None]:
     if not layers or len({len(widths) for widths in blocks}) > 1:
         yield
         return
-    key_widths = [_rounded(max(widths)) for widths in zip(*blocks, strict=True)]
-    value_width = _rounded(max(layer.shape.width_v for layer in layers))
+    key_widths = [round_up(max(widths), MULTIPLE_OF) for widths in zip(*blocks, strict=True)]
+    value_width = round_up(max(layer.shape.width_v for layer in layers), MULTIPLE_OF)
     places = [
         (_places(layer.shape.key_block_widths, key_widths), torch.arange(layer.shape.width_v))
         for layer in layers
@@ -47,10 +48,6 @@ def even_widths(student: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer, (keys, values) in zip(layers, places, strict=True):
             _resize(layer, _Gather(keys), _Gather(values), layer.shape.key_block_widths)
-
-
-def _rounded(width: int) -> int:
-    return -(-width // MULTIPLE_OF) * MULTIPLE_OF
 
 
 def _places(widths: list[int], wider: list[int]) -> Tensor:
