@@ -49,8 +49,11 @@ class Conversion:
     layers, each of these, and what stands behind. What is not attention is copied.
 
     Attributes:
+        description: of making a part.
         tied: tensors of the source that are another one: they are in no part.
     """
+
+    description = "converting"
 
     def __init__(
         self,
@@ -129,21 +132,41 @@ class Conversion:
         names = self._names[index]
         if not 0 < index < len(self) - 1:
             return self._finished(index, self.source.tensors(names), None)
-        layer, attention_names = self._layers[index - 1], self.source.family.names
-        config = self.source.model.config
-        prefix = f"{self._prefixes[index - 1]}{attention_names.attention}."
-        attention = getattr(layer, attention_names.attention)
+        parameters, shape = self.attention(index - 1)
+        return self.layer(index - 1, parameters, shape)
+
+    @torch.no_grad()
+    def attention(self, index: int) -> tuple[dict[str, Tensor], LayerShape]:
+        """Parameters of the attention that layer `index` gets, by their names in it and in the type
+        that they were computed in, and its shape.
+
+        Raises:
+            UserError: as `part`.
+        """
+        names, config = self.source.family.names, self.source.model.config
+        attention: Any = getattr(self._layers[index], names.attention)
         with held(attention):
-            parameters, shape = self._attention(attention, index - 1)
-            parameters = {
-                prefix + name: tensor.to("cpu", self.dtype)
-                for name, tensor in (
-                    parameters
-                    | query_norm_parameters(attention, attention_names, config, index - 1)
-                ).items()
-            }
-        others = self.source.tensors(name for name in names if not name.startswith(prefix))
-        return self._finished(index, others | parameters, shape)
+            parameters, shape = self._attention(attention, index)
+            parameters |= query_norm_parameters(attention, names, config, index)
+        prefix = self._attention_prefix(index)
+        expected = [name for name in self._expected[index + 1] if name.startswith(prefix)]
+        wanted = fitting({prefix + name: tensor for name, tensor in parameters.items()}, expected)
+        return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}, shape
+
+    @torch.no_grad()
+    def layer(self, index: int, attention: dict[str, Tensor], shape: LayerShape) -> Part:
+        """The part that is layer `index`, with these parameters of its attention.
+
+        Raises:
+            UserError: as `part`.
+        """
+        prefix = self._attention_prefix(index)
+        parameters = {prefix + name: t.to("cpu", self.dtype) for name, t in attention.items()}
+        others = (name for name in self._names[index + 1] if not name.startswith(prefix))
+        return self._finished(index + 1, self.source.tensors(others) | parameters, shape)
+
+    def _attention_prefix(self, index: int) -> str:
+        return f"{self._prefixes[index]}{self.source.family.names.attention}."
 
     def _attention(self, attention: Any, index: int) -> tuple[dict[str, Tensor], LayerShape]:
         """Parameters of a layer's attention, and its shape as its factors decide."""
