@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.conversion.layer import coded_attention_parameters, convert_layer
+from tpa_convert.conversion.layer import (
+    attention_module,
+    coded_attention_parameters,
+    convert_layer,
+)
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import LayerShape, TPAAttention
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.sources import Source, held
+from tpa_convert.sources import Source, device_of, held
 from tpa_convert.sources.attention import attention_weights, query_norm_parameters
 
 
@@ -152,6 +157,24 @@ class Conversion:
         expected = [name for name in self._expected[index + 1] if name.startswith(prefix)]
         wanted = fitting({prefix + name: tensor for name, tensor in parameters.items()}, expected)
         return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}, shape
+
+    @contextmanager
+    def in_place(self, index: int) -> Iterator[tuple[TPAAttention, LayerShape]]:
+        """The converted attention of layer `index` in fp32, and its shape. Inside of this it is in
+        the source's own decoder, whose layer is then what that of the converted model would be."""
+        source, layer = self.source, self._layers[index]
+        names, model = source.family.names, source.model
+        with held(layer), torch.no_grad():
+            parameters, shape = self.attention(index)
+            shapes = [asdict(shape)] * len(self._layers)
+            config = source.family.tpa_config(model.config, shapes)
+            before = getattr(layer, names.attention)
+            module = attention_module(before, names, config, index, parameters)
+            setattr(layer, names.attention, module.to(device_of(model)))
+            try:
+                yield module, shape
+            finally:
+                setattr(layer, names.attention, before)
 
     @torch.no_grad()
     def layer(self, index: int, attention: dict[str, Tensor], shape: LayerShape) -> Part:

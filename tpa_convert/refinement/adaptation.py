@@ -5,20 +5,17 @@ Layers go in order, and inputs come from the adapted layers below. Only the atte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.conversion.layer import attention_module
 from tpa_convert.conversion.model import Conversion, Part
 from tpa_convert.errors import UserError
 from tpa_convert.forward.passes import block_forward
 from tpa_convert.forward.walk import DecoderWalk, attention_modules
-from tpa_convert.modeling import LayerShape
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.streams import StreamPair, Target
 from tpa_convert.sources import held
@@ -144,11 +141,17 @@ class AdaptedConversion:
         if not 0 < index < len(self) - 1:
             return self.conversion.part(index)
         layer = index - 1
-        with block_forward(self.conversion.source.model):
+        model, plan = self.conversion.source.model, self.conversion.plan
+        alike = len({replace(x, key_pairs=None) for x in plan.layers}) == 1
+        with block_forward(model):
             streams = self._at(layer)
             with held(streams.model.layers[layer]):
                 target = streams.target(layer)
-                with self._converted(streams.model, layer) as (module, shape):
+                compiles = self.adaptation.compiles and alike and target.output.is_cuda
+                with (
+                    self.conversion.in_place(layer) as (module, shape),
+                    block_forward(model, [module] if compiles else []),
+                ):
                     errors = self.adaptation.layer(streams.model, layer, target)
                     streams.model.advance(layer)
         self._layer, generator = layer + 1, self.adaptation.generator
@@ -181,26 +184,6 @@ class AdaptedConversion:
             if self.adaptation.generator is not None:
                 self.adaptation.generator.set_state(stored["generator"])
         return self._streams
-
-    @contextmanager
-    def _converted(self, walk: DecoderWalk, index: int) -> Iterator[tuple[nn.Module, LayerShape]]:
-        """The converted attention of a layer in fp32, in its place in the source's decoder."""
-        source, plan = self.conversion.source, self.conversion.plan
-        parameters, shape = self.conversion.attention(index)
-        shapes = [asdict(shape)] * len(plan.layers)
-        config = source.family.tpa_config(source.model.config, shapes)
-        before = walk.attention(index)
-        module = attention_module(before, source.family.names, config, index, parameters)
-        module = module.to(walk.states.device)
-        layer, name = walk.layers[index], walk.attention_name
-        alike = len({replace(x, key_pairs=None) for x in plan.layers}) == 1
-        compiles = self.adaptation.compiles and alike and walk.states.is_cuda
-        setattr(layer, name, module)
-        try:
-            with block_forward(source.model, [module] if compiles else []):
-                yield module, shape
-        finally:
-            setattr(layer, name, before)
 
 
 def _entering(index: int) -> str:
