@@ -166,7 +166,8 @@ def convert(
         }
         provenance = {"source": asdict(opened.reference), "convert": record}
         save_around_weights(model, opened.tokenizer, made.output, out.name, provenance)
-        copy_licence(opened, made.output)
+        if opened.weights is not None:
+            copy_licence(opened.weights.checkpoint.directory, made.output)
     seconds = time.perf_counter() - start
     return ConversionResult(out, prediction, seconds, stages.seconds, opened.num_bytes, nats)
 
