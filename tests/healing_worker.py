@@ -18,10 +18,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tests.conftest import make_tiny_llama
-from tests.conversions import convert_tiny
+from tests.conversions import convert_coded, convert_tiny
 from tests.tiny_models import MODELS
+from tpa_convert import pipeline
+from tpa_convert.cli.commands import app
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
 from tpa_convert.healing.training import preparation
+from tpa_convert.healing.training.distributed import from_first, outline, sharding
 
 STEPS = 6
 
@@ -36,11 +39,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True, "hidden_weight": 0.5},
     "lora": {"trainable": "lora"},
     "capped": {"family": "gemma3"},
+    "coded": {"coded": True},
 }
 
 
-def models(tied: bool, family: str | None) -> tuple[Any, Any]:
+def models(tied: bool, family: str | None, coded: bool) -> tuple[Any, Any]:
     """A teacher and its converted student; of another family than Llama, two different models."""
+    if coded:
+        teacher = make_tiny_llama("gqa")
+        return teacher, convert_coded(teacher)
     if family is not None:
         return MODELS[family](seed=1), MODELS[family](seed=2)
     teacher = make_tiny_llama(tie_word_embeddings=tied)
@@ -48,10 +55,22 @@ def models(tied: bool, family: str | None) -> tuple[Any, Any]:
 
 
 def run(
-    directory: Path, *, tied: bool = False, family: str | None = None, **changes: Any
+    directory: Path,
+    *,
+    tied: bool = False,
+    family: str | None = None,
+    coded: bool = False,
+    **changes: Any,
 ) -> tuple[HealingReport, Any]:
-    """Heals a tiny model on whatever processes there are."""
-    teacher, student = models(tied, family)
+    """Heals a tiny model on whatever processes there are. Under FSDP all but the first have its
+    outline only."""
+    teacher, student = models(tied, family, coded)
+    if sharding():
+        teacher, student = from_first(
+            lambda: (teacher, student), lambda pair: (outline(pair[0]), outline(pair[1]))
+        )
+        matrices = [p for model in (teacher, student) for p in model.parameters() if p.ndim > 1]
+        assert all(p.is_meta != PartialState().is_main_process for p in matrices)
     settings = HealingSettings(
         tokens=STEPS * 128,
         tokens_per_step=128,
@@ -108,14 +127,38 @@ def interrupted_run(directory: Path, **variant: Any) -> None:
     preparation.DistillationTrainer = trainer  # type: ignore[misc]
 
 
+def run_command(directory: Path, command: list[str]) -> None:
+    """Runs a `heal` command. Each process notes how many bytes of parameters it has loaded."""
+    heal_model = pipeline.healing.heal_model
+
+    def counting(student: Any, teacher: Any, *arguments: Any, **options: Any) -> Any:
+        parameters = [p for model in (student, teacher) for p in model.parameters()]
+        found = {
+            "bytes": sum(p.nbytes for p in parameters if not p.is_meta),
+            "all": sum(p.nbytes for p in parameters),
+        }
+        path = directory / f"process-{PartialState().process_index}.json"
+        path.write_text(json.dumps(found))
+        return heal_model(student, teacher, *arguments, **options)
+
+    pipeline.healing.heal_model = counting  # type: ignore[assignment]
+    app(command, standalone_mode=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--interrupt", action="store_true", help="and resume")
+    parser.add_argument(
+        "--command", nargs=argparse.REMAINDER, help="of tpa-convert, to run instead"
+    )
     options = parser.parse_args()
     if options.fsdp:
         use_fsdp()
+    if options.command:
+        run_command(options.directory, options.command)
+        return
     for name, variant in VARIANTS.items():
         directory = options.directory / name
         if options.interrupt:

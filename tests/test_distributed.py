@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tests.healing_worker import STEPS, VARIANTS, run
 from tpa_convert.errors import UserError
-from tpa_convert.healing.training.distributed import sharding
+from tpa_convert.healing.training.distributed import hollow, outline, sharding
 
 
 def launch(module: str, *arguments: object, gpus: str = "") -> str:
@@ -99,6 +100,59 @@ def test_the_command_line_writes_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = tpa_convert("eval", healed)
     assert "only `tpa-convert heal` shares its work" in error_of(result)
+
+
+@pytest.mark.slow
+def test_sharded_models_are_loaded_by_one_process(tmp_path: Path) -> None:
+    """The second has their outlines, and the result is that of a process alone."""
+    source, text = save_source(tmp_path / "source"), save_text(tmp_path / "text.txt")
+    small = tmp_path / "small"
+    assert tpa_convert("convert", source, "--out", small, *CONVERT).exit_code == 0
+    options = ["--tokens", 256, "--tokens-per-step", 64, "--block-length", 32]
+    options += ["--text", text, "--sampled-tokens", 64]
+    options += ["--valid-text", save_text(tmp_path / "valid.txt")]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert tpa_convert("heal", small, *options, "--out", alone).exit_code == 0
+    command = ["--fsdp", "--command", "heal", small, *options, "--out", shared]
+    output = launch("tests.healing_worker", tmp_path, *command)
+    assert output.count("Wrote") == 1
+    first, second = (
+        json.loads((tmp_path / f"process-{index}.json").read_text()) for index in range(2)
+    )
+    assert first["bytes"] == first["all"] == second["all"]
+    assert second["bytes"] < 0.05 * second["all"]  # norms and biases
+    one, other = (load_file(out / "model.safetensors") for out in (alone, shared))
+    assert one.keys() == other.keys()
+    start = load_file(small / "model.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+        if name.endswith("proj.weight"):
+            assert not torch.equal(start[name], tensor), name
+
+
+def test_a_hollow_copy_takes_no_memory() -> None:
+    with torch.device("meta"):
+        model: Any = torch.nn.Sequential(torch.nn.Linear(8192, 8192), torch.nn.Linear(8192, 8192))
+    model[0].bias = torch.nn.Parameter(torch.ones(8192))
+    model[1].weight = model[0].weight
+    before = resident_bytes()
+    copied: Any = hollow(model)
+    assert resident_bytes() - before < 0.2 * model[0].weight.nbytes
+    weight = copied[0].weight
+    assert copied[1].weight is weight
+    assert weight.device.type == "cpu"
+    assert torch.equal(copied[0].bias, model[0].bias)
+    assert not weight[::1000].any()
+    weight.data.fill_(1.0)  # negative control
+    assert resident_bytes() - before > 0.9 * weight.nbytes
+    assert outline(copied)[0].weight.is_meta
+    assert copied[0].weight is weight
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_version_1_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import LongTensor
@@ -24,10 +24,11 @@ from tpa_convert.export.save import (
     save_converted,
     stamp,
 )
+from tpa_convert.families import family_of
 from tpa_convert.healing import HealingReport
 from tpa_convert.healing import heal as heal_model
 from tpa_convert.healing.training.checks import hidden_weight_for
-from tpa_convert.healing.training.distributed import processes
+from tpa_convert.healing.training.distributed import from_first, outline, processes, sharding
 from tpa_convert.healing.training.preparation import LOGS
 from tpa_convert.options.healing import HealOptions
 from tpa_convert.options.source import SourceOptions
@@ -40,7 +41,7 @@ from tpa_convert.pipeline.training_text import (
 )
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.reporting.charts import healing_chart
-from tpa_convert.sources import Source
+from tpa_convert.sources import Source, SourceReference
 from tpa_convert.text.mixture import Mixture, load_mixture
 from tpa_convert.text.overlap import load_local, refuse_seen_documents
 from tpa_convert.text.read import load_documents, token_blocks
@@ -149,23 +150,59 @@ def _prepare(
         {name: documents for name, (documents, _) in mixture.items()},
         load_local(options.valid_text, text_column=options.text_column),
     )
+
+    def loaded() -> _Loaded:
+        return _load(directory, options, source, provenance, track)
+
+    # Sharded models are whole in the first process only.
+    models = from_first(loaded, _outlines) if sharding() else loaded()
+    teacher = models.teacher
+    return _Prepared(
+        directory=Path(directory),
+        out=out,
+        options=options,
+        provenance=models.provenance,
+        student=models.student,
+        tokenizer=models.tokenizer,
+        teacher=Source(teacher, models.teacher_tokenizer, family_of(teacher.config), models.source),
+        mixture=mixture,
+        text_blocks=text_blocks,
+        valid_blocks=_valid_blocks(options, models.tokenizer),
+    )
+
+
+class _Loaded(NamedTuple):
+    """What is read of two models, with the record of the converted one."""
+
+    teacher: PreTrainedModel
+    teacher_tokenizer: PreTrainedTokenizerBase
+    source: SourceReference
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    provenance: Mapping[str, Any]
+
+
+def _load(
+    directory: str | Path,
+    options: HealOptions,
+    source: str | SourceOptions | None,
+    provenance: Mapping[str, Any],
+    track: Track,
+) -> _Loaded:
+    """Loads both models as a whole."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     teacher = source_of(directory, provenance, source, dtype=dtype)
     student, tokenizer = load_converted(directory, dtype=torch.float32)
     if options.kv_ratio is not None:
         student, provenance = coded_student(student, tokenizer, provenance, options.kv_ratio, track)
-    return _Prepared(
-        directory=Path(directory),
-        out=out,
-        options=options,
-        provenance=provenance,
-        student=student,
-        tokenizer=tokenizer,
-        teacher=teacher,
-        mixture=mixture,
-        text_blocks=text_blocks,
-        valid_blocks=_valid_blocks(options, tokenizer),
+    return _Loaded(
+        teacher.model, teacher.tokenizer, teacher.reference, student, tokenizer, provenance
     )
+
+
+def _outlines(models: _Loaded) -> _Loaded:
+    """The same without the weights."""
+    return models._replace(teacher=outline(models.teacher), student=outline(models.student))
 
 
 def _valid_blocks(options: HealOptions, tokenizer: PreTrainedTokenizerBase) -> LongTensor | None:

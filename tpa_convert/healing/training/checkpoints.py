@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.errors import UserError
+from tpa_convert.healing.training.distributed import from_first
 from tpa_convert.options.healing import HealingSettings
 
 # A run may be continued with other values of these: they change its speed, not its loss curve.
@@ -66,11 +67,15 @@ def fingerprint(
     sharded: bool,
 ) -> dict[str, Any]:
     """What a checkpoint can be continued with, JSON-able: settings, hashes of source and text."""
+
+    def source() -> str:
+        return _digest(_sample(weight) for weight in teacher.parameters())
+
     # Options of a recipe hold more than settings.
     kept = set(HealingSettings.model_fields) - FREE_SETTINGS
     return {
         **settings.model_dump(mode="json", include=kept),
-        "source": _digest(_sample(weight) for weight in teacher.parameters()),
+        "source": from_first(source) if sharded else source(),
         "text": _digest([blocks]),
         "held-out text": None if valid_blocks is None else _digest([valid_blocks]),
         "FSDP": sharded,

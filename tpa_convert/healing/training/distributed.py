@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
     fsdp2_prepare_model,
     gather_object,
     parse_flag_from_env,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import init_hf_modules
 
 from tpa_convert.errors import UserError
 
 # The first process may sample text while the others wait; a launcher ends them if it dies.
 TIMEOUT = timedelta(hours=2)
 
+T = TypeVar("T")
+
 
 def processes() -> PartialState:
     """This process among those of the run, which are joined on the first call."""
-    # Weights come from memory, on every process, and not from the first one's.
+    # `fill` instead: accelerate's way fails for models with buffers in their state, as coded ones.
     disable_fsdp_ram_efficient_loading()
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
 
@@ -50,6 +58,22 @@ def _of_all(value: Any) -> list[Any]:
     """What each process has."""
     processes()  # else accelerate takes this process for the only one, also later
     return gather_object([value])
+
+
+def from_first(make: Callable[[], T], sent: Callable[[T], T] = lambda made: made) -> T:
+    """What the first process makes, on all of them.
+
+    Args:
+        make: called in the first process only.
+        sent: what the others get of it; has to be picklable.
+    """
+    if processes().is_main_process:
+        made = make()
+        broadcast_object_list([sent(made)])
+        return made
+    # Classes that came with a checkpoint are found among those that transformers has fetched.
+    init_hf_modules()
+    return broadcast_object_list([None])[0]
 
 
 def smallest(number: int) -> int:
@@ -85,6 +109,41 @@ def shard_frozen(accelerator: Accelerator, model: PreTrainedModel, bf16: bool) -
     """Shard a model that is not trained; `Accelerator.prepare` wants an optimiser."""
     set_wrapping(accelerator, model, bf16)
     return fsdp2_prepare_model(accelerator, model)
+
+
+def outline(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose matrices are nowhere (on the meta device), small enough to be sent: buffers,
+    biases and norms are there."""
+    return _copy(model, lambda matrix: matrix.to("meta"))
+
+
+def hollow(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the CPU, to be sharded, whose matrices hold nothing yet. They have addresses, which
+    accelerate tells an optimiser's parameters apart by, but memory only once it is written."""
+    return _copy(model, _untouched)
+
+
+def _untouched(matrix: Tensor) -> Tensor:
+    # numpy takes zeros from the system, which gives pages when they are written; torch writes them.
+    zeros = torch.from_numpy(np.zeros(matrix.nbytes, np.uint8))
+    return zeros.view(matrix.dtype).view(matrix.shape)
+
+
+def _copy(model: PreTrainedModel, matrix: Callable[[Tensor], Tensor]) -> PreTrainedModel:
+    """A copy with other matrices; what is tied stays tied."""
+    memo = {
+        id(p): nn.Parameter(matrix(p.detach()), requires_grad=p.requires_grad)
+        for p in model.parameters()
+        if p.ndim > 1
+    }
+    return copy.deepcopy(model, memo)
+
+
+def fill(sharded: PreTrainedModel, whole: PreTrainedModel) -> None:
+    """Gives each process its share of what is whole in the first one, a tensor at a time."""
+    state = whole.state_dict() if processes().is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(sharded, state, options=options)
 
 
 def gathered(weight: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,11 @@ from tpa_convert.healing.monitoring.trackers import trackers
 from tpa_convert.healing.training.adapters import is_adapter
 from tpa_convert.healing.training.arguments import training_arguments
 from tpa_convert.healing.training.data import BlockDataset, collate
-from tpa_convert.healing.training.distributed import sharding
+from tpa_convert.healing.training.distributed import hollow, sharding
 from tpa_convert.healing.training.flops import flops_per_token
 from tpa_convert.healing.training.trainer import (
     DistillationTrainer,
+    Filling,
     attention_parameters,
     parameter_groups,
 )
@@ -97,7 +97,7 @@ def prepare(
         head_bias.requires_grad_(False)
     whole_student, use_cache = student, student.config.use_cache
     if sharding():
-        student = copy.deepcopy(student)
+        student = hollow(student)
     args = training_arguments(student, settings, blocks.shape[1], output_dir / CHECKPOINTS)
     compiled = settings.torch_compile
     if compiled is None:
@@ -126,6 +126,7 @@ def prepare(
         distance=compile_if(hidden_distance),
         optimizer_cls_and_kwargs=_optimizer(student, settings),
         callbacks=[
+            *([Filling(whole_student)] if sharding() else []),
             Intervals(),
             speedometer,
             LossGuard(),

@@ -81,8 +81,9 @@ def heal(
     bfloat16.
 
     Under `accelerate launch` or `torchrun`, all processes call this with the same arguments and
-    share the work. With FSDP the teacher ends sharded, and the student stays where it is and is
-    healed in the first process only.
+    share the work. With FSDP both models stay where they are, and the student is healed in the
+    first process only; the others take all weights from there, and need no more than the
+    `distributed.outline` of both models.
 
     Args:
         student: any Hugging Face causal language model with a head for its logits.

@@ -10,7 +10,14 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tpa_convert.forward.divergence import (
     Divergence,
@@ -21,7 +28,13 @@ from tpa_convert.forward.divergence import (
 from tpa_convert.forward.head import final_hidden_states, logit_finish, with_head_input
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
-from tpa_convert.healing.training.distributed import gathered, set_wrapping, shard_frozen
+from tpa_convert.healing.training.distributed import (
+    fill,
+    gathered,
+    hollow,
+    set_wrapping,
+    shard_frozen,
+)
 
 CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each channel varies
 CHANNEL_FLOOR = 1e-6  # least variance of a channel, of the mean over channels
@@ -123,6 +136,20 @@ class LayerOutputs:
             hook.remove()
 
 
+class Filling(TrainerCallback):
+    """Gives a sharded student the weights that the first process has as a whole, once it is
+    sharded; one that is resumed has them from its checkpoint."""
+
+    def __init__(self, whole: PreTrainedModel):
+        self.whole = whole
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            fill(kwargs["model"], self.whole)
+
+
 class DistillationTrainer(Trainer):
     """Trains `model` towards the next-token distributions of `teacher`.
 
@@ -132,7 +159,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: causal language model of the same vocabulary, of any floating dtype. It is moved to
-            the training device, under FSDP sharded over all of them.
+            the training device; under FSDP, a copy of the first process's is sharded over all.
         offload_teacher: keep the teacher's layers in main memory; each goes to the training device
             for as long as it computes. `restore_offloaded` ends that.
         divergence: of a chunk's logits, see `forward.divergence.Divergence`.
@@ -158,7 +185,8 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        # Found out before either model is sharded.
+        whole, teacher = teacher, hollow(teacher) if self.is_fsdp_enabled else teacher
+        # Found out before either model is sharded; what they do to products is in no matrix.
         self.finishes = {
             "student_finish": logit_finish(self.model),
             "teacher_finish": logit_finish(teacher),
@@ -167,6 +195,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.is_fsdp_enabled:
             self.teacher = shard_frozen(self.accelerator, teacher.eval(), self.args.bf16)
+            fill(self.teacher, whole)
             set_wrapping(self.accelerator, self.model, self.args.bf16)
         elif offload_teacher:
             self.teacher = offload_layers(teacher.eval(), self.args.device)
