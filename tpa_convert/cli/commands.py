@@ -25,6 +25,7 @@ from tpa_convert.cli.tables import (
     duration,
     show_expected_loss,
     show_healing,
+    show_healing_needs,
     show_plan,
     show_planning,
     show_stages,
@@ -204,11 +205,19 @@ def heal(files: HealFiles, options: HealOptions, teacher: Teacher) -> None:
     of `heal`. Ctrl-C stops it at a checkpoint beside the output directory, and the same command
     continues from there.
     """
+    if files.out is None and not files.dry_run:
+        raise UserError("say where to write the model with --out DIR (or look first: --dry-run)")
     check_file(files.json_file, files.overwrite)
     from accelerate import PartialState
 
     from tpa_convert import pipeline
 
+    if files.dry_run:
+        preview = pipeline.preview_healing(files.directory, options, source=teacher.model)
+        write_json(files.json_file, preview)
+        show_healing_needs(preview)
+        return
+    assert files.out is not None
     repository = _repository(files)
     with _continued_without("--no-resume", not files.resume):
         result = pipeline.heal(

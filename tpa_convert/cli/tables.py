@@ -13,7 +13,7 @@ from tpa_convert.cli.terminal import console
 
 if TYPE_CHECKING:
     from tpa_convert.modeling import LayerShape
-    from tpa_convert.pipeline import HealingResult, PlanningResult
+    from tpa_convert.pipeline import HealingPreview, HealingResult, PlanningResult
     from tpa_convert.pipeline.conversion import ConversionResult
     from tpa_convert.pipeline.prediction import Prediction
     from tpa_convert.planning.search import PlanReport
@@ -282,6 +282,33 @@ def show_healing(result: HealingResult) -> None:
         soft_wrap=True,
     )
     console.print(f"Picture: {result.chart}", soft_wrap=True)
+
+
+def show_healing_needs(preview: HealingPreview) -> None:
+    """What each way of healing needs, and which fits."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    columns = ["GB of a GPU", "each more sequence", "main memory"]
+    for column in [*columns, *(["fits"] if preview.capacity else [])]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, needs in preview.ways.items():
+        cells = [f"{n / 1e9:.3g}" for n in (needs.gpu, needs.sequence, needs.memory)]
+        if preview.capacity:
+            cells.append("yes" if needs.gpu < preview.capacity else "no")
+        table.add_row(name, *cells)
+    console.print(table)
+    asked = next(iter(preview.ways.values()))
+    options = preview.options
+    time = "" if preview.seconds is None else f" take about {duration(preview.seconds)} and"
+    console.print(
+        f"{options.steps:,} steps of {options.tokens_per_step:,} tokens{time} need up to "
+        f"{asked.disk / 1e9:.3g} GB of disk for checkpoints. GPU memory is for one sequence of "
+        f"{options.block_length:,} tokens a forward pass, computed in bfloat16 and compiled."
+    )
+    if preview.capacity is None:
+        console.print("There is no GPU here.")
+    else:
+        console.print(f"{preview.device} has {preview.capacity / 1e9:.3g} GB.")
 
 
 def duration(seconds: float) -> str:

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -183,6 +185,20 @@ def load_model(
     directory: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """`load_converted` without the tokenizer."""
+    converted_config(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _damaged(directory, error) from error
+    return model.to(device).eval()
+
+
+def converted_config(directory: str | Path) -> PreTrainedConfig:
+    """Config of a converted model.
+
+    Raises:
+        UserError: there is no converted model, it is damaged, or of a class that is not known here.
+    """
     check_converted(directory)
     kind = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get(
         "model_type"
@@ -193,11 +209,14 @@ def load_model(
             f"it with --import ({CUSTOM_PAGE})"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{directory} is damaged ({reason}): convert again") from error
-    return model.to(device).eval()
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _damaged(directory, error) from error
+
+
+def _damaged(directory: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{directory} is damaged ({reason}): convert again")
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:

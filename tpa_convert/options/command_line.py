@@ -89,12 +89,19 @@ class HealFiles(Section):
     """What `heal` reads and writes."""
 
     directory: Path = CONVERTED
-    out: Path = option(
-        REQUIRED,
-        "Directory to write. It appears only when it is complete.",
+    out: Path | None = option(
+        None,
+        "Directory to write; needed unless --dry-run is given. It appears only when it is "
+        "complete.",
         OUTPUT,
         flags="--out -o",
         metavar="DIR",
+    )
+    dry_run: bool = option(
+        False,
+        "Print what the run needs, and what it would need with other options, then stop. Reads no "
+        "weights and no text.",
+        OUTPUT,
     )
     resume: bool = option(True, "Continue an interrupted run, or start it anew.", TRAINING)
     overwrite: bool = OVERWRITE

@@ -14,10 +14,12 @@ from tpa_convert.pipeline.bench import bench
 from tpa_convert.pipeline.conversion import ConversionResult, convert, preview
 from tpa_convert.pipeline.evaluation import evaluate, generate
 from tpa_convert.pipeline.healing import HealingResult, heal
+from tpa_convert.pipeline.healing_needs import HealingPreview, preview_healing
 from tpa_convert.pipeline.planning import PlanningResult, plan
 
 __all__ = [
     "ConversionResult",
+    "HealingPreview",
     "HealingResult",
     "PlanningResult",
     "bench",
@@ -27,4 +29,5 @@ __all__ = [
     "heal",
     "plan",
     "preview",
+    "preview_healing",
 ]

@@ -32,14 +32,7 @@ def mlp_adapters(model: PreTrainedModel, rank: int, seed: int) -> Iterator[None]
         from peft import LoraConfig, LoraModel
     except ImportError:
         raise UserError("trainable lora needs peft: pip install 'tpa-convert[lora]'") from None
-    attention = {m for module in attention_modules(model) for m in module.modules()}
-    adapted = set(model.get_decoder().layers.modules()) - attention
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module in adapted
-    ]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(_adapted(model)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapters = LoraModel(model, config, "default")
@@ -48,6 +41,22 @@ def mlp_adapters(model: PreTrainedModel, rank: int, seed: int) -> Iterator[None]
     finally:
         adapters.merge_and_unload()
         vars(model).pop("peft_config", None)  # older versions leave it
+
+
+def adapter_parameters(model: PreTrainedModel, rank: int) -> int:
+    """How many numbers the adapters have that a model would get."""
+    return sum(rank * (x.in_features + x.out_features) for x in _adapted(model).values())
+
+
+def _adapted(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """What gets adapters, by name."""
+    attention = {m for module in attention_modules(model) for m in module.modules()}
+    adapted = set(model.get_decoder().layers.modules()) - attention
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module in adapted
+    }
 
 
 def is_adapter(name: str) -> bool:

@@ -79,7 +79,8 @@ def memory_errors(batch_size: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory with {batch_size} sequences per forward pass: "
-            "lower `batch_size` or turn `gradient_checkpointing` on"
+            "lower `batch_size` or turn `gradient_checkpointing` on; `heal --dry-run` says what "
+            "else needs less"
         ) from error
 
 

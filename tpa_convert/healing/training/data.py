@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 CPU_TOKENS_PER_BATCH = 4096
 
@@ -63,14 +63,16 @@ def blocks_that_fit(
     """
     if device.type != "cuda":
         return max(1, CPU_TOKENS_PER_BATCH // block_length)
-    config = model.config.get_text_config()
-    # Bytes saved for the backward pass by a decoder layer: about twenty bf16 numbers per hidden
-    # unit and six per intermediate unit.
-    layer = 40 * config.hidden_size + 12 * config.intermediate_size
-    if gradient_checkpointing:
-        per_token = layer + 4 * config.hidden_size * config.num_hidden_layers
-    else:
-        per_token = layer * config.num_hidden_layers
+    per_token = saved_bytes_per_token(model.config.get_text_config(), gradient_checkpointing)
     free, _ = torch.cuda.mem_get_info(device)
     free -= 12 * model.num_parameters(only_trainable=True) // shards
     return max(1, int(free / 2 / per_token / block_length))
+
+
+def saved_bytes_per_token(config: PreTrainedConfig, gradient_checkpointing: bool) -> int:
+    """What a forward pass keeps of each token for the backward pass, uncompiled: about twenty bf16
+    numbers per hidden unit and six per intermediate unit of a layer."""
+    layer = 40 * config.hidden_size + 12 * config.intermediate_size
+    if gradient_checkpointing:
+        return layer + 4 * config.hidden_size * config.num_hidden_layers
+    return layer * config.num_hidden_layers

@@ -88,13 +88,7 @@ def prepare(
     Raises:
         UserError: the blocks of a step cannot be shared out equally.
     """
-    attention = attention_parameters(student)
-    for name, parameter in student.named_parameters():
-        trained = settings.trainable == "all" or parameter in attention or is_adapter(name)
-        parameter.requires_grad_(trained)
-    head_bias = getattr(student.get_output_embeddings(), "bias", None)
-    if head_bias is not None:  # what the loss makes of the head's product, it has no gradient for
-        head_bias.requires_grad_(False)
+    choose_trained(student, settings)
     whole_student, use_cache = student, student.config.use_cache
     if sharding():
         student = hollow(student)
@@ -153,6 +147,17 @@ def prepare(
         dashboard=dashboard,
         validation=validation,
     )
+
+
+def choose_trained(student: PreTrainedModel, settings: HealingSettings) -> None:
+    """Gives gradients to what is trained. Adapters, if it is them, are in the model already."""
+    attention = attention_parameters(student)
+    for name, parameter in student.named_parameters():
+        trained = settings.trainable == "all" or parameter in attention or is_adapter(name)
+        parameter.requires_grad_(trained)
+    head_bias = getattr(student.get_output_embeddings(), "bias", None)
+    if head_bias is not None:  # what the loss makes of the head's product, it has no gradient for
+        head_bias.requires_grad_(False)
 
 
 def _optimizer(
