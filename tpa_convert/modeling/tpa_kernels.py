@@ -93,6 +93,30 @@ class Sources:
         )
 
 
+class Kept:
+    """What follows from tensors, kept until they are others or have changed."""
+
+    def __init__(self) -> None:
+        self.made_of, self.made = Sources(), None
+
+    def __reduce__(self) -> Any:
+        """A copy makes its own."""
+        return Kept, ()
+
+    def of(self, tensors: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
+        """What `make` makes of `tensors`; always made where gradients or a compiler need to see
+        how."""
+        if torch.compiler.is_compiling():
+            return make()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return make()
+        if not self.made_of.are(tensors):
+            with torch.inference_mode(False), torch.no_grad():
+                self.made = make()
+            self.made_of = Sources(tensors)
+        return self.made
+
+
 def changes_of(x: torch.Tensor) -> int:
     """How often a tensor has been changed in place, as far as that is counted."""
     return 0 if x.is_inference() else x._version
