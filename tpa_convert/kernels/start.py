@@ -35,7 +35,7 @@ class Constants:
         self.compiled: dict[Any, Any] = {}
 
 
-def start(
+def start_kernel(
     kernel: Any, grid: tuple[int, int, int], constants: Constants, arguments: tuple[Any, ...]
 ) -> None:
     """Launches `kernel[grid](*arguments, **constants)`.
@@ -52,7 +52,7 @@ def start(
 def _start(
     kernel: Any, grid: tuple[int, int, int], constants: Constants, arguments: tuple[Any, ...]
 ) -> None:
-    key = (id(kernel), *[kind_of(x) for x in arguments])
+    key = id(kernel), kinds_of(arguments)
     compiled = constants.compiled.get(key)
     if compiled is not None:
         compiled[grid](*arguments, *constants.values)
@@ -62,16 +62,21 @@ def _start(
         constants.compiled[key] = made
 
 
-def kind_of(x: Any) -> Any:
-    """What Triton may compile a kernel anew for, of an argument that is not constant.
+def kinds_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What Triton may compile a kernel anew for, of arguments that are not constant.
 
     Of integers whether they are 1, multiples of 16 and longer than 32 bits; of tensors their type
-    and whether they begin at a multiple of 16 bytes.
+    and whether they begin at a multiple of 16 bytes; of others their type.
     """
-    kind = type(x)
-    if kind is int:
-        return 4 if x == 1 else (x & 15 == 0) + 2 * (not -LARGEST <= x <= LARGEST)
-    if x is None or kind is float:
-        return kind
-    assert isinstance(x, Tensor)
-    return x.dtype, x.data_ptr() & 15 == 0
+    kinds: list[Any] = []
+    for x in arguments:  # in one loop, since every launch waits for it
+        kind = type(x)
+        if kind is int:
+            long = not -LARGEST <= x <= LARGEST
+            kinds.append(4 if x == 1 else (x & 15 == 0) + 2 * long)
+        elif kind is Tensor or isinstance(x, Tensor):
+            kinds.append(x.dtype)
+            kinds.append(x.data_ptr() & 15 == 0)
+        else:
+            kinds.append(kind)
+    return tuple(kinds)

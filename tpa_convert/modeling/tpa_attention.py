@@ -351,8 +351,9 @@ class TPAAttention(nn.Module):
         """The same of the `slots` that a paged cache has returned."""
         if slots == hidden_states.shape[1]:
             return None
-        starts, positions = (kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]), kwargs["position_ids"]
-        return self.table_at(hidden_states, paged_positions(*starts, positions, slots))
+        starts_q, starts_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        positions = paged_positions(starts_q, starts_k, kwargs["position_ids"], slots)
+        return self.table_at(hidden_states, positions)
 
     def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Table:
         """The table of features at positions [b or 1, t], in the type and place of what comes

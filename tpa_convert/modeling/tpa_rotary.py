@@ -129,7 +129,7 @@ class LayerRotary:
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
         return self.module(x, positions, **self.arguments)
 
-    def shared(self, given: tuple[Any, ...], key: tuple[Any, ...], make: Callable) -> Table:
+    def shared(self, given: tuple[Any, ...], key: tuple[Any, ...], make: Callable) -> Any:
         """What `make` returns, once for all layers of a forward pass that are given the same.
 
         Args:
