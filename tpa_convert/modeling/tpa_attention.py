@@ -212,8 +212,10 @@ class TPAAttention(nn.Module):
             table = of_slots or table
             if key.shape[2] != hidden_states.shape[1]:  # something was cached before
                 features = None
-            if isinstance(self.keys, LatentKeys):
+            if latent:
                 self.latent_decoder.prepare(query, self.keys, self.values)
+        if self.rotary_emb is not None:
+            self.rotary_emb.done()
         implementation = self.config._attn_implementation
         one = query.shape[2] == 1 and (cache is None or isinstance(cache, Cache))
         output = weights = None

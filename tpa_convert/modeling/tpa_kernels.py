@@ -53,11 +53,12 @@ class Coding(NamedTuple):
     encode_rows: Callable[..., Any]
     code_tables: Callable[..., Any]
     row_tables: Callable[..., Any]
+    wanted: Callable[..., bool]
 
 
 def find_coding() -> Coding | None:
     """What codes components on a GPU, None where no package has it; see `find_kernel`."""
-    found = _of_kernels("straight_through", "encode_rows", "CodeTables", "row_tables")
+    found = _of_kernels("straight_through", "encode_rows", "CodeTables", "row_tables", "wanted")
     return None if found is None else Coding(*found)
 
 

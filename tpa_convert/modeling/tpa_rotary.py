@@ -142,6 +142,9 @@ class LayerRotary:
         found = self.kept.get(key)
         if found is None or any(a is not b for a, b in zip(found[0], given, strict=True)):
             found = self.kept[key] = given, make()
-        if self.last:
-            self.kept.clear()
         return found[1]
+
+    def done(self) -> None:
+        """To be called when the layer is: what is shared goes with the last one."""
+        if self.last and not torch.compiler.is_compiling():
+            self.kept.clear()
