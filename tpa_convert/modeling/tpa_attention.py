@@ -212,7 +212,7 @@ class TPAAttention(nn.Module):
             table = of_slots or table
             if key.shape[2] != hidden_states.shape[1]:  # something was cached before
                 features = None
-            if latent:
+            if isinstance(self.keys, LatentKeys):
                 self.latent_decoder.prepare(query, self.keys, self.values)
         if self.rotary_emb is not None:
             self.rotary_emb.done()
