@@ -4,18 +4,41 @@ embeddings and norms after attention, and logits a soft cap."""
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from tests.conversions import convert_tiny, random_blocks, source_of, tiny_moments
 from tests.tiny_models import MODELS
-from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.model import Conversion, convert_model
+from tpa_convert.forward.walk import DecoderWalk
 from tpa_convert.planning.sensitivity import POSITION_STRIDE, measure_sensitivity
-from tpa_convert.plans import plan_widths
+from tpa_convert.plans import Budget, plan_uniform, plan_widths
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine
 
 BLOCKS = random_blocks(count=4, length=32, seed=3)  # windows are of 8
 UNSEEN = random_blocks(count=8, length=32, seed=9)
+
+
+@pytest.mark.parametrize("key_cache", ["rotated", "latent"])
+@pytest.mark.parametrize("family", MODELS)
+def test_converted_attention_in_the_source_is_the_converted_model(family, key_cache) -> None:
+    """One layer at a time, as plans and refits do it; the source is as before then."""
+    source = source_of(MODELS[family]())
+    before = source.model(UNSEEN).logits
+    sizes = source.family.attention_sizes(source.model.config)
+    plan = plan_uniform(sizes, Budget(kv_ratio=0.75), gauge="applied", key_cache=key_cache)
+    moments = tiny_moments(source.model)
+    conversion = Conversion(source, plan, moments)
+    walk = DecoderWalk(source.model, UNSEEN, 4, source.family.names.attention)
+    for index in range(len(walk.layers)):
+        with conversion.in_place(index):
+            walk.advance(index)
+    found = torch.cat(list(walk.logits(walk.states))).view_as(before)
+    expected = convert_model(source, plan, moments)(UNSEEN).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - before).abs().max() > 1e-2  # negative control
+    assert torch.equal(source.model(UNSEEN).logits, before)
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])

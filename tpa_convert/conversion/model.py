@@ -137,13 +137,13 @@ class Conversion:
         names = self._names[index]
         if not 0 < index < len(self) - 1:
             return self._finished(index, self.source.tensors(names), None)
-        parameters, shape = self.attention(index - 1)
+        parameters, shape = self.attention(index - 1, self.dtype)
         return self.layer(index - 1, parameters, shape)
 
     @torch.no_grad()
-    def attention(self, index: int) -> tuple[dict[str, Tensor], LayerShape]:
-        """Parameters of the attention that layer `index` gets, by their names in it and in the type
-        that they were computed in, and its shape.
+    def attention(self, index: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], LayerShape]:
+        """Parameters of the attention that layer `index` gets, by their names in it, on the CPU, and
+        its shape.
 
         Raises:
             UserError: as `part`.
@@ -153,6 +153,8 @@ class Conversion:
         with held(attention):
             parameters, shape = self._attention(attention, index)
             parameters |= query_norm_parameters(attention, names, config, index)
+            # What they were computed in takes several times the memory.
+            parameters = {name: tensor.to("cpu", dtype) for name, tensor in parameters.items()}
         prefix = self._attention_prefix(index)
         expected = [name for name in self._expected[index + 1] if name.startswith(prefix)]
         wanted = fitting({prefix + name: tensor for name, tensor in parameters.items()}, expected)
@@ -165,7 +167,7 @@ class Conversion:
         source, layer = self.source, self._layers[index]
         names, model = source.family.names, source.model
         with held(layer), torch.no_grad():
-            parameters, shape = self.attention(index)
+            parameters, shape = self.attention(index, torch.float32)
             shapes = [asdict(shape)] * len(self._layers)
             config = source.family.tpa_config(model.config, shapes)
             before = getattr(layer, names.attention)
