@@ -142,8 +142,8 @@ class Conversion:
 
     @torch.no_grad()
     def attention(self, index: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], LayerShape]:
-        """Parameters of the attention that layer `index` gets, by their names in it, on the CPU, and
-        its shape.
+        """Parameters of the attention that layer `index` gets, on the CPU, by their names in it,
+        and its shape.
 
         Raises:
             UserError: as `part`.
