@@ -60,14 +60,19 @@ SHARD = 4 << 30  # bytes
 PLAIN = ["--kv-ratio", "0.5", "--no-whiten", "--cache-bits", "16", "--gauge", "applied"]
 CODED = ["--kv-ratio", "0.125", "--block-length", "512"]
 
+# The system's own peak of this process, mapped pages included. Its ru_maxrss would be at least that
+# of the process that started it, which has had a whole shard in memory: exec does not reset it.
 CHILD = """
 import resource, sys
+from pathlib import Path
 from tpa_convert.cli import main
 try:
     main()
 finally:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(f"MEASURED {used.ru_maxrss} {used.ru_utime + used.ru_stime}", file=sys.stderr)
+    status = Path("/proc/self/status").read_text().split()
+    peak = status[status.index("VmHWM:") + 1]
+    print(f"MEASURED {peak} {used.ru_utime + used.ru_stime}", file=sys.stderr)
 """
 
 
@@ -184,9 +189,10 @@ def main() -> None:
         print(run.stdout)
         if run.returncode:
             sys.exit(run.stderr[-3000:])
-        rss, cpu = next(x.split()[1:] for x in run.stderr.splitlines() if "MEASURED" in x)
+        peak, cpu = next(x.split()[1:] for x in run.stderr.splitlines() if "MEASURED" in x)
         print(
-            f"wall {seconds:.0f} s, CPU {float(cpu):.0f} s, ru_maxrss {int(rss) / 2**20:.2f} GiB, "
+            f"wall {seconds:.0f} s, CPU {float(cpu):.0f} s, "
+            f"peak memory {int(peak) / 2**20:.2f} GiB, "
             f"{size / 1e9 / seconds:.3f} GB of weights a second"
         )
         if given.kills:
