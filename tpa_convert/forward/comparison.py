@@ -49,6 +49,38 @@ class Agreement:
     tokens: int
 
 
+@dataclass(frozen=True)
+class BlockScores:
+    """Sums over the predicted tokens of each block of a text, float64 [N] each, on the CPU.
+
+    Attributes:
+        nll: negative log-likelihood, nats.
+        kl: KL(source || model), nats; zero for the source.
+        same: tokens at which source and model hold the same token for the likeliest.
+        tokens: predicted tokens, int64.
+    """
+
+    nll: Tensor
+    kl: Tensor
+    same: Tensor
+    tokens: Tensor
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Over all blocks."""
+        count = int(self.tokens.sum())
+        return Perplexity(self.nll.sum().item() / count, count)
+
+    @property
+    def agreement(self) -> Agreement:
+        """Over all blocks."""
+        count = int(self.tokens.sum())
+        return Agreement(self.kl.sum().item() / count, self.same.sum().item() / count, count)
+
+
+KINDS = ("nll", "kl", "same")  # of sums in `BlockScores`
+
+
 def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> Perplexity:
     """Perplexity of `model` on token blocks.
 
@@ -74,7 +106,6 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(math.fsum(logs) / len(logs))
 
 
-@torch.inference_mode()
 def compare(
     models: Mapping[str, PreTrainedModel],
     blocks: Tensor,
@@ -85,6 +116,33 @@ def compare(
     description: str = "Perplexity",
 ) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
     """Perplexity of all models, and the agreement of all but the first with the first.
+
+    Takes and raises what `block_scores` does.
+    """
+    found = block_scores(
+        models,
+        blocks,
+        counted=counted,
+        batch_size=batch_size,
+        track=track,
+        description=description,
+    )
+    texts = {name: scores.perplexity for name, scores in found.items()}
+    _, *others = found
+    return texts, {name: found[name].agreement for name in others}
+
+
+@torch.inference_mode()
+def block_scores(
+    models: Mapping[str, PreTrainedModel],
+    blocks: Tensor,
+    *,
+    counted: Tensor | None = None,
+    batch_size: int = 8,
+    track: Track = no_tracking,
+    description: str = "Perplexity",
+) -> dict[str, BlockScores]:
+    """What every model makes of each block, and how it agrees with the first model there.
 
     Args:
         models: by name; the first is the source.
@@ -108,14 +166,19 @@ def compare(
     source = next(iter(models))
     device = models[source].device
     step = chunk_positions(models[source])
-    nll = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
-    kl, same = {n: v.clone() for n, v in nll.items()}, {n: v.clone() for n, v in nll.items()}
-
     counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted
     counted = counted[:, 1:]
-    batches = list(zip(blocks.split(batch_size), counted.split(batch_size), strict=True))
-    for batch, wanted in track(batches, description):
+    tokens = counted.sum(1)
+    sums = {
+        name: {kind: torch.zeros(len(blocks), dtype=torch.float64, device=device) for kind in KINDS}
+        for name in models
+    }
+
+    numbers = torch.arange(len(blocks))[:, None].expand_as(counted)
+    batches = zip(*(part.split(batch_size) for part in (blocks, counted, numbers)), strict=True)
+    for batch, wanted, rows in track(list(batches), description):
         targets = batch[:, 1:][wanted].to(device)
+        of_block = rows[wanted].to(device).split(step)
         features = {}
         for name, (body, _) in halves.items():
             states = body(batch.to(models[name].device))
@@ -125,19 +188,17 @@ def compare(
             for name, (_, head) in halves.items():
                 logits = head(features[name][i]).to(device)
                 log_p = F.log_softmax(logits, dim=-1)
-                nll[name] += F.nll_loss(log_p, target, reduction="sum")
+                parts = {"nll": F.nll_loss(log_p, target, reduction="none")}
                 if reference is None:
                     reference = log_p
                     top, weights = log_p.argmax(-1), log_p.exp()
+                    parts["same"] = torch.ones_like(top)
                 else:
-                    kl[name] += (weights * (reference - log_p)).sum(dtype=torch.float64)
-                    same[name] += (log_p.argmax(-1) == top).sum()
-
-    tokens = int(counted.sum())
-    texts = {name: Perplexity(value.item() / tokens, tokens) for name, value in nll.items()}
-    others = [name for name in models if name != source]
-    agreements = {
-        name: Agreement(kl[name].item() / tokens, same[name].item() / tokens, tokens)
-        for name in others
+                    parts["kl"] = (weights * (reference - log_p)).sum(-1)
+                    parts["same"] = log_p.argmax(-1) == top
+                for kind, part in parts.items():
+                    sums[name][kind].index_add_(0, of_block[i], part.double())
+    return {
+        name: BlockScores(**{kind: part.cpu() for kind, part in found.items()}, tokens=tokens)
+        for name, found in sums.items()
     }
-    return texts, agreements
