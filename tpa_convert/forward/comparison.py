@@ -144,9 +144,7 @@ class Tally:
         """Of every name."""
         tokens = self.tokens.cpu()
         found = {name: sums.cpu().unbind() for name, sums in self.sums.items()}
-        return {
-            name: BlockScores(nll, kl, same, tokens) for name, (nll, kl, same) in found.items()
-        }
+        return {name: BlockScores(nll, kl, same, tokens) for name, (nll, kl, same) in found.items()}
 
     def results(self) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
         """Perplexity of all, and the agreement of all but the source with it."""
