@@ -116,7 +116,7 @@ class RowCoder(nn.Module):
             rows: make rows of components; otherwise features, with gradients as if nothing were
                 rounded, and the same that rows of these components give.
             dtype: of features that are made of rows.
-            features: make them too where rows are made.
+            features: make them too where rows are made; on kernels they cost nothing.
 
         Returns: features [..., c + classes − 1]; or rows, uint8 [..., row_bytes], and features in
             the type of x or None.
@@ -124,9 +124,7 @@ class RowCoder(nn.Module):
         if dtype is not None:
             return features_of(*decode(x, self.quantiser(self.layout)), dtype)
         if self.coding is not None and self.coding.wanted(x.device):
-            row, numbers, label = self._on_kernels(self.coding, x, rows)
-            said = features_of(numbers, label, x.dtype) if features or not rows else None
-            return (row, said) if rows else said
+            return self._on_kernels(self.coding, x, rows)
         if rows:
             quantiser = self.quantiser(self.layout)
             coded = quantise(x.float(), quantiser)
@@ -135,14 +133,13 @@ class RowCoder(nn.Module):
         numbers, label = straight_through(x.float(), self.quantiser())
         return features_of(numbers, label, x.dtype)
 
-    def _on_kernels(
-        self, coding: Coding, x: Tensor, rows: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Rows if they are asked for, what codes say, and classes, in one launch or two."""
+    def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Any:
+        """As `forward`, of components, in one launch or two; features come with rows always."""
         quantiser = self.quantiser()
         tables = coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
         if not rows:
-            return None, *coding.straight_through(x, tables)
+            numbers, label = coding.straight_through(x, tables)
+            return features_of(numbers, label, x.dtype)
         if self.places is None or self.places[0].device != x.device:
             layout = self.layout
             places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
@@ -151,8 +148,7 @@ class RowCoder(nn.Module):
                 bits=places.bits.to(x.device),
                 low=places.low.to(x.device),
             )
-        row, (numbers, label) = coding.encode_rows(x, tables, self.places)
-        return row, numbers, label
+        return coding.encode_rows(x, tables, self.places)
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
