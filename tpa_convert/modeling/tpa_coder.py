@@ -22,6 +22,8 @@ from .tpa_codes import (
 )
 from .tpa_kernels import Coding, Sources, find_coding
 
+AT_ONCE = 1 << 24  # numbers that rows are unpacked to side by side
+
 
 class RowCoder(nn.Module):
     """Components of the keys or the values of one layer to rows of bytes, and rows to *features*.
@@ -122,7 +124,7 @@ class RowCoder(nn.Module):
             the type of x or None.
         """
         if dtype is not None:
-            return features_of(*decode(x, self.quantiser(self.layout)), dtype)
+            return self._features(x, dtype)
         if self.coding is not None and self.coding.wanted(x.device):
             return self._on_kernels(self.coding, x, rows)
         if rows:
@@ -132,6 +134,20 @@ class RowCoder(nn.Module):
             return row, features_of(*numbers_of(*coded, quantiser), x.dtype) if features else None
         numbers, label = straight_through(x.float(), self.quantiser())
         return features_of(numbers, label, x.dtype)
+
+    def _features(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """What rows say, in `dtype`; some tokens at a time, since there are several fp32 numbers
+        for each code on the way."""
+        quantiser, slots = self.quantiser(self.layout), rows.shape[-2]
+        tokens = max(1, rows.numel() // rows.shape[-1])
+        at_once = max(1, AT_ONCE * slots // (tokens * self.width))
+        if slots <= at_once or torch.compiler.is_compiling():
+            return features_of(*decode(rows, quantiser), dtype)
+        made = rows.new_empty((*rows.shape[:-1], self.width), dtype=dtype)
+        parts = rows.split(at_once, -2), made.split(at_once, -2)
+        for part, features in zip(*parts, strict=True):
+            features.copy_(features_of(*decode(part, quantiser), dtype))
+        return made
 
     def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Any:
         """As `forward`, of components, in one launch or two; features come with rows always."""

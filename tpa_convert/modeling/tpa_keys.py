@@ -23,6 +23,14 @@ from .tpa_configuration import LayerShape
 from .tpa_kernels import Kept
 from .tpa_rotary import Table, rotate
 
+Heads = slice | None
+"""Which key/value heads are to be rebuilt: a run of them, or None for all."""
+
+
+def of_heads(x: torch.Tensor | None, heads: Heads, dim: int = 0) -> Any:
+    """What belongs to these of all heads, which `dim` counts."""
+    return x if x is None or heads is None else x[(slice(None),) * dim + (heads,)]
+
 
 def heads_of(
     features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
@@ -82,15 +90,22 @@ class HeadGauge(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, head_dim, width))
         self.offset = nn.Parameter(torch.zeros(heads, head_dim)) if offset else None
 
-    def forward(self, features: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        features: torch.Tensor,
+        before: torch.Tensor | None = None,
+        heads: Heads = None,
+    ) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, j or 1, s, width].
 
         Args:
             before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
+            heads: those of the features and of the result; `before` has all.
         """
         weight = self.weight if before is None else torch.cat((before, self.weight), -1)
-        heads = heads_of if features.shape[1] == 1 else each_head
-        return heads(features, weight, self.offset)
+        weight, offset = of_heads(weight, heads), of_heads(self.offset, heads)
+        product = heads_of if features.shape[1] == 1 else each_head
+        return product(features, weight, offset)
 
 
 class BlockGauge(nn.Module):
@@ -110,15 +125,15 @@ class BlockGauge(nn.Module):
         self.widths = widths
         self.shared = HeadGauge(heads, head_dim, shared, offset=True)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, 1, s, all widths]."""
         if len(self.widths) == 1:  # a single product
-            return self.shared(features, self.weight)
+            return self.shared(features, self.weight, heads=heads)
         *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
-        weights = self.weight.split(self.widths, dim=-1)
+        weights = of_heads(self.weight, heads).split(self.widths, dim=-1)
         parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
         halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
-        return halves.transpose(-3, -2).flatten(-3) + self.shared(rest)
+        return halves.transpose(-3, -2).flatten(-3) + self.shared(rest, heads=heads)
 
 
 class KeyNorm(nn.Module):
@@ -251,8 +266,13 @@ class RotatedKeys(KeyLayout):
         head = head[:, 0].unflatten(-1, (self.rank, self.heads))
         return self._scaled(head), feature
 
-    def expand(self, packed: torch.Tensor, table: Table | None = None) -> torch.Tensor:
+    def expand(
+        self, packed: torch.Tensor, table: Table | None = None, heads: Heads = None
+    ) -> torch.Tensor:
         """Rotated keys for attention functions, from what is cached: [b, 1, t, R j + width].
+
+        Args:
+            heads: which of the keys, where each head has its own.
 
         Returns: [b, 1, t, width] shared by all queries if the gauge is absorbed into them and head
             factors are constant; [b, j, t, width] if it is absorbed and they are not; the keys k_j
@@ -261,19 +281,21 @@ class RotatedKeys(KeyLayout):
         head, feature = self.unpack(packed)
         if head is None and self.absorbed:
             return feature
-        return self._heads(head, feature)
+        return self._heads(of_heads(head, heads, 3), feature, heads)
 
-    def _heads(self, head: torch.Tensor | None, feature: torch.Tensor) -> torch.Tensor:
+    def _heads(
+        self, head: torch.Tensor | None, feature: torch.Tensor, heads: Heads = None
+    ) -> torch.Tensor:
         """Σ_r a_{r,j} T_{r,j} b_r as heads [b, j, t, d]; [b, j, t, width] if T is absorbed."""
         if self.gauge is not None and self.rank == 1:
-            keys = heads_of(feature, self.matrix())
+            keys = heads_of(feature, of_heads(self.matrix(), heads))
             return keys if head is None else keys * head[:, :, 0].mT[..., None]
         if head is not None:
             component = feature[:, 0].unflatten(-1, (2, self.rank, -1))
             if self.shape.key_gauge == "none":
                 return torch.einsum("btrj,btcrp->bjtcp", head, component).flatten(-2)
             feature = torch.einsum("btrj,btcrp->bjtcrp", head, component).flatten(-3)
-        return feature if self.gauge is None else each_head(feature, self.matrix())
+        return feature if self.gauge is None else each_head(feature, of_heads(self.matrix(), heads))
 
     def matrix(self) -> torch.Tensor:
         """The gauge as a real matrix for each head, [j, d, width]."""
@@ -355,11 +377,12 @@ class LatentKeys(KeyLayout):
         """Components of new tokens: [b, s, D] -> [b, 1, s, width]."""
         return self.feature_factor(hidden_states).unsqueeze(1)
 
-    def expand(self, packed: torch.Tensor, table: Table) -> torch.Tensor:
+    def expand(self, packed: torch.Tensor, table: Table, heads: Heads = None) -> torch.Tensor:
         """Rotated keys [b, j, t, d] of features [b, 1, t, width].
 
         Args:
             table: of the features at the cached positions, [b or 1, 1, t, d].
+            heads: which of the keys.
 
         Raises:
             ValueError: the table is of another number of positions.
@@ -369,7 +392,7 @@ class LatentKeys(KeyLayout):
                 f"{packed.shape[2]} cached positions, but position embeddings of "
                 f"{table[0].shape[2]}: latent keys need the positions of everything cached"
             )
-        keys = self.gauge(packed)
+        keys = self.gauge(packed, heads=heads)
         if self.norm is not None:
             keys = keys * self.norm(keys, hide=True)
         return rotate(keys, table)
