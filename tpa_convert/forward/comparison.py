@@ -74,6 +74,51 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(math.fsum(logs) / len(logs))
 
 
+class Tally:
+    """Sums over predicted tokens, of a source and of what is compared with it.
+
+    Args:
+        names: the first is the source's.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device):
+        self.names = list(names)
+        self.sums = {  # nats, nats, and tokens with the same likeliest token
+            name: torch.zeros(3, dtype=torch.float64, device=device) for name in self.names
+        }
+        self.tokens = 0
+
+    def add(self, logits: Iterable[Tensor], target: Tensor) -> None:
+        """Adds some tokens.
+
+        Args:
+            logits: of every model in turn, fp32 [n, V]; one is asked for at a time.
+            target: the tokens that came, [n].
+        """
+        self.tokens += len(target)
+        for name, rows in zip(self.names, logits, strict=True):
+            log_p = F.log_softmax(rows.to(target.device), dim=-1)
+            nll, kl, same = self.sums[name].unbind()
+            nll += F.nll_loss(log_p, target, reduction="sum")
+            if name == self.names[0]:
+                reference = log_p
+                top, weights = log_p.argmax(-1), log_p.exp()
+            else:
+                kl += (weights * (reference - log_p)).sum(dtype=torch.float64)
+                same += (log_p.argmax(-1) == top).sum()
+
+    def results(self) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
+        """Perplexity of all, and the agreement of all but the source with it."""
+        means = {name: (sums / self.tokens).tolist() for name, sums in self.sums.items()}
+        texts = {name: Perplexity(mean[0], self.tokens) for name, mean in means.items()}
+        agreements = {
+            name: Agreement(kl, same, self.tokens)
+            for name, (_, kl, same) in means.items()
+            if name != self.names[0]
+        }
+        return texts, agreements
+
+
 @torch.inference_mode()
 def compare(
     models: Mapping[str, PreTrainedModel],
@@ -105,39 +150,19 @@ def compare(
     for model in models.values():
         check_ids(model, blocks)
     halves = {name: split_head(model.eval()) for name, model in models.items()}
-    source = next(iter(models))
-    device = models[source].device
-    step = chunk_positions(models[source])
-    nll = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
-    kl, same = {n: v.clone() for n, v in nll.items()}, {n: v.clone() for n, v in nll.items()}
+    source = next(iter(models.values()))
+    step = chunk_positions(source)
+    tally = Tally(models, source.device)
 
     counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted
     counted = counted[:, 1:]
     batches = list(zip(blocks.split(batch_size), counted.split(batch_size), strict=True))
     for batch, wanted in track(batches, description):
-        targets = batch[:, 1:][wanted].to(device)
+        targets = batch[:, 1:][wanted].to(source.device)
         features = {}
         for name, (body, _) in halves.items():
             states = body(batch.to(models[name].device))
             features[name] = states[:, :-1][wanted.to(states.device)].split(step)
         for i, target in enumerate(targets.split(step)):
-            reference = None
-            for name, (_, head) in halves.items():
-                logits = head(features[name][i]).to(device)
-                log_p = F.log_softmax(logits, dim=-1)
-                nll[name] += F.nll_loss(log_p, target, reduction="sum")
-                if reference is None:
-                    reference = log_p
-                    top, weights = log_p.argmax(-1), log_p.exp()
-                else:
-                    kl[name] += (weights * (reference - log_p)).sum(dtype=torch.float64)
-                    same[name] += (log_p.argmax(-1) == top).sum()
-
-    tokens = int(counted.sum())
-    texts = {name: Perplexity(value.item() / tokens, tokens) for name, value in nll.items()}
-    others = [name for name in models if name != source]
-    agreements = {
-        name: Agreement(kl[name].item() / tokens, same[name].item() / tokens, tokens)
-        for name in others
-    }
-    return texts, agreements
+            tally.add((head(features[name][i]) for name, (_, head) in halves.items()), target)
+    return tally.results()
