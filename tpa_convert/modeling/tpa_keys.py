@@ -48,17 +48,23 @@ def heads_of(
 def each_head(
     features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Products [b, j, n, d] of features [b, j, n, w] with the matrix of each head, [j, d, w], and
-    the offset [j, d] of each.
+    """Products [b, h, s, d] of the features [b, h, s, w] of each head with a matrix that the h / j
+    heads of a group share, [j, d, w], and the group's offset [j, d].
 
-    As one product a head: `matmul` would copy the matrices for every sequence.
+    As one product a group: `matmul` would copy the matrices for every sequence.
     """
-    together = features.transpose(0, 1).flatten(1, 2)
+    batch, heads, length, width = features.shape
+    groups, one = len(weight), batch == 1
+    if not one:
+        features = features.unflatten(1, (groups, -1)).transpose(0, 1)
+    together = features.reshape(groups, -1, width)
     if offset is None:
-        heads = torch.bmm(together, weight.mT)
+        found = torch.bmm(together, weight.mT)
     else:
-        heads = torch.baddbmm(offset[:, None], together, weight.mT)
-    return heads.unflatten(1, (len(features), -1)).transpose(0, 1)
+        found = torch.baddbmm(offset[:, None], together, weight.mT)
+    if not one:
+        found = found.view(groups, batch, -1, weight.shape[1]).transpose(0, 1)
+    return found.reshape(batch, heads, length, -1)
 
 
 class PairGauge(nn.Module):
@@ -96,7 +102,8 @@ class HeadGauge(nn.Module):
         before: torch.Tensor | None = None,
         heads: Heads = None,
     ) -> torch.Tensor:
-        """Heads [b, j, s, d] of features [b, j or 1, s, width].
+        """Heads [b, j, s, d] of features [b, 1, s, width], or [b, h, s, d] of those of each of the
+        h heads that share the j matrices.
 
         Args:
             before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
@@ -311,9 +318,7 @@ class RotatedKeys(KeyLayout):
             return query
         if self.gauge is None:
             return query.unflatten(-1, (2, -1))[..., self.rotary_pair].flatten(-2)
-        grouped = query.unflatten(1, (self.heads, -1))  # [b, j, n, s, d]
-        merged = each_head(grouped.flatten(2, 3), self.matrix().mT)
-        return merged.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return each_head(query, self.matrix().mT)
 
     def scores(self, query: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """Scores [b, h, s, t], without softmax's scale, of component queries [b, h, s, width].

@@ -71,9 +71,7 @@ class StaticValues(nn.Module):
         """What the output projection reads, [b, h, s, width or d], of mixed components."""
         if self.gauge is None:
             return mixed
-        grouped = mixed.unflatten(1, (self.heads, -1))  # [b, j, n, s, width]
-        heads = self.gauge(grouped.flatten(2, 3))
-        return heads.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return self.gauge(mixed)
 
 
 class ContextualValues(StaticValues):
