@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.decomposition.factors import symmetric_power, to_complex_pairs, to_half_split
+from tpa_convert.errors import UserError
 
 Change = Callable[[AttentionWeights, Statistics, int, int], AttentionWeights]
 
@@ -37,14 +38,24 @@ def changed(
 
 
 def model_with(model: PreTrainedModel, layers: Sequence[AttentionWeights]) -> PreTrainedModel:
-    """A copy of a Llama with other keys, values and output biases."""
+    """A copy of a model with other keys, values and output biases.
+
+    Raises: UserError if its keys and values are not projected as a Llama's are.
+    """
     model = copy.deepcopy(model)
     for layer, weights in zip(model.model.layers, layers, strict=True):
         attention = layer.self_attn
-        for name, tensor in (("k_proj", weights.key), ("v_proj", weights.value)):
+        if not (hasattr(attention, "k_proj") and hasattr(attention, "v_proj")):
+            raise UserError("it has no projection of keys or values by itself")
+        key = weights.key
+        if weights.key_norm is not None:  # its weight is folded into the rows, and is the model's
+            key = key / weights.key_norm.divisor[..., None]
+        for name, tensor in (("k_proj", key), ("v_proj", weights.value)):
             linear = getattr(attention, name)
             flat = tensor.flatten(0, 1).to(linear.weight)
             linear.weight = nn.Parameter(flat[:, :-1].contiguous())
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(flat[:, -1].contiguous())
         if weights.output_bias is not None:
             bias = weights.output_bias.to(attention.o_proj.weight)
             attention.o_proj.bias = nn.Parameter(bias)
@@ -95,7 +106,12 @@ def aligned_pooled(
     rounds: int = 20,
 ) -> AttentionWeights:
     """Averaging after rotations that attention cannot see: a phase a rotary pair for keys, an
-    orthogonal map for values (generalised Procrustes), on activations."""
+    orthogonal map for values (generalised Procrustes), on activations.
+
+    Raises: UserError for keys that are normalised head by head, whose mean is not.
+    """
+    if weights.key_norm is not None:
+        raise UserError("keys that are normalised (QK-norm) have no mean over heads")
     head_dim = weights.key.shape[1]
     root = symmetric_power(statistics.input_equal, 0.5)
     inverse = symmetric_power(statistics.input_equal, -0.5)

@@ -1,27 +1,45 @@
 """This package beside what else shrinks a cache, at equal bytes and on the same text.
 
     python benchmarks/comparison.py SmolLM2-135M-Instruct.Q4_1.gguf --train tokens.npy \\
-        --valid valid.npz --healed 12.5=healed --json benchmarks/results/comparison_smollm2.json
+        --valid valid.npz --other other.npz --tasks tasks/*.jsonl.xz --healed 12.5=healed \\
+        --json benchmarks/results/comparison_smollm2.json
 
-Every method is measured at the shares that it can take. What loses is in the table too. Bytes are
-shares of 16 bits a number and count scales, norms and headers. `--healed SHARE=DIR` adds a model
-of a directory. shared.py says the rest.
+Every method is measured at the shares that it can take, on held-out text of the kinds that it was
+calibrated on (`--valid`) and of other kinds: `--other`, sources of `--valid` by `--other-sources`,
+and the questions of `--tasks` with their right choices. What loses is in the table too, and so is
+what cannot run on this model, with the reason. Bytes are shares of 16 bits a number and count
+scales, norms and headers. `--healed SHARE=DIR` adds a model of a directory. shared.py says the
+rest.
+
+A second table, also written beside the first as `…_paired.json`, says how much more each other
+method loses than this package at the same bytes or fewer, block by block of the same text, with
+95 % intervals: ours is first, tied, or behind. Without training ours is the better of with and
+without a refit, by the KL on `--valid`; healed models are compared by themselves.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import baselines
+import results
 import torch
 from coded_cache import converted
 from layer_statistics import collect, layer_weights
+from machine import device_name, versions
 from other_caches import other_cache
-from shared import Table, load, parser, source_heads, train_blocks
+from paired import HeldOut, Scores, difference, ratio, scores
+from quality import long_texts, needle_questions, question_text
+from shared import load, parser, source_heads, tf32, train_blocks, valid_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,15 +48,39 @@ from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.errors import UserError
+from tpa_convert.evaluation import (
+    Accuracy,
+    Question,
+    load_questions,
+    multiple_choice,
+    paired_drop,
+)
+from tpa_convert.evaluation.metrics.multiple_choice import task_name
 from tpa_convert.export.save import load_converted
 from tpa_convert.plans import Budget, plan_uniform
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.sources import Source
+from tpa_convert.sources.attention import head_order
 
-Made = tuple[str, PreTrainedModel, float]
-"""Name of a method, a model, and the percentage of the source's bytes that it caches."""
+OURS, HEALED = "tpa-convert, no training", "tpa-convert, healed"
+TRAINING_KINDS, OTHER_KINDS = "training kinds", "other kinds"
+SAME_BYTES = 1.01  # shares that differ by less are the same
 
-OURS = "tpa-convert, no training"
+Made = tuple[PreTrainedModel, float]
+"""A model, and the numbers of 16 bits that it caches a token and layer."""
+
+
+class Method(NamedTuple):
+    """A way to shrink the cache.
+
+    Attributes:
+        share: of the source's bytes, percent, that is asked for.
+        make: raises UserError where it cannot be done on this model.
+    """
+
+    name: str
+    share: float
+    make: Callable[[], Made]
 
 
 @dataclass
@@ -46,99 +88,339 @@ class Comparison:
     """What every method works on."""
 
     source: Source
-    weights: list[AttentionWeights]
-    moments: Moments
-    cache_moments: Moments
+    blocks: Tensor
     refit_blocks: Tensor
 
-    def other(self, kind: str, method: str) -> Made:
-        """The source with its own cache coded by a method of other_caches.py."""
-        model, floats = other_cache(self.source, self.cache_moments, method)
-        return kind, model, 100 * floats / (2 * source_heads(self.source))
+    @cached_property
+    def numbers(self) -> int:
+        """That the source caches a token and layer."""
+        return 2 * source_heads(self.source)
 
-    def quantised(self) -> Iterator[Made]:
-        """The source's own cache in so many bits."""
+    @cached_property
+    def cache_moments(self) -> Moments:
+        """For coded caches."""
+        return collect_cache_moments(self.source, self.blocks)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """For plain numbers, and for the baselines."""
+        return collect(self.source, self.blocks)
+
+    @cached_property
+    def weights(self) -> list[AttentionWeights]:
+        """Of every layer of the source."""
+        return layer_weights(self.source)
+
+    def methods(self, shares: Sequence[float], healed: Mapping[str, str]) -> Iterator[Method]:
+        """All of them, by falling bytes."""
         for bits in (8, 4, 3, 2):
-            yield self.other("KIVI's kind", f"int{bits}")
+            yield Method("KIVI's kind", 100 * (bits + 1) / 16, partial(self.other, f"int{bits}"))
         for bits in (4, 3, 2):
-            yield self.other("TurboQuant's kind", f"rotated{bits}")
+            make = partial(self.other, f"rotated{bits}")
+            yield Method("TurboQuant's kind", 100 * bits / 16, make)
+        for share in shares:
+            yield Method(OURS, share, partial(self.coded, share))
+            yield Method(f"{OURS}, refit", share, partial(self.refitted, share))
+            yield Method("KVTC's kind", share, partial(self.other, f"transform{share:g}"))
+            floats = round(share / 100 * self.numbers)
+            for name, make in (
+                ("low rank (Palu, CARE)", partial(self.low, baselines.whitened_joint_svd)),
+                ("one latent (MLA, TransMLA)", partial(self.low, baselines.joint_latent)),
+                ("fewer heads, aligned (GQA)", self.fewer_heads),
+                ("TPA of the paper (linear)", partial(self.plain, form="linear")),
+                ("tpa-convert, 16 bits", partial(self.plain, key_cache="latent")),
+            ):
+                yield Method(name, share, partial(make, floats))
+        for given, directory in healed.items():
+            yield Method(HEALED, float(given), partial(self.saved, directory, float(given)))
 
-    def coded(self, share: float) -> Iterator[Made]:
-        """Bits for components: ours, and principal components."""
-        numbers = 2 * source_heads(self.source)
-        model, floats = converted(self.source, self.cache_moments, str(share))
-        yield OURS, model, 100 * floats / numbers
-        model = copy.deepcopy(model)
+    def other(self, method: str) -> Made:
+        """The source with its own cache coded by a method of other_caches.py."""
+        return other_cache(self.source, self.cache_moments, method)
+
+    def coded(self, share: float) -> Made:
+        """Bits for components where they matter, without training."""
+        return converted(self.source, self.cache_moments, f"{share:g}")
+
+    def refitted(self, share: float) -> Made:
+        """The same with output projections fitted to it."""
+        model, floats = self.coded(share)
         refit(self.source.model, model, self.refit_blocks)
-        yield f"{OURS}, refit", model, 100 * floats / numbers
-        yield self.other("KVTC's kind", f"transform{share:g}")
+        return model, floats
 
-    def plain(self, share: float) -> Iterator[Made]:
-        """Fewer numbers of 16 bits."""
-        numbers = 2 * source_heads(self.source)
-        floats = round(share / 100 * numbers)
+    def low(self, change: baselines.Change, floats: int) -> Made:
+        """Fewer numbers for all heads together."""
+        return self.changed(change, floats // 2, floats // 2), floats
+
+    def fewer_heads(self, floats: int) -> Made:
+        """Whole heads, as many as fit."""
+        head_dim = self.source.family.attention_sizes(self.source.model.config)["head_dim"]
+        width = floats // 2 // head_dim * head_dim
+        if not width:
+            raise UserError("less than one head of keys and one of values")
+        return self.changed(baselines.aligned_pooled, width, width), 2 * width
+
+    def plain(self, floats: int, **settings: str) -> Made:
+        """A conversion to fewer numbers of 16 bits."""
         sizes = self.source.family.attention_sizes(self.source.model.config)
-        for name, change in (
-            ("low rank (Palu, CARE)", baselines.whitened_joint_svd),
-            ("one latent (MLA, TransMLA)", baselines.joint_latent),
-        ):
-            yield name, self.changed(change, floats // 2, floats // 2), share
-        width = floats // 2 // sizes["head_dim"] * sizes["head_dim"]
-        if width:
-            model = self.changed(baselines.aligned_pooled, width, width)
-            yield "fewer heads, aligned (GQA)", model, 200 * width / numbers
-        for name, settings in (
-            ("TPA of the paper (linear)", {"form": "linear"}),
-            ("tpa-convert, 16 bits", {"key_cache": "latent"}),
-        ):
-            try:
-                plan = plan_uniform(sizes, Budget(kv_floats=floats), **settings)
-            except UserError:  # too few numbers for one factor
-                continue
-            model = convert_model(self.source, plan, self.moments)
-            yield name, model, 100 * plan.kv_floats / numbers
+        plan = plan_uniform(sizes, Budget(kv_floats=floats), **settings)
+        return convert_model(self.source, plan, self.moments), plan.kv_floats
+
+    def saved(self, directory: str, share: float) -> Made:
+        """A converted model of a directory."""
+        model, _ = load_converted(directory, dtype=torch.float32)
+        return model, share / 100 * self.numbers
 
     def changed(self, change: baselines.Change, width_k: int, width_v: int) -> PreTrainedModel:
         """The source with the weights that `change` makes of every layer."""
-        layers = self.moments.layers
-        return baselines.changed(self.source.model, change, self.weights, layers, width_k, width_v)
+        names, config = self.source.family.names, self.source.model.config
+        layers = self.source.model.get_decoder().layers
+        for i, layer in enumerate(layers):
+            if head_order(getattr(layer, names.attention), names, config, i) is not None:
+                raise UserError("its rotary pairs do not lie as a Llama's do")
+        moments = self.moments.layers
+        return baselines.changed(self.source.model, change, self.weights, moments, width_k, width_v)
 
 
-def main() -> None:
+@dataclass
+class Row:
+    """A method, measured.
+
+    Attributes:
+        share: of the source's bytes, percent.
+        scores: by kind of text and text.
+        tasks, needles: by task and by length.
+        seconds: to make it, and to measure it.
+    """
+
+    method: str
+    share: float
+    scores: Mapping[str, Scores]
+    tasks: Mapping[str, Accuracy]
+    needles: Mapping[int, Accuracy]
+    seconds: tuple[float, float]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.share:.4g} %" if self.method != "source" else "source"
+
+
+@dataclass
+class Measure:
+    """What is measured of every model.
+
+    Attributes:
+        texts: held-out text, by kind and text.
+        tasks: questions by task.
+        needles: questions by length in tokens.
+        needles_for: of which methods, as a pattern of their names.
+    """
+
+    source: Source
+    texts: Mapping[str, Mapping[str, HeldOut]]
+    tasks: Mapping[str, Sequence[Question]]
+    needles: Mapping[int, Sequence[Question]]
+    needles_for: str
+
+    def __call__(self, name: str, share: float, model: PreTrainedModel, seconds: float) -> Row:
+        start = time.perf_counter()
+        model = model.to(self.source.model.device)
+        found = {
+            kind: scores(model, self.source.model, texts) for kind, texts in self.texts.items()
+        }
+        wanted = self.needles if re.search(self.needles_for, f"{name} {share:.4g} %") else {}
+        tokenizer = self.source.tokenizer
+        with tf32():
+            tasks = {
+                task: multiple_choice(model, tokenizer, questions, batch_size=64)
+                for task, questions in self.tasks.items()
+            }
+        with long_texts():
+            needles = {
+                length: multiple_choice(model, tokenizer, questions, batch_size=16)
+                for length, questions in wanted.items()
+            }
+        took = time.perf_counter() - start
+        return Row(name, share, found, tasks, needles, (seconds, took))
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the first table."""
+        kinds = chain.from_iterable(
+            (f"ratio, {kind}", f"KL, {kind}", f"top-1 %, {kind}") for kind in self.texts
+        )
+        tasks = ["tasks, %", "points lost", "±"] if self.tasks else []
+        needles = [f"needles at {length}, %" for length in self.needles]
+        return ["", "bytes, %", *kinds, *tasks, *needles, "seconds"]
+
+    def cells(self, row: Row, source: Row) -> list[results.Cell]:
+        """A row of the first table."""
+        cells: list[float | None] = [row.share]
+        for kind, found in row.scores.items():
+            agreements = [text.agreement for text in found.values()]
+            cells.append(ratio(found, source.scores[kind]))
+            cells.append(fmean(agreement.kl for agreement in agreements))
+            cells.append(100 * fmean(agreement.top1 for agreement in agreements))
+        if self.tasks:
+            drop = paired_drop(list(source.tasks.values()), list(row.tasks.values()))
+            mean = fmean(accuracy.normalized for accuracy in row.tasks.values())
+            cells += [100 * mean, drop.points, drop.margin]
+        for length in self.needles:
+            accuracy = row.needles.get(length)
+            cells.append(None if accuracy is None else 100 * accuracy.normalized)
+        rounded = [None if cell is None else float(f"{cell:.5g}") for cell in cells]
+        return [row.name, *rounded, round(row.seconds[0], 1)]
+
+
+def paired_table(rows: Sequence[Row]) -> tuple[list[str], list[list[results.Cell]]]:
+    """How much more others lose than ours: columns and rows."""
+    _, *measured = rows
+    kinds = list(rows[0].scores)
+    columns = ["", "bytes, %", "beside", "its bytes, %"]
+    columns += [f"{loss} above, {kind}" for kind in kinds for loss in ("log loss", "KL")]
+    found: list[list[results.Cell]] = []
+    for row in measured:
+        if row.method.startswith((OURS, HEALED)):
+            continue
+        for ours in (OURS, HEALED):
+            best = beside(measured, ours, row.share)
+            if best is None:
+                continue
+            cells = [
+                str(difference(best.scores[kind], row.scores[kind], loss))
+                for kind in kinds
+                for loss in ("nll", "kl")
+            ]
+            found.append([row.name, row.share, best.method, best.share, *cells])
+    return columns, found
+
+
+def beside(rows: Sequence[Row], ours: str, share: float) -> Row | None:
+    """Our row with the most bytes that are no more than so many percent; of several, the one of
+    the least KL on training kinds."""
+    candidates = [
+        row for row in rows if row.method.startswith(ours) and row.share <= SAME_BYTES * share
+    ]
+
+    def order(row: Row) -> tuple[float, float]:
+        kl = fmean(text.agreement.kl for text in row.scores[TRAINING_KINDS].values())
+        return -round(row.share, 1), kl
+
+    return min(candidates, key=order, default=None)
+
+
+def texts_of(
+    arguments: argparse.Namespace, source: Source, tasks: Mapping[str, Sequence[Question]]
+) -> dict[str, dict[str, HeldOut]]:
+    """Held-out text by kind and text."""
+
+    def blocks(path: str) -> dict[str, HeldOut]:
+        found = valid_blocks(path, source, arguments.length, arguments.valid_blocks)
+        return {name: HeldOut(ids) for name, ids in found.items()}
+
+    training, other = blocks(arguments.valid), {}
+    for name in arguments.other_sources:
+        if name not in training:
+            raise SystemExit(f"{arguments.valid} has no source {name}: {', '.join(training)}")
+        other[name] = training.pop(name)
+    if arguments.other:
+        other |= blocks(arguments.other)
+    for task, questions in tasks.items():
+        other[task] = HeldOut(*question_text(source.tokenizer, questions))
+    return {TRAINING_KINDS: training} | ({OTHER_KINDS: other} if other else {})
+
+
+def needles_of(
+    arguments: argparse.Namespace, source: Source, texts: Mapping[str, HeldOut]
+) -> dict[int, list[Question]]:
+    """Questions by length, hidden in the held-out text."""
+    tokenizer = source.tokenizer
+    filler = tokenizer.decode(torch.cat([text.ids.flatten() for text in texts.values()]))
+    return {
+        length: needle_questions(tokenizer, filler, length, arguments.needles_per_depth, seed=0)
+        for length in arguments.needles
+    }
+
+
+def arguments_of() -> argparse.Namespace:
     options = parser(__doc__)
+    options.add_argument("--other", help="held-out text of other kinds, as --valid")
+    options.add_argument(
+        "--other-sources", nargs="*", default=[], help="sources of --valid that are of other kinds"
+    )
     options.add_argument("--shares", nargs="+", type=float, default=[50, 25, 18.75, 12.5, 6.25])
+    options.add_argument(
+        "--only", default="", metavar="REGEX", help="methods, as a pattern of their names"
+    )
     options.add_argument("--healed", nargs="*", default=[], help="SHARE=DIR of healed models")
     options.add_argument("--length", type=int, default=1024, help="tokens of a held-out sequence")
     options.add_argument("--refit-blocks", type=int, default=64, help="sequences to refit on")
-    arguments = options.parse_args()
+    options.add_argument("--tasks", nargs="*", default=[], help="multiple-choice files")
+    options.add_argument("--task-limit", type=int, default=500, help="questions of a task")
+    options.add_argument(
+        "--needles", nargs="*", type=int, default=[], help="lengths of texts that hide a number"
+    )
+    options.add_argument("--needles-per-depth", type=int, default=2, help="texts, at five depths")
+    options.add_argument(
+        "--needles-for", default="", metavar="REGEX", help="only in rows of such names"
+    )
+    return options.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_of()
     source = load(arguments.source)
-    table = Table.start(source, arguments.valid, arguments.valid_blocks, arguments.length)
-    blocks = train_blocks(arguments.train, source, 512, arguments.calibration_blocks)
+    print(f"{device_name()}, {versions()}\n")
+    tasks = {
+        task_name(file): load_questions(file, arguments.task_limit)
+        for file in sorted(arguments.tasks)
+    }
+    texts = texts_of(arguments, source, tasks)
+    needles = needles_of(arguments, source, texts[TRAINING_KINDS])
+    measure = Measure(source, texts, tasks, needles, arguments.needles_for)
+    counts = {kind: {k: len(text.ids) for k, text in part.items()} for kind, part in texts.items()}
+    print(f"<!-- blocks of text: {counts} -->")
+    print(results.line(measure.columns))
+    print("|---" * len(measure.columns) + "|")
+
     comparison = Comparison(
         source,
-        layer_weights(source),
-        collect(source, blocks),
-        collect_cache_moments(source, blocks),
+        train_blocks(arguments.train, source, 512, arguments.calibration_blocks),
         train_blocks(arguments.train, source, arguments.length, arguments.refit_blocks),
     )
-    healed = [pair.split("=", 1) for pair in arguments.healed]
-    numbers = 2 * source_heads(source)
-
-    def measure(made: Iterator[Made]) -> None:
+    rows = [measure("source", 100.0, source.model, 0.0)]
+    cells = [measure.cells(rows[0], rows[0])]
+    print(results.line(map(results.text, cells[0])), flush=True)
+    healed = dict(pair.split("=", 1) for pair in arguments.healed)
+    for method in comparison.methods(arguments.shares, healed):
+        if not re.search(arguments.only, method.name):
+            continue
         start = time.perf_counter()
-        for name, model, share in made:
+        try:
+            model, floats = method.make()
+        except UserError as error:
+            reason = f"{method.name} {method.share:.4g} %: not on this model ({error})"
+            cells.append([reason, *[None] * (len(measure.columns) - 1)])
+        else:
             seconds = time.perf_counter() - start
-            table.row(f"{name} {share:.4g} %", model, share / 100 * numbers, seconds)
-            start = time.perf_counter()
+            share = 100 * floats / comparison.numbers
+            rows.append(measure(method.name, share, model, seconds))
+            cells.append(measure.cells(rows[-1], rows[0]))
+            print(f"<!-- measured in {rows[-1].seconds[1]:.1f} s -->")
+        print(results.line(map(results.text, cells[-1])), flush=True)
 
-    measure(comparison.quantised())
-    for share in arguments.shares:
-        measure(comparison.coded(share))
-        measure(comparison.plain(share))
-    for share, directory in healed:
-        model, _ = load_converted(directory, dtype=torch.float32)
-        measure(iter([("tpa-convert, healed", model, float(share))]))
-    table.save(f"{Path(arguments.source).stem}: ways to shrink a cache", arguments.json)
+    columns, pairs = paired_table(rows)
+    print(f"\n{results.line(columns)}")
+    print("|---" * len(columns) + "|")
+    for pair in pairs:
+        print(results.line(map(results.text, pair)))
+    path = arguments.json
+    if path is not None:
+        title = f"{Path(arguments.source).stem}: ways to shrink a cache"
+        results.save(results.of_this_run(title, measure.columns, cells), path)
+        title = f"{title}, what they lose beside tpa-convert at no more bytes"
+        paired = path.with_name(f"{path.stem}_paired{path.suffix}")
+        results.save(results.of_this_run(title, columns, pairs), paired)
 
 
 if __name__ == "__main__":

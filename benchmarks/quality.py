@@ -107,6 +107,17 @@ def task_table(
     question_table(models, tokenizer, tasks)
 
 
+def question_text(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> tuple[Tensor, Tensor]:
+    """Questions with their right choices as rows of tokens [N, L], padded on the right, and which
+    of these are text, bool [N, L]."""
+    texts = [f"{q.query} {q.choices[q.gold]}" for q in questions]
+    rows = [torch.tensor(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    ids = pad_sequence(rows, batch_first=True)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+
+
 def question_table(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
@@ -117,10 +128,7 @@ def question_table(
     noise than accuracy, how near a model stays to its source on tasks."""
     found: dict[str, list[float]] = {name: [] for name in list(models)[1:]}
     for questions in tasks.values():
-        texts = [f"{q.query} {q.choices[q.gold]}" for q in questions]
-        rows = [torch.tensor(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-        ids = pad_sequence(rows, batch_first=True)
-        counted = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        ids, counted = question_text(tokenizer, questions)
         _, agreements = compare(models, ids, counted=counted, batch_size=batch_size)
         for name, agreement in agreements.items():
             found[name].append(agreement.kl)
@@ -186,6 +194,12 @@ def needle_questions(
     return questions
 
 
+def long_texts() -> torch.autocast:
+    """Runs models on a GPU in bf16: flash attention has no fp32, and without it each long text
+    costs gigabytes of scores."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+
+
 def needle_table(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
@@ -202,8 +216,7 @@ def needle_table(
         for length in lengths
     }
     title = f"needles found, % of {len(DEPTHS) * per_depth}"
-    # Flash attention has no fp32, and without it each text costs gigabytes of scores.
-    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+    with long_texts():
         choice_table(title, models, tokenizer, columns, batch_size=16)
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM
 
-from tests.benchmarks import FOLDER, benchmark, record_rows, run_main, save_texts
+from tests.benchmarks import FOLDER, benchmark, figures, run_main, save_texts
 from tests.command_line import save_source
-from tests.conftest import make_tiny_llama
+from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tests.conversions import random_blocks, source_of
+from tests.tiny_models import CONFIGS, MODELS, random_model
+from tpa_convert.forward.comparison import BlockScores, agreement
 
 ROOT = FOLDER.parent
 
@@ -34,35 +37,168 @@ def test_one_latent_holds_keys_and_values_together() -> None:
     assert torch.linalg.matrix_rank(rows) == 8
 
 
+METHODS = {
+    "KIVI's kind",
+    "TurboQuant's kind",
+    "KVTC's kind",
+    "low rank (Palu, CARE)",
+    "one latent (MLA, TransMLA)",
+    "fewer heads, aligned (GQA)",
+    "TPA of the paper (linear)",
+    "tpa-convert, 16 bits",
+    "tpa-convert, no training",
+    "tpa-convert, no training, refit",
+}
+SMALL = ["--calibration-blocks", 2, "--refit-blocks", 2, "--length", 256]
+
+
+def save_questions(path: Path) -> Path:
+    """Questions about the text that the others train and measure on."""
+    questions = [
+        {"query": f"A line of text number {i}", "choices": ["to train", "as one does"], "gold": 0}
+        for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return path
+
+
 def test_the_comparison_measures_everything_at_its_bytes(tmp_path: Path, monkeypatch) -> None:
-    rows = record_rows(monkeypatch)
     out = tmp_path / "comparison.json"
-    options = ["--calibration-blocks", 2, "--refit-blocks", 2, "--shares", 50, "--json", out]
-    run_main(
-        "comparison", monkeypatch, save_source(tmp_path / "source"), *save_texts(tmp_path), *options
-    )
-    [source, *measured] = rows
-    assert source.ratio == 1
-    methods = {re.sub(r" [\d.]+ %$", "", row.name) for row in measured}
-    assert methods == {
-        "KIVI's kind",
-        "TurboQuant's kind",
-        "KVTC's kind",
-        "low rank (Palu, CARE)",
-        "one latent (MLA, TransMLA)",
-        "fewer heads, aligned (GQA)",
-        "TPA of the paper (linear)",
-        "tpa-convert, 16 bits",
-        "tpa-convert, no training",
-        "tpa-convert, no training, refit",
-    }
-    for row in measured:
-        share = float(row.name.split()[-2])
-        assert row.floats == pytest.approx(share / 100 * 32, rel=1e-3)
+    tasks = save_questions(tmp_path / "lines.jsonl")
+    options = ["--shares", 50, "--other-sources", "long", "--tasks", tasks, "--task-limit", 6]
+    options += ["--needles", 100, "--needles-per-depth", 1, "--needles-for", "KVTC", "--json", out]
+    path = save_source(tmp_path / "source")
+    run_main("comparison", monkeypatch, path, *save_texts(tmp_path), *SMALL, *options)
     written = benchmark("results").load(out)
-    assert [row[0] for row in written.rows] == [row.name for row in rows]
-    assert written.columns[-4:-1] == ["ratio", "KL", "top-1, %"]
-    assert [row[-4] for row in written.rows] == pytest.approx([r.ratio for r in rows], rel=1e-3)
+    rows = [dict(zip(written.columns, row, strict=True)) for row in written.rows]
+    [first, *measured] = rows
+    assert {key: value for key, value in first.items() if "ratio" in key or "KL" in key} == {
+        "ratio, training kinds": 1,
+        "KL, training kinds": 0,
+        "ratio, other kinds": 1,
+        "KL, other kinds": 0,
+    }
+    assert (first["points lost"], first["±"]) == (0, 0)
+    assert {re.sub(r" [\d.]+ %$", "", row[""]) for row in measured} == METHODS
+    for row in measured:
+        assert row["bytes, %"] == pytest.approx(float(row[""].split()[-2]), rel=1e-3)
+        assert (row["needles at 100, %"] is None) == ("KVTC" not in row[""])
+
+    shared = benchmark("shared")
+    source = shared.load(str(path))
+    row = next(row for row in measured if "(linear)" in row[""])
+    comparison = benchmark("comparison").Comparison(
+        source, shared.train_blocks(str(tmp_path / "train.jsonl"), source, 512, 2), None
+    )
+    model, _ = comparison.plain(16, form="linear")
+    texts = shared.valid_blocks(str(tmp_path / "valid.jsonl"), source, 256, 1)
+    [title, long] = (
+        figures(model, source.model, {name: texts[name]}) for name in ("titles", "long")
+    )
+    assert row["KL, training kinds"] == pytest.approx(title.kl, rel=1e-3)
+    assert row["top-1 %, training kinds"] == pytest.approx(100 * title.top1, rel=1e-3)
+    questions = benchmark("comparison").load_questions(tasks, 6)
+    ids, counted = benchmark("quality").question_text(source.tokenizer, questions)
+    alone = [
+        figures(model, source.model, {"": block[None, :size]}).kl
+        for block, size in zip(ids, counted.sum(1), strict=True)
+    ]
+    assert len({int(size) for size in counted.sum(1)}) == 1
+    assert row["KL, other kinds"] == pytest.approx((long.kl + sum(alone) / 6) / 2, rel=1e-3)
+
+
+def test_the_comparison_says_what_cannot_be_done(tmp_path: Path, monkeypatch) -> None:
+    """On a Gemma 3 of one head for keys and values, with windows and norms on keys."""
+    config = CONFIGS["gemma3"]()
+    config.update({"num_key_value_heads": 1})
+    model = random_model(Gemma3ForCausalLM, config)
+    model.save_pretrained(tmp_path / "source")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "source")
+    out = tmp_path / "comparison.json"
+    options = ["--shares", 50, "--json", out]
+    path = tmp_path / "source"
+    run_main("comparison", monkeypatch, path, *save_texts(tmp_path), *SMALL, *options)
+    [_, *rows] = benchmark("results").load(out).rows
+    missing = {row[0] for row in rows if row[1] is None}
+    assert {re.sub(r" [\d.]+ %.*", "", row[0]) for row in rows} == METHODS
+    assert {name.split(":")[0] for name in missing} == {
+        "fewer heads, aligned (GQA) 50 %",
+    }
+    assert all(": not on this model (" in name for name in missing)
+    paired = benchmark("results").load(tmp_path / "comparison_paired.json")
+    assert {row[0] for row in paired.rows} == {
+        row[0] for row in rows if row[1] and row[1] > 49 and "no training" not in row[0]
+    }
+
+
+def test_low_rank_keys_of_full_width_are_those_of_a_model_with_norms() -> None:
+    source = source_of(MODELS["gemma3"]())
+    blocks = random_blocks()
+    comparison = benchmark("comparison").Comparison(source, blocks, blocks)
+    model, _ = comparison.low(benchmark("baselines").whitened_joint_svd, 32)
+    assert agreement(source.model, model, blocks).kl < 1e-6
+    narrow, _ = comparison.low(benchmark("baselines").whitened_joint_svd, 8)
+    assert agreement(source.model, narrow, blocks).kl > 1e-3
+
+
+# ------------------------------------------------------------------------------- pairs
+
+
+def scores_of(nll: list[float], kl: list[float], tokens: list[int]) -> BlockScores:
+    same = torch.zeros(len(nll), dtype=torch.double)
+    return BlockScores(torch.tensor(nll).double(), torch.tensor(kl).double(), same,
+                       torch.tensor(tokens))  # fmt: skip
+
+
+def test_a_difference_is_paired_and_weighs_texts_alike() -> None:
+    paired = benchmark("paired")
+    ours = {"a": scores_of([10, 90], [1, 2], [10, 10]), "b": scores_of([50, 50], [0, 0], [50, 50])}
+    other = {"a": scores_of([12, 92], [2, 3], [10, 10]), "b": scores_of([51, 49], [1, 3], [50, 50])}
+    found = paired.difference(ours, other, "nll")
+    assert found.mean == pytest.approx((4 / 20 + 0) / 2)
+    # a differs by the same in both blocks, b by 1 and -1: deviations of 1 in 100 tokens
+    assert found.margin == pytest.approx(1.96 * (2 * 2 / 100**2) ** 0.5 / 2, rel=1e-4)
+    assert found.verdict == "first"
+    assert paired.difference(other, ours, "nll").verdict == "behind"
+    wider = {"a": ours["a"], "b": scores_of([70, 30], [1, 3], [50, 50])}
+    assert paired.difference(ours, wider, "nll").verdict == "tied"
+    assert paired.difference(ours, ours, "kl").verdict == "tied"
+    alone = {"a": scores_of([10], [1], [10])}
+    assert paired.difference(alone, {"a": scores_of([99], [1], [10])}, "nll").verdict == "tied"
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Blocks of very different lengths, two texts."""
+    paired = benchmark("paired")
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(400):
+        ours, other = {}, {}
+        for name in ("a", "b"):
+            tokens = torch.randint(5, 100, (60,), generator=generator)
+            noise = torch.randn(60, generator=generator) * tokens.sqrt() + 3
+            zero = torch.zeros(60, dtype=torch.double)
+            ours[name] = BlockScores(zero, zero, zero, tokens)
+            other[name] = BlockScores(zero + 0.1 * tokens + noise - 3, zero, zero, tokens)
+        found = paired.difference(ours, other, "nll")
+        hits += abs(found.mean - 0.1) < found.margin
+    assert 0.92 < hits / 400 < 0.98
+
+
+def test_ours_is_the_row_of_no_more_bytes() -> None:
+    comparison = benchmark("comparison")
+
+    def row(method: str, share: float, kl: float):
+        scores = {"training kinds": {"text": scores_of([0], [kl], [1])}}
+        return comparison.Row(method, share, scores, {}, {}, (0, 0))
+
+    rows = [row(comparison.OURS, share, kl) for share, kl in ((50, 0.1), (25, 0.3), (12.5, 0.5))]
+    rows += [row(f"{comparison.OURS}, refit", 24.99, 0.2), row(comparison.HEALED, 25.0, 0.0)]
+    assert comparison.beside(rows, comparison.OURS, 31.25) is rows[3]
+    assert comparison.beside(rows, comparison.OURS, 24.9) is rows[3]
+    assert comparison.beside(rows, comparison.OURS, 18.75) is rows[2]
+    assert comparison.beside(rows, comparison.OURS, 6.25) is None
+    assert comparison.beside(rows, comparison.HEALED, 25.0) is rows[4]
 
 
 # ------------------------------------------------------------------------------- results

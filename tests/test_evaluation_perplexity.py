@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from tests.conftest import make_tiny_llama
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import (
     Perplexity,
@@ -21,6 +22,7 @@ from tpa_convert.evaluation import (
     perplexity,
 )
 from tpa_convert.forward import logits
+from tpa_convert.forward.comparison import block_scores
 from tpa_convert.text.read import Text
 
 
@@ -201,3 +203,22 @@ def test_only_counted_tokens_count(tiny_llama, random_tokens) -> None:
     assert texts["model"].nll_per_token == pytest.approx(nll, rel=1e-5)
     kl = (19 * parts[0][1]["model"].kl + 11 * parts[1][1]["model"].kl) / 30
     assert agreements["model"].kl == pytest.approx(kl, rel=1e-5)
+
+
+def test_sums_of_blocks_are_what_each_gives_alone(tiny_source_model, random_tokens) -> None:
+    other, blocks = make_tiny_llama("gqa", seed=5), random_tokens(5, 17)
+    counted = torch.arange(17) < torch.tensor([[17], [9], [2], [12], [17]])
+    models = {"source": tiny_source_model, "other": other}
+    found = block_scores(models, blocks, counted=counted, batch_size=2)
+    for i, block in enumerate(blocks):
+        texts, agreements = compare(models, block[None], counted=counted[i][None])
+        assert found["other"].tokens[i] == texts["other"].tokens == counted[i].sum() - 1
+        for name, text in texts.items():
+            nll = found[name].nll[i] / text.tokens
+            assert nll.item() == pytest.approx(text.nll_per_token, rel=1e-5)
+        kl = found["other"].kl[i] / texts["other"].tokens
+        assert kl.item() == pytest.approx(agreements["other"].kl, rel=1e-5)
+        same = found["other"].same[i] / texts["other"].tokens
+        assert same.item() == pytest.approx(agreements["other"].top1)
+    assert torch.equal(found["source"].same, found["source"].tokens.double())
+    assert not found["source"].kl.any()

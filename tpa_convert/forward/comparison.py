@@ -49,6 +49,35 @@ class Agreement:
     tokens: int
 
 
+@dataclass(frozen=True)
+class BlockScores:
+    """Sums over the predicted tokens of each block of a text, float64 [N] each, on the CPU.
+
+    Attributes:
+        nll: negative log-likelihood, nats.
+        kl: KL(source || model), nats; zero for the source.
+        same: tokens at which source and model hold the same token for the likeliest.
+        tokens: predicted tokens, int64.
+    """
+
+    nll: Tensor
+    kl: Tensor
+    same: Tensor
+    tokens: Tensor
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Over all blocks."""
+        count = int(self.tokens.sum())
+        return Perplexity(self.nll.sum().item() / count, count)
+
+    @property
+    def agreement(self) -> Agreement:
+        """Over all blocks."""
+        count = int(self.tokens.sum())
+        return Agreement(self.kl.sum().item() / count, self.same.sum().item() / count, count)
+
+
 def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 8) -> Perplexity:
     """Perplexity of `model` on token blocks.
 
@@ -79,47 +108,51 @@ class Tally:
 
     Args:
         names: the first is the source's.
+        blocks: how many blocks of text sums are kept of, each by itself.
     """
 
-    def __init__(self, names: Iterable[str], device: torch.device):
-        self.names = list(names)
+    def __init__(self, names: Iterable[str], device: torch.device, blocks: int = 1):
         self.sums = {  # nats, nats, and tokens with the same likeliest token
-            name: torch.zeros(3, dtype=torch.float64, device=device) for name in self.names
+            name: torch.zeros(3, blocks, dtype=torch.float64, device=device) for name in names
         }
-        self.tokens = 0
+        self.tokens = torch.zeros(blocks, dtype=torch.int64, device=device)
 
-    def add(self, logits: Iterable[Tensor], target: Tensor) -> None:
+    def add(self, logits: Iterable[Tensor], target: Tensor, block: Tensor | None = None) -> None:
         """Adds some tokens.
 
         Args:
             logits: of every model in turn, fp32 [n, V]; one is asked for at a time.
             target: the tokens that came, [n].
+            block: the number of the block that each of them is of, [n]; by default the first.
         """
-        self.tokens += len(target)
-        for name, rows in zip(self.names, logits, strict=True):
+        block = torch.zeros_like(target) if block is None else block
+        self.tokens.index_add_(0, block, torch.ones_like(block))
+        reference = None
+        for (nll, kl, same), rows in zip(self.sums.values(), logits, strict=True):
             log_p = F.log_softmax(rows.to(target.device), dim=-1)
-            nll, kl, same = self.sums[name].unbind()
-            nll += F.nll_loss(log_p, target, reduction="sum")
-            if name == self.names[0]:
+            nll.index_add_(0, block, F.nll_loss(log_p, target, reduction="none").double())
+            if reference is None:
                 reference = log_p
                 top, weights = log_p.argmax(-1), log_p.exp()
+                same.index_add_(0, block, torch.ones_like(same[block]))
             else:
-                kl += (weights * (reference - log_p)).sum(dtype=torch.float64)
-                same += (log_p.argmax(-1) == top).sum()
+                parts = (weights * (reference - log_p)).sum(-1, dtype=torch.float64)
+                kl.index_add_(0, block, parts)
+                same.index_add_(0, block, (log_p.argmax(-1) == top).double())
+
+    def scores(self) -> dict[str, BlockScores]:
+        """Of every name."""
+        tokens = self.tokens.cpu()
+        return {name: BlockScores(*sums.cpu().unbind(), tokens) for name, sums in self.sums.items()}
 
     def results(self) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
         """Perplexity of all, and the agreement of all but the source with it."""
-        means = {name: (sums / self.tokens).tolist() for name, sums in self.sums.items()}
-        texts = {name: Perplexity(mean[0], self.tokens) for name, mean in means.items()}
-        agreements = {
-            name: Agreement(kl, same, self.tokens)
-            for name, (_, kl, same) in means.items()
-            if name != self.names[0]
-        }
-        return texts, agreements
+        found = self.scores()
+        texts = {name: scores.perplexity for name, scores in found.items()}
+        _, *others = found
+        return texts, {name: found[name].agreement for name in others}
 
 
-@torch.inference_mode()
 def compare(
     models: Mapping[str, PreTrainedModel],
     blocks: Tensor,
@@ -130,6 +163,33 @@ def compare(
     description: str = "Perplexity",
 ) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
     """Perplexity of all models, and the agreement of all but the first with the first.
+
+    Takes and raises what `block_scores` does.
+    """
+    found = block_scores(
+        models,
+        blocks,
+        counted=counted,
+        batch_size=batch_size,
+        track=track,
+        description=description,
+    )
+    texts = {name: scores.perplexity for name, scores in found.items()}
+    _, *others = found
+    return texts, {name: found[name].agreement for name in others}
+
+
+@torch.inference_mode()
+def block_scores(
+    models: Mapping[str, PreTrainedModel],
+    blocks: Tensor,
+    *,
+    counted: Tensor | None = None,
+    batch_size: int = 8,
+    track: Track = no_tracking,
+    description: str = "Perplexity",
+) -> dict[str, BlockScores]:
+    """What every model makes of each block, and how it agrees with the first model there.
 
     Args:
         models: by name; the first is the source.
@@ -152,17 +212,20 @@ def compare(
     halves = {name: split_head(model.eval()) for name, model in models.items()}
     source = next(iter(models.values()))
     step = chunk_positions(source)
-    tally = Tally(models, source.device)
-
+    tally = Tally(models, source.device, len(blocks))
     counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted
     counted = counted[:, 1:]
-    batches = list(zip(blocks.split(batch_size), counted.split(batch_size), strict=True))
-    for batch, wanted in track(batches, description):
+    numbers = torch.arange(len(blocks))[:, None].expand_as(counted)
+    batches = zip(*(part.split(batch_size) for part in (blocks, counted, numbers)), strict=True)
+    for batch, wanted, rows in track(list(batches), description):
         targets = batch[:, 1:][wanted].to(source.device)
+        of_block = rows[wanted].to(source.device)
         features = {}
         for name, (body, _) in halves.items():
             states = body(batch.to(models[name].device))
             features[name] = states[:, :-1][wanted.to(states.device)].split(step)
-        for i, target in enumerate(targets.split(step)):
-            tally.add((head(features[name][i]) for name, (_, head) in halves.items()), target)
-    return tally.results()
+        chunks = zip(targets.split(step), of_block.split(step), strict=True)
+        for i, (target, block) in enumerate(chunks):
+            logits = (head(features[name][i]) for name, (_, head) in halves.items())
+            tally.add(logits, target, block)
+    return tally.scores()
