@@ -15,7 +15,7 @@ from tests.tiny_models import MODELS, WINDOW
 from tpa_convert.kernels import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-PROMPT, NEW = 12, 4
+PROMPT, NEW = 12, 3
 CASES = {
     "absorbed": ("llama", {"kv_floats": 16, "gauge": "absorbed"}),
     "applied": ("llama", {"width_k": 16, "width_v": 8, "gauge": "applied"}),
@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=CASES, scope="module")
 def model(request):
     family, settings = CASES[request.param]
     return convert_tiny(MODELS[family](), **settings).to(DEVICE)

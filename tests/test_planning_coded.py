@@ -23,6 +23,7 @@ from tpa_convert.planning.search import PlanReport
 from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_to_yaml
 from tpa_convert.plans.coded import WIDEST_BLOCK, default_blocks
 from tpa_convert.plans.cost import rebuilding_per_byte
+from tpa_convert.plans.speed import DecodeTime
 from tpa_convert.sources import load_source, open_source
 
 
@@ -174,7 +175,13 @@ def report(measured) -> PlanReport:
     plans = [plan_coded(fields(), Budget(kv_ratio=share)) for share in (0.5, 0.25, 0.125)]
     blocks = random_blocks(count=4, length=32, seed=9)
     return search_coded(
-        source, moments, blocks, plans, wanted=plans[1], max_increase=0.1, context=100
+        source,
+        moments,
+        blocks,
+        plans,
+        wanted=plans[1],
+        max_increase=0.1,
+        times=DecodeTime(fields(), 100),
     )
 
 
@@ -219,7 +226,8 @@ def test_a_source_that_is_not_in_memory_gives_the_same_report(family, tmp_path) 
     whole, opened = load_source(tmp_path), open_source(tmp_path)
     sizes = whole.family.attention_sizes(whole.model.config)
     plans = [plan_coded(sizes, Budget(kv_ratio=share)) for share in (0.5, 0.25)]
-    arguments: dict[str, Any] = {"wanted": plans[1], "max_increase": 0.1, "context": 100}
+    arguments: dict[str, Any] = {"wanted": plans[1], "max_increase": 0.1}
+    arguments["times"] = DecodeTime(sizes, 100)
     reports = []
     for source in (whole, opened):
         moments = collect_cache_moments(source, random_blocks())
@@ -237,7 +245,7 @@ def test_without_a_wanted_plan_the_smallest_within_the_accepted_loss(measured, r
     source, moments = measured
     plans = [plan_coded(fields(), Budget(kv_ratio=share)) for share in (0.5, 0.25, 0.125)]
     blocks = random_blocks(count=4, length=32, seed=9)
-    arguments: dict[str, Any] = {"wanted": None, "context": 100}
+    arguments: dict[str, Any] = {"wanted": None, "times": DecodeTime(fields(), 100)}
     for index in range(3):
         accepted = 1.01 * torch.tensor(report.candidates[index].kl).expm1().item()
         found = search_coded(source, moments, blocks, plans, max_increase=accepted, **arguments)

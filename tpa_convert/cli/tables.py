@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tpa_convert.pipeline.prediction import Prediction
     from tpa_convert.planning.search import PlanReport
     from tpa_convert.plans import Plan
+    from tpa_convert.plans.speed import DecodeTime
 
 NOTABLE_GROWTH = 0.02  # of the source's parameters
 LAYERS_ACROSS = 10  # in the table of an uneven plan
@@ -25,6 +26,8 @@ LAYERS_ACROSS = 10  # in the table of an uneven plan
 
 def show_plan(prediction: Prediction) -> None:
     """What is cached before and after, and the shapes of the layers."""
+    from tpa_convert.pipeline.prediction import DECODE_CONTEXT
+
     plan, layers = prediction.plan, len(prediction.plan.layers)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -65,6 +68,11 @@ def show_plan(prediction: Prediction) -> None:
             f"in {blocks} block{'s' if blocks > 1 else ''} of rotary pairs."
         )
     _show_rebuilding(plan)
+    ratio = prediction.decode_seconds / prediction.source_decode_seconds
+    console.print(
+        f"Attention of a decoding step on an H100, {DECODE_CONTEXT:,} tokens cached: at least "
+        f"{_times(ratio)} the source's {1e3 * prediction.source_decode_seconds:.3g} ms."
+    )
 
 
 def show_stages(result: ConversionResult) -> None:
@@ -161,9 +169,9 @@ def show_expected_loss(nats: float) -> None:
 def show_planning(result: PlanningResult) -> None:
     """All candidates, the chosen one marked, and what they cost."""
     report = result.report
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("")
-    columns = ["bytes/token", "kept", "predicted", "perplexity", "KL"]
+    columns = ["bytes", "kept", "predicted", "perplexity", "KL", "step"]
     columns += ["context"] if result.memory is not None else []
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -182,6 +190,7 @@ def show_planning(result: PlanningResult) -> None:
             "" if predicted is None else _times(math.exp(min(predicted, 700.0))),
             _times(candidate.perplexity_ratio),
             f"{candidate.kl:.3f}",
+            _times(candidate.decode_seconds / report.times.of_source),
         ]
         context = result.context(candidate)
         table.add_row(
@@ -200,15 +209,17 @@ def show_planning(result: PlanningResult) -> None:
             "",
             _times(other.perplexity_ratio),
             f"{other.kl:.3f}",
+            "",
             *([""] if result.memory is not None else []),
         )
     console.print(table)
     for line in (
         f"Perplexity {'after refinement, before' if result.refined else 'before refinement and'} "
         f"healing, relative to the source's {report.source_perplexity:.2f} on held-out "
-        f"calibration text; numbers have 16 bits.",
+        f"calibration text; bytes are those of a token, numbers have 16 bits.",
         *_explanation(report),
-        "→: the least KL at the budget, or the smallest cache within the accepted loss.",
+        f"Step: {_about_steps(report.times)}",
+        f"→: {_what_was_chosen(result)}",
         *(
             [
                 f"Context: tokens in {result.memory / 1e9:g} GB beside the weights, "
@@ -227,6 +238,26 @@ def show_planning(result: PlanningResult) -> None:
         f"{_times(cost.prefill_flops / source.prefill_flops)}."
     )
     _show_rebuilding(report.plan)
+
+
+def _about_steps(times: DecodeTime) -> str:
+    """What predicted times of decoding steps are of."""
+    rates = times.rates
+    return (
+        f"the least time that the attention layers of {rates.name} need for a token, relative to "
+        f"the source's {1e3 * times.of_source:.3g} ms, from bytes at {rates.bandwidth / 1e12:.2f} "
+        f"TB/s and operations at {rates.operations / 1e12:.0f} TFLOP/s; "
+        f"{times.context:,} tokens cached, batch {times.batch}."
+    )
+
+
+def _what_was_chosen(result: PlanningResult) -> str:
+    if result.objective == "speed":
+        return (
+            "the least KL of the plans that decode fastest, at the budget or within the accepted "
+            "loss."
+        )
+    return "the least KL at the budget, or the smallest cache within the accepted loss."
 
 
 def _explanation(report: PlanReport) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from tpa_convert.evaluation.metrics.speed import (
     fitting_prompt,
     measure_speed,
 )
+from tpa_convert.planning.rates import copy_bandwidth, device_name
 from tpa_convert.progress import Track, no_tracking
 
 
@@ -149,7 +148,7 @@ def sweep_speed(
                 )
             )
     dtype = str(first.dtype).removeprefix("torch.")
-    return SpeedReport(_device_name(first.device), dtype, static, bandwidth, weights, tuple(points))
+    return SpeedReport(device_name(first.device), dtype, static, bandwidth, weights, tuple(points))
 
 
 def _those_that_fit(
@@ -171,32 +170,6 @@ def weight_bytes(model: PreTrainedModel) -> float:
     if head is not None and head.weight is not embedding.weight:
         read -= embedding.weight.nbytes
     return float(read)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy."""
-    size = (1 << 30) if device.type == "cuda" else (64 << 20)
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(7):
-        _wait(device)
-        start = time.perf_counter()
-        torch.mul(source, 2, out=target)
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size / median(times[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _times(ratio: float | None) -> str:

@@ -29,20 +29,18 @@ def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     return header.view(x.shape[:-1]), codes.view(x.shape)
 
 
-def encode_rows(
-    x: Tensor, tables: CodeTables, rows: RowTables
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Rows of bytes, uint8 [..., n], of components [..., c], and what they say, as
-    `straight_through` gives it; without gradients."""
+def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
+    """Rows of bytes, uint8 [..., n], of components [..., c], and what they say, [..., c + 1]: what
+    `straight_through` gives, with the class as a number behind the codes; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _backend(x) == "triton":
         run = ops.encode_rows if torch.compiler.is_compiling() else ops.run_rows
-        packed, scaled, label = run(flat, *tables, *rows)
+        packed, said = run(flat, *tables, *rows)
     else:
         header, codes, scaled, _, label = encode_components(flat, tables)
-        packed = pack(codes, header, rows)
-    said = scaled.view(x.shape), label.view(x.shape[:-1])
-    return packed.view(*x.shape[:-1], len(rows.bits)), said
+        packed, said = pack(codes, header, rows), torch.cat((scaled, label[:, None].to(x.dtype)), 1)
+    leading = x.shape[:-1]
+    return packed.view(*leading, len(rows.bits)), said.view(*leading, x.shape[-1] + 1)
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:

@@ -34,13 +34,12 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     return scaled, inside, label
 
 
-def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of bytes, uint8 [n, bytes], scaled codes [n, c] and classes int64 [n]."""
+def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
+    """Rows of bytes, uint8 [n, bytes], and scaled codes with the class behind them, [n, c + 1]."""
     header = x.new_empty(x.shape[:1], dtype=torch.uint8)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
-    scaled = x.new_empty(x.shape)
-    label = x.new_empty(x.shape[:1], dtype=torch.int64)
-    _launch(x, tables, {"header": header, "codes": codes, "scaled": scaled, "label": label})
+    features = x.new_empty((len(x), x.shape[1] + 1))
+    _launch(x, tables, {"header": header, "codes": codes, "scaled": features})
     count, row_bytes = len(x), len(rows.bits)
     packed = x.new_empty((count, row_bytes), dtype=torch.uint8)
     if count:
@@ -50,7 +49,7 @@ def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
         where = (table.contiguous() for table in rows[:3])
         arguments = codes, header, packed, *where, rows.header, count, x.shape[1], row_bytes
         start_kernel(pack_kernel, grid, pack_constants(x.device, at_once, size), arguments)
-    return packed, scaled, label
+    return packed, features
 
 
 def _launch(x: Tensor, tables: CodeTables, outputs: dict[str, Tensor]) -> None:
@@ -65,6 +64,7 @@ def _launch(x: Tensor, tables: CodeTables, outputs: dict[str, Tensor]) -> None:
         *(outputs.get(name) for name in OUTPUTS),
         rows,
         x.stride(0),
+        outputs["scaled"].shape[1] if "scaled" in outputs else width,
         width,
         float(tables.lowest_octave),
     )

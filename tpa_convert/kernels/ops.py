@@ -143,14 +143,14 @@ def encode_rows(
     bits: Tensor,
     low: Tensor,
     header: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of bytes [n, bytes] of components [n, c], and what they say: scaled codes and classes;
-    see `encode_reference.RowTables`."""
+) -> tuple[Tensor, Tensor]:
+    """Rows of bytes [n, bytes] of components [n, c], and what they say, [n, c + 1]: scaled codes
+    and the class; see `encode_reference.RowTables`."""
     tables = mean, step, spread, importance, reach, lowest_octave
     return run_rows(x, *tables, component, bits, low, header)
 
 
-def run_rows(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor, Tensor]:
+def run_rows(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
     """The same, not as an operator."""
     from .launch_encode import CodeTables, RowTables, launch_rows
 
@@ -160,7 +160,7 @@ def run_rows(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor, Tensor]:
 @encode_rows.register_fake
 def _(x, *tables):
     rows = x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
-    return rows, x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.int64)
+    return rows, x.new_empty((len(x), x.shape[1] + 1))
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())

@@ -42,6 +42,7 @@ def encode_kernel(
     label,
     rows,
     stride,
+    scaled_stride,
     width,
     octave,
     CLASSES: tl.constexpr,
@@ -51,8 +52,9 @@ def encode_kernel(
 ):
     """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
 
-    Of the outputs those are written that are not None: `header` and `codes`, `scaled` and `label`,
-    and `inside`.
+    Of the outputs those are written that are not None: `header` and `codes`, `scaled` (in rows
+    `scaled_stride` apart) and `label`, and `inside`. Without `label`, the class is written behind
+    each row of `scaled`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -105,8 +107,13 @@ def encode_kernel(
     head = (kind << SCALE_BITS) | index.to(tl.int32)
     if scaled is not None:
         numbers = scale[:, None] * size[None, :] * (code - limit)
-        tl.store(scaled + place, numbers.to(scaled.dtype.element_ty), mask=mask)
-        tl.store(label + row, kind.to(tl.int64), mask=row < rows)
+        number = scaled.dtype.element_ty
+        tl.store(scaled + of_row * scaled_stride + column[None, :], numbers.to(number), mask=mask)
+        if label is not None:
+            tl.store(label + row, kind.to(tl.int64), mask=row < rows)
+        else:
+            behind = scaled + row.to(tl.int64) * scaled_stride + width
+            tl.store(behind, kind.to(number), mask=row < rows)
     if inside is not None:
         tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
     if codes is not None:

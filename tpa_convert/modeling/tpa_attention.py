@@ -16,8 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .tpa_cache import cache_grid, fold, refuse_quantised, unfold
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated, masked_softmax
-from .tpa_kernels import find_kernel, of_one_width
+from .tpa_kernels import find_kernel
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
+from .tpa_prefill import rebuilt_attention
 from .tpa_rotary import (
     LayerRotary,
     PairOrder,
@@ -234,16 +235,15 @@ class TPAAttention(nn.Module):
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
             parts = self.mixed_parts(key, value)
-            value = self.values.expand(torch.cat(parts, -1) if len(parts) > 1 else value)
-            key = self.keys.expand(key, table)
-            if implementation == "sdpa":
-                query, key, value = of_one_width(query, key, value)
-            output, weights = attention_interface(
+            output, weights = rebuilt_attention(
                 self,
+                attention_interface,
                 query,
-                key.expand(-1, self.expanded_heads, -1, -1),
-                value.expand(-1, self.expanded_heads, -1, -1),
+                key,
+                torch.cat(parts, -1) if len(parts) > 1 else value,
                 attention_mask,
+                table,
+                one_width=implementation == "sdpa",
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
                 **kwargs,

@@ -22,6 +22,8 @@ from .tpa_codes import (
 )
 from .tpa_kernels import Coding, Sources, find_coding
 
+AT_ONCE = 1 << 24  # numbers that rows are unpacked to side by side
+
 
 class RowCoder(nn.Module):
     """Components of the keys or the values of one layer to rows of bytes, and rows to *features*.
@@ -116,17 +118,15 @@ class RowCoder(nn.Module):
             rows: make rows of components; otherwise features, with gradients as if nothing were
                 rounded, and the same that rows of these components give.
             dtype: of features that are made of rows.
-            features: make them too where rows are made.
+            features: make them too where rows are made; on kernels they cost nothing.
 
         Returns: features [..., c + classes − 1]; or rows, uint8 [..., row_bytes], and features in
             the type of x or None.
         """
         if dtype is not None:
-            return features_of(*decode(x, self.quantiser(self.layout)), dtype)
+            return self._features(x, dtype)
         if self.coding is not None and self.coding.wanted(x.device):
-            row, numbers, label = self._on_kernels(self.coding, x, rows)
-            said = features_of(numbers, label, x.dtype) if features or not rows else None
-            return (row, said) if rows else said
+            return self._on_kernels(self.coding, x, rows)
         if rows:
             quantiser = self.quantiser(self.layout)
             coded = quantise(x.float(), quantiser)
@@ -135,14 +135,27 @@ class RowCoder(nn.Module):
         numbers, label = straight_through(x.float(), self.quantiser())
         return features_of(numbers, label, x.dtype)
 
-    def _on_kernels(
-        self, coding: Coding, x: Tensor, rows: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Rows if they are asked for, what codes say, and classes, in one launch or two."""
+    def _features(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """What rows say, in `dtype`; some tokens at a time, since there are several fp32 numbers
+        for each code on the way."""
+        quantiser, slots = self.quantiser(self.layout), rows.shape[-2]
+        tokens = max(1, rows.numel() // rows.shape[-1])
+        at_once = max(1, AT_ONCE * slots // (tokens * self.width))
+        if slots <= at_once or torch.compiler.is_compiling():
+            return features_of(*decode(rows, quantiser), dtype)
+        made = rows.new_empty((*rows.shape[:-1], self.width), dtype=dtype)
+        parts = rows.split(at_once, -2), made.split(at_once, -2)
+        for part, features in zip(*parts, strict=True):
+            features.copy_(features_of(*decode(part, quantiser), dtype))
+        return made
+
+    def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Any:
+        """As `forward`, of components, in one launch or two; features come with rows always."""
         quantiser = self.quantiser()
         tables = coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
         if not rows:
-            return None, *coding.straight_through(x, tables)
+            numbers, label = coding.straight_through(x, tables)
+            return features_of(numbers, label, x.dtype)
         if self.places is None or self.places[0].device != x.device:
             layout = self.layout
             places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
@@ -151,8 +164,7 @@ class RowCoder(nn.Module):
                 bits=places.bits.to(x.device),
                 low=places.low.to(x.device),
             )
-        row, (numbers, label) = coding.encode_rows(x, tables, self.places)
-        return row, numbers, label
+        return coding.encode_rows(x, tables, self.places)
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,14 @@ from .tpa_configuration import LayerShape
 from .tpa_kernels import Kept
 from .tpa_rotary import Table, rotate
 
+Heads = slice | None
+"""Which key/value heads are to be rebuilt: a run of them, or None for all."""
+
+
+def of_heads(x: torch.Tensor | None, heads: Heads, dim: int = 0) -> Any:
+    """What belongs to these of all heads, which `dim` counts."""
+    return x if x is None or heads is None else x[(slice(None),) * dim + (heads,)]
+
 
 def heads_of(
     features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
@@ -40,17 +48,23 @@ def heads_of(
 def each_head(
     features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Products [b, j, n, d] of features [b, j, n, w] with the matrix of each head, [j, d, w], and
-    the offset [j, d] of each.
+    """Products [b, h, s, d] of the features [b, h, s, w] of each head with a matrix that the h / j
+    heads of a group share, [j, d, w], and the group's offset [j, d].
 
-    As one product a head: `matmul` would copy the matrices for every sequence.
+    As one product a group: `matmul` would copy the matrices for every sequence.
     """
-    together = features.transpose(0, 1).flatten(1, 2)
+    batch, heads, length, width = features.shape
+    groups, one = len(weight), batch == 1
+    if not one:
+        features = features.unflatten(1, (groups, -1)).transpose(0, 1)
+    together = features.reshape(groups, -1, width)
     if offset is None:
-        heads = torch.bmm(together, weight.mT)
+        found = torch.bmm(together, weight.mT)
     else:
-        heads = torch.baddbmm(offset[:, None], together, weight.mT)
-    return heads.unflatten(1, (len(features), -1)).transpose(0, 1)
+        found = torch.baddbmm(offset[:, None], together, weight.mT)
+    if not one:
+        found = found.view(groups, batch, -1, weight.shape[1]).transpose(0, 1)
+    return found.reshape(batch, heads, length, -1)
 
 
 class PairGauge(nn.Module):
@@ -82,15 +96,23 @@ class HeadGauge(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, head_dim, width))
         self.offset = nn.Parameter(torch.zeros(heads, head_dim)) if offset else None
 
-    def forward(self, features: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-        """Heads [b, j, s, d] of features [b, j or 1, s, width].
+    def forward(
+        self,
+        features: torch.Tensor,
+        before: torch.Tensor | None = None,
+        heads: Heads = None,
+    ) -> torch.Tensor:
+        """Heads [b, j, s, d] of features [b, 1, s, width], or [b, h, s, d] of those of each of the
+        h heads that share the j matrices.
 
         Args:
             before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
+            heads: those of the features and of the result; `before` has all.
         """
         weight = self.weight if before is None else torch.cat((before, self.weight), -1)
-        heads = heads_of if features.shape[1] == 1 else each_head
-        return heads(features, weight, self.offset)
+        weight, offset = of_heads(weight, heads), of_heads(self.offset, heads)
+        product = heads_of if features.shape[1] == 1 else each_head
+        return product(features, weight, offset)
 
 
 class BlockGauge(nn.Module):
@@ -110,15 +132,15 @@ class BlockGauge(nn.Module):
         self.widths = widths
         self.shared = HeadGauge(heads, head_dim, shared, offset=True)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, 1, s, all widths]."""
         if len(self.widths) == 1:  # a single product
-            return self.shared(features, self.weight)
+            return self.shared(features, self.weight, heads=heads)
         *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
-        weights = self.weight.split(self.widths, dim=-1)
+        weights = of_heads(self.weight, heads).split(self.widths, dim=-1)
         parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
         halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
-        return halves.transpose(-3, -2).flatten(-3) + self.shared(rest)
+        return halves.transpose(-3, -2).flatten(-3) + self.shared(rest, heads=heads)
 
 
 class KeyNorm(nn.Module):
@@ -251,8 +273,13 @@ class RotatedKeys(KeyLayout):
         head = head[:, 0].unflatten(-1, (self.rank, self.heads))
         return self._scaled(head), feature
 
-    def expand(self, packed: torch.Tensor, table: Table | None = None) -> torch.Tensor:
+    def expand(
+        self, packed: torch.Tensor, table: Table | None = None, heads: Heads = None
+    ) -> torch.Tensor:
         """Rotated keys for attention functions, from what is cached: [b, 1, t, R j + width].
+
+        Args:
+            heads: which of the keys, where each head has its own.
 
         Returns: [b, 1, t, width] shared by all queries if the gauge is absorbed into them and head
             factors are constant; [b, j, t, width] if it is absorbed and they are not; the keys k_j
@@ -261,19 +288,21 @@ class RotatedKeys(KeyLayout):
         head, feature = self.unpack(packed)
         if head is None and self.absorbed:
             return feature
-        return self._heads(head, feature)
+        return self._heads(of_heads(head, heads, 3), feature, heads)
 
-    def _heads(self, head: torch.Tensor | None, feature: torch.Tensor) -> torch.Tensor:
+    def _heads(
+        self, head: torch.Tensor | None, feature: torch.Tensor, heads: Heads = None
+    ) -> torch.Tensor:
         """Σ_r a_{r,j} T_{r,j} b_r as heads [b, j, t, d]; [b, j, t, width] if T is absorbed."""
         if self.gauge is not None and self.rank == 1:
-            keys = heads_of(feature, self.matrix())
+            keys = heads_of(feature, of_heads(self.matrix(), heads))
             return keys if head is None else keys * head[:, :, 0].mT[..., None]
         if head is not None:
             component = feature[:, 0].unflatten(-1, (2, self.rank, -1))
             if self.shape.key_gauge == "none":
                 return torch.einsum("btrj,btcrp->bjtcp", head, component).flatten(-2)
             feature = torch.einsum("btrj,btcrp->bjtcrp", head, component).flatten(-3)
-        return feature if self.gauge is None else each_head(feature, self.matrix())
+        return feature if self.gauge is None else each_head(feature, of_heads(self.matrix(), heads))
 
     def matrix(self) -> torch.Tensor:
         """The gauge as a real matrix for each head, [j, d, width]."""
@@ -289,9 +318,7 @@ class RotatedKeys(KeyLayout):
             return query
         if self.gauge is None:
             return query.unflatten(-1, (2, -1))[..., self.rotary_pair].flatten(-2)
-        grouped = query.unflatten(1, (self.heads, -1))  # [b, j, n, s, d]
-        merged = each_head(grouped.flatten(2, 3), self.matrix().mT)
-        return merged.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return each_head(query, self.matrix().mT)
 
     def scores(self, query: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """Scores [b, h, s, t], without softmax's scale, of component queries [b, h, s, width].
@@ -355,11 +382,12 @@ class LatentKeys(KeyLayout):
         """Components of new tokens: [b, s, D] -> [b, 1, s, width]."""
         return self.feature_factor(hidden_states).unsqueeze(1)
 
-    def expand(self, packed: torch.Tensor, table: Table) -> torch.Tensor:
+    def expand(self, packed: torch.Tensor, table: Table, heads: Heads = None) -> torch.Tensor:
         """Rotated keys [b, j, t, d] of features [b, 1, t, width].
 
         Args:
             table: of the features at the cached positions, [b or 1, 1, t, d].
+            heads: which of the keys.
 
         Raises:
             ValueError: the table is of another number of positions.
@@ -369,7 +397,7 @@ class LatentKeys(KeyLayout):
                 f"{packed.shape[2]} cached positions, but position embeddings of "
                 f"{table[0].shape[2]}: latent keys need the positions of everything cached"
             )
-        keys = self.gauge(packed)
+        keys = self.gauge(packed, heads=heads)
         if self.norm is not None:
             keys = keys * self.norm(keys, hide=True)
         return rotate(keys, table)

@@ -9,7 +9,7 @@ from torch import nn
 from .tpa_coder import RowCoder
 from .tpa_codes import CLASSES
 from .tpa_configuration import LayerShape
-from .tpa_keys import HeadGauge
+from .tpa_keys import HeadGauge, Heads, of_heads
 
 
 class StaticValues(nn.Module):
@@ -53,12 +53,15 @@ class StaticValues(nn.Module):
             return components
         return components - self.key_prediction(key_features)
 
-    def expand(self, packed: torch.Tensor) -> torch.Tensor:
+    def expand(self, packed: torch.Tensor, heads: Heads = None) -> torch.Tensor:
         """Values for attention functions, from what is cached, [b, 1, t, ...].
+
+        Args:
+            heads: which of the values, where each head has its own.
 
         Returns: [b, 1, t, width] shared by all heads if U is absorbed, else [b, j, t, d].
         """
-        return packed if self.gauge is None else self.gauge(packed)
+        return packed if self.gauge is None else self.gauge(packed, heads=heads)
 
     def mix(self, weights: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """Components that attention weights [b, h, s, t] mix: [b, h, s, width]."""
@@ -68,9 +71,7 @@ class StaticValues(nn.Module):
         """What the output projection reads, [b, h, s, width or d], of mixed components."""
         if self.gauge is None:
             return mixed
-        grouped = mixed.unflatten(1, (self.heads, -1))  # [b, j, n, s, width]
-        heads = self.gauge(grouped.flatten(2, 3))
-        return heads.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return self.gauge(mixed)
 
 
 class ContextualValues(StaticValues):
@@ -93,14 +94,15 @@ class ContextualValues(StaticValues):
         head = head / self.rank if self.shape.form == "linear" else head
         return head, feature.unflatten(-1, (self.rank, -1))
 
-    def expand(self, packed: torch.Tensor) -> torch.Tensor:
+    def expand(self, packed: torch.Tensor, heads: Heads = None) -> torch.Tensor:
         head, feature = self.unpack(packed)
+        head = of_heads(head, heads, 3)
         if self.shape.value_gauge == "none":
             return torch.einsum("btrj,btrd->bjtd", head, feature)
         if self.gauge is not None and self.rank == 1:
-            return self.gauge(feature.transpose(1, 2)) * head[:, :, 0].mT[..., None]
+            return self.gauge(feature.transpose(1, 2), heads=heads) * head[:, :, 0].mT[..., None]
         values = torch.einsum("btrj,btre->bjtre", head, feature).flatten(-2)
-        return values if self.gauge is None else self.gauge(values)
+        return values if self.gauge is None else self.gauge(values, heads=heads)
 
     def mix(self, weights: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         head, feature = self.unpack(packed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from tpa_convert.options.conversion import (
@@ -10,6 +12,8 @@ from tpa_convert.options.conversion import (
     refuse_moments_twice,
 )
 from tpa_convert.options.declaration import METHOD, PLANNING, option
+
+Objective = Literal["bytes", "speed"]
 
 
 class PlanOptions(CalibrationOptions, KeyOptions):
@@ -22,6 +26,14 @@ class PlanOptions(CalibrationOptions, KeyOptions):
         PLANNING,
         gt=0,
     )
+    objective: Objective = option(
+        "bytes",
+        "What is to be least: bytes at the accepted loss, or the predicted time of a decoding step "
+        "(speed), within the budget if there is one. Time is that of the attention layers at "
+        "--context and --batch-size, from bytes, operations and what the GPU at hand, or else an "
+        "H100, does of them in a second; a plan slower than the source is not taken.",
+        PLANNING,
+    )
     memory: float | None = option(
         None,
         "Memory that weights and cache have to share, in GB: shows the largest context of every "
@@ -30,8 +42,12 @@ class PlanOptions(CalibrationOptions, KeyOptions):
         metavar="GB",
         gt=0,
     )
-    batch_size: int = option(1, "Sequences cached at once, for the memory.", PLANNING, ge=1)
-    context: int = option(4096, "Tokens at which arithmetic is counted.", PLANNING, ge=1)
+    batch_size: int = option(
+        1, "Sequences cached at once, for the memory and for the time of a step.", PLANNING, ge=1
+    )
+    context: int = option(
+        4096, "Cached tokens at which arithmetic is counted and steps are timed.", PLANNING, ge=1
+    )
     multiple_of: int = option(
         8, "Widths measured for a cache in 16 bits are multiples of this.", PLANNING, ge=2
     )

@@ -12,15 +12,22 @@ from torch import Tensor
 from tpa_convert.errors import UserError
 from tpa_convert.families import family_of
 from tpa_convert.options.conversion import BUDGETS
-from tpa_convert.options.planning import PlanOptions
+from tpa_convert.options.planning import Objective, PlanOptions
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
-from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
+from tpa_convert.pipeline.selection import (
+    load,
+    refuse_other_than_llama,
+    source_options,
+    usable_device,
+)
 from tpa_convert.planning.coded import search_coded
+from tpa_convert.planning.rates import device_rates
 from tpa_convert.planning.search import Candidate, PlanReport, check_multiples, search
 from tpa_convert.plans import Budget, Plan, plan_coded, plan_to_yaml, plan_uniform
 from tpa_convert.plans.cost import largest_context
 from tpa_convert.plans.plan import floats_of_budget
+from tpa_convert.plans.speed import DecodeTime, fastest_blocks
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import read_source_config
 from tpa_convert.storage import scratch
@@ -39,6 +46,7 @@ class PlanningResult:
         source_parameters: of the whole source.
         memory: bytes that weights and cache may take, None if not given.
         batch_size: sequences cached at once.
+        objective: what was to be least.
         refined: whether candidates were refined before they were measured.
         source: what the plan is for, as in the plan file.
         seconds: wall time.
@@ -49,6 +57,7 @@ class PlanningResult:
     source_parameters: int
     memory: float | None
     batch_size: int
+    objective: Objective
     refined: bool
     source: dict[str, Any]
     seconds: float
@@ -71,10 +80,13 @@ class PlanningResult:
         report = self.report
         return {
             "source": self.source,
+            "objective": self.objective,
             "refined": self.refined,
             "source_perplexity": report.source_perplexity,
             "quantised_source": [asdict(one) for one in report.quantised],
             "source_cost": asdict(report.source_cost),
+            "source_decode_seconds": report.times.of_source,
+            "rates": asdict(report.times.rates),
             "chosen": report.chosen,
             "candidates": [
                 {
@@ -87,6 +99,7 @@ class PlanningResult:
                     "kl": candidate.kl,
                     "perplexity_ratio": candidate.perplexity_ratio,
                     "cost": asdict(candidate.cost),
+                    "decode_seconds": candidate.decode_seconds,
                     "context": self.context(candidate),
                     "layers": [asdict(layer) for layer in candidate.plan.layers],
                 }
@@ -129,8 +142,10 @@ def plan(
     )
     stored = config.dtype or torch.float32
     sizes = family_of(config).attention_sizes(config)
+    rates = device_rates(torch.device(usable_device(device)))
+    times = DecodeTime(sizes, options.context, options.batch_size, rates)
     if options.coded:
-        wanted, plans = _coded_plans(sizes, options)
+        wanted, plans = _coded_plans(times, options)
     else:
         kv_floats, curve = _budgets(sizes, options)
     # Sensitivities run the rest of the model for each layer, and want it in memory.
@@ -146,7 +161,8 @@ def plan(
                 plans,
                 wanted=wanted,
                 max_increase=options.max_increase,
-                context=options.context,
+                times=times,
+                objective=options.objective,
                 track=track,
             )
         else:
@@ -157,6 +173,7 @@ def plan(
                 options,
                 kv_floats=kv_floats,
                 curve=curve,
+                rates=rates,
                 refinement_text=blocks,
                 track=track,
             )
@@ -166,13 +183,14 @@ def plan(
         loaded.model.num_parameters(),
         None if options.memory is None else options.memory * 1e9,
         options.batch_size,
+        options.objective,
         options.refine,
         {"id": loaded.reference.id, "sha256": loaded.reference.sha256},
         time.perf_counter() - start,
     )
 
 
-def _coded_plans(sizes: dict[str, Any], options: PlanOptions) -> tuple[Plan | None, list[Plan]]:
+def _coded_plans(times: DecodeTime, options: PlanOptions) -> tuple[Plan | None, list[Plan]]:
     """The plan at the wanted budget, and all that are measured, by falling budget.
 
     Raises:
@@ -180,7 +198,10 @@ def _coded_plans(sizes: dict[str, Any], options: PlanOptions) -> tuple[Plan | No
     """
 
     def at(budget: Budget) -> Plan:
-        return plan_coded(sizes, budget, bits=options.code_bits, key_blocks=options.key_blocks)
+        blocks = options.key_blocks
+        if blocks is None and options.objective == "speed":
+            blocks = fastest_blocks(times, budget, options.code_bits)
+        return plan_coded(dict(times.sizes), budget, bits=options.code_bits, key_blocks=blocks)
 
     wanted = None
     if options.budgets:

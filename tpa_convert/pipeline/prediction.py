@@ -16,6 +16,9 @@ from tpa_convert.families import family_of
 from tpa_convert.options.conversion import BUDGETS, RANKS, ConvertOptions
 from tpa_convert.pipeline.needs import Needs, needs_of
 from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_uniform
+from tpa_convert.plans.speed import DecodeTime
+
+DECODE_CONTEXT = 32768  # where the cache weighs as much as the weights of attention, or more
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Prediction:
             have 16 bits.
         source_parameters, parameters: before and after; tied ones count once. While codes are
             still to be chosen, those after are approximate: they count layers of full width.
+        source_decode_seconds, decode_seconds: that attention layers on an H100 need at least for
+            one token after `DECODE_CONTEXT` cached ones, before and after.
         needs: memory, disk and time that the conversion takes; None unless they were asked for.
     """
 
@@ -38,6 +43,8 @@ class Prediction:
     kv_bytes: int
     source_parameters: int
     parameters: int
+    source_decode_seconds: float
+    decode_seconds: float
     needs: Needs | None = None
 
     @property
@@ -57,6 +64,8 @@ class Prediction:
             "source_parameters": self.source_parameters,
             "parameters": self.parameters,
             "parameters_approximate": self.approximate,
+            "source_decode_seconds": self.source_decode_seconds,
+            "decode_seconds": self.decode_seconds,
             "coded": self.plan.coded and asdict(self.plan.coded),
             "layers": [asdict(layer) for layer in self.plan.layers],
             **({} if self.needs is None else {"needs": asdict(self.needs)}),
@@ -132,7 +141,7 @@ def predict(
             f"no model can be made with this config.json ({reason}): check its values, or download "
             "it again"
         ) from error
-    needs = None
+    times, needs = DecodeTime(sizes, DECODE_CONTEXT), None
     if with_needs:
         attention, parameters = family.names.attention, converted.num_parameters()
         needs = needs_of(source, attention, plan, parameters, options, dtype)
@@ -143,5 +152,7 @@ def predict(
         kv_bytes=round(plan.kv_bytes),
         source_parameters=source.num_parameters(),
         parameters=converted.num_parameters(),
+        source_decode_seconds=times.of_source,
+        decode_seconds=times.of(plan),
         needs=needs,
     )

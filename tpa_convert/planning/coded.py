@@ -14,10 +14,12 @@ from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import Conversion
 from tpa_convert.forward.quantised import quantised_attention_name, share_of_bytes
+from tpa_convert.options.planning import Objective
 from tpa_convert.planning.search import Candidate, PlanReport, Quantised, choose
 from tpa_convert.planning.variants import Variant, compare_variants
 from tpa_convert.plans import Plan
 from tpa_convert.plans.cost import plan_cost, source_cost
+from tpa_convert.plans.speed import DecodeTime
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import Source
 
@@ -32,7 +34,8 @@ def search_coded(
     *,
     wanted: Plan | None,
     max_increase: float,
-    context: int,
+    times: DecodeTime,
+    objective: Objective = "bytes",
     track: Track = no_tracking,
 ) -> PlanReport:
     """Chooses the codes of every plan, measures what they do to the model, and chooses a plan. The
@@ -46,7 +49,8 @@ def search_coded(
         wanted: the one of them that the user's budget gives; None chooses the smallest cache that
             keeps the accepted loss.
         max_increase: the accepted loss.
-        context: tokens that arithmetic is counted at.
+        times: predicts steps; arithmetic is counted at its context.
+        objective: what is to be least, bytes or time.
 
     Raises:
         UserError: no plan that keeps the accepted loss.
@@ -74,18 +78,20 @@ def search_coded(
             chosen.nats,
             kl,
             other / perplexity,
-            plan_cost(chosen.plan, sizes, context),
+            plan_cost(chosen.plan, sizes, times.context),
+            times.of(chosen.plan),
         )
         for plan, chosen, (other, kl) in zip(plans, codes, found[len(bits) :], strict=True)
     ]
     floats = None if wanted is None else wanted.kv_floats
     return PlanReport(
         tuple(candidates),
-        choose(candidates, floats, max_increase),
+        choose(candidates, floats, max_increase, times if objective == "speed" else None),
         (),
-        source_cost(sizes, context),
+        source_cost(sizes, times.context),
         perplexity,
-        context,
+        times.context,
+        times,
         tuple(quantised),
     )
 

@@ -22,6 +22,7 @@ from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.plans.allocation import allocate
 from tpa_convert.plans.cost import Cost, plan_cost, source_cost
 from tpa_convert.plans.plan import norm_floats, smallest_budget
+from tpa_convert.plans.speed import AS_FAST, H100, DecodeTime, Rates
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.regression import RefinementSettings, refine
 from tpa_convert.sources import Source
@@ -45,6 +46,7 @@ class Candidate:
         kl: measured, KL(source ‖ model) in nats per token.
         perplexity_ratio: measured, to the source's.
         cost: of the attention layers, at the report's context.
+        decode_seconds: that a step of the attention layers takes at least; see `DecodeTime`.
     """
 
     budget: float
@@ -55,6 +57,7 @@ class Candidate:
     kl: float
     perplexity_ratio: float
     cost: Cost
+    decode_seconds: float
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class PlanReport:
         source_cost: of the source's attention layers.
         source_perplexity: on the same text.
         context: tokens that `decode_flops` and `prefill_flops` are counted at.
+        times: what predicted the time of a step.
         quantised: the source's quantised caches, where they were measured.
     """
 
@@ -93,6 +97,7 @@ class PlanReport:
     source_cost: Cost
     source_perplexity: float
     context: int
+    times: DecodeTime
     quantised: tuple[Quantised, ...] = ()
 
     @property
@@ -185,6 +190,7 @@ def search(
     *,
     kv_floats: float | None,
     curve: Sequence[float],
+    rates: Rates = H100,
     refinement_text: Tensor | None = None,
     track: Track = no_tracking,
 ) -> PlanReport:
@@ -194,12 +200,14 @@ def search(
         source: a model in fp32.
         moments: of the source on calibration text.
         blocks: token ids [N, length] that the moments have not seen.
-        options: kind of keys, gauge, target, multiples of widths, accepted loss, refinement. For a
+        options: kind of keys, gauge, target, multiples of widths, accepted loss, what is to be
+            least within that, refinement. For a
             Llama, whose layers are all as wide, only uniform widths are measured.
         kv_floats: the wanted budget, in numbers per token and layer; the best candidate there is
             chosen, contextual forms included where they fit. None chooses the smallest cache that
             keeps the accepted loss, told from the divergence: exp(KL) − 1.
         curve: further budgets to measure; those too small for the multiples are left out.
+        rates: of the device that steps are predicted for.
         refinement_text: what every candidate is refined on before it is measured, if the options
             say so: what the closed form can spare is not what refinement can.
 
@@ -225,19 +233,26 @@ def search(
         )
     ]
     refined_on = refinement_text if options.refine else None
+    times = DecodeTime(sizes, options.context, options.batch_size, rates)
     candidates, source_perplexity = [], math.nan
     for proposal in track(proposals, "measuring plans"):
         candidate, source_perplexity = _measure(
-            proposal, source, moments, blocks, sensitivity, options, refined_on
+            proposal, source, moments, blocks, sensitivity, options, refined_on, times
         )
         candidates.append(candidate)
     return PlanReport(
         tuple(candidates),
-        choose(candidates, kv_floats, options.max_increase),
+        choose(
+            candidates,
+            kv_floats,
+            options.max_increase,
+            times if options.objective == "speed" else None,
+        ),
         tuple(sensitivity),
         source_cost(sizes, options.context),
         source_perplexity,
         options.context,
+        times,
     )
 
 
@@ -285,6 +300,7 @@ def _measure(
     sensitivity: Sequence[LayerSensitivity],
     options: PlanOptions,
     refined_on: Tensor | None,
+    times: DecodeTime,
 ) -> tuple[Candidate, float]:
     """A proposal with what it does to the model, and the perplexity of the source."""
     plan = proposal.plan
@@ -306,25 +322,48 @@ def _measure(
         agreements["model"].kl,
         scores["model"].perplexity / source_perplexity,
         plan_cost(plan, sizes, options.context),
+        times.of(plan),
     )
     return candidate, source_perplexity
 
 
-def choose(candidates: Sequence[Candidate], kv_floats: float | None, max_increase: float) -> int:
+def choose(
+    candidates: Sequence[Candidate],
+    kv_floats: float | None,
+    max_increase: float,
+    times: DecodeTime | None = None,
+) -> int:
     """Index of the best candidate; see `search`.
 
     Uniform plans win ties, being easier on kernels and compilers.
+
+    Args:
+        times: where decoding is to be fast, what predicted it. Of the candidates that are no slower
+            than the source, those that take the least time are kept, and the best of these chosen.
+
+    Raises:
+        UserError: no candidate keeps the accepted loss, or none is as fast as the source.
     """
-    indices = range(len(candidates))
+    kept = list(range(len(candidates)))
     if kv_floats is not None:
-        fitting = [i for i in indices if candidates[i].budget == kv_floats]
-        return min(fitting, key=lambda i: candidates[i].kl)
-    # By the divergence: on a short text the perplexity itself may happen to fall.
-    kept = [i for i in indices if math.expm1(candidates[i].kl) <= max_increase]
+        kept = [i for i in kept if candidates[i].budget == kv_floats]
+    else:
+        # By the divergence: on a short text the perplexity itself may happen to fall.
+        kept = [i for i in kept if math.expm1(candidates[i].kl) <= max_increase]
     if not kept:
         best = min(math.expm1(candidate.kl) for candidate in candidates)
         raise UserError(
             f"no budget on the curve keeps the loss within {100 * max_increase:.3g}% (the best "
             f"loses {100 * best:.3g}%): allow more with --max-increase, or refine and heal"
         )
+    if times is not None:
+        least = min(candidates[i].decode_seconds for i in kept)
+        if least > times.of_source:
+            raise UserError(
+                f"no plan decodes as fast as the source at {times.context:,} tokens, batch "
+                f"{times.batch}: give a smaller budget, or a longer --context"
+            )
+        kept = [i for i in kept if candidates[i].decode_seconds <= AS_FAST * least]
+    if kv_floats is not None or times is not None:
+        return min(kept, key=lambda i: candidates[i].kl)
     return min(kept, key=lambda i: (candidates[i].plan.kv_floats, candidates[i].kl))

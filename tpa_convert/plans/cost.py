@@ -56,11 +56,14 @@ def plan_cost(plan: Plan, sizes: Mapping[str, Any], context: int) -> Cost:
     """Cost of the attention layers of a plan (with dense queries)."""
     total = Cost(0, 0, 0, 0)
     for shape in plan.layers:
-        total += _layer_cost(shape, sizes, context)
+        total += layer_cost(shape, sizes, context)
     return total
 
 
-def _layer_cost(shape: LayerShape, sizes: Mapping[str, Any], context: int) -> Cost:
+def layer_cost(
+    shape: LayerShape, sizes: Mapping[str, Any], context: int, key_blocks: int | None = None
+) -> Cost:
+    """Cost of one layer; `key_blocks` of latent keys where the shape does not say them yet."""
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     head_dim = sizes["head_dim"]
     cached = shape.cached_floats(groups)
@@ -71,7 +74,7 @@ def _layer_cost(shape: LayerShape, sizes: Mapping[str, Any], context: int) -> Co
         query = expanded_key = head_dim
     if shape.latent_keys:
         key = head_dim
-        rebuilding = gauge = groups * head_dim * shape.width_k // shape.key_blocks
+        rebuilding = gauge = groups * head_dim * shape.width_k // (key_blocks or shape.key_blocks)
     elif shape.key_gauge == "applied":
         gauge = groups * shape.width_k
     mixed = output = shape.width_v
