@@ -1,48 +1,85 @@
-"""Operators and milliseconds of prefill and of a decoding step, source and coded model side by
-side.
+"""What prefill and a decoding step cost the host: operators, launches of kernels and time, models
+side by side.
 
     python benchmarks/coded_decode.py recipes/embedded_model/model CONVERTED [--context 512]
+    python benchmarks/coded_decode.py source absorbed:64 applied:256 latent:256 affine:1 coded:12.5
 
-Operators are those that PyTorch dispatches and that are no views: on a GPU, about the launches.
-The models take turns in one process, so that what else the machine does slows both.
+Models are directories, or kinds of random weights as in `model_speed.py`, in the shape `small`: a
+GPU's work is next to nothing in it. Operators are those that PyTorch dispatches, views counted
+apart: on a GPU, about the launches. Without a GPU the kernels of tpa-convert are launched into the
+void, so that all that the host does for them is counted and timed but the driver's part; with
+--backend reference they are not launched. The models take turns in one process, so that what else
+the machine does slows all.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections import Counter
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from machine import device_name, versions
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
-import tpa_convert.modeling  # noqa: F401  (the Auto classes then know converted models)
-from tpa_convert.forward.cached import cache_argument
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from machine import device_name, versions  # noqa: E402
+from model_speed import build  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import tpa_convert.modeling  # noqa: E402, F401  (the Auto classes then know converted models)
+from tpa_convert.forward.cached import cache_argument  # noqa: E402
+from tpa_convert.kernels import launch, launch_encode, launch_latent  # noqa: E402
+
+KERNELS = {
+    launch: ("split_kernel", "join_kernel"),
+    launch_encode: ("encode_kernel", "pack_kernel"),
+    launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
+}
+LAUNCHES: Counter[str] = Counter()
+
+
+class Void:
+    """Stands for a kernel where there is no GPU; counts its launches."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        LAUNCHES[self.name] += 1
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators by name, views left out."""
+    """Counts operators by name, and views."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.views: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.count[str(func)] += 1
+        (self.views if func.is_view else self.count)[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 
 class Decoder:
     """A model with a cache of `context` tokens."""
 
-    def __init__(self, path: str, context: int, dtype: torch.dtype, device: str):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        self.model = model.to(device).eval()
+    def __init__(self, name: str, context: int, dtype: torch.dtype, device: str):
+        if Path(name).is_dir():
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        else:
+            model = build("small", name, device).to(dtype)
+        self.model = model
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, model.config.vocab_size, (1, context), generator=generator)
         self.tokens = tokens.to(device)
@@ -60,19 +97,20 @@ class Decoder:
 
 
 def seconds(run: Any) -> float:
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def operators(run: Any) -> Counter[str]:
+def operators(run: Any) -> Operators:
+    LAUNCHES.clear()
     with Operators() as counted:
         run()
-    return counted.count
+    return counted
 
 
 @torch.inference_mode()
@@ -81,12 +119,17 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="the source, and what is made of it")
     parser.add_argument("--context", type=int, default=512, help="tokens of the cache")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--backend", choices=("triton", "reference"), default="triton")
     parser.add_argument("--operators", action="store_true", help="print the counts of each step")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, arguments.dtype)
-    decoders = [Decoder(path, arguments.context, dtype, device) for path in arguments.models]
+    os.environ["TPA_CONVERT_BACKEND"] = arguments.backend
+    if not GPU:
+        for module, names in KERNELS.items():
+            for name in names:
+                setattr(module, name, Void(name))
+    device, dtype = ("cuda" if GPU else "cpu"), getattr(torch, arguments.dtype)
+    decoders = [Decoder(name, arguments.context, dtype, device) for name in arguments.models]
     print(f"{device_name()}, {versions()}, {arguments.dtype}, {arguments.context} tokens")
     for part in ("prefill", "step"):
         runs = [getattr(decoder, part) for decoder in decoders]
@@ -94,15 +137,20 @@ def main() -> None:
             run()
         rounds = [[seconds(run) for run in runs] for _ in range(arguments.repeats)]
         ratio = [median(turn[0] / turn[i] for turn in rounds) for i in range(len(runs))]
-        for i, (path, decoder) in enumerate(zip(arguments.models, decoders, strict=True)):
-            counts = operators(runs[i])
+        for i, (name, decoder) in enumerate(zip(arguments.models, decoders, strict=True)):
+            counted = operators(runs[i])
+            counts = counted.count.total(), counted.views.total(), LAUNCHES.total()
+            said = (
+                f"{number / decoder.layers:6.1f} {what}"
+                for number, what in zip(counts, ("operators", "views", "launches"), strict=True)
+            )
             print(
-                f"{part:8} {path:40} {median(turn[i] for turn in rounds) * 1e3:8.2f} ms  "
-                f"x{ratio[i]:.2f}  {counts.total():5} operators, "
-                f"{counts.total() / decoder.layers:.0f} a layer"
+                f"{part:8} {name:40} {median(turn[i] for turn in rounds) * 1e3:8.2f} ms  "
+                f"x{ratio[i]:.2f}  a layer: {', '.join(said)}"
             )
             if arguments.operators:
-                print("   ", dict(counts.most_common()))
+                print("   ", dict(counted.count.most_common()))
+                print("    views:", dict(counted.views.most_common()))
 
 
 if __name__ == "__main__":

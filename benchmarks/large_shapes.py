@@ -115,12 +115,13 @@ def make_source(name: str, layers: int | None, folder: Path) -> int:
     return total
 
 
-def command(source: Path, out: Path, blocks: int) -> list[str]:
+def command(source: Path, out: Path, blocks: int, refit: bool) -> list[str]:
     arguments = ["convert", str(source), "--out", str(out), "--device", "cpu", "--profile"]
     if not blocks:
         return [sys.executable, "-c", CHILD, *arguments, *PLAIN]
     text = ["--calibration", str(source / "text.txt"), "--calibration-blocks", str(blocks)]
-    return [sys.executable, "-c", CHILD, *arguments, *CODED, *text]
+    coded = CODED + ["--refit"] * refit
+    return [sys.executable, "-c", CHILD, *arguments, *coded, *text]
 
 
 def digest(directory: Path) -> str:
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--blocks", type=int, default=16, help="of 512 tokens, with --calibrated")
+    parser.add_argument("--refit", action="store_true", help="too, with --calibrated")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--every", type=float, default=15.0, help="seconds between kills")
     given = parser.parse_args()
@@ -175,7 +177,7 @@ def main() -> None:
             )
             text = " ".join(f"t{i}" for i in ids.tolist())
             (source / "text.txt").write_text(text, encoding="utf-8")
-        line = command(source, out, given.blocks if given.calibrated else 0)
+        line = command(source, out, given.blocks if given.calibrated else 0, given.refit)
         start = time.perf_counter()
         run = subprocess.run(line, check=False, capture_output=True, text=True)
         seconds = time.perf_counter() - start

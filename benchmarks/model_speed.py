@@ -42,6 +42,14 @@ SHAPES = {
         "num_hidden_layers": 8,
         "head_dim": 128,
     },
+    "small": {  # the host is the limit
+        **SHARED,
+        "vocab_size": 256,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "head_dim": 64,
+    },
 }
 
 

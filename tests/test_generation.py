@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 from tests.conversions import convert_tiny, random_blocks
 from tests.generated import generated, make_caches_forget, telling
 from tpa_convert.modeling import pair_table
+from tpa_convert.modeling.tpa_rotary import feature_table
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "static absorbed": {"kv_floats": 14, "gauge": "absorbed"},
@@ -172,7 +173,7 @@ def test_latent_keys_refuse_positions_of_the_last_token_only(tiny_llama) -> None
     last = model.model.rotary_emb(hidden, torch.tensor([[tokens.shape[1]]]))
     attention = model.model.layers[0].self_attn
     with pytest.raises(ValueError, match="need the positions of everything cached"):
-        attention.keys.expand(cache.layers[0].keys, pair_table(last, 4))
+        attention.keys.expand(cache.layers[0].keys, feature_table(pair_table(last, 4)))
 
 
 def test_assisted_and_prompt_lookup(converted, tiny_llama) -> None:

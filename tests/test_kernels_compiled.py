@@ -45,8 +45,7 @@ def test_compiles_for_hopper(monkeypatch, case, shape, added) -> None:
     launched = {name: Launches(getattr(launches, name)) for name in KERNELS}
     for name, launch in launched.items():
         monkeypatch.setattr(launches, name, launch)
-    options = {"OVERLAP": True, "launch_pdl": True}
-    monkeypatch.setattr(launches, "overlapped", lambda device: options)
+    monkeypatch.setattr(launches, "overlapped", lambda device: True)
     monkeypatch.setattr(launches, "SHAPES", (shape,))
     made = random_case(slots=512, dtype=torch.bfloat16, **CASES[case])
     mask = torch.ones(2, 512, dtype=torch.bfloat16 if added else torch.bool)

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import make_tiny_tokenizer
 from tests.conversions import coded_moments, random_blocks, source_of, tiny_moments
+from tests.tiny_models import MODELS
+from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.errors import UserError
@@ -20,6 +23,7 @@ from tpa_convert.planning.search import PlanReport
 from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_to_yaml
 from tpa_convert.plans.coded import WIDEST_BLOCK, default_blocks
 from tpa_convert.plans.cost import rebuilding_per_byte
+from tpa_convert.sources import load_source, open_source
 
 
 def fields(groups: int = 2, head_dim: int = 8, layers: int = 2) -> dict[str, Any]:
@@ -205,6 +209,28 @@ def test_a_candidate_is_what_its_model_loses(measured, report) -> None:
     assert agreement(source.model, model, blocks).kl == pytest.approx(candidate.kl, rel=1e-4)
     other = convert_model(source, report.candidates[1].plan, moments)  # negative control
     assert agreement(source.model, other, blocks).kl < 0.9 * candidate.kl
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_a_source_that_is_not_in_memory_gives_the_same_report(family, tmp_path) -> None:
+    model, blocks = MODELS[family](), random_blocks(count=4, length=32, seed=9)
+    model.save_pretrained(tmp_path)
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    whole, opened = load_source(tmp_path), open_source(tmp_path)
+    sizes = whole.family.attention_sizes(whole.model.config)
+    plans = [plan_coded(sizes, Budget(kv_ratio=share)) for share in (0.5, 0.25)]
+    arguments: dict[str, Any] = {"wanted": plans[1], "max_increase": 0.1, "context": 100}
+    reports = []
+    for source in (whole, opened):
+        moments = collect_cache_moments(source, random_blocks())
+        reports.append(search_coded(source, moments, blocks, plans, **arguments))
+    assert reports[0] == reports[1]
+    assert all(parameter.is_meta for parameter in opened.model.parameters())
+    for quantised in reports[1].quantised:  # side by side in one walk, and as a model of its own
+        other = quantised_source(whole.model, quantised.bits)
+        expected = agreement(whole.model, other, blocks).kl
+        assert quantised.kl == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert whole.model.config._attn_implementation == opened.model.config._attn_implementation
 
 
 def test_without_a_wanted_plan_the_smallest_within_the_accepted_loss(measured, report) -> None:

@@ -17,22 +17,31 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
+from tests.conversions import random_blocks
 from tests.tiny_models import MODELS
 from tpa_convert import pipeline
 from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.coded import choose_codes
-from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.model import Conversion, convert_model
 from tpa_convert.export import shards
+from tpa_convert.forward.walk import DecoderWalk
+from tpa_convert.modeling import TPAAttention
 from tpa_convert.pipeline.calibration import calibration_blocks
 from tpa_convert.recipe import ConvertOptions
-from tpa_convert.sources import load_source
+from tpa_convert.refinement.adaptation import Adaptation, AdaptedConversion, LayerError
+from tpa_convert.refinement.least_squares import refit
+from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.refinement.streams import Target
+from tpa_convert.sources import load_source, open_source
 
 TEXT = {"calibration_blocks": 6, "block_length": 32}
 WAYS: dict[str, dict[str, Any]] = {
     "coded": {"kv_ratio": 0.25, **TEXT},
     "rotated": {"kv_ratio": 0.5, "cache_bits": "16", **TEXT},
     "weights alone": {"kv_ratio": 0.5, "key_cache": "latent", "cache_bits": "16", "whiten": False},
+    "refit": {"kv_ratio": 0.25, "refit": True, **TEXT},
+    "refined": {"kv_ratio": 0.5, "cache_bits": "16", "refine": True, "refine_steps": 3, **TEXT},
 }
 FAMILIES = ["llama", "mixtral", "qwen3", "gpt_neox", "gemma2", "cohere2"]
 
@@ -48,17 +57,19 @@ def whole(directory: Path, options: ConvertOptions) -> dict[str, torch.Tensor]:
     source = load_source(directory)
     prediction = pipeline.preview(str(directory), options)
     plan, moments = prediction.plan, None
+    blocks = calibration_blocks(source, options)
     if options.whiten:
-        blocks = calibration_blocks(source, options)
         collect = collect_cache_moments if plan.is_coded else collect_moments
         moments = collect(source, blocks)
     if plan.coded is not None:
         assert moments is not None
         plan = choose_codes(plan, moments.layers, moments.num_tokens).plan
-    model = convert_model(
-        source, plan, moments, whiten=options.whiten, dtype=prediction.dtype
-    )  # fmt: skip
-    return dict(model.state_dict())
+    model = convert_model(source, plan, moments, whiten=options.whiten, dtype=torch.float32)
+    if options.refit:
+        refit(source.model, model, blocks)
+    if options.refine:
+        refine(source.model, model, blocks, RefinementSettings(steps=options.refine_steps))
+    return dict(model.to(prediction.dtype).state_dict())
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -85,6 +96,43 @@ def test_it_is_what_the_whole_model_gives(family: str, way: str, tmp_path: Path)
         assert found[name].dtype == tensor.dtype == torch.bfloat16
         assert torch.equal(found[name], tensor), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+@pytest.mark.parametrize("way", ["refit", "refined"])
+def test_a_conversion_that_adapts_nothing_would_be_seen(way: str, tmp_path: Path) -> None:
+    options = ConvertOptions(**WAYS[way])
+    source = save(make_tiny_llama("gqa"), tmp_path / "source")
+    pipeline.convert(str(source), tmp_path / "out", options)
+    expected = whole(source, options.model_copy(update={"refit": False, "refine": False}))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, tensor in found.items() if not torch.equal(expected[name], tensor)}
+    projections = {f"model.layers.{i}.self_attn.o_proj.weight" for i in range(2)}
+    assert set() < changed <= projections if way == "refit" else changed > projections
+    record = json.loads((tmp_path / "out" / "tpa_convert.json").read_text())["convert"]
+    assert [len(errors) for errors in record["layer_errors"]] == [2, 2]
+
+
+def test_one_layer_is_in_memory_while_it_is_adapted(tmp_path: Path) -> None:
+    source = open_source(save(make_tiny_llama("gqa"), tmp_path / "source"))
+    blocks, options = random_blocks(count=4), ConvertOptions(**WAYS["rotated"])
+    plan = pipeline.preview(str(tmp_path / "source"), options).plan
+    seen = []
+
+    def look(walk: DecoderWalk, index: int, target: Target) -> LayerError:
+        there = [not any(p.is_meta for p in layer.parameters()) for layer in walk.layers]
+        seen.append((there, type(walk.attention(index))))
+        return LayerError(1.0, 1.0)
+
+    conversion = Conversion(source, plan, collect_moments(source, blocks))
+    adapted = AdaptedConversion(conversion, Adaptation("look", look, 2), blocks, {})
+    for index in range(len(adapted)):
+        part, other = adapted.part(index), conversion.part(index)
+        for name, tensor in other.tensors.items():  # nothing has changed it
+            assert torch.equal(part.tensors[name], tensor), name
+    assert seen == [([True, False], TPAAttention), ([False, True], TPAAttention)]
+    assert all(parameter.is_meta for parameter in source.model.parameters())
+    assert not any(isinstance(module, TPAAttention) for module in source.model.modules())
+    assert list(adapted.store) == ["entering-00001", "entering-00002"]
 
 
 def test_what_is_not_attention_has_the_bytes_of_the_source(tmp_path: Path) -> None:
@@ -176,14 +224,15 @@ def exit_codes(source: Path, out: Path, way: str, count: int) -> list[int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("way", ["coded", "rotated"])
+@pytest.mark.parametrize("way", ["coded", "rotated", "refit", "refined"])
 def test_a_run_killed_again_and_again_gives_the_same_bytes(way: str, tmp_path: Path) -> None:
-    """Each run is killed inside of the third group of tensors that it writes: a layer has two."""
+    """Each run is killed inside of the third group of tensors that it writes: a layer has two
+    where it is measured, and two where it is converted."""
     source = save(make_tiny_llama("gqa"), tmp_path / "source")
     undisturbed, killed = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out"
     assert exit_codes(source, undisturbed, way, 1000) == [0]
     codes = exit_codes(source, killed, way, 2)
-    assert len(codes) >= {"coded": 5, "rotated": 4}[way]
+    assert len(codes) >= {"coded": 5, "rotated": 4, "refit": 6, "refined": 5}[way]
     assert set(codes[:-1]) == {-signal.SIGKILL}
     assert files_of(killed) == files_of(undisturbed)
     assert [path.name for path in killed.parent.iterdir()] == ["out"]

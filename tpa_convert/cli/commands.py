@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,6 +57,9 @@ from tpa_convert.options.healing import HealOptions
 from tpa_convert.options.planning import PlanOptions
 from tpa_convert.options.recipe import load_recipe
 from tpa_convert.options.source import DeviceOptions, SourceOptions
+
+if TYPE_CHECKING:
+    from tpa_convert.export.hub import Repository
 
 app = typer.Typer(
     cls=Commands,
@@ -173,6 +177,7 @@ def convert(
         show_plan(prediction)
         return
     assert files.out is not None
+    repository = _repository(files)
     result = pipeline.convert(
         source, files.out, options, device=where.device, overwrite=files.overwrite, track=track
     )
@@ -187,6 +192,7 @@ def convert(
         f"tpa-convert heal {result.out} --text YOUR_TEXT --out {result.out}-healed",
         f"tpa-convert eval {result.out} --text HELD_OUT_TEXT",
     )
+    _upload(result.out, repository)
 
 
 @command("heal small --text HuggingFaceFW/fineweb-edu --out healed")
@@ -203,6 +209,7 @@ def heal(files: HealFiles, options: HealOptions, teacher: Teacher) -> None:
 
     from tpa_convert import pipeline
 
+    repository = _repository(files)
     with _continued_without("--no-resume", not files.resume):
         result = pipeline.heal(
             files.directory,
@@ -219,6 +226,8 @@ def heal(files: HealFiles, options: HealOptions, teacher: Teacher) -> None:
         f"Wrote {result.out}. Next:",
         f"tpa-convert eval {files.directory} {files.out} --text HELD_OUT_TEXT",
     )
+    if PartialState().is_main_process:
+        _upload(result.out, repository)
     PartialState().destroy_process_group()
 
 
@@ -318,6 +327,25 @@ def main() -> None:
     """Entry point. A polite kill cleans up like Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()
+
+
+def _repository(files: ConvertFiles | HealFiles) -> Repository | None:
+    """Where a model is to be uploaded, if anywhere: asked before hours of work."""
+    if files.push_to is None:
+        if files.private:
+            raise UserError("--private is for the repository that --push-to makes: name one")
+        return None
+    from tpa_convert.export.hub import check_repository
+
+    return check_repository(files.push_to, private=files.private, overwrite=files.overwrite)
+
+
+def _upload(directory: Path, repository: Repository | None) -> None:
+    """Uploads a finished model and says where it is."""
+    if repository is not None:
+        from tpa_convert.export.hub import upload
+
+        console.print(f"Uploaded to {upload(directory, repository)}")
 
 
 @contextmanager

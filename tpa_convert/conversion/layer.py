@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -192,7 +193,8 @@ def attention_module(
     layer_idx: int,
     parameters: dict[str, Tensor],
 ) -> TPAAttention:
-    """The converted attention of one layer by itself, in fp32 and eval mode.
+    """The converted attention of one layer by itself, in fp32 and eval mode; it shares nothing with
+    the source.
 
     Args:
         source: the attention that it takes the place of.
@@ -201,7 +203,9 @@ def attention_module(
     """
     with torch.device("meta"):
         attention = TPAAttention(config, layer_idx, source, names)
+    attention.q_norm = copy.deepcopy(attention.q_norm)  # the source's own module
     state = parameters | query_norm_parameters(source, names, config, layer_idx)
     expected = attention.state_dict().keys()
-    attention.load_state_dict({name: state[name].float() for name in expected}, assign=True)
-    return attention.eval()
+    state = {name: state[name].to(torch.float32, copy=True) for name in expected}
+    attention.load_state_dict(state, assign=True)
+    return attention.eval().requires_grad_(True)

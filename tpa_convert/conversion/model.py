@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.conversion.layer import coded_attention_parameters, convert_layer
+from tpa_convert.conversion.layer import (
+    attention_module,
+    coded_attention_parameters,
+    convert_layer,
+)
 from tpa_convert.errors import UserError
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import LayerShape, TPAAttention
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.sources import Source, held
+from tpa_convert.sources import Source, device_of, held
 from tpa_convert.sources.attention import attention_weights, query_norm_parameters
 
 
@@ -49,8 +54,11 @@ class Conversion:
     layers, each of these, and what stands behind. What is not attention is copied.
 
     Attributes:
+        description: of making a part.
         tied: tensors of the source that are another one: they are in no part.
     """
+
+    description = "converting"
 
     def __init__(
         self,
@@ -129,21 +137,59 @@ class Conversion:
         names = self._names[index]
         if not 0 < index < len(self) - 1:
             return self._finished(index, self.source.tensors(names), None)
-        layer, attention_names = self._layers[index - 1], self.source.family.names
-        config = self.source.model.config
-        prefix = f"{self._prefixes[index - 1]}{attention_names.attention}."
-        attention = getattr(layer, attention_names.attention)
+        parameters, shape = self.attention(index - 1)
+        return self.layer(index - 1, parameters, shape)
+
+    @torch.no_grad()
+    def attention(self, index: int) -> tuple[dict[str, Tensor], LayerShape]:
+        """Parameters of the attention that layer `index` gets, by their names in it and in the type
+        that they were computed in, and its shape.
+
+        Raises:
+            UserError: as `part`.
+        """
+        names, config = self.source.family.names, self.source.model.config
+        attention: Any = getattr(self._layers[index], names.attention)
         with held(attention):
-            parameters, shape = self._attention(attention, index - 1)
-            parameters = {
-                prefix + name: tensor.to("cpu", self.dtype)
-                for name, tensor in (
-                    parameters
-                    | query_norm_parameters(attention, attention_names, config, index - 1)
-                ).items()
-            }
-        others = self.source.tensors(name for name in names if not name.startswith(prefix))
-        return self._finished(index, others | parameters, shape)
+            parameters, shape = self._attention(attention, index)
+            parameters |= query_norm_parameters(attention, names, config, index)
+        prefix = self._attention_prefix(index)
+        expected = [name for name in self._expected[index + 1] if name.startswith(prefix)]
+        wanted = fitting({prefix + name: tensor for name, tensor in parameters.items()}, expected)
+        return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}, shape
+
+    @contextmanager
+    def in_place(self, index: int) -> Iterator[tuple[TPAAttention, LayerShape]]:
+        """The converted attention of layer `index` in fp32, and its shape. Inside of this it is in
+        the source's own decoder, whose layer is then what that of the converted model would be."""
+        source, layer = self.source, self._layers[index]
+        names, model = source.family.names, source.model
+        with held(layer), torch.no_grad():
+            parameters, shape = self.attention(index)
+            shapes = [asdict(shape)] * len(self._layers)
+            config = source.family.tpa_config(model.config, shapes)
+            before = getattr(layer, names.attention)
+            module = attention_module(before, names, config, index, parameters)
+            setattr(layer, names.attention, module.to(device_of(model)))
+            try:
+                yield module, shape
+            finally:
+                setattr(layer, names.attention, before)
+
+    @torch.no_grad()
+    def layer(self, index: int, attention: dict[str, Tensor], shape: LayerShape) -> Part:
+        """The part that is layer `index`, with these parameters of its attention.
+
+        Raises:
+            UserError: as `part`.
+        """
+        prefix = self._attention_prefix(index)
+        parameters = {prefix + name: t.to("cpu", self.dtype) for name, t in attention.items()}
+        others = (name for name in self._names[index + 1] if not name.startswith(prefix))
+        return self._finished(index + 1, self.source.tensors(others) | parameters, shape)
+
+    def _attention_prefix(self, index: int) -> str:
+        return f"{self._prefixes[index]}{self.source.family.names.attention}."
 
     def _attention(self, attention: Any, index: int) -> tuple[dict[str, Tensor], LayerShape]:
         """Parameters of a layer's attention, and its shape as its factors decide."""

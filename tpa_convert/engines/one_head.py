@@ -22,7 +22,7 @@ from tpa_convert.modeling import AttentionNames, LayerShape, TPAAttention, norm_
 from tpa_convert.modeling.tpa_attention import eager_attention_forward
 from tpa_convert.modeling.tpa_codes import round_up
 from tpa_convert.modeling.tpa_keys import PairGauge, RotatedKeys
-from tpa_convert.modeling.tpa_rotary import Table, rotate
+from tpa_convert.modeling.tpa_rotary import Table, feature_table, rotate
 
 Named = tuple[str, Tensor]
 GAUGE_OF = {
@@ -170,14 +170,15 @@ class OneHeadAttention(nn.Module):
             hidden_states: [b, s, D].
             position_embeddings: cosines and sines of the tokens, [b, s, rotated dims].
         """
-        table = pair_table(position_embeddings, self.head_dim // 2, self.table_order)
+        pairs = pair_table(position_embeddings, self.head_dim // 2, self.table_order)
+        query_table, key_table = self.keys.tables(feature_table(pairs))
         query = self.q_proj(hidden_states)
         if self.q_norm is not None:
             together = (-1, norm_width(self.q_norm))
             query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query = self.keys.component_queries(rotate(query, self.keys.query_table(table)))
-        scale, key = self.keys.unpack(self.keys.pack(hidden_states, table))
+        query = self.keys.component_queries(rotate(query, query_table))
+        scale, key = self.keys.unpack(self.keys.pack(hidden_states, key_table))
         if scale is not None:  # the norm of a single head
             key = key * scale[:, :, 0].mT[..., None]
         value = self.values.pack(hidden_states)

@@ -108,13 +108,7 @@ def _keys(layer: TPAAttention) -> Rows:
     if isinstance(keys, LatentKeys):
         gauge: Tensor = keys.gauge.weight  # [j, d, width]
     else:
-        # Components as heads: a unit vector a component, through the gauge.
-        assert keys.gauge is not None
-        width = keys.shape.width_k
-        pairs = torch.eye(width).to(keys.gauge.weight)[None, None].unflatten(-1, (2, -1))
-        pairs = keys.gauge(pairs)  # [1, j, width, 2, P]
-        heads = pairs.new_zeros(*pairs.shape[:-1], keys.head_dim // 2)
-        gauge = heads.index_add(-1, keys.rotary_pair, pairs).flatten(-2)[0].mT
+        gauge = keys.matrix()
     if keys.norm is not None:
         gauge = gauge / _divisor(keys.norm)[..., None]
     weight, bias = _through(gauge, keys.feature_factor)

@@ -30,7 +30,6 @@ from tpa_convert.export.card import render_card
 from tpa_convert.export.code import write_own_code
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
 from tpa_convert.families.family import CUSTOM_PAGE
-from tpa_convert.sources import Source
 from tpa_convert.sources.checkpoint import LICENCES
 
 PACKAGES = ("torch", "transformers", "safetensors", "tensorly", "datasets", "accelerate")
@@ -115,12 +114,14 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def copy_licence(source: Source, directory: Path) -> None:
-    """Files with the terms of the source go along with what was made of it."""
-    if source.weights is None:
-        return
+def copy_licence(source: str | Path, directory: Path) -> None:
+    """Files with the terms of a model go along with what is made of it.
+
+    Args:
+        source, directory: of the model, and of what is made of it.
+    """
     for pattern in LICENCES:
-        for path in source.weights.checkpoint.directory.glob(pattern):
+        for path in Path(source).glob(pattern):
             shutil.copyfile(path, directory / path.name)
 
 

@@ -13,7 +13,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from tpa_convert.forward.passes import causal_attention
 
 GROUP = 32  # numbers that share a scale and a zero point of 16 bits each
-NAME = "tpa_convert_quantised_{}"
 
 
 def share_of_bytes(bits: int) -> float:
@@ -55,6 +54,12 @@ def quantised_source(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     blocks without a cache. It shares its weights with the one given."""
     tensors = [*model.parameters(), *model.buffers()]
     other = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
-    AttentionInterface.register(NAME.format(bits), partial(quantised_attention, bits=bits))
-    other.set_attn_implementation(NAME.format(bits))
+    other.set_attn_implementation(quantised_attention_name(bits))
     return other
+
+
+def quantised_attention_name(bits: int) -> str:
+    """The name that transformers knows this attention by."""
+    name = f"tpa_convert_quantised_{bits}"
+    AttentionInterface.register(name, partial(quantised_attention, bits=bits))
+    return name

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from .split_kv import join_kernel, split_kernel
+from .start import Constants, start_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_COLUMNS = 64  # queries of a program, all heads and positions
@@ -39,11 +40,14 @@ def shared_bytes(device: torch.device) -> int:
 
 
 @functools.cache
-def overlapped(device: torch.device) -> dict[str, Any]:
-    """Launch options of a kernel that may start while the one before it ends (Hopper on)."""
-    if INTERPRETED or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
+def overlapped(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (Hopper on)."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def options_of(warps: int, overlap: bool) -> dict[str, Any]:
+    """Launch options of a kernel that starts while the one before it ends if `overlap` says so."""
+    return {"num_warps": warps, **({"launch_pdl": True} if overlap else {})}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -60,7 +64,13 @@ def choose_splits(blocks: int, sequences: int, slots: int) -> int:
 
 def power_of_two(number: int, low: int, high: int) -> int:
     """The power of two from `number` on, within bounds."""
-    return min(high, max(low, triton.next_power_of_2(number)))
+    # Triton's own function is written for kernels: it takes 20 times as long.
+    return min(high, max(low, 1 << (number - 1).bit_length()))
+
+
+def shares(number: int, size: int) -> int:
+    """How many times `size` covers a number."""
+    return -(-number // size)
 
 
 def longest(length: int, positions: int, window: int | None) -> int:
@@ -84,6 +94,82 @@ def choose_shape(row_bytes: int, query_bytes: int, limit: int) -> tuple[int, int
         if shared <= limit:
             return block, stages
     return SHAPES[-1]
+
+
+class RotatedShape(NamedTuple):
+    """What programs a case is run by.
+
+    Attributes:
+        constants: of `split_kernel`.
+        per_program: queries of one.
+        tiles: programs that share the queries of a sequence.
+        block: slots at a time.
+    """
+
+    constants: Constants
+    per_program: int
+    tiles: int
+    block: int
+
+
+@functools.lru_cache(maxsize=1024)
+def rotated_shape(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    positions: int,
+    widths: tuple[int, int],
+    ranks: tuple[int, int],
+    groups: int,
+    page: int,
+    align: int,
+    factors_align: int,
+    overlap: bool,
+) -> RotatedShape:
+    """Of queries in `dtype` and what is cached for them.
+
+    Args:
+        widths, ranks: of keys and values.
+        align, factors_align: what strides of numbers, and of head factors, are multiples of.
+    """
+    (width_k, width_v), (rank_k, rank_v) = widths, ranks
+    chunk_k = width_k // (2 * rank_k) if rank_k > 1 else power_of_two(width_k, 16, 128)
+    chunk_v = width_v // rank_v if rank_v > 1 else power_of_two(width_v, 64, 128)
+    chunks_k, chunks_v = shares(width_k, chunk_k), shares(width_v, chunk_v)
+    padded_k, padded_v, size = chunks_k * chunk_k, chunks_v * chunk_v, dtype.itemsize
+    widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
+    per_program = power_of_two(heads * positions, 16, widest)
+    factors_k, factors_v = (
+        power_of_two(rank * groups, 16, 1 << 16) if rank else 0 for rank in ranks
+    )
+    block, stages = choose_shape(
+        (padded_k + padded_v + factors_k + factors_v) * size,
+        padded_k * size * per_program,
+        shared_bytes(device),
+    )
+    constants = Constants(
+        device,
+        {"num_warps": 4, "num_stages": stages},
+        COLUMNS=per_program,
+        CHUNK_K=chunk_k,
+        CHUNKS_K=chunks_k,
+        CHUNK_V=chunk_v,
+        CHUNKS_V=chunks_v,
+        RANK_K=rank_k,
+        RANK_V=rank_v,
+        GROUPS=groups,
+        FACTORS_K=factors_k,
+        FACTORS_V=factors_v,
+        FACTORS_ALIGN=factors_align,
+        PAGE=page,
+        BLOCK=block,
+        ALIGN=align,
+        MULTIPLE=positions > 1,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        STAGES=stages,
+        OVERLAP=overlap,
+    )
+    return RotatedShape(constants, per_program, shares(heads * positions, per_program), block)
 
 
 def launch_rotated(
@@ -112,47 +198,40 @@ def launch_rotated(
     page = 0
     if pages is not None:
         page, length = length, length * pages.shape[1]
-    columns = heads * positions
-    chunk_k = power_of_two(width_k, 16, 128)
-    chunk_v = power_of_two(width_v, 64, 128)
-    rank_k = rank_v = 0
-    if key_heads is not None:
-        rank_k = key_heads.shape[-1] // groups
-        chunk_k = width_k // (2 * rank_k) if rank_k > 1 else chunk_k
-    if value_heads is not None:
-        rank_v = value_heads.shape[-1] // groups
-        chunk_v = width_v // rank_v if rank_v > 1 else chunk_v
-    padded_k = triton.cdiv(width_k, chunk_k) * chunk_k
-    padded_v = triton.cdiv(width_v, chunk_v) * chunk_v
-    size = query.element_size()
-    widest = MAX_COLUMNS if (padded_k + padded_v) * size <= 1024 else MAX_COLUMNS // 2
-    per_program = power_of_two(columns, 16, widest)
-    tiles = triton.cdiv(columns, per_program)
-    factors_k, factors_v = (
-        power_of_two(rank * groups, 16, 1 << 16) if rank else 0 for rank in (rank_k, rank_v)
-    )
-    block, stages = choose_shape(
-        (padded_k + padded_v + factors_k + factors_v) * size,
-        padded_k * size * per_program,
-        shared_bytes(query.device),
-    )
-    splits = choose_splits(
-        triton.cdiv(longest(length, positions, window), block),
-        batch * tiles,
-        multiprocessors(query.device),
-    )
-    partial = query.new_empty((batch, splits, columns, width_v), dtype=torch.float32)
-    partial_lse = query.new_empty((batch, splits, columns), dtype=torch.float32)
+    columns, device, dtype = heads * positions, query.device, query.dtype
     strides = (
         *query.stride()[:3],
         *(x.stride(i) for x in (keys, values) for i in (0, 2)),
     )
     mask, mask_stride = in_rows(mask)
-    factor_strides = [
+    heads_strides = [
         x.stride(i) if x is not None else 0 for x in (key_heads, value_heads) for i in (0, 2)
     ]
-    options = overlapped(query.device)
-    split_kernel[(splits, batch, tiles)](
+    widest = 16 // dtype.itemsize  # loads are of 16 bytes at most
+    shape = rotated_shape(
+        device,
+        dtype,
+        heads,
+        positions,
+        (width_k, width_v),
+        (
+            0 if key_heads is None else key_heads.shape[-1] // groups,
+            0 if value_heads is None else value_heads.shape[-1] // groups,
+        ),
+        groups,
+        page,
+        math.gcd(widest, *strides),
+        math.gcd(widest, *heads_strides),
+        overlapped(device),
+    )
+    splits = choose_splits(
+        shares(longest(length, positions, window), shape.block),
+        batch * shape.tiles,
+        multiprocessors(device),
+    )
+    partial = query.new_empty((batch, splits, columns, width_v), dtype=torch.float32)
+    partial_lse = query.new_empty((batch, splits, columns), dtype=torch.float32)
+    arguments = (
         query,
         keys,
         values,
@@ -164,10 +243,10 @@ def launch_rotated(
         start,
         end,
         mask,
-        pages.stride(0) if pages is not None else 0,
+        0 if pages is None else pages.stride(0),
         mask_stride,
         *strides,
-        *factor_strides,
+        *heads_strides,
         heads,
         positions,
         length,
@@ -177,28 +256,16 @@ def launch_rotated(
         softcap,
         window,
         splits,
-        COLUMNS=per_program,
-        CHUNK_K=chunk_k,
-        CHUNKS_K=triton.cdiv(width_k, chunk_k),
-        CHUNK_V=chunk_v,
-        CHUNKS_V=triton.cdiv(width_v, chunk_v),
-        RANK_K=rank_k,
-        RANK_V=rank_v,
-        GROUPS=groups,
-        FACTORS_K=factors_k,
-        FACTORS_V=factors_v,
-        FACTORS_ALIGN=math.gcd(16 // size, *factor_strides),
-        PAGE=page,
-        BLOCK=block,
-        ALIGN=math.gcd(16 // size, *strides),  # 16 bytes are the widest loads
-        MULTIPLE=positions > 1,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        STAGES=stages,
-        OVERLAP=options["OVERLAP"],
-        num_warps=4,
-        num_stages=stages,
     )
+    start_kernel(split_kernel, (splits, batch, shape.tiles), shape.constants, arguments)
     return launch_join(partial, partial_lse, query.new_empty((batch, heads, positions, width_v)))
+
+
+@functools.lru_cache(maxsize=256)
+def join_constants(device: torch.device, chunk: int, splits: int, overlap: bool) -> Constants:
+    """Of `join_kernel`, for `chunk` components and so many splits at a time."""
+    options = options_of(4, overlap)
+    return Constants(device, options, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)
 
 
 def launch_join(partial: Tensor, partial_lse: Tensor, output: Tensor) -> Tensor:
@@ -206,16 +273,8 @@ def launch_join(partial: Tensor, partial_lse: Tensor, output: Tensor) -> Tensor:
     sum up to."""
     batch, splits, columns, width_v = partial.shape
     chunk = power_of_two(width_v, 16, 64)
-    join_kernel[(columns, triton.cdiv(width_v, chunk), batch)](
-        partial,
-        partial_lse,
-        output,
-        columns,
-        width_v,
-        splits,
-        CHUNK=chunk,
-        SPLITS=power_of_two(splits, 1, SPLITS_AT_ONCE),
-        num_warps=4,
-        **overlapped(output.device),
-    )
+    device, at_once = output.device, power_of_two(splits, 1, SPLITS_AT_ONCE)
+    constants = join_constants(device, chunk, at_once, overlapped(device))
+    arguments = partial, partial_lse, output, columns, width_v, splits
+    start_kernel(join_kernel, (columns, shares(width_v, chunk), batch), constants, arguments)
     return output

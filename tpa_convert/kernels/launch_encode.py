@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 from torch import Tensor
 
 from .encode_reference import CodeTables, RowTables
+from .launch import power_of_two, shares
 from .quantise import encode_kernel, pack_kernel
+from .start import Constants, start_kernel
 
 OUTPUTS = ("header", "codes", "scaled", "inside", "label")
 PACKED = 1024  # bytes that a program packs
@@ -41,21 +44,12 @@ def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     count, row_bytes = len(x), len(rows.bits)
     packed = x.new_empty((count, row_bytes), dtype=torch.uint8)
     if count:
-        size = min(256, triton.next_power_of_2(row_bytes))
-        at_once = min(PACKED // size, triton.next_power_of_2(count))
-        pack_kernel[(triton.cdiv(count, at_once), triton.cdiv(row_bytes, size))](
-            codes,
-            header,
-            packed,
-            *(table.contiguous() for table in rows[:3]),
-            rows.header,
-            count,
-            x.shape[1],
-            row_bytes,
-            ROWS=at_once,
-            BYTES=size,
-            num_warps=4,
-        )
+        size = power_of_two(row_bytes, 1, 256)
+        at_once = power_of_two(count, 1, PACKED // size)
+        grid = (shares(count, at_once), shares(row_bytes, size), 1)
+        where = (table.contiguous() for table in rows[:3])
+        arguments = codes, header, packed, *where, rows.header, count, x.shape[1], row_bytes
+        start_kernel(pack_kernel, grid, pack_constants(x.device, at_once, size), arguments)
     return packed, scaled, label
 
 
@@ -64,9 +58,8 @@ def _launch(x: Tensor, tables: CodeTables, outputs: dict[str, Tensor]) -> None:
     rows, width = x.shape
     if not rows:
         return
-    padded = triton.next_power_of_2(width)
-    at_once = max(1, NUMBERS // padded)
-    encode_kernel[(triton.cdiv(rows, at_once),)](
+    constants = encode_constants(x.device, width, len(tables.mean), tables.scale_bits)
+    arguments = (
         x,
         *(table.contiguous() for table in tables[:5]),
         *(outputs.get(name) for name in OUTPUTS),
@@ -74,9 +67,26 @@ def _launch(x: Tensor, tables: CodeTables, outputs: dict[str, Tensor]) -> None:
         x.stride(0),
         width,
         float(tables.lowest_octave),
-        CLASSES=len(tables.mean),
-        SCALE_BITS=tables.scale_bits,
-        ROWS=at_once,
-        WIDTH=padded,
-        num_warps=min(16, max(1, padded // NUMBERS)),
     )
+    grid = (shares(rows, constants.named["ROWS"]), 1, 1)
+    start_kernel(encode_kernel, grid, constants, arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def encode_constants(device: torch.device, width: int, classes: int, scale_bits: int) -> Constants:
+    """Of `encode_kernel`, for tokens of `width` components."""
+    padded = power_of_two(width, 1, 1 << 30)
+    return Constants(
+        device,
+        {"num_warps": min(16, max(1, padded // NUMBERS))},
+        CLASSES=classes,
+        SCALE_BITS=scale_bits,
+        ROWS=max(1, NUMBERS // padded),
+        WIDTH=padded,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def pack_constants(device: torch.device, rows: int, size: int) -> Constants:
+    """Of `pack_kernel`, for `rows` tokens of `size` bytes a program."""
+    return Constants(device, {"num_warps": 4}, ROWS=rows, BYTES=size)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, LatentTables
+from .latent_tables import CHUNK, PIECE, LatentTables, Layout
 from .launch import (
     INTERPRETED,
     choose_splits,
     in_rows,
     longest,
     multiprocessors,
+    options_of,
     overlapped,
     power_of_two,
+    shares,
 )
+from .start import Constants, start_kernel
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 128  # that the joining kernel reads
@@ -55,7 +57,6 @@ def launch_latent(
     columns, places = heads * positions, len(tables.centre)
     padded_columns = -(-columns // 16) * 16
     mask, mask_stride = in_rows(mask)
-    options = overlapped(query.device)
     processors = multiprocessors(query.device)
     exact = query.dtype == torch.float32
     terms = 4 if layout.coded else 2
@@ -64,12 +65,14 @@ def launch_latent(
 
     per_span = layout.heads * (heads // layout.groups) * positions
     per_program = power_of_two(per_span, 16, MAX_COLUMNS)
-    tiles = triton.cdiv(per_span, per_program)
+    tiles = shares(per_span, per_program)
+    per_sum = power_of_two(columns, 16, MAX_COLUMNS)
+    sum_tiles = shares(columns, per_sum)
     attended = longest(length, positions, window)
     programs = batch * layout.spans * tiles
-    fitting = [x for x in SHAPES if triton.cdiv(attended, x[0]) * programs >= processors]
+    fitting = [x for x in SHAPES if shares(attended, x[0]) * programs >= processors]
     block, warps = fitting[0] if fitting else SHAPES[-1]
-    blocks = triton.cdiv(length, block)
+    blocks = shares(length, block)
     weights = query.new_empty(
         (batch, length, padded_columns), dtype=torch.float32 if exact else torch.float16
     )
@@ -78,19 +81,21 @@ def launch_latent(
     strides = tuple(x.stride(i) for x in (keys, values) for i in (0, 2))
     octaves = (float(layout.octave_k), float(layout.octave_v))
     headers = (layout.header_k, layout.header_v)
-    kind: dict[str, Any] = {
-        "CODED": bool(layout.coded),
-        "PARTS": layout.parts,
-        "PAGE": page,
-        "BLOCK": block,
-        "PRECISION": "ieee" if exact else "tf32",
-    }
-    latent_weights_kernel[(blocks, batch, layout.spans * tiles)](
+    constants = latent_constants(
+        layout,
+        query.device,
+        query.dtype,
+        positions > 1,
+        page,
+        (block, warps, STAGES),
+        (per_program, tiles),
+        (per_sum, sum_tiles),
+        overlapped(query.device),
+    )
+    cached = keys, values, tables.fields, tables.centre
+    weigh = (
         query,
-        keys,
-        values,
-        tables.fields,
-        tables.centre,
+        *cached,
         tables.chunks,
         tables.weight,
         tables.offset,
@@ -115,38 +120,17 @@ def launch_latent(
         *octaves,
         *headers,
         tables.epsilon,
-        GROUPS=layout.groups,
-        BLOCKS=layout.blocks,
-        PAIRS=layout.pairs,
-        HEADS=layout.heads,
-        SPANS=layout.spans,
-        PADDED=layout.padded,
-        TOGETHER=bool(layout.together),
-        COLUMNS=per_program,
-        TILES=tiles,
-        CHUNK=CHUNK,
-        MULTIPLE=positions > 1,
-        # Squares of fp16 numbers do not fit fp16.
-        SQUARES=tl.float32 if exact or INTERPRETED else tl.bfloat16,
-        STAGES=STAGES,
-        OVERLAP=options["OVERLAP"],
-        num_warps=warps,
-        num_stages=STAGES,
-        **kind,
     )
+    grid = (blocks, batch, layout.spans * tiles)
+    start_kernel(latent_weights_kernel, grid, constants[0], weigh)
     pieces = places // PIECE - layout.first_piece
-    per_program = power_of_two(columns, 16, MAX_COLUMNS)
-    tiles = triton.cdiv(columns, per_program)
     splits = choose_splits(
-        triton.cdiv(attended, block), batch * tiles * pieces, SUMS_AT_ONCE * processors
+        shares(attended, block), batch * sum_tiles * pieces, SUMS_AT_ONCE * processors
     )
     partial = query.new_empty((batch, splits, columns, places), dtype=torch.float32)
     partial_terms = query.new_empty((batch, splits, terms, columns), dtype=torch.float32)
-    latent_sums_kernel[(pieces, splits, batch * tiles)](
-        keys,
-        values,
-        tables.fields,
-        tables.centre,
+    add = (
+        *cached,
         weights,
         block_terms,
         partial,
@@ -165,16 +149,10 @@ def launch_latent(
         *headers,
         splits,
         blocks,
-        COLUMNS=per_program,
-        TILES=tiles,
-        PIECE=PIECE,
-        num_warps=warps,
-        **kind,
-        **options,
     )
+    start_kernel(latent_sums_kernel, (pieces, splits, batch * sum_tiles), constants[1], add)
     output = query.new_empty((batch, heads, positions, layout.features))
-    chunk = power_of_two(layout.features, 16, 64)
-    latent_join_kernel[(columns, triton.cdiv(layout.features, chunk), batch)](
+    join = (
         partial,
         partial_terms,
         output,
@@ -184,10 +162,87 @@ def launch_latent(
         places,
         layout.features,
         splits,
-        TERMS=terms,
-        CHUNK=chunk,
-        SPLITS=power_of_two(splits, 1, SPLITS_AT_ONCE),
-        num_warps=4,
-        **options,
     )
+    chunk = power_of_two(layout.features, 16, 64)
+    joined = join_constants(
+        query.device,
+        terms,
+        chunk,
+        power_of_two(splits, 1, SPLITS_AT_ONCE),
+        overlapped(query.device),
+    )
+    grid = (columns, shares(layout.features, chunk), batch)
+    start_kernel(latent_join_kernel, grid, joined, join)
     return output
+
+
+@functools.lru_cache(maxsize=512)
+def latent_constants(
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    multiple: bool,
+    page: int,
+    program: tuple[int, int, int],
+    weights: tuple[int, int],
+    sums: tuple[int, int],
+    overlap: bool,
+) -> tuple[Constants, Constants]:
+    """Of the kernels of weights and of sums.
+
+    Args:
+        multiple: whether there are several query positions.
+        program: slots of a block, warps and stages.
+        weights, sums: queries of a program and programs that share them, of either kernel.
+    """
+    block, warps, stages = program
+    exact = dtype == torch.float32
+    precision = "ieee" if exact else "tf32"
+    coded = bool(layout.coded)
+    weigh = Constants(
+        device,
+        {"num_warps": warps, "num_stages": stages},
+        CODED=coded,
+        PARTS=layout.parts,
+        GROUPS=layout.groups,
+        BLOCKS=layout.blocks,
+        PAIRS=layout.pairs,
+        HEADS=layout.heads,
+        SPANS=layout.spans,
+        PADDED=layout.padded,
+        TOGETHER=bool(layout.together),
+        COLUMNS=weights[0],
+        TILES=weights[1],
+        CHUNK=CHUNK,
+        PAGE=page,
+        BLOCK=block,
+        MULTIPLE=multiple,
+        # Squares of fp16 numbers do not fit fp16.
+        SQUARES=tl.float32 if exact or INTERPRETED else tl.bfloat16,
+        PRECISION=precision,
+        STAGES=stages,
+        OVERLAP=overlap,
+    )
+    add = Constants(
+        device,
+        options_of(warps, overlap),
+        CODED=coded,
+        PARTS=layout.parts,
+        COLUMNS=sums[0],
+        TILES=sums[1],
+        PIECE=PIECE,
+        PAGE=page,
+        BLOCK=block,
+        PRECISION=precision,
+        OVERLAP=overlap,
+    )
+    return weigh, add
+
+
+@functools.lru_cache(maxsize=256)
+def join_constants(
+    device: torch.device, terms: int, chunk: int, splits: int, overlap: bool
+) -> Constants:
+    """Of the joining kernel, for `chunk` features and so many splits at a time."""
+    options = options_of(4, overlap)
+    return Constants(device, options, TERMS=terms, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)

@@ -22,6 +22,7 @@ from .tpa_rotary import (
     LayerRotary,
     PairOrder,
     Table,
+    feature_table,
     paged_positions,
     pair_table,
     rotate,
@@ -150,6 +151,8 @@ class TPAAttention(nn.Module):
         )
         self.q_norm = getattr(source, names.query_norm, None)
         self.table_order = names.table_order(source)
+        # What tables follow from beside positions: layers that agree in it share them.
+        self.table_kind = self.table_order, self.keys.absorbed, shape.width_k, shape.key_pairs
         if shape.rank_q is None:
             query_width = shape.width_k if self.keys.absorbed else head_dim
             self.q_proj: nn.Module = nn.Linear(hidden_size, heads * query_width, bias=query_bias)
@@ -183,22 +186,36 @@ class TPAAttention(nn.Module):
         Returns: output [b, s, D], and the attention weights if the function gives them.
         """
         cache = given_cache(kwargs, pop=True)
-        table = pair_table(position_embeddings, self.head_dim // 2, self.table_order)
+        if self.rotary_emb is None:
+            tables = self.tables(position_embeddings)
+        else:
+            tables = self.rotary_emb.shared(
+                position_embeddings[:1], self.table_kind, lambda: self.tables(position_embeddings)
+            )
+        table, query_table, key_table = tables
         query = self.q_proj(hidden_states)
         if self.q_norm is not None:
             together = (-1, norm_width(self.q_norm))
             query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query = rotate(query, self.keys.query_table(table))
-        key, value, features = self.pack(hidden_states, table, cached=cache is not None)
+        query = rotate(query, query_table)
+        key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
         if cache is not None:
-            key, value, table = self.update(
-                cache, key, value, hidden_states, position_embeddings, attention_mask, kwargs
-            )
+            latent, stock = isinstance(self.keys, LatentKeys), isinstance(cache, Cache)
+            of_slots = None
+            if latent and stock:  # before the cache counts the new tokens
+                given = hidden_states, position_embeddings, attention_mask
+                of_slots = self.table_of_slots(cache, *given, kwargs)
+            key, value = self.update(cache, key, value, hidden_states.dtype, kwargs)
+            if latent and not stock:
+                of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
+            table = of_slots or table
             if key.shape[2] != hidden_states.shape[1]:  # something was cached before
                 features = None
             if isinstance(self.keys, LatentKeys):
                 self.latent_decoder.prepare(query, self.keys, self.values)
+        if self.rotary_emb is not None:
+            self.rotary_emb.done()
         implementation = self.config._attn_implementation
         one = query.shape[2] == 1 and (cache is None or isinstance(cache, Cache))
         output = weights = None
@@ -234,6 +251,13 @@ class TPAAttention(nn.Module):
             output = output[..., : self.values.output_width]
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
+    def tables(self, position_embeddings: Table) -> tuple[Table, Table, Table]:
+        """Tables of the new tokens: that of the features of a head, [b, 1, s, d], and those of
+        `keys.tables`."""
+        pairs = pair_table(position_embeddings, self.head_dim // 2, self.table_order)
+        table = feature_table(pairs)
+        return table, *self.keys.tables(table)
+
     def pack(
         self, hidden_states: torch.Tensor, table: Table, cached: bool
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
@@ -241,7 +265,7 @@ class TPAAttention(nn.Module):
 
         Args:
             hidden_states: [b, s, D].
-            table: of the new tokens.
+            table: that keys are rotated by, see `tables`.
             cached: what is coded comes in rows of bytes, as the cache holds it. Otherwise it comes
                 in features, with gradients.
 
@@ -279,64 +303,66 @@ class TPAAttention(nn.Module):
         cache: Any,
         key: torch.Tensor,
         value: torch.Tensor,
+        dtype: torch.dtype,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds packed keys and values to the cache of a model in `dtype`: all that it holds of
+        them."""
+        if isinstance(cache, Cache):
+            if self.shape.coded:
+                refuse_quantised(cache, self.layer_idx)
+        elif "kwargs" not in signature(cache.update).parameters:
+            raise ValueError("continuous batching of TPA models needs transformers 5.20 or newer")
+        widths, packed = (key.shape[-1], value.shape[-1]), key.dtype
+        heads = self.num_key_value_heads, self.head_dim
+        grid = cache_grid(cache, self.layer_idx, heads, widths)
+        if grid is None:
+            return cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        # Its numbers are of the model's type, which holds bytes exactly.
+        folded = (fold(x, grid).to(dtype) for x in (key, value))
+        held = cache.update(*folded, self.layer_idx, kwargs=kwargs)
+        key, value = (unfold(x, n).to(packed) for x, n in zip(held, widths, strict=True))
+        return key, value
+
+    def table_of_slots(
+        self,
+        cache: Any,
         hidden_states: torch.Tensor,
         position_embeddings: Table,
         attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor, Table]:
-        """Adds packed keys and values to the cache: all that it holds of them, and their table.
-
-        The table is that of all cached positions for latent keys, which are rotated here, and for
-        others that of the new tokens.
-        """
-        stock = isinstance(cache, Cache)
-        if not stock and "kwargs" not in signature(cache.update).parameters:
-            raise ValueError("continuous batching of TPA models needs transformers 5.20 or newer")
-        length, positions = key.shape[2], kwargs.get("position_ids")
-        if self.shape.latent_keys and stock:
-            slots_t = cache.get_mask_sizes(length, self.layer_idx)[0]
-            if slots_t != length:
-                assert self.rotary_emb is not None, "set by replace_attention"
-                given = position_embeddings[0], positions, attention_mask
-                position_embeddings = self.rotary_emb.shared(
-                    given,
-                    (slots_t, length, hidden_states.device),
-                    lambda: self.embeddings_of(
-                        hidden_states,
-                        slot_positions(
-                            cache,
-                            self.layer_idx,
-                            length,
-                            positions,
-                            attention_mask,
-                            hidden_states.device,
-                        ),
-                    ),
-                )
-        if stock and self.shape.coded:
-            refuse_quantised(cache, self.layer_idx)
-        widths, dtype = (key.shape[-1], value.shape[-1]), key.dtype
-        heads = self.num_key_value_heads, self.head_dim
-        grid = cache_grid(cache, self.layer_idx, heads, widths)
-        if grid is not None:  # its numbers are of the model's type, which holds bytes exactly
-            key, value = (fold(x, grid).to(hidden_states.dtype) for x in (key, value))
-        key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        if grid is not None:
-            key, value = (unfold(x, n).to(dtype) for x, n in zip((key, value), widths, strict=True))
-        if self.shape.latent_keys and not stock:
-            starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-            assert positions is not None, "continuous batching gives positions"
-            if key.shape[2] != length:
-                slots = paged_positions(*starts, positions, key.shape[2])
-                position_embeddings = self.embeddings_of(hidden_states, slots)
-        table = pair_table(position_embeddings, self.head_dim // 2, self.table_order)
-        return key, value, table
-
-    def embeddings_of(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Table:
-        """Cosines and sines of positions [b or 1, t], in the type and place of what comes in."""
+    ) -> Table | None:
+        """The table of all positions that a cache of transformers will hold with the new tokens in
+        it, for keys that are rotated where they are used; None if it holds no others."""
+        length, positions = hidden_states.shape[1], kwargs.get("position_ids")
+        slots_t = cache.get_mask_sizes(length, self.layer_idx)[0]
+        if slots_t == length:
+            return None
         assert self.rotary_emb is not None, "set by replace_attention"
-        cos, sin = self.rotary_emb(hidden_states, positions)
-        return cos.to(hidden_states.device), sin.to(hidden_states.device)
+        device = hidden_states.device
+        given = cache, self.layer_idx, length, positions, attention_mask, device
+        return self.rotary_emb.shared(
+            (position_embeddings[0], positions, attention_mask),
+            (self.table_order, slots_t, length, device),
+            lambda: self.table_at(hidden_states, slot_positions(*given)),
+        )
+
+    def table_of_pages(
+        self, slots: int, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Table | None:
+        """The same of the `slots` that a paged cache has returned."""
+        if slots == hidden_states.shape[1]:
+            return None
+        starts_q, starts_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        positions = paged_positions(starts_q, starts_k, kwargs["position_ids"], slots)
+        return self.table_at(hidden_states, positions)
+
+    def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Table:
+        """The table of features at positions [b or 1, t], in the type and place of what comes
+        in."""
+        assert self.rotary_emb is not None, "set by replace_attention"
+        cos, sin = (x.to(hidden_states.device) for x in self.rotary_emb(hidden_states, positions))
+        return feature_table(pair_table((cos, sin), self.head_dim // 2, self.table_order))
 
     def decode_latent(
         self,

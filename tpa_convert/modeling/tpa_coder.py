@@ -123,7 +123,7 @@ class RowCoder(nn.Module):
         """
         if dtype is not None:
             return features_of(*decode(x, self.quantiser(self.layout)), dtype)
-        if self.coding is not None and x.is_cuda:
+        if self.coding is not None and self.coding.wanted(x.device):
             row, numbers, label = self._on_kernels(self.coding, x, rows)
             said = features_of(numbers, label, x.dtype) if features or not rows else None
             return (row, said) if rows else said

@@ -68,7 +68,7 @@ class LatentDecoder:
             query: rotated, [b, h, 1, d].
             packed_key, packed_value: the cache of this layer, rows or numbers, [b, 1, t, ...].
             attention_mask: as the attention function takes it.
-            table: of the cached positions, [b or 1, 1, t, f].
+            table: of the features at the cached positions, [b or 1, 1, t, d].
         """
         if torch.is_grad_enabled() and any(
             x.requires_grad for x in (query, packed_key, packed_value, keys.gauge.weight)
@@ -78,7 +78,8 @@ class LatentDecoder:
         tables = self.prepare(query, keys, values) if known else None
         if tables is None or self.kernels is None:
             return None
-        cosine, sine = (x[:, 0] for x in table)
+        pairs = table[0].shape[-1] // 2
+        cosine, sine = (x[:, 0, :, pairs:] for x in table)
         return self.kernels.decode(
             query,
             packed_key,

@@ -53,11 +53,12 @@ class Coding(NamedTuple):
     encode_rows: Callable[..., Any]
     code_tables: Callable[..., Any]
     row_tables: Callable[..., Any]
+    wanted: Callable[..., bool]
 
 
 def find_coding() -> Coding | None:
     """What codes components on a GPU, None where no package has it; see `find_kernel`."""
-    found = _of_kernels("straight_through", "encode_rows", "CodeTables", "row_tables")
+    found = _of_kernels("straight_through", "encode_rows", "CodeTables", "row_tables", "wanted")
     return None if found is None else Coding(*found)
 
 
@@ -91,6 +92,30 @@ class Sources:
             a is b and place == b.data_ptr() and changes == changes_of(b)
             for (a, place, changes), b in zip(self.seen, tensors, strict=True)
         )
+
+
+class Kept:
+    """What follows from tensors, kept until they are others or have changed."""
+
+    def __init__(self) -> None:
+        self.made_of, self.made = Sources(), None
+
+    def __reduce__(self) -> Any:
+        """A copy makes its own."""
+        return Kept, ()
+
+    def of(self, tensors: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
+        """What `make` makes of `tensors`; always made where gradients or a compiler need to see
+        how."""
+        if torch.compiler.is_compiling():
+            return make()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return make()
+        if not self.made_of.are(tensors):
+            with torch.inference_mode(False), torch.no_grad():
+                self.made = make()
+            self.made_of = Sources(tensors)
+        return self.made
 
 
 def changes_of(x: torch.Tensor) -> int:

@@ -20,6 +20,7 @@ from torch import nn
 
 from .tpa_coder import RowCoder
 from .tpa_configuration import LayerShape
+from .tpa_kernels import Kept
 from .tpa_rotary import Table, rotate
 
 
@@ -36,40 +37,41 @@ def heads_of(
     return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
 
 
+def each_head(
+    features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Products [b, j, n, d] of features [b, j, n, w] with the matrix of each head, [j, d, w], and
+    the offset [j, d] of each.
+
+    As one product a head: `matmul` would copy the matrices for every sequence.
+    """
+    together = features.transpose(0, 1).flatten(1, 2)
+    if offset is None:
+        heads = torch.bmm(together, weight.mT)
+    else:
+        heads = torch.baddbmm(offset[:, None], together, weight.mT)
+    return heads.unflatten(1, (len(features), -1)).transpose(0, 1)
+
+
 class PairGauge(nn.Module):
     """One complex number for each head and component, commuting with RoPE: weight [j, 2, P]."""
 
     def __init__(self, heads: int, pairs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, 2, pairs))
+        self.kept = Kept()
 
-    def forward(
-        self,
-        pairs: torch.Tensor,
-        conjugate: bool = False,
-        spread: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Products [b, j, s, 2, P] of pairs [b, j or 1, s, 2, P] with the gauge or its conjugate,
-        in halves.
+    def forward(self, rotary_pair: torch.Tensor, pairs: int) -> torch.Tensor:
+        """The gauge as a real matrix for each head, [j, 2 f, 2 P]: from components to heads of `f`
+        rotary pairs, where component p is on the pair `rotary_pair` [P]."""
+        return self.kept.of((self.weight, rotary_pair), lambda: self._matrix(rotary_pair, pairs))
 
-        With `spread`, 1 where a component [P] is on a rotary pair [f], products of [b, 1, s, 2, P]
-        are summed there: [b, j, s, 2 f].
-        """
-        if spread is not None:
-            real, imaginary = (x[:, None] * spread for x in self.weight.unbind(-2))
-            halves = (torch.cat(h, -1) for h in ((real, -imaginary), (imaginary, real)))
-            return heads_of(pairs.flatten(-2), torch.cat(tuple(halves), 1))
-        real, imaginary = pairs.unbind(-2)
-        gauge_real, gauge_imaginary = self.weight[:, None].unbind(-2)
-        if conjugate:
-            gauge_imaginary = -gauge_imaginary
-        return torch.stack(
-            (
-                real * gauge_real - imaginary * gauge_imaginary,
-                real * gauge_imaginary + imaginary * gauge_real,
-            ),
-            dim=-2,
-        )
+    def _matrix(self, rotary_pair: torch.Tensor, pairs: int) -> torch.Tensor:
+        pair = torch.arange(pairs, device=rotary_pair.device)[:, None]
+        spread = (pair == rotary_pair).to(self.weight.dtype)
+        real, imaginary = (x[:, None] * spread for x in self.weight.unbind(-2))
+        halves = (torch.cat(h, -1) for h in ((real, -imaginary), (imaginary, real)))
+        return torch.cat(tuple(halves), 1)
 
 
 class HeadGauge(nn.Module):
@@ -87,10 +89,8 @@ class HeadGauge(nn.Module):
             before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
         """
         weight = self.weight if before is None else torch.cat((before, self.weight), -1)
-        if features.shape[1] == 1:
-            return heads_of(features, weight, self.offset)
-        heads = features @ weight.mT
-        return heads if self.offset is None else heads + self.offset[:, None]
+        heads = heads_of if features.shape[1] == 1 else each_head
+        return heads(features, weight, self.offset)
 
 
 class BlockGauge(nn.Module):
@@ -205,17 +205,22 @@ class RotatedKeys(KeyLayout):
         """Fills the index of rotary pairs again, from the config."""
         self.rotary_pair.copy_(self._rotary_pair())
 
-    def query_table(self, table: Table) -> Table:
-        """The table that queries are rotated by: of their components, if the gauge is absorbed."""
-        return self.component_table(table) if self.absorbed else table
+    def tables(self, table: Table) -> tuple[Table, Table]:
+        """The tables that queries, and what `pack` caches, are rotated by, of that of the head's
+        features: cosines and sines on the features of the components, [b, 1, s, width].
 
-    def component_table(self, table: Table) -> Table:
-        """Cosines and sines on the pairs of the components, [b, 1, s, P]."""
-        cos, sin = table
-        return cos[..., self.rotary_pair], sin[..., self.rotary_pair]
+        Queries have components too if the gauge is absorbed.
+        """
+        feature = torch.cat((self.rotary_pair, self.rotary_pair + self.head_dim // 2))
+        cos, sin = (x[..., feature] for x in table)
+        return (cos, sin) if self.absorbed else table, (cos, sin)
 
     def pack(self, hidden_states: torch.Tensor, table: Table) -> torch.Tensor:
-        """What is cached of new tokens: [b, s, D] and their table -> [b, 1, s, R j + width]."""
+        """What is cached of new tokens: [b, s, D] -> [b, 1, s, R j + width].
+
+        Args:
+            table: of what is cached, see `tables`.
+        """
         feature = self.feature_factor(hidden_states).unsqueeze(1)
         head = self.head_factors(hidden_states)
         if self.norm is not None:
@@ -223,18 +228,19 @@ class RotatedKeys(KeyLayout):
             if self.norm.all_heads:
                 feature = feature * scale
             else:
-                head = head * scale.permute(0, 2, 3, 1)
-        rotated = rotate(feature, self.component_table(table))
-        if not self.shape.key_head_factors(self.heads):
+                scale = scale.permute(0, 2, 3, 1)
+                head = scale if head is None else head * scale
+        rotated = rotate(feature, table)
+        if head is None:
             return rotated
         return torch.cat((head.flatten(2).unsqueeze(1), rotated), dim=-1)
 
-    def _scaled(self, head: torch.Tensor) -> torch.Tensor:
-        return head / self.rank if self.shape.form == "linear" else head
+    def _scaled(self, head: torch.Tensor | None) -> torch.Tensor | None:
+        return head / self.rank if head is not None and self.shape.form == "linear" else head
 
-    def head_factors(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Head factors of new tokens, [b, s, r, j], without 1 / R."""
-        return hidden_states.new_ones(*hidden_states.shape[:2], self.rank, self.heads)
+    def head_factors(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Head factors of new tokens, [b, s, r, j], without 1 / R; None where all are 1."""
+        return None
 
     def unpack(self, packed: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Head factors [b, t, r, j], scaled, or None, and features [b, 1, t, width]."""
@@ -259,22 +265,20 @@ class RotatedKeys(KeyLayout):
 
     def _heads(self, head: torch.Tensor | None, feature: torch.Tensor) -> torch.Tensor:
         """Σ_r a_{r,j} T_{r,j} b_r as heads [b, j, t, d]; [b, j, t, width] if T is absorbed."""
-        pairs = feature.unflatten(-1, (2, -1))  # [b, 1, t, 2, P]
-        if self.gauge is not None and not self.shape.contextual:
-            pair = torch.arange(self.head_dim // 2, device=feature.device)[:, None]
-            spread = (pair == self.rotary_pair).to(feature.dtype)
-            keys = self.gauge(pairs, spread=spread)
+        if self.gauge is not None and self.rank == 1:
+            keys = heads_of(feature, self.matrix())
             return keys if head is None else keys * head[:, :, 0].mT[..., None]
         if head is not None:
-            component = pairs[:, 0].unflatten(-1, (self.rank, -1))
+            component = feature[:, 0].unflatten(-1, (2, self.rank, -1))
             if self.shape.key_gauge == "none":
                 return torch.einsum("btrj,btcrp->bjtcp", head, component).flatten(-2)
-            pairs = torch.einsum("btrj,btcrp->bjtcrp", head, component).flatten(-2)
-        if self.gauge is None:
-            return pairs.flatten(-2)
-        pairs = self.gauge(pairs)  # [b, j, t, 2, P]
-        keys = pairs.new_zeros(*pairs.shape[:-1], self.head_dim // 2)
-        return keys.index_add(-1, self.rotary_pair, pairs).flatten(-2)
+            feature = torch.einsum("btrj,btcrp->bjtcrp", head, component).flatten(-3)
+        return feature if self.gauge is None else each_head(feature, self.matrix())
+
+    def matrix(self) -> torch.Tensor:
+        """The gauge as a real matrix for each head, [j, d, width]."""
+        assert self.gauge is not None
+        return self.gauge(self.rotary_pair, self.head_dim // 2)
 
     def component_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Queries in the space of the components: rotated queries [b, h, s, d] -> [b, h, s, width].
@@ -283,12 +287,11 @@ class RotatedKeys(KeyLayout):
         """
         if self.absorbed:
             return query
-        pairs = query.unflatten(-1, (2, -1))[..., self.rotary_pair]
-        if self.gauge is not None:
-            grouped = pairs.unflatten(1, (self.heads, -1))  # [b, j, n, s, 2, P]
-            merged = self.gauge(grouped.flatten(2, 3), conjugate=True)
-            pairs = merged.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
-        return pairs.flatten(-2)
+        if self.gauge is None:
+            return query.unflatten(-1, (2, -1))[..., self.rotary_pair].flatten(-2)
+        grouped = query.unflatten(1, (self.heads, -1))  # [b, j, n, s, d]
+        merged = each_head(grouped.flatten(2, 3), self.matrix().mT)
+        return merged.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
 
     def scores(self, query: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """Scores [b, h, s, t], without softmax's scale, of component queries [b, h, s, width].
@@ -344,9 +347,9 @@ class LatentKeys(KeyLayout):
             classes = self.coder.width - shape.width_k
             self.gauge = BlockGauge(heads, head_dim, shape.key_block_widths, classes)
 
-    def query_table(self, table: Table) -> Table:
-        """As `RotatedKeys.query_table`: queries have the source's size."""
-        return table
+    def tables(self, table: Table) -> tuple[Table, Table]:
+        """As `RotatedKeys.tables`: queries have the source's size, and keys are cached as such."""
+        return table, table
 
     def pack(self, hidden_states: torch.Tensor, table: Table) -> torch.Tensor:
         """Components of new tokens: [b, s, D] -> [b, 1, s, width]."""
@@ -356,7 +359,7 @@ class LatentKeys(KeyLayout):
         """Rotated keys [b, j, t, d] of features [b, 1, t, width].
 
         Args:
-            table: of the cached positions, [b or 1, 1, t, f].
+            table: of the features at the cached positions, [b or 1, 1, t, d].
 
         Raises:
             ValueError: the table is of another number of positions.

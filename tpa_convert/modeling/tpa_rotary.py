@@ -1,7 +1,7 @@
 """Rotary position embedding (RoPE) on pairs of features, and the positions of what is cached.
 
-Features are half-split: of 2 P features, p and p + P are the pair p. Tables of cosines and sines
-have one entry for each pair. Letters: b batch, s new tokens, t cached tokens, f rotary pairs.
+Features are half-split: of 2 P features, p and p + P are the pair p. Letters: b batch, s new
+tokens, t cached tokens, f rotary pairs.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,24 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 Table = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, [b, 1, s, f] each (the 1 stands for all heads)."""
+"""Cosines and sines, [b, 1, s, f] each (the 1 stands for all heads); or [b, 1, s, 2 f] for the
+features of the pairs, where the sines of the first half are negative."""
 
 PairOrder = Literal["halves", "neighbours"]
 """Which two of 2 f features are the pair p: p and p + f, or 2 p and 2 p + 1."""
 
 
 def rotate(x: torch.Tensor, table: Table) -> torch.Tensor:
-    """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, P]."""
+    """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, 2 P]."""
     cos, sin = table
     real, imaginary = x.chunk(2, -1)
-    turned = (
-        torch.addcmul(real * cos, imaginary, sin, value=-1),
-        torch.addcmul(imaginary * cos, real, sin),
-    )
-    return torch.cat(turned, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((imaginary, real), -1), sin)
+
+
+def feature_table(table: Table) -> Table:
+    """The table of features [b, 1, s, 2 f] in that of pairs [b, 1, s, f]."""
+    cos, sin = table
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def pair_table(position_embeddings: Table, pairs: int, order: PairOrder | None = "halves") -> Table:
@@ -126,7 +129,7 @@ class LayerRotary:
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
         return self.module(x, positions, **self.arguments)
 
-    def shared(self, given: tuple[Any, ...], key: tuple[Any, ...], make: Callable) -> Table:
+    def shared(self, given: tuple[Any, ...], key: tuple[Any, ...], make: Callable) -> Any:
         """What `make` returns, once for all layers of a forward pass that are given the same.
 
         Args:
@@ -139,6 +142,9 @@ class LayerRotary:
         found = self.kept.get(key)
         if found is None or any(a is not b for a, b in zip(found[0], given, strict=True)):
             found = self.kept[key] = given, make()
-        if self.last:
-            self.kept.clear()
         return found[1]
+
+    def done(self) -> None:
+        """To be called when the layer is: what is shared goes with the last one."""
+        if self.last and not torch.compiler.is_compiling():
+            self.kept.clear()

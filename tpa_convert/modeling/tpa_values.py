@@ -97,6 +97,8 @@ class ContextualValues(StaticValues):
         head, feature = self.unpack(packed)
         if self.shape.value_gauge == "none":
             return torch.einsum("btrj,btrd->bjtd", head, feature)
+        if self.gauge is not None and self.rank == 1:
+            return self.gauge(feature.transpose(1, 2)) * head[:, :, 0].mT[..., None]
         values = torch.einsum("btrj,btre->bjtre", head, feature).flatten(-2)
         return values if self.gauge is None else self.gauge(values)
 

@@ -33,6 +33,14 @@ REPLACED_JSON_FILE = option(
     OUTPUT,
     flags="--json",
 )
+PUSH_TO = option(
+    None,
+    "Also upload the model to this repository of the Hub, NAME or OWNER/NAME, which is made if it "
+    "is not there.",
+    OUTPUT,
+    metavar="REPO",
+)
+PRIVATE = option(False, "With --push-to: make the repository private.", OUTPUT)
 
 
 class OwnCode(Section):
@@ -72,6 +80,8 @@ class ConvertFiles(Section):
     overwrite: bool = OVERWRITE
     dry_run: bool = DRY_RUN
     profile: bool = option(False, "Show where the time went.", OUTPUT)
+    push_to: str | None = PUSH_TO
+    private: bool = PRIVATE
     json_file: Path | None = JSON_FILE
 
 
@@ -88,6 +98,8 @@ class HealFiles(Section):
     )
     resume: bool = option(True, "Continue an interrupted run, or start it anew.", TRAINING)
     overwrite: bool = OVERWRITE
+    push_to: str | None = PUSH_TO
+    private: bool = PRIVATE
     json_file: Path | None = JSON_FILE
 
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.coded import Codes, choose_codes
-from tpa_convert.conversion.model import Conversion, convert_model
+from tpa_convert.conversion.model import Conversion
 from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import Unfinished, atomic_file, check_output, resumable_directory
-from tpa_convert.export.save import copy_licence, save_around_weights, save_converted, stamp
+from tpa_convert.export.save import copy_licence, save_around_weights, stamp
 from tpa_convert.export.shards import ShardedWeights
 from tpa_convert.modeling import LayerShape
 from tpa_convert.options.conversion import ConvertOptions
@@ -30,8 +29,9 @@ from tpa_convert.pipeline.prediction import Prediction, predict
 from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
 from tpa_convert.plans import Plan
 from tpa_convert.progress import Stages, Track, no_tracking
-from tpa_convert.refinement.least_squares import refit
-from tpa_convert.refinement.regression import LayerRefinement, RefinementSettings, refine
+from tpa_convert.refinement.adaptation import Adaptation, AdaptedConversion
+from tpa_convert.refinement.least_squares import REFIT
+from tpa_convert.refinement.regression import RefinementSettings, refinement
 from tpa_convert.sources import Source, device_of, read_source_config
 from tpa_convert.storage import TensorFolder
 
@@ -139,21 +139,22 @@ def convert(
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
             plan = share_pairs(plan, moments)
-        settings: dict[str, Any] = {"method": options.method, "whiten": options.whiten}
+        parts: Conversion | AdaptedConversion
+        parts = conversion = Conversion(
+            opened,
+            plan,
+            moments,
+            method=options.method,
+            whiten=options.whiten,
+            dtype=prediction.dtype,
+        )
         if reads_text:
             assert blocks is not None
-            model = convert_model(
-                opened, plan, moments, **settings, dtype=torch.float32, track=track
-            ).to(device_of(opened.model))
-            with stages("refitting or refining"):
-                errors = _adapt(opened, model, blocks, options, track)
-            by_layer["layer_errors"] = [astuple(error) for error in errors]
-            model = model.to(prediction.dtype)
-            save: Callable[..., None] = save_converted
-        else:
-            conversion = Conversion(opened, plan, moments, **settings, dtype=prediction.dtype)
-            model = _write_weights(conversion, made, prediction, track, stages)
-            save = save_around_weights
+            store = TensorFolder(made.work / "adapted")
+            parts = AdaptedConversion(conversion, _adaptation(options), blocks, store)
+        model = _write_weights(parts, made, prediction, track, stages)
+        if isinstance(parts, AdaptedConversion):
+            by_layer["layer_errors"] = [astuple(error) for error in parts.errors]
         prediction = replace(
             prediction, plan=plan, kv_bytes=round(plan.kv_bytes), parameters=model.num_parameters()
         )
@@ -164,8 +165,9 @@ def convert(
             **stamp(),
         }
         provenance = {"source": asdict(opened.reference), "convert": record}
-        save(model, opened.tokenizer, made.output, out.name, provenance)
-        copy_licence(opened, made.output)
+        save_around_weights(model, opened.tokenizer, made.output, out.name, provenance)
+        if opened.weights is not None:
+            copy_licence(opened.weights.checkpoint.directory, made.output)
     seconds = time.perf_counter() - start
     return ConversionResult(out, prediction, seconds, stages.seconds, opened.num_bytes, nats)
 
@@ -208,7 +210,7 @@ def _read_shapes(path: Path) -> list[LayerShape]:
 
 
 def _write_weights(
-    conversion: Conversion,
+    conversion: Conversion | AdaptedConversion,
     made: Unfinished,
     prediction: Prediction,
     track: Track,
@@ -218,10 +220,11 @@ def _write_weights(
     num_bytes = prediction.parameters * prediction.dtype.itemsize
     weights = ShardedWeights(made.output, made.work / "weights", len(conversion), num_bytes)
     shapes: list[LayerShape] = []
-    for index in track(range(len(conversion)), "converting"):
+    stage = conversion.description
+    for index in track(range(len(conversion)), stage):
         decided = made.work / f"shape-{index:05}.json"
         if index not in weights:
-            with stages("converting"):
+            with stages(stage):
                 part = conversion.part(index)
             _write_shapes(decided, [] if part.shape is None else [part.shape])
             with stages("writing"):
@@ -236,15 +239,8 @@ def _write_weights(
     return model
 
 
-def _adapt(
-    source: Source,
-    model: PreTrainedModel,
-    blocks: Tensor,
-    options: ConvertOptions,
-    track: Track,
-) -> list[LayerRefinement]:
-    """Refits or refines a converted model in fp32, in place."""
+def _adaptation(options: ConvertOptions) -> Adaptation:
+    """A refit or a refinement, as is asked for."""
     if options.refit:
-        return refit(source.model, model, blocks, track=track)
-    settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
-    return refine(source.model, model, blocks, settings, track=track)
+        return REFIT
+    return refinement(RefinementSettings(steps=options.refine_steps, seed=options.seed))

@@ -16,7 +16,7 @@ from tpa_convert.export.dense import to_dense
 from tpa_convert.export.gguf import check_tokenizer, write_gguf
 from tpa_convert.export.llama import to_llama
 from tpa_convert.export.output import atomic_directory, atomic_file, check_file, check_output
-from tpa_convert.export.save import load_converted
+from tpa_convert.export.save import copy_licence, load_converted
 from tpa_convert.export.stock import check_same_logits, save_stock
 from tpa_convert.modeling import source_head_dim, source_key_value_heads
 from tpa_convert.options.usage import ExportOptions
@@ -90,5 +90,6 @@ def export(
             save_stock(
                 exported, tokenizer, target, out.name, options.to, floats, subject.provenance
             )
+            copy_licence(directory, target)
     cached = sum(model.config.cached_floats)
     return ExportResult(out, type(exported).__name__, cached, floats)

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_directory, atomic_file, check_output
-from tpa_convert.export.save import load_converted, read_provenance, save_converted, stamp
+from tpa_convert.export.save import (
+    copy_licence,
+    load_converted,
+    read_provenance,
+    save_converted,
+    stamp,
+)
 from tpa_convert.healing import HealingReport
 from tpa_convert.healing import heal as heal_model
 from tpa_convert.healing.training.checks import hidden_weight_for
@@ -106,10 +112,12 @@ class _Prepared:
     """A healing that is ready to start.
 
     Attributes:
+        directory: of the converted model.
         provenance: of the converted model.
         mixture: training text; `text_blocks` blocks are taken from it.
     """
 
+    directory: Path
     out: Path
     options: HealOptions
     provenance: Mapping[str, Any]
@@ -147,6 +155,7 @@ def _prepare(
     if options.kv_ratio is not None:
         student, provenance = coded_student(student, tokenizer, provenance, options.kv_ratio, track)
     return _Prepared(
+        directory=Path(directory),
         out=out,
         options=options,
         provenance=provenance,
@@ -215,6 +224,7 @@ def _save(prepared: _Prepared, report: HealingReport, overwrite: bool) -> None:
     healed = {k: v for k, v in provenance.items() if k != "evaluate"} | {"heal": record}
     with atomic_directory(prepared.out, overwrite) as target:
         save_converted(student, prepared.tokenizer, target, prepared.out.name, healed)
+        copy_licence(prepared.directory, target)
         healing_chart(report, prepared.options.tokens_per_step, target / LOSS_CHART)
         if (checkpoints / LOGS).is_dir():
             shutil.copytree(checkpoints / LOGS, target / LOGS)

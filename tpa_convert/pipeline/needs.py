@@ -19,6 +19,8 @@ from tpa_convert.conversion.coded import ROUNDS
 from tpa_convert.families import experts_of
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.plans import Plan
+from tpa_convert.refinement.least_squares import BATCH_SIZE
+from tpa_convert.refinement.regression import RefinementSettings
 
 PROCESS = 650_000_000  # bytes of Python, torch and transformers before they do anything
 BATCH = 4  # of the calibration, blocks
@@ -104,11 +106,24 @@ def needs_of(
     product, eigen = _seconds_of_product(), _seconds_of_eigenproblem()
     solved = n**3 / EIGEN**3 * eigen
     seconds = layers * 4 * solved + (2 * output) / DISK_RATE
+    tokens = options.calibration_blocks * options.block_length
+    states = 4 * tokens * hidden
+    flops = 2 * sizes.used * tokens
     if options.refit or options.refine:
-        memory = max(memory, 4 * converted_parameters + 4 * sizes.layer)
+        features = config.num_attention_heads * plan.head_dim
+        batch = min(BATCH_SIZE, options.calibration_blocks) * options.block_length
+        # A layer and another attention for it; what enters, and what is wanted, of both models.
+        layer = (itemsize + 4) * sizes.layer + 3 * 8 * sizes.attention
+        passing = 4 * batch * (sizes.layer // hidden + 8 * hidden)
+        products = 4 * 8 * features * (features + hidden)
+        memory = max(memory, layer + 5 * states + max(passing, products))
+        disk += 4 * states
+        seconds += 3 * flops / (2 * PRODUCT**3) * product
+        if options.refine:
+            step = min(RefinementSettings.batch_size, options.calibration_blocks)
+            trained = step * options.block_length * options.refine_steps * layers
+            seconds += 3 * 2 * sizes.attention * trained / (2 * PRODUCT**3) * product
     if options.moments is None and (options.whiten or plan.is_coded):
-        tokens = options.calibration_blocks * options.block_length
-        states = 4 * tokens * hidden
         logits = min(MOST_LOGITS, BATCH * options.block_length * config.vocab_size)
         batch = min(BATCH, options.calibration_blocks) * options.block_length
         kept = 4 * batch * (sizes.layer // hidden + 8 * hidden)  # for the gradients of a layer
@@ -117,7 +132,7 @@ def needs_of(
         layer = (itemsize + 4) * sizes.layer + 4 * (2 * sizes.attention + n * n)
         head = (itemsize + 4) * sizes.embedding + 4 * 4 * logits
         memory = max(memory, 3 * states + max(layer + kept + covariances, head))
-        flops = 2 * sizes.used * tokens * (3 if plan.is_coded else 1)
+        flops *= 3 if plan.is_coded else 1
         seconds += flops / (2 * PRODUCT**3) * product + PASSES * layers * states / DISK_RATE
         moments = 8 * (6 * n * n if plan.is_coded else 3 * n * n)
         disk += layers * moments + (layers + 1 if plan.is_coded else 1) * states

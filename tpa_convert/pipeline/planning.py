@@ -23,6 +23,7 @@ from tpa_convert.plans.cost import largest_context
 from tpa_convert.plans.plan import floats_of_budget
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import read_source_config
+from tpa_convert.storage import scratch
 
 CODED_CURVE = (0.25, 0.1875, 0.125, 0.09375, 0.0625)
 CURVE = (0.25, 1 / 3, 0.5, 2 / 3, 0.75)  # shares of the source's cache that are measured too
@@ -132,31 +133,33 @@ def plan(
         wanted, plans = _coded_plans(sizes, options)
     else:
         kv_floats, curve = _budgets(sizes, options)
-    loaded = load(where, device)
+    # Sensitivities run the rest of the model for each layer, and want it in memory.
+    loaded = load(where, device, on_demand=options.coded)
     held_out, blocks = _split(calibration_blocks(loaded, options))
-    moments = moments_of(loaded, blocks, options, track, coded=options.coded)
-    if options.coded:
-        report = search_coded(
-            loaded,
-            moments,
-            held_out,
-            plans,
-            wanted=wanted,
-            max_increase=options.max_increase,
-            context=options.context,
-            track=track,
-        )
-    else:
-        report = search(
-            loaded,
-            moments,
-            held_out,
-            options,
-            kv_floats=kv_floats,
-            curve=curve,
-            refinement_text=blocks,
-            track=track,
-        )
+    with scratch(_kept_bytes(sizes, blocks)) as store:
+        moments = moments_of(loaded, blocks, options, track, coded=options.coded, store=store)
+        if options.coded:
+            report = search_coded(
+                loaded,
+                moments,
+                held_out,
+                plans,
+                wanted=wanted,
+                max_increase=options.max_increase,
+                context=options.context,
+                track=track,
+            )
+        else:
+            report = search(
+                loaded,
+                moments,
+                held_out,
+                options,
+                kv_floats=kv_floats,
+                curve=curve,
+                refinement_text=blocks,
+                track=track,
+            )
     return PlanningResult(
         report,
         stored,
@@ -212,6 +215,13 @@ def _budgets(sizes: dict[str, Any], options: PlanOptions) -> tuple[float | None,
     largest = max(curve) if kv_floats is None else kv_floats
     check_multiples(sizes, largest, options.multiple_of, options.plain_key_cache)
     return kv_floats, curve
+
+
+def _kept_bytes(sizes: dict[str, Any], blocks: Tensor) -> int:
+    """What a calibration keeps of all layers: moments in fp64, and in fp32 what enters each."""
+    width = sizes["num_key_value_heads"] * sizes["head_dim"]
+    states = 4 * blocks.numel() * sizes["hidden_size"]
+    return sizes["num_hidden_layers"] * (6 * 8 * width**2 + states)
 
 
 def _split(blocks: Tensor) -> tuple[Tensor, Tensor]:

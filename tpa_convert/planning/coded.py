@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.coded import choose_codes
-from tpa_convert.conversion.model import convert_model
-from tpa_convert.forward.comparison import compare
-from tpa_convert.forward.quantised import quantised_source, share_of_bytes
+from tpa_convert.conversion.model import Conversion
+from tpa_convert.forward.quantised import quantised_attention_name, share_of_bytes
 from tpa_convert.planning.search import Candidate, PlanReport, Quantised, choose
+from tpa_convert.planning.variants import Variant, compare_variants
 from tpa_convert.plans import Plan
 from tpa_convert.plans.cost import plan_cost, source_cost
 from tpa_convert.progress import Track, no_tracking
@@ -32,7 +35,8 @@ def search_coded(
     context: int,
     track: Track = no_tracking,
 ) -> PlanReport:
-    """Chooses the codes of every plan, measures what they do to the model, and chooses a plan.
+    """Chooses the codes of every plan, measures what they do to the model, and chooses a plan. The
+    model's layers are passed one by one, all plans side by side.
 
     Args:
         source: a model in fp32.
@@ -49,22 +53,30 @@ def search_coded(
     """
     sizes = source.family.attention_sizes(source.model.config)
     model = source.model
+    codes = [
+        choose_codes(plan, moments.layers, moments.num_tokens)
+        for plan in track(plans, "choosing codes")
+    ]
     bits = BITS if quantises(model) else ()
-    others = {f"int{n}": quantised_source(model, n) for n in bits}
-    scores, agreements = compare(
-        {"source": model, **others},
-        blocks,
-        track=track,
-        description="measuring the source's own cache",
-    )
-    perplexity = scores["source"].perplexity
+    variants: list[Variant] = [partial(_quantised, model, n) for n in bits]
+    variants += [Conversion(source, chosen.plan, moments).in_place for chosen in codes]
+    (perplexity, _), *found = compare_variants(source, blocks, variants, track=track)
     quantised = [
-        Quantised(n, share_of_bytes(n), agreements[name].kl, scores[name].perplexity / perplexity)
-        for n, name in zip(bits, others, strict=True)
+        Quantised(n, share_of_bytes(n), kl, other / perplexity)
+        for n, (other, kl) in zip(bits, found, strict=False)
     ]
     candidates = [
-        _measure(source, moments, blocks, plan, sizes, context)
-        for plan in track(plans, "measuring plans")
+        Candidate(
+            plan.kv_floats,
+            chosen.plan,
+            "static",
+            "coded",
+            chosen.nats,
+            kl,
+            other / perplexity,
+            plan_cost(chosen.plan, sizes, context),
+        )
+        for plan, chosen, (other, kl) in zip(plans, codes, found[len(bits) :], strict=True)
     ]
     floats = None if wanted is None else wanted.kv_floats
     return PlanReport(
@@ -84,24 +96,12 @@ def quantises(model: Any) -> bool:
     return model.config._attn_implementation == "sdpa" and not soft
 
 
-def _measure(
-    source: Source,
-    moments: Moments,
-    blocks: Tensor,
-    plan: Plan,
-    sizes: dict[str, Any],
-    context: int,
-) -> Candidate:
-    codes = choose_codes(plan, moments.layers, moments.num_tokens)
-    model = convert_model(source, codes.plan, moments).to(source.model.device)
-    scores, agreements = compare({"source": source.model, "model": model}, blocks)
-    return Candidate(
-        plan.kv_floats,
-        codes.plan,
-        "static",
-        "coded",
-        codes.nats,
-        agreements["model"].kl,
-        scores["model"].perplexity / scores["source"].perplexity,
-        plan_cost(codes.plan, sizes, context),
-    )
+@contextmanager
+def _quantised(model: PreTrainedModel, bits: int, index: int) -> Iterator[None]:
+    """A `Variant`: the source's own cache in so many bits, in every layer."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(quantised_attention_name(bits))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

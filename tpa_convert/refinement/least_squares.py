@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tpa_convert.errors import UserError
-from tpa_convert.forward.passes import block_forward
 from tpa_convert.forward.walk import DecoderWalk, first
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.refinement.regression import LayerRefinement
-from tpa_convert.refinement.streams import StreamPair, Target
+from tpa_convert.refinement.adaptation import Adaptation, LayerError, adapt_model
+from tpa_convert.refinement.streams import Target
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean energy of an input
 VALID_SHARE = 1 / 8
@@ -69,13 +67,33 @@ def ridge_change(
 
 
 @torch.no_grad()
+def refit_layer(walk: DecoderWalk, index: int, target: Target) -> LayerError:
+    """Refits W_O of one layer in place.
+
+    Args:
+        walk: of the converted model, whose states are about to enter layer `index`.
+        target: of its attention; the first blocks are held out to choose the damping.
+    """
+    held_out = max(1, round(VALID_SHARE * len(walk.states)))
+    valid = _products(walk, index, target, range(held_out))
+    train = _products(walk, index, target, range(held_out, len(walk.states)))
+    change, before, after = ridge_change(train, valid)
+    weight = _output_projection(walk, index).weight
+    weight += change.mT.to(weight)
+    tokens = held_out * walk.states.shape[1]
+    return LayerError(before.item() / tokens, after.item() / tokens)
+
+
+REFIT = Adaptation("refit", refit_layer, BATCH_SIZE)
+
+
 def refit(
     source: PreTrainedModel,
     model: PreTrainedModel,
     blocks: Tensor,
     *,
     track: Track = no_tracking,
-) -> list[LayerRefinement]:
+) -> list[LayerError]:
     """Refits W_O of every layer of `model` in place; both models are fp32 and on the same device.
 
     Args:
@@ -87,24 +105,7 @@ def refit(
     Raises:
         UserError: fewer than two blocks.
     """
-    if len(blocks) < 2:
-        raise UserError("a refit needs at least two calibration sequences: give more text")
-    held_out = max(1, round(VALID_SHARE * len(blocks)))
-    report = []
-    with block_forward(model):
-        streams = StreamPair(source, model, blocks, BATCH_SIZE)
-        walk = streams.model
-        for index in track(range(len(walk.layers)), "refitting"):
-            target = streams.target(index)
-            valid = _products(walk, index, target, range(held_out))
-            train = _products(walk, index, target, range(held_out, len(blocks)))
-            change, before, after = ridge_change(train, valid)
-            weight = _output_projection(walk, index).weight
-            weight += change.mT.to(weight)
-            tokens = held_out * blocks.shape[1]
-            report.append(LayerRefinement(before.item() / tokens, after.item() / tokens))
-            walk.advance(index)
-    return report
+    return adapt_model(REFIT, source, model, blocks, track=track)
 
 
 def _output_projection(walk: DecoderWalk, index: int) -> nn.Linear:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tpa_convert.errors import UserError
-from tpa_convert.forward.passes import block_forward
-from tpa_convert.forward.walk import DecoderWalk, attention_modules, first
+from tpa_convert.forward.walk import DecoderWalk, first
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.refinement.streams import StreamPair, Target
+from tpa_convert.refinement.adaptation import Adaptation, LayerError, adapt_model
+from tpa_convert.refinement.streams import Target
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,6 @@ class RefinementSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class LayerRefinement:
-    """Held-out relative squared error of one layer before and after."""
-
-    before: float
-    after: float
-
-
 def relative_error(output: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     """Mean over tokens of |output − target|² / scale, fp32.
 
@@ -67,12 +59,13 @@ def refine_layer(
     target: Target,
     settings: RefinementSettings,
     generator: torch.Generator,
-) -> LayerRefinement:
+) -> LayerError:
     """Regresses one layer's attention; the state with the least held-out error stays.
 
     Args:
         walk: of the converted model, whose states are about to enter layer `index`.
         target: of its attention.
+        generator: of the order of the blocks.
     """
     attention, inputs = walk.attention(index), walk.states
     held_out = max(1, round(settings.valid_share * len(inputs)))
@@ -119,10 +112,16 @@ def refine_layer(
                 if now < best:
                     best, state = now, copy.deepcopy(attention.state_dict())
     attention.load_state_dict(state)
-    return LayerRefinement(before, best)
+    return LayerError(before, best)
 
 
-@torch.no_grad()
+def refinement(settings: RefinementSettings) -> Adaptation:
+    """The regression of every layer."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    layer = partial(refine_layer, settings=settings, generator=generator)
+    return Adaptation("refinement", layer, settings.batch_size, generator, compiles=True)
+
+
 def refine(
     source: PreTrainedModel,
     model: PreTrainedModel,
@@ -130,7 +129,7 @@ def refine(
     settings: RefinementSettings | None = None,
     *,
     track: Track = no_tracking,
-) -> list[LayerRefinement]:
+) -> list[LayerError]:
     """Refines every layer of `model` in place; both models are fp32 and on the same device.
 
     Args:
@@ -142,19 +141,6 @@ def refine(
     Raises:
         UserError: fewer than two blocks.
     """
-    if len(blocks) < 2:
-        raise UserError("refinement needs at least two calibration sequences: give more text")
-    settings = settings or RefinementSettings()
-    generator = torch.Generator().manual_seed(settings.seed)
-    attentions = attention_modules(model)
-    # Compiling takes as long as a hundred steps, so only what all layers share is worth it.
-    alike = len({tuple(p.shape for p in module.parameters()) for module in attentions}) == 1
-    compiled = attentions if alike and model.device.type == "cuda" else []
-    report = []
-    with block_forward(model, compiled):
-        streams = StreamPair(source, model, blocks, settings.batch_size)
-        for index in track(range(len(attentions)), "refining"):
-            target = streams.target(index)
-            report.append(refine_layer(streams.model, index, target, settings, generator))
-            streams.model.advance(index)
-    return report
+    return adapt_model(
+        refinement(settings or RefinementSettings()), source, model, blocks, track=track
+    )

@@ -93,9 +93,21 @@ class StreamPair:
     """
 
     def __init__(
-        self, source: PreTrainedModel, model: PreTrainedModel, blocks: Tensor, batch_size: int
+        self,
+        source: PreTrainedModel,
+        model: PreTrainedModel,
+        blocks: Tensor,
+        batch_size: int,
+        attention: str | None = None,
     ):
-        attention = attention_name(model)  # where its source has it too
+        """
+        Args:
+            model: may be the source too, if the converted attention of a layer is put into it while
+                the model's states pass that layer.
+            attention: the attribute of a layer that holds its attention, in both; by default, the
+                converted model knows.
+        """
+        attention = attention or attention_name(model)
         self.source = DecoderWalk(source, blocks, batch_size, attention)
         self.model = DecoderWalk(model, blocks, batch_size, attention)
 
