@@ -143,7 +143,8 @@ class Tally:
     def blocks(self) -> dict[str, BlockScores]:
         """Of all models; the source agrees with itself."""
         return {
-            name: BlockScores(*sums.cpu(), tokens=self.tokens) for name, sums in self.sums.items()
+            name: BlockScores(nll, kl, same, self.tokens)
+            for name, (nll, kl, same) in ((n, sums.cpu()) for n, sums in self.sums.items())
         }
 
     def results(self) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
