@@ -18,9 +18,9 @@ from tests.tiny_models import MODELS, WINDOW
 from tpa_convert.kernels import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-# Kernels for latent keys are for 16 bits; the interpreter takes fp32, where tests are sharper.
+# On a GPU kernels for latent keys are for 16 bits; the interpreter takes fp32, which is sharper.
 NEW = 3  # tokens: two steps on the cache, since the interpreter is slow
-DTYPE, TOLERANCE = (torch.bfloat16, 3e-2) if GPU else (torch.float32, 2e-5)
+DTYPE, TOLERANCE = (torch.float16, 1e-2) if GPU else (torch.float32, 2e-5)
 CODED = {
     "one block": ("llama", {"key_blocks": 1}),
     "two blocks": ("llama", {"key_blocks": 2}),
@@ -44,6 +44,8 @@ def make(case: str):
     else:
         family, settings = PLAIN[case]
         model = convert_tiny(MODELS[family](), **settings)
+    if case == "soft cap":  # transformers before 5.20 leaves the cap out of its default attention
+        model.set_attn_implementation("eager")
     return model.to(DEVICE, DTYPE)
 
 

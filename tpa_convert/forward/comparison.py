@@ -108,15 +108,14 @@ class Tally:
 
     Args:
         names: the first is the source's.
-        blocks: of text, whose sums are kept apart.
+        blocks: how many blocks of text sums are kept of, each by itself.
     """
 
     def __init__(self, names: Iterable[str], device: torch.device, blocks: int = 1):
-        self.names = list(names)
         self.sums = {  # nats, nats, and tokens with the same likeliest token
-            name: torch.zeros(3, blocks, dtype=torch.float64, device=device) for name in self.names
+            name: torch.zeros(3, blocks, dtype=torch.float64, device=device) for name in names
         }
-        self.tokens = torch.zeros(blocks, dtype=torch.long)
+        self.tokens = torch.zeros(blocks, dtype=torch.int64, device=device)
 
     def add(self, logits: Iterable[Tensor], target: Tensor, block: Tensor | None = None) -> None:
         """Adds some tokens.
@@ -124,34 +123,34 @@ class Tally:
         Args:
             logits: of every model in turn, fp32 [n, V]; one is asked for at a time.
             target: the tokens that came, [n].
-            block: that each of them is of, int64 [n] on the CPU; by default the first.
+            block: the number of the block that each of them is of, [n]; by default the first.
         """
-        block = torch.zeros(len(target), dtype=torch.long) if block is None else block
-        self.tokens += block.bincount(minlength=len(self.tokens))
-        block = block.to(target.device)
-        for name, rows in zip(self.names, logits, strict=True):
+        block = torch.zeros_like(target) if block is None else block
+        self.tokens.index_add_(0, block, torch.ones_like(block))
+        reference = None
+        for (nll, kl, same), rows in zip(self.sums.values(), logits, strict=True):
             log_p = F.log_softmax(rows.to(target.device), dim=-1)
-            parts = [F.nll_loss(log_p, target, reduction="none")]
-            if name == self.names[0]:
+            nll.index_add_(0, block, F.nll_loss(log_p, target, reduction="none").double())
+            if reference is None:
                 reference = log_p
                 top, weights = log_p.argmax(-1), log_p.exp()
-                parts += [torch.zeros_like(parts[0]), torch.ones_like(parts[0])]
+                same.index_add_(0, block, torch.ones_like(same[block]))
             else:
-                parts += [(weights * (reference - log_p)).sum(-1), log_p.argmax(-1) == top]
-            self.sums[name].index_add_(1, block, torch.stack([part.double() for part in parts]))
+                parts = (weights * (reference - log_p)).sum(-1, dtype=torch.float64)
+                kl.index_add_(0, block, parts)
+                same.index_add_(0, block, (log_p.argmax(-1) == top).double())
 
-    def blocks(self) -> dict[str, BlockScores]:
-        """Of all models; the source agrees with itself."""
-        return {
-            name: BlockScores(nll, kl, same, self.tokens)
-            for name, (nll, kl, same) in ((n, sums.cpu()) for n, sums in self.sums.items())
-        }
+    def scores(self) -> dict[str, BlockScores]:
+        """Of every name."""
+        tokens = self.tokens.cpu()
+        return {name: BlockScores(*sums.cpu().unbind(), tokens) for name, sums in self.sums.items()}
 
     def results(self) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
         """Perplexity of all, and the agreement of all but the source with it."""
-        found = self.blocks()
+        found = self.scores()
         texts = {name: scores.perplexity for name, scores in found.items()}
-        return texts, {name: found[name].agreement for name in self.names[1:]}
+        _, *others = found
+        return texts, {name: found[name].agreement for name in others}
 
 
 def compare(
@@ -165,6 +164,33 @@ def compare(
 ) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
     """Perplexity of all models, and the agreement of all but the first with the first.
 
+    Takes and raises what `block_scores` does.
+    """
+    found = block_scores(
+        models,
+        blocks,
+        counted=counted,
+        batch_size=batch_size,
+        track=track,
+        description=description,
+    )
+    texts = {name: scores.perplexity for name, scores in found.items()}
+    _, *others = found
+    return texts, {name: found[name].agreement for name in others}
+
+
+@torch.inference_mode()
+def block_scores(
+    models: Mapping[str, PreTrainedModel],
+    blocks: Tensor,
+    *,
+    counted: Tensor | None = None,
+    batch_size: int = 8,
+    track: Track = no_tracking,
+    description: str = "Perplexity",
+) -> dict[str, BlockScores]:
+    """What every model makes of each block, and how it agrees with the first model there.
+
     Args:
         models: by name; the first is the source.
         blocks: token ids [N, L], L >= 2; shorter texts are padded on the right.
@@ -176,33 +202,6 @@ def compare(
         UserError: blocks of a single token, models with different vocabularies, or ids that one
             of them does not know.
     """
-    return _tally(models, blocks, counted, batch_size, track, description).results()
-
-
-def block_scores(
-    models: Mapping[str, PreTrainedModel],
-    blocks: Tensor,
-    *,
-    counted: Tensor | None = None,
-    batch_size: int = 8,
-) -> dict[str, BlockScores]:
-    """What every model makes of each block, and how it agrees with the first model there.
-
-    Takes and raises what `compare` does.
-    """
-    return _tally(models, blocks, counted, batch_size, no_tracking, "").blocks()
-
-
-@torch.inference_mode()
-def _tally(
-    models: Mapping[str, PreTrainedModel],
-    blocks: Tensor,
-    counted: Tensor | None,
-    batch_size: int,
-    track: Track,
-    description: str,
-) -> Tally:
-    """All tokens of all blocks."""
     if blocks.ndim != 2 or blocks.shape[1] < 2 or len(blocks) == 0:
         raise UserError(f"perplexity needs blocks of at least 2 tokens, not {list(blocks.shape)}")
     sizes = {m.config.get_text_config().vocab_size for m in models.values()}
@@ -214,19 +213,19 @@ def _tally(
     source = next(iter(models.values()))
     step = chunk_positions(source)
     tally = Tally(models, source.device, len(blocks))
-
     counted = torch.ones_like(blocks, dtype=torch.bool) if counted is None else counted
     counted = counted[:, 1:]
     numbers = torch.arange(len(blocks))[:, None].expand_as(counted)
     batches = zip(*(part.split(batch_size) for part in (blocks, counted, numbers)), strict=True)
     for batch, wanted, rows in track(list(batches), description):
         targets = batch[:, 1:][wanted].to(source.device)
+        of_block = rows[wanted].to(source.device)
         features = {}
         for name, (body, _) in halves.items():
             states = body(batch.to(models[name].device))
             features[name] = states[:, :-1][wanted.to(states.device)].split(step)
-        of_block = rows[wanted].split(step)
-        for i, target in enumerate(targets.split(step)):
+        chunks = zip(targets.split(step), of_block.split(step), strict=True)
+        for i, (target, block) in enumerate(chunks):
             logits = (head(features[name][i]) for name, (_, head) in halves.items())
-            tally.add(logits, target, of_block[i])
-    return tally
+            tally.add(logits, target, block)
+    return tally.scores()

@@ -20,10 +20,13 @@ PairOrder = Literal["halves", "neighbours"]
 
 
 def rotate(x: torch.Tensor, table: Table) -> torch.Tensor:
-    """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, 2 P]."""
+    """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, 2 P].
+
+    The result has the type of `x`: some families (Olmo 2, Ernie 4.5) keep tables in fp32.
+    """
     cos, sin = table
     real, imaginary = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((imaginary, real), -1), sin)
+    return torch.addcmul(x * cos, torch.cat((imaginary, real), -1), sin).to(x.dtype)
 
 
 def feature_table(table: Table) -> Table:
