@@ -143,7 +143,10 @@ class Tally:
     def scores(self) -> dict[str, BlockScores]:
         """Of every name."""
         tokens = self.tokens.cpu()
-        return {name: BlockScores(*sums.cpu().unbind(), tokens) for name, sums in self.sums.items()}
+        on_cpu = {name: sums.cpu() for name, sums in self.sums.items()}
+        return {
+            name: BlockScores(nll, kl, same, tokens) for name, (nll, kl, same) in on_cpu.items()
+        }
 
     def results(self) -> tuple[dict[str, Perplexity], dict[str, Agreement]]:
         """Perplexity of all, and the agreement of all but the source with it."""
