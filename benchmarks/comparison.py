@@ -35,11 +35,11 @@ import results
 import torch
 from coded_cache import converted
 from layer_statistics import collect, layer_weights
-from machine import device_name, versions
+from machine import device_name, tf32, versions
 from other_caches import other_cache
 from paired import HeldOut, Scores, difference, ratio, scores
 from quality import long_texts, needle_questions, question_text
-from shared import load, parser, source_heads, tf32, train_blocks, valid_blocks
+from shared import load, parser, source_heads, train_blocks, valid_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -419,8 +419,7 @@ def main() -> None:
         title = f"{Path(arguments.source).stem}: ways to shrink a cache"
         results.save(results.of_this_run(title, measure.columns, cells), path)
         title = f"{title}, what they lose beside tpa-convert at no more bytes"
-        paired = path.with_name(f"{path.stem}_paired{path.suffix}")
-        results.save(results.of_this_run(title, columns, pairs), paired)
+        results.save(results.of_this_run(title, columns, pairs), results.beside(path))
 
 
 if __name__ == "__main__":

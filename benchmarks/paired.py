@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from statistics import NormalDist, fmean
 from typing import Literal, NamedTuple
 
-from shared import tf32
+from machine import tf32
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -18,8 +18,8 @@ from random import Random
 from statistics import fmean
 
 import torch
-from machine import device_name, versions
-from shared import load, tf32
+from machine import device_name, tf32, versions
+from shared import load
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 from torch.nn.utils.rnn import pad_sequence

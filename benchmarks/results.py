@@ -110,6 +110,11 @@ def save(result: Result, path: str | Path) -> None:
     Path(path).write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
 
 
+def beside(path: Path) -> Path:
+    """The file for the pairs of a table: comparison_paired.json for comparison.json."""
+    return path.with_name(f"{path.stem}_paired{path.suffix}")
+
+
 def load(path: str | Path) -> Result:
     """Raises: ValueError if a row has too few or too many cells."""
     return Result(**json.loads(Path(path).read_text(encoding="utf-8")))

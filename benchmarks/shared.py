@@ -16,8 +16,7 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 import results
 import torch
 from machine import device_name, versions
+from paired import HeldOut, Scores, ratio, scores
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +33,6 @@ from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.evaluation.metrics.cache import cache_bytes
 from tpa_convert.evaluation.texts import blocks_by_source
-from tpa_convert.forward.comparison import Agreement, compare, geometric_mean
 from tpa_convert.forward.divergence import Divergence
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.planning.search import plan_between, plan_measured
@@ -111,31 +110,20 @@ def load_blocks(path: str, length: int) -> dict[str, Tensor]:
     }
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
-    """Matrix products of fp32 numbers in TF32 on a GPU, which is precise enough to evaluate."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 @dataclass
 class Table:
     """Perplexity on each held-out source beside the source model's, printed as it grows.
 
     Attributes:
-        reference: perplexities of the source.
         contexts: tokens at which the bytes of the live cache are measured, a column each.
+        scores: of every row, by its name; the source's come first.
         rows: what `save` writes.
     """
 
     source: Source
     blocks: Mapping[str, Tensor]
-    reference: dict[str, float]
     contexts: Sequence[int] = ()
+    scores: dict[str, Scores] = field(default_factory=dict)
     rows: list[list[results.Cell]] = field(default_factory=list)
 
     @classmethod
@@ -149,7 +137,7 @@ class Table:
     ) -> Table:
         """Evaluates the source and prints the head of the table."""
         print(f"{device_name()}, {versions()}\n")
-        table = cls(source, valid_blocks(valid, source, length, max_blocks), {}, contexts)
+        table = cls(source, valid_blocks(valid, source, length, max_blocks), contexts)
         names = [f"{name} ({len(part)})" for name, part in table.blocks.items()]
         caches = [f"cache at {context}, kB" for context in contexts]
         columns = ["", "floats", *names, "ratio", "KL", "top-1 %", *caches, "seconds"]
@@ -161,31 +149,25 @@ class Table:
     def row(self, name: str, model, floats: float, seconds: float) -> float:
         """Evaluates a model, prints its row and returns its ratio to the source."""
         model = model.to(self.source.model.device)
-        perplexities, kl, top1, tokens = {}, 0.0, 0.0, 0
-        for key, part in self.blocks.items():
-            models = {"source": self.source.model, "model": model}
-            if model is self.source.model:
-                del models["source"]  # there is nothing to compare it with
-            with tf32():
-                scores, agreements = compare(models, part, batch_size=8)
-            perplexities[key] = scores["model"].perplexity
-            found = agreements.get("model", Agreement(0.0, 1.0, scores["model"].tokens))
-            kl += found.kl * found.tokens
-            top1 += found.top1 * found.tokens
-            tokens += found.tokens
-        self.reference = self.reference or perplexities
-        ratio = geometric_mean(perplexities[k] / self.reference[k] for k in perplexities)
+        texts = {key: HeldOut(part) for key, part in self.blocks.items()}
+        found = self.scores[name] = scores(model, self.source.model, texts)
+        perplexities = {key: part.perplexity.perplexity for key, part in found.items()}
+        agreements = [part.agreement for part in found.values()]
+        tokens = sum(agreement.tokens for agreement in agreements)
+        kl = sum(agreement.kl * agreement.tokens for agreement in agreements) / tokens
+        top1 = sum(agreement.top1 * agreement.tokens for agreement in agreements) / tokens
+        beside = ratio(found, next(iter(self.scores.values())))
         share = 100 * floats / (2 * source_heads(self.source))
-        found = (share, *perplexities.values(), ratio, kl / tokens, 100 * top1 / tokens)
-        self.rows.append([name, *(float(f"{value:.5g}") for value in found), round(seconds, 1)])
+        cells = (share, *perplexities.values(), beside, kl, 100 * top1)
+        self.rows.append([name, *(float(f"{value:.5g}") for value in cells), round(seconds, 1)])
         values = " | ".join(f"{value:.2f}" for value in perplexities.values())
         caches = "".join(f" {self.cache_kilobytes(model, c):.1f} |" for c in self.contexts)
         print(
-            f"| {name} | {floats:.0f} | {values} | {ratio:.3f} | {kl / tokens:.3f} "
-            f"| {100 * top1 / tokens:.1f} |{caches} {seconds:.1f} |",
+            f"| {name} | {floats:.0f} | {values} | {beside:.3f} | {kl:.3f} "
+            f"| {100 * top1:.1f} |{caches} {seconds:.1f} |",
             flush=True,
         )
-        return ratio
+        return beside
 
     def save(self, title: str, path: Path | None) -> None:
         """Writes the rows so far to a file of results, if one is wanted."""

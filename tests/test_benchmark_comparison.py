@@ -269,3 +269,25 @@ def test_files_of_results_say_how_to_repeat_them() -> None:
         assert re.fullmatch(r"20\d\d-\d\d-\d\d", found["date"]), path
         assert found["hardware"], path
         assert found["command"].startswith(("python benchmarks/", "tpa-convert ", "make ")), path
+
+
+def test_the_picture_of_choices_has_what_the_files_have() -> None:
+    picture = benchmark("picture")
+    found = picture.increases()
+    assert [share for share, _ in found["healed"]] == [share for share, _ in found["no training"]]
+    assert all(y < x for (_, x), (_, y) in zip(found["no training"], found["healed"], strict=True))
+    blocks = picture.losses_by_blocks()
+    assert blocks == sorted(blocks)
+    assert len(blocks) > 3
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [page for folder in (".", "docs") for page in (ROOT / folder).glob("*.md")]
+    links = [
+        (page, link)
+        for page in [*pages, *FOLDER.rglob("*.md")]
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert len(links) > 50
+    assert [(page, link) for page, link in links if not (page.parent / link).exists()] == []

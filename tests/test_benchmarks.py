@@ -79,7 +79,7 @@ def test_a_row_has_the_figures_of_whole_logits(random_tokens, capsys) -> None:
     """Texts of different sizes: perplexities count by text, KL and agreement by token."""
     model, other = make_tiny_llama(seed=1), make_tiny_llama(seed=2)
     blocks = {"one": random_tokens(2, 16, seed=1), "two": random_tokens(5, 16, seed=2)}
-    table = benchmark("shared").Table(source_of(model), blocks, {})
+    table = benchmark("shared").Table(source_of(model), blocks)
     assert table.row("source", model, 32, 0.0) == pytest.approx(1)
     ratio = table.row("other", other, 12.4, 3.14)
     found, reference = (figures(m, model, blocks) for m in (other, model))

@@ -120,21 +120,32 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
         for energies, found in zip(parts, bits, strict=True)
     ]
     layer_nats = tuple(map(sum, zip(part_nats[::2], part_nats[1::2], strict=True)))
-    shapes = []
-    for shape, groups, (value_bits,) in zip(plan.layers, key_groups, bits[1::2], strict=True):
-        value_groups = groups_of_bits(value_bits)[0]
-        shapes.append(
-            replace(
-                shape,
-                width_k=sum(n for runs in groups for _, n in runs),
-                width_v=sum(n for _, n in value_groups),
-                key_codes=codes_of(groups),
-                value_codes=codes_of([value_groups]),
-                row_align=budget.align,
-                predict_values=predicted,
-            )
+    return Codes(with_codes(plan, bits), layer_nats)
+
+
+def with_codes(plan: Plan, bits: Sequence[Sequence[Tensor]]) -> Plan:
+    """A plan whose codes are chosen.
+
+    Args:
+        plan: whose codes are still to be chosen.
+        bits: of the components of each block of the keys and then of the values of each layer in
+            turn, int64 [c] each.
+    """
+    assert plan.coded is not None
+    groups = [[groups_of_bits(block)[0] for block in part] for part in bits]
+    shapes = [
+        replace(
+            shape,
+            width_k=sum(n for runs in keys for _, n in runs),
+            width_v=sum(n for runs in values for _, n in runs),
+            key_codes=codes_of(keys),
+            value_codes=codes_of(values),
+            row_align=plan.coded.align,
+            predict_values=plan.coded.predict_values,
         )
-    return Codes(replace(plan, layers=shapes, coded=None), layer_nats)
+        for shape, keys, values in zip(plan.layers, groups[::2], groups[1::2], strict=True)
+    ]
+    return replace(plan, layers=shapes, coded=None)
 
 
 def coded_parameters(
