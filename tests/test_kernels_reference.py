@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpa_convert.kernels.backends import BACKENDS, BackendError, Case, choose_backend
+from tpa_convert.kernels.backends import BACKENDS, BackendError, Case, choose_backend, wanted
 from tpa_convert.kernels.reference import decode_attention
 
 from .kernel_cases import bounds, error, exact, poison, random_layout, random_rows
@@ -208,3 +208,13 @@ def test_scale_of_a_header_is_in_eighths_of_an_octave() -> None:
     one, other = layout.numbers(rows)[0, 0]
     assert torch.allclose(other / one, torch.full_like(one, 2 ** (3 / 8)))
     assert math.isclose(float(one[0] / layout.step[0]), -1.5 / 2, rel_tol=1e-6)
+
+
+def test_latent_numbers_have_a_kernel_only_where_it_is_asked_for(monkeypatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.delenv("TPA_CONVERT_BACKEND", raising=False)
+    assert wanted(gpu)
+    assert not wanted(gpu, latent_numbers=True)
+    for forced in (True, False):
+        monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton" if forced else "reference")
+        assert wanted(gpu, latent_numbers=True) is forced

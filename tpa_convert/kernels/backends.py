@@ -118,10 +118,18 @@ def _latent(case: Case, interpreted: bool) -> str | None:
 BACKENDS = (Backend("triton", _triton), Backend("reference", _reference))
 
 
-def wanted(device: torch.device) -> bool:
-    """Whether anything but the reference may be chosen for tensors on `device`."""
+def wanted(device: torch.device, latent_numbers: bool = False) -> bool:
+    """Whether anything but the reference is to be chosen for tensors on `device`.
+
+    Args:
+        latent_numbers: of latent keys that are cached as numbers. PyTorch rebuilds those with one
+            large product, which the kernel, unpacking as it goes, does not reach
+            (benchmarks/notes/2026-11-27-gpu.md); it runs only where the environment asks for it.
+    """
     forced = forced_backend()
-    return device.type == "cuda" if forced == "auto" else forced != "reference"
+    if forced == "auto":
+        return device.type == "cuda" and not latent_numbers
+    return forced != "reference"
 
 
 def choose_backend(case: Case) -> str:

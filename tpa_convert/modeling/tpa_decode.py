@@ -36,7 +36,7 @@ class LatentDecoder:
         """Tables for queries of this type and place; None where no kernel would run."""
         if torch.compiler.is_compiling():  # a compiler cannot tell whether tables are still right
             return self.tables
-        if self.kernels is None or not self.kernels.wanted(query.device):
+        if self.kernels is None or not self.kernels.wanted(query.device, keys.coder is None):
             return None
         parts = parameters_of(keys, values)
         if any(x.device != query.device for x in parts):  # offloaded
