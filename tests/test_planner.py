@@ -283,12 +283,11 @@ def test_the_command_writes_a_plan_that_convert_takes(tmp_path, text) -> None:
         ]
 
 
-@pytest.mark.parametrize("bits", [16, "auto"])
-def test_the_fastest_is_taken_where_speed_is_asked_for(tmp_path, text, bits) -> None:
+def test_the_fastest_is_taken_where_speed_is_asked_for(tmp_path, text) -> None:
     source = save_source(tmp_path / "source")
     report = tmp_path / "p.json"
     context = ("--context", 1_000_000, "--batch-size", 8)
-    options = ("--kv-ratio", 0.25, "--cache-bits", bits, *context, "--json", report)
+    options = ("--kv-ratio", 0.25, *context, "--json", report)
     result = planned(source, text, *options, "--objective", "speed")
     assert result.exit_code == 0, result.output
     assert "plans that decode fastest" in result.stdout
@@ -298,6 +297,10 @@ def test_the_fastest_is_taken_where_speed_is_asked_for(tmp_path, text, bits) -> 
     rivals = [c for c in values["candidates"] if c["budget"] == best["budget"]]
     least = min(c["decode_seconds"] for c in rivals)
     assert best["decode_seconds"] <= 1.01 * least <= 0.3 * values["source_decode_seconds"]
+    assert "coded" not in {c["split"] for c in values["candidates"]}
+    refused = planned(source, text, "--kv-ratio", 0.25, "--cache-bits", 2, "--objective", "speed")
+    assert refused.exit_code == 2
+    assert "speed" in refused.stderr
 
 
 def test_candidates_are_refined_if_the_model_will_be(tmp_path, text) -> None:

@@ -14,7 +14,7 @@ from tpa_convert.planning.rates import device_rates
 from tpa_convert.planning.search import Candidate, choose
 from tpa_convert.plans import Budget, plan_coded, plan_uniform
 from tpa_convert.plans.cost import Cost, layer_cost, source_cost
-from tpa_convert.plans.speed import H100, DecodeTime, Rates, fastest_blocks
+from tpa_convert.plans.speed import H100, DecodeTime, Rates
 
 # Llama-3-8B's attention.
 SIZES: dict[str, Any] = {
@@ -65,19 +65,6 @@ def test_codes_that_are_not_chosen_yet_count_by_their_budget() -> None:
     computes = [replace(TIMES, rates=COMPUTES).of(plan) for plan in blocks]
     rebuilt = 2 * 1024 * 1024 * CONTEXT * 32 * BATCH / 1e14
     assert computes[0] - computes[1] == pytest.approx(0.75 * rebuilt, rel=1e-3)
-
-
-def test_as_few_blocks_as_are_fast() -> None:
-    budget = Budget(kv_ratio=0.125)
-    chosen = fastest_blocks(TIMES, budget)
-    seconds = {
-        n: TIMES.of(plan_coded(SIZES, budget, key_blocks=n)) for n in (1, 2, 4, 8, 16, 32, 64)
-    }
-    assert 1 < chosen < 64
-    assert seconds[chosen] <= 1.01 * min(seconds.values()) < seconds[chosen // 2]
-    long = replace(TIMES, context=1 << 20)  # weights of the gauge no longer count
-    assert fastest_blocks(replace(long, rates=READS), budget) == 1  # rebuilding costs nothing
-    assert fastest_blocks(replace(TIMES, rates=COMPUTES), budget) > chosen
 
 
 def candidate(kl: float, seconds: float, budget: float = 8.0) -> Candidate:

@@ -72,6 +72,7 @@ def show_plan(prediction: Prediction) -> None:
     console.print(
         f"Attention of a decoding step on an H100, {DECODE_CONTEXT:,} tokens cached: at least "
         f"{_times(ratio)} the source's {1e3 * prediction.source_decode_seconds:.3g} ms."
+        + ("" if plan.coded is None else " Kernels of coded caches take many times as long.")
     )
 
 
@@ -247,7 +248,8 @@ def _about_steps(times: DecodeTime) -> str:
         f"the least time that the attention layers of {rates.name} need for a token, relative to "
         f"the source's {1e3 * times.of_source:.3g} ms, from bytes at {rates.bandwidth / 1e12:.2f} "
         f"TB/s and operations at {rates.operations / 1e12:.0f} TFLOP/s; "
-        f"{times.context:,} tokens cached, batch {times.batch}."
+        f"{times.context:,} tokens cached, batch {times.batch}. Kernels take longer, those of "
+        "coded caches many times as long: `tpa-convert bench` measures."
     )
 
 

@@ -27,7 +27,7 @@ from tpa_convert.planning.search import Candidate, PlanReport, check_multiples, 
 from tpa_convert.plans import Budget, Plan, plan_coded, plan_to_yaml, plan_uniform
 from tpa_convert.plans.cost import largest_context
 from tpa_convert.plans.plan import floats_of_budget
-from tpa_convert.plans.speed import DecodeTime, fastest_blocks
+from tpa_convert.plans.speed import DecodeTime
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.sources import read_source_config
 from tpa_convert.storage import scratch
@@ -145,7 +145,7 @@ def plan(
     rates = device_rates(torch.device(usable_device(device)))
     times = DecodeTime(sizes, options.context, options.batch_size, rates)
     if options.coded:
-        wanted, plans = _coded_plans(times, options)
+        wanted, plans = _coded_plans(sizes, options)
     else:
         kv_floats, curve = _budgets(sizes, options)
     # Sensitivities run the rest of the model for each layer, and want it in memory.
@@ -162,7 +162,6 @@ def plan(
                 wanted=wanted,
                 max_increase=options.max_increase,
                 times=times,
-                objective=options.objective,
                 track=track,
             )
         else:
@@ -190,7 +189,7 @@ def plan(
     )
 
 
-def _coded_plans(times: DecodeTime, options: PlanOptions) -> tuple[Plan | None, list[Plan]]:
+def _coded_plans(sizes: dict[str, Any], options: PlanOptions) -> tuple[Plan | None, list[Plan]]:
     """The plan at the wanted budget, and all that are measured, by falling budget.
 
     Raises:
@@ -198,10 +197,7 @@ def _coded_plans(times: DecodeTime, options: PlanOptions) -> tuple[Plan | None, 
     """
 
     def at(budget: Budget) -> Plan:
-        blocks = options.key_blocks
-        if blocks is None and options.objective == "speed":
-            blocks = fastest_blocks(times, budget, options.code_bits)
-        return plan_coded(dict(times.sizes), budget, bits=options.code_bits, key_blocks=blocks)
+        return plan_coded(sizes, budget, bits=options.code_bits, key_blocks=options.key_blocks)
 
     wanted = None
     if options.budgets:

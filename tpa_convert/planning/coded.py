@@ -14,7 +14,6 @@ from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.coded import choose_codes
 from tpa_convert.conversion.model import Conversion
 from tpa_convert.forward.quantised import quantised_attention_name, share_of_bytes
-from tpa_convert.options.planning import Objective
 from tpa_convert.planning.search import Candidate, PlanReport, Quantised, choose
 from tpa_convert.planning.variants import Variant, compare_variants
 from tpa_convert.plans import Plan
@@ -35,7 +34,6 @@ def search_coded(
     wanted: Plan | None,
     max_increase: float,
     times: DecodeTime,
-    objective: Objective = "bytes",
     track: Track = no_tracking,
 ) -> PlanReport:
     """Chooses the codes of every plan, measures what they do to the model, and chooses a plan. The
@@ -50,7 +48,6 @@ def search_coded(
             keeps the accepted loss.
         max_increase: the accepted loss.
         times: predicts steps; arithmetic is counted at its context.
-        objective: what is to be least, bytes or time.
 
     Raises:
         UserError: no plan that keeps the accepted loss.
@@ -86,7 +83,7 @@ def search_coded(
     floats = None if wanted is None else wanted.kv_floats
     return PlanReport(
         tuple(candidates),
-        choose(candidates, floats, max_increase, times if objective == "speed" else None),
+        choose(candidates, floats, max_increase),
         (),
         source_cost(sizes, times.context),
         perplexity,

@@ -1,7 +1,9 @@
 """What a decoding step of the attention layers takes at least, predicted from bytes and operations.
 
 A layer reads its weights and what is cached of the context, and computes on it; a device that does
-both at once takes the longer of the two. Kernels take longer than that, the source's as well.
+both at once takes the longer of the two. Kernels take longer: those of rotated keys and of the
+source by a tenth or two, those of coded caches many times as long, as was measured on an H100
+(benchmarks/notes/2026-11-27-gpu.md).
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpa_convert.plans.coded import plan_coded
 from tpa_convert.plans.cost import layer_cost, source_cost
-from tpa_convert.plans.plan import NUMBER_BYTES, Budget, Plan
+from tpa_convert.plans.plan import NUMBER_BYTES, Plan
 
 AS_FAST = 1.01  # times that differ by less count as the same
 
@@ -77,18 +78,3 @@ class DecodeTime:
     def _layer(self, parameters: float, cached_bytes: float, operations: float) -> float:
         read = NUMBER_BYTES * parameters + self.batch * self.context * cached_bytes
         return max(read / self.rates.bandwidth, self.batch * operations / self.rates.operations)
-
-
-def fastest_blocks(times: DecodeTime, budget: Budget, bits: int | None = None) -> int:
-    """The fewest blocks of rotary pairs, a power of two, that decode as fast as any: fewer are
-    better at the same bytes.
-
-    Args:
-        budget, bits: see `plan_coded`.
-    """
-    sizes = dict(times.sizes)
-    pairs, blocks = sizes["head_dim"] // 2, [1]
-    while pairs % (2 * blocks[-1]) == 0:
-        blocks.append(2 * blocks[-1])
-    seconds = [times.of(plan_coded(sizes, budget, bits=bits, key_blocks=n)) for n in blocks]
-    return next(n for n, t in zip(blocks, seconds, strict=True) if t <= AS_FAST * min(seconds))
