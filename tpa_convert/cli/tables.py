@@ -68,11 +68,12 @@ def show_plan(prediction: Prediction) -> None:
             f"in {blocks} block{'s' if blocks > 1 else ''} of rotary pairs."
         )
     _show_rebuilding(plan)
+    if plan.coded is not None:  # kernels of coded caches are far from the least time
+        return
     ratio = prediction.decode_seconds / prediction.source_decode_seconds
     console.print(
         f"Attention of a decoding step on an H100, {DECODE_CONTEXT:,} tokens cached: at least "
         f"{_times(ratio)} the source's {1e3 * prediction.source_decode_seconds:.3g} ms."
-        + ("" if plan.coded is None else " Kernels of coded caches take many times as long.")
     )
 
 
@@ -172,7 +173,8 @@ def show_planning(result: PlanningResult) -> None:
     report = result.report
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("")
-    columns = ["bytes", "kept", "predicted", "perplexity", "KL", "step"]
+    timed = report.plan.coded is None  # kernels of coded caches are far from the least time
+    columns = ["bytes", "kept", "predicted", "perplexity", "KL", *(["step"] if timed else [])]
     columns += ["context"] if result.memory is not None else []
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -191,7 +193,7 @@ def show_planning(result: PlanningResult) -> None:
             "" if predicted is None else _times(math.exp(min(predicted, 700.0))),
             _times(candidate.perplexity_ratio),
             f"{candidate.kl:.3f}",
-            _times(candidate.decode_seconds / report.times.of_source),
+            *([_times(candidate.decode_seconds / report.times.of_source)] if timed else []),
         ]
         context = result.context(candidate)
         table.add_row(
@@ -210,7 +212,6 @@ def show_planning(result: PlanningResult) -> None:
             "",
             _times(other.perplexity_ratio),
             f"{other.kl:.3f}",
-            "",
             *([""] if result.memory is not None else []),
         )
     console.print(table)
@@ -219,7 +220,7 @@ def show_planning(result: PlanningResult) -> None:
         f"healing, relative to the source's {report.source_perplexity:.2f} on held-out "
         f"calibration text; bytes are those of a token, numbers have 16 bits.",
         *_explanation(report),
-        f"Step: {_about_steps(report.times)}",
+        *([f"Step: {_about_steps(report.times)}"] if timed else []),
         f"→: {_what_was_chosen(result)}",
         *(
             [
@@ -248,8 +249,7 @@ def _about_steps(times: DecodeTime) -> str:
         f"the least time that the attention layers of {rates.name} need for a token, relative to "
         f"the source's {1e3 * times.of_source:.3g} ms, from bytes at {rates.bandwidth / 1e12:.2f} "
         f"TB/s and operations at {rates.operations / 1e12:.0f} TFLOP/s; "
-        f"{times.context:,} tokens cached, batch {times.batch}. Kernels take longer, those of "
-        "coded caches many times as long: `tpa-convert bench` measures."
+        f"{times.context:,} tokens cached, batch {times.batch}. Kernels take longer."
     )
 
 
