@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from tests.command_line import tpa_convert
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tpa_convert import pipeline
+from tpa_convert.pipeline import needs as measured
 from tpa_convert.pipeline.needs import Needs, sizes_of
 from tpa_convert.recipe import ConvertOptions
 
@@ -25,6 +26,13 @@ LARGE: dict[str, Any] = {
     "vocab_size": 128256,
     "dtype": "bfloat16",
 }
+
+
+@pytest.fixture(autouse=True)
+def one_machine(monkeypatch) -> None:
+    """What this machine does in a second differs from call to call."""
+    monkeypatch.setattr(measured, "_seconds_of_product", lambda: 0.01)
+    monkeypatch.setattr(measured, "_seconds_of_eigenproblem", lambda: 0.1)
 
 
 def needs(config: Any, directory: Path, **options: Any) -> Needs:

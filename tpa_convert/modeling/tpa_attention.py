@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .tpa_cache import cache_grid, fold, refuse_quantised, unfold
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated, masked_softmax
-from .tpa_kernels import find_kernel
+from .tpa_kernels import Sources, find_kernel
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_prefill import rebuilt_attention
 from .tpa_rotary import (
@@ -250,6 +250,11 @@ class TPAAttention(nn.Module):
             )
             output = output[..., : self.values.output_width]
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def train(self, mode: bool = True) -> "TPAAttention":
+        """What decoding keeps of the parameters is made anew after training."""
+        Sources.trained()
+        return super().train(mode)
 
     def tables(self, position_embeddings: Table) -> tuple[Table, Table, Table]:
         """Tables of the new tokens: that of the features of a head, [b, 1, s, d], and those of

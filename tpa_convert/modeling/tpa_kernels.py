@@ -80,15 +80,28 @@ def find_latent() -> LatentKernels | None:
 
 
 class Sources:
-    """The tensors that something was made of, to see whether they are still the same."""
+    """The tensors that something was made of, to see whether they are still the same.
+
+    Fused optimizers change parameters in place and nothing counts that, so whatever may be training
+    has to say `trained`.
+    """
+
+    rounds = 0  # of training, of any model
 
     def __init__(self, tensors: Sequence[torch.Tensor] = ()):
         # Kept, so that no other tensor can have their place in memory.
         self.seen = [(x, x.data_ptr(), changes_of(x)) for x in tensors]
+        self.round = Sources.rounds
+
+    @classmethod
+    def trained(cls) -> None:
+        """Parameters may have changed: nothing made of them before is right any more."""
+        cls.rounds += 1
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are they, not changed in place since."""
-        return len(self.seen) == len(tensors) and all(
+        same = self.round == Sources.rounds and len(self.seen) == len(tensors)
+        return same and all(
             a is b and place == b.data_ptr() and changes == changes_of(b)
             for (a, place, changes), b in zip(self.seen, tensors, strict=True)
         )
@@ -110,6 +123,7 @@ class Kept:
         if torch.compiler.is_compiling():
             return make()
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            Sources.trained()
             return make()
         if not self.made_of.are(tensors):
             with torch.inference_mode(False), torch.no_grad():
