@@ -134,7 +134,7 @@ class Tally:
             if reference is None:
                 reference = log_p
                 top, weights = log_p.argmax(-1), log_p.exp()
-                same.index_add_(0, block, torch.ones_like(same[block]))
+                same.index_add_(0, block, torch.ones_like(block, dtype=torch.float64))
             else:
                 parts = (weights * (reference - log_p)).sum(-1, dtype=torch.float64)
                 kl.index_add_(0, block, parts)
