@@ -57,6 +57,19 @@ def test_a_dry_run_says_what_is_known_of_the_codes(folder, tmp_path) -> None:
     assert re.search(rough, shown)
 
 
+def test_no_time_of_a_step_is_promised_for_codes(folder) -> None:
+    """Kernels take many times the least time; with numbers of 16 bits it is shown."""
+    assert "Step:" not in (folder / "plan.txt").read_text()
+    for options, promised in (
+        (("--plan", folder / "plan.yaml"), False),
+        (("--kv-ratio", 0.25), False),
+        (("--kv-ratio", 0.5, "--cache-bits", 16), True),
+    ):
+        result = tpa_convert("convert", folder / "source", *options, "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert ("Attention of a decoding step" in result.stdout) is promised
+
+
 def test_a_plan_through_every_command(folder, tmp_path) -> None:
     text = folder / "text.txt"
     values = json.loads((folder / "plan.json").read_text())

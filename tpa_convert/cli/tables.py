@@ -68,7 +68,7 @@ def show_plan(prediction: Prediction) -> None:
             f"in {blocks} block{'s' if blocks > 1 else ''} of rotary pairs."
         )
     _show_rebuilding(plan)
-    if plan.coded is not None:  # kernels of coded caches are far from the least time
+    if plan.is_coded:  # kernels of coded caches are far from the least time
         return
     ratio = prediction.decode_seconds / prediction.source_decode_seconds
     console.print(
@@ -173,7 +173,7 @@ def show_planning(result: PlanningResult) -> None:
     report = result.report
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("")
-    timed = report.plan.coded is None  # kernels of coded caches are far from the least time
+    timed = not report.plan.is_coded  # kernels of coded caches are far from the least time
     columns = ["bytes", "kept", "predicted", "perplexity", "KL", *(["step"] if timed else [])]
     columns += ["context"] if result.memory is not None else []
     for column in columns:
