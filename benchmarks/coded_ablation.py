@@ -99,14 +99,14 @@ def codes(plan: Plan, moments: Moments, share: Share) -> Plan:
     layers = [
         CodedLayer(m, moments.num_tokens, budget.key_blocks, plan.head_dim) for m in moments.layers
     ]
-    keys = [layer.keys.energies for layer in layers]
-    values = [layer.values(None)[0].energies for layer in layers]
+    keys = [layer.key_energies for layer in layers]
+    values = [layer.value_energies(None) for layer in layers]
     for _ in range(1 + ROUNDS * budget.predict_values):
         bits = share(keys, values, budget.total_bytes, budget.align)
         if budget.predict_values:
             groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
             pairs = zip(layers, groups, strict=True)
-            values = [layer.values(runs)[0].energies for layer, runs in pairs]
+            values = [layer.value_energies(runs) for layer, runs in pairs]
     return with_codes(plan, bits)
 
 

@@ -149,7 +149,6 @@ def time_healing(
 ) -> tuple[healing_run.HealingReport, float]:
     """The report, and the share of the GPUs' peak arithmetic that was used."""
     student, teacher = random_models(shape)
-    flops = flops_per_token(student, teacher, LENGTH)
     vocab, size = SHAPES[shape]["vocab_size"], (BLOCKS * steps, LENGTH)
     blocks = torch.randint(vocab, size, generator=torch.Generator().manual_seed(0))
     layers = healing_run.modules_to_compile
@@ -175,9 +174,16 @@ def time_healing(
             )
     finally:
         healing_run.modules_to_compile = layers
+    return report, mfu_of(student, teacher, report)
+
+
+def mfu_of(
+    student: PreTrainedModel, teacher: PreTrainedModel, report: healing_run.HealingReport
+) -> float:
+    """Share of the GPUs' peak arithmetic that a run used; not a number where that is not known."""
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     peak = (peak or math.nan) * processes().num_processes
-    return report, flops * (report.tokens_per_second or 0) / peak
+    return flops_per_token(student, teacher, LENGTH) * (report.tokens_per_second or 0) / peak
 
 
 @contextmanager

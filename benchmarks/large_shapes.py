@@ -3,12 +3,15 @@
     python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large
     python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large --calibrated --layers 4
     python benchmarks/large_shapes.py llama-2-7b --folder /tmp/large --kills 20
+    python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large --calibrated --device cuda --cold
 
 Makes a checkpoint of the shape with random bf16 weights in shards, converts it in a process of its
 own, and prints what that process needed. Without --calibrated, weights alone are decomposed
 (rotated keys in 16 bits, half of the cache); with it, the cache is coded in an eighth of the bytes
 after 16 x 512 tokens. With --kills, the conversion is killed so many times, every --every seconds,
-and has to have the same bytes as an undisturbed one after that. The folder is removed at the end.
+and has to have the same bytes as an undisturbed one after that. With --cold, the system forgets the
+source's files before it is converted, so that they are read from the disk. The folder is removed at
+the end, unless --keep is given.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -72,7 +76,9 @@ finally:
     used = resource.getrusage(resource.RUSAGE_SELF)
     status = Path("/proc/self/status").read_text().split()
     peak = status[status.index("VmHWM:") + 1]
-    print(f"MEASURED {peak} {used.ru_utime + used.ru_stime}", file=sys.stderr)
+    torch = sys.modules["torch"]
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    print(f"MEASURED {peak} {used.ru_utime + used.ru_stime} {gpu}", file=sys.stderr)
 """
 
 
@@ -91,7 +97,8 @@ def make_source(name: str, layers: int | None, folder: Path) -> int:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t2").save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
     size = total = count = 0
@@ -105,11 +112,12 @@ def make_source(name: str, layers: int | None, folder: Path) -> int:
         shard, size = {}, 0
 
     for key, tensor in model.state_dict().items():
-        values = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        values = torch.empty(tensor.shape, dtype=torch.bfloat16, device=device)
         if tensor.ndim == 1:
             values.fill_(1)
         else:
             values.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
+        values = values.cpu()
         if size and size + values.nbytes > SHARD:
             write()
         shard[key] = values
@@ -120,8 +128,16 @@ def make_source(name: str, layers: int | None, folder: Path) -> int:
     return total
 
 
-def command(source: Path, out: Path, blocks: int, refit: bool) -> list[str]:
-    arguments = ["convert", str(source), "--out", str(out), "--device", "cpu", "--profile"]
+def forget(folder: Path) -> None:
+    """Has the system write the files of a folder to the disk, and keep none of them in memory."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def command(source: Path, out: Path, blocks: int, refit: bool, device: str) -> list[str]:
+    arguments = ["convert", str(source), "--out", str(out), "--device", device, "--profile"]
     if not blocks:
         return [sys.executable, "-c", CHILD, *arguments, *PLAIN]
     text = ["--calibration", str(source / "text.txt"), "--calibration-blocks", str(blocks)]
@@ -159,13 +175,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="is made, and removed at the end"
-    )
+    parser.add_argument("--folder", type=Path, required=True, help="is made")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--blocks", type=int, default=16, help="of 512 tokens, with --calibrated")
     parser.add_argument("--refit", action="store_true", help="too, with --calibrated")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="the folder, with both models")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--every", type=float, default=15.0, help="seconds between kills")
     given = parser.parse_args()
@@ -182,18 +199,22 @@ def main() -> None:
             )
             text = " ".join(f"t{i}" for i in ids.tolist())
             (source / "text.txt").write_text(text, encoding="utf-8")
-        line = command(source, out, given.blocks if given.calibrated else 0, given.refit)
+        blocks = given.blocks if given.calibrated else 0
+        line = command(source, out, blocks, given.refit, given.device)
+        if given.cold:
+            forget(source)
         start = time.perf_counter()
         run = subprocess.run(line, check=False, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         print(run.stdout)
         if run.returncode:
             sys.exit(run.stderr[-3000:])
-        peak, cpu = next(x.split()[1:] for x in run.stderr.splitlines() if "MEASURED" in x)
+        peak, cpu, gpu = next(x.split()[1:] for x in run.stderr.splitlines() if "MEASURED" in x)
         print(
             f"wall {seconds:.0f} s, CPU {float(cpu):.0f} s, "
-            f"peak memory {int(peak) / 2**20:.2f} GiB, "
-            f"{size / 1e9 / seconds:.3f} GB of weights a second"
+            f"peak memory {int(peak) / 2**20:.2f} GiB, of the GPU {int(gpu) / 2**30:.2f} GiB, "
+            f"{size / 1e9 / seconds:.3f} GB of weights a second",
+            flush=True,
         )
         if given.kills:
             expected = digest(out)
@@ -202,7 +223,8 @@ def main() -> None:
             same = digest(out) == expected
             print(f"killed {times} times, every {given.every:g} s: identical: {same}")
     finally:
-        shutil.rmtree(given.folder, ignore_errors=True)
+        if not given.keep:
+            shutil.rmtree(given.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

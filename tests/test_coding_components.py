@@ -7,6 +7,7 @@ from tests.test_coding_decisions import expected_loss, layout_of
 from tpa_convert.coding import (
     allocate_bits,
     coded_order,
+    component_energies,
     design_quantiser,
     fisher_metric,
     groups_of_bits,
@@ -64,6 +65,24 @@ def test_wider_blocks_leave_less_energy_to_many_components():
         energy = torch.cat(part.energies)
         errors.append(remaining_error(energy, allocate_bits(energy, 128)).item())
     assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_energies_are_those_of_the_components(blocks):
+    covariance, metric = positive_definite(32, 0), positive_definite(32, 1)
+    in_blocks = pair_blocks(2, 16, blocks)
+    energies = component_energies(covariance, metric, in_blocks)
+    part = part_of(covariance, metric, in_blocks)
+    torch.testing.assert_close(energies, part.energies)
+    wrong = part_of(covariance, torch.eye(32).double(), in_blocks)  # negative control
+    assert not torch.allclose(torch.cat(energies), torch.cat(wrong.energies))
+
+
+def test_where_no_error_costs_anything_components_are_finite():
+    nothing = torch.zeros(16, 16, dtype=torch.float64)
+    for covariance in (positive_definite(16, 0), nothing):
+        found = principal_components(covariance, nothing, pair_blocks(2, 8, 2))
+        assert all(part.isfinite().all() for part in found)
 
 
 def test_the_metric_of_few_tokens_is_shrunk_to_the_identity():

@@ -128,7 +128,7 @@ def test_channels_are_measured_in_pieces(
     blocks = random_tokens(5, 16)
     states = teacher.model(blocks, output_hidden_states=True).hidden_states[1:-1]
     args = preparation.training_arguments(
-        teacher, HealingSettings(tokens_per_step=80, batch_size=1), 16, tmp_path
+        teacher, teacher, HealingSettings(tokens_per_step=80, batch_size=1), 16, tmp_path
     )
     args.per_device_train_batch_size = batch_size
     trainer = DistillationTrainer(

@@ -167,6 +167,17 @@ def test_layers_of_different_shapes_are_compiled_together(
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
 
 
+def test_batches_leave_room_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are still in main memory when a run is prepared take theirs later."""
+    model, free = make_tiny_llama(), 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    gpu = torch.device("cuda")
+    few, many = (blocks_that_fit(model, 64, gpu, False, awaited=n) for n in (free // 2, 0))
+    assert 1 < few == pytest.approx(many / 2, rel=0.05)
+    assert blocks_that_fit(model, 64, gpu, False, shards=4, awaited=2 * free) >= few - 1
+    assert blocks_that_fit(model, 64, gpu, False, awaited=2 * free) == 1
+
+
 def test_batch_sizes() -> None:
     assert largest_divisor(32, 32) == 32
     assert largest_divisor(32, 28) == 16

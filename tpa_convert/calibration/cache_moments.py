@@ -62,7 +62,7 @@ class CacheMomentAccumulator:
             self._add(name, part.mT @ part)
 
     def finish(self) -> CacheMoments:
-        """The moments, rounded as a file keeps them: with other ones, other codes would follow."""
+        """The moments in fp32, as a file keeps them: with other ones, other codes would follow."""
         tokens = self.sums["tokens"]
         mean = self.sums["first"] / tokens
         moments = (
@@ -72,7 +72,7 @@ class CacheMomentAccumulator:
             self.sums["value"] / tokens,
             self.sums["sink"] / self.sums["sinks"],
         )
-        return CacheMoments(*(moment.float().double().cpu() for moment in moments))
+        return CacheMoments(*(moment.float().cpu() for moment in moments))
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def _forward(source: Source, walk: DecoderWalk, inputs: Store, track: Track) -> 
     """Keeps what enters each layer, and leaves what leaves the last in the walk's states."""
     for i in track(range(go_on(walk, inputs), len(walk.layers)), "calibrating"):
         if inputs_name(i) not in inputs:
-            inputs[inputs_name(i)] = {"states": walk.states.cpu().clone()}
+            inputs[inputs_name(i)] = {"states": walk.states.to("cpu", copy=True)}
         with full_width(source, i):
             walk.advance(i)
 

@@ -18,6 +18,7 @@ from tpa_convert.coding.allocation import (
 )
 from tpa_convert.coding.components import (
     Components,
+    component_energies,
     fisher_metric,
     pair_blocks,
     principal_components,
@@ -41,6 +42,7 @@ __all__ = [
     "RowTable",
     "allocate_bits",
     "coded_order",
+    "component_energies",
     "design_quantiser",
     "fisher_metric",
     "fit_tiers",

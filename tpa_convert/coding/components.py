@@ -84,24 +84,44 @@ def principal_components(
     Args:
         covariance: of x over tokens, [n, n].
         metric: [n, n].
-        blocks: features of each block, a partition of 0 … n − 1; None for one block of all.
+        blocks: features of each block, all of one size, a partition of 0 … n − 1; None for one
+            block of all.
 
     Returns: n components, block after block, the largest energy of each block first.
     """
     n = len(covariance)
-    features, gauges = [], []
-    for index in blocks or [torch.arange(n)]:
-        index = index.to(covariance.device)
-        values, vectors = torch.linalg.eigh(metric[index][:, index])
-        # above 0 also where no error costs anything, as behind projections that are zero
-        values = values.clamp_min(1e-6 * values.mean()).clamp_min(1e-30)
-        root, inverse = ((vectors * values**power) @ vectors.mT for power in (0.5, -0.5))
-        basis = torch.linalg.eigh(root @ covariance[index][:, index] @ root)[1].flip(-1)
-        feature = covariance.new_zeros(len(index), n)
-        gauge = covariance.new_zeros(n, len(index))
-        feature[:, index], gauge[index] = basis.mT @ root, inverse @ basis
-        features.append(feature)
-        gauges.append(gauge)
-    feature, gauge = torch.cat(features), torch.cat(gauges, dim=1)
-    norm = torch.linalg.vector_norm(gauge, dim=0)
-    return Components(feature * norm[:, None], gauge / norm, norm**-2)
+    index, root, inside = _blockwise(covariance, metric, blocks)
+    basis = torch.linalg.eigh(inside)[1].flip(-1)  # [B, m, m]
+    feature = covariance.new_zeros(*index.shape, n)
+    gauge = covariance.new_zeros(*index.shape, n)
+    columns = index[:, None].expand_as(basis)
+    feature.scatter_(2, columns, basis.mT @ root)
+    gauge.scatter_(2, columns, torch.linalg.solve_triangular(root, basis, upper=True).mT)
+    feature, gauge = feature.flatten(0, 1), gauge.flatten(0, 1)
+    norm = torch.linalg.vector_norm(gauge, dim=1)
+    return Components(feature * norm[:, None], (gauge / norm[:, None]).mT, norm**-2)
+
+
+def component_energies(
+    covariance: Tensor, metric: Tensor, blocks: list[Tensor] | None = None
+) -> list[Tensor]:
+    """What leaving out each of the `principal_components` would cost, by block, the largest first:
+    a fraction of the time that the components take."""
+    _, _, inside = _blockwise(covariance, metric, blocks)
+    return list(torch.linalg.eigvalsh(inside).flip(-1).clamp_min(0))
+
+
+def _blockwise(
+    covariance: Tensor, metric: Tensor, blocks: list[Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of each of B blocks, int64 [B, m]; S with Sᵀ S = G there, upper triangular; and
+    the covariance of S x, whose eigenvectors are the basis whatever root S is. [B, m, m] each."""
+    whole = [torch.arange(len(covariance))]
+    index = torch.stack(blocks or whole).to(covariance.device)
+    rows, columns = index[:, :, None], index[:, None, :]
+    metric = metric[rows, columns]
+    # above 0 also where no error costs anything, as behind projections that are zero
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)
+    floor = (1e-12 * mean).clamp_min(1e-30)[:, None, None]
+    root = torch.linalg.cholesky(metric + floor * torch.eye(index.shape[1]).to(metric)).mT
+    return index, root, root @ covariance[rows, columns] @ root.mT

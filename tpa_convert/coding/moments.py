@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class CacheMoments:
-    """Of one layer, with n = g d keys and n values a token, fp64.
+    """Of one layer, with n = g d keys and n values a token.
 
     Keys are those that `AttentionWeights.key` makes, before norm and rotation. Sinks are the first
     tokens of the texts; all else is about the others.
@@ -29,3 +30,10 @@ class CacheMoments:
     key_metric: Tensor
     value_metric: Tensor
     sink_mean: Tensor
+
+    def to(self, device: torch.device | str) -> CacheMoments:
+        """The same there, fp64."""
+        # The type last: a GPU gets half the bytes of what is kept in fp32.
+        return CacheMoments(
+            *(getattr(self, field.name).to(device).double() for field in fields(self))
+        )

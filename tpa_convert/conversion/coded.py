@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from tpa_convert.coding import (
     Part,
     RowTable,
     coded_order,
+    component_energies,
     design_quantiser,
     fisher_metric,
     groups_of_bits,
@@ -29,14 +31,17 @@ from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.modeling import CLASSES, LayerShape, RowLayout, codes_of, groups_of
 from tpa_convert.plans import Plan
 
+Groups = list[list[tuple[int, int]]]
+"""(bits, components) of each run of codes, in each block of a part."""
+
 ROUNDS = 2  # the bits of the keys decide what they say of the values, and the other way round
 
 
 class CodedLayer:
-    """What is known of a layer before its bits are: components of keys, and metrics.
+    """What is known of a layer before its bits are: components, energies, and metrics.
 
     Args:
-        moments: of the layer.
+        moments: of the layer, where everything is computed.
         tokens: that the moments are of.
         blocks: of rotary pairs, for the keys.
         head_dim: of the source.
@@ -44,26 +49,49 @@ class CodedLayer:
 
     def __init__(self, moments: CacheMoments, tokens: int, blocks: int, head_dim: int):
         self.moments, self.width = moments, len(moments.mean) // 2
-        n = self.width
-        key_metric, self.value_metric = (
+        self.key_metric, self.value_metric = (
             fisher_metric(metric, tokens) for metric in (moments.key_metric, moments.value_metric)
         )
-        in_blocks = pair_blocks(n // head_dim, head_dim, blocks)
-        self.keys = part_of(moments.covariance[:n, :n], key_metric, in_blocks)
+        self.blocks = pair_blocks(self.width // head_dim, head_dim, blocks)
 
-    def values(self, groups: list[list[tuple[int, int]]] | None) -> tuple[Part, Tensor | None]:
+    @property
+    def _key_covariance(self) -> Tensor:
+        return self.moments.covariance[: self.width, : self.width]
+
+    @cached_property
+    def keys(self) -> Part:
+        """Components of the keys."""
+        return part_of(self._key_covariance, self.key_metric, self.blocks)
+
+    @property
+    def key_energies(self) -> list[Tensor]:
+        """Of the keys, on the CPU, without their components."""
+        found = component_energies(self._key_covariance, self.key_metric, self.blocks)
+        return [energy.cpu() for energy in found]
+
+    def value_energies(self, groups: Groups | None) -> list[Tensor]:
+        """As `key_energies`, of the values; `groups` as in `values`."""
+        residual, _ = self._unpredicted(groups)
+        return [energy.cpu() for energy in component_energies(residual, self.value_metric)]
+
+    def values(self, groups: Groups | None) -> tuple[Part, Tensor | None]:
         """Components of the values, and the weight [n, c] that predicts them.
 
         Args:
             groups: of the codes of the keys, for values that are predicted from these; else None.
         """
-        covariance, weight, n = self.moments.covariance, None, self.width
-        residual = covariance[n:, n:]
-        if groups is not None:
-            order = coded_order(self.keys, groups)
-            bits = torch.tensor([bits for runs in groups for bits, m in runs for _ in range(m)])
-            weight, residual = predict_values(self.keys, order, bits, covariance)
+        residual, weight = self._unpredicted(groups)
         return part_of(residual, self.value_metric), weight
+
+    def _unpredicted(self, groups: Groups | None) -> tuple[Tensor, Tensor | None]:
+        """Covariance [n, n] of what the keys do not say of the values, and the weight."""
+        covariance = self.moments.covariance
+        if groups is None:
+            return covariance[self.width :, self.width :], None
+        bits = torch.tensor([bits for runs in groups for bits, m in runs for _ in range(m)])
+        order, bits = coded_order(self.keys, groups), bits.to(covariance.device)
+        weight, residual = predict_values(self.keys, order, bits, covariance)
+        return residual, weight
 
 
 class Codes(NamedTuple):
@@ -79,19 +107,27 @@ class Codes(NamedTuple):
         return sum(self.layer_nats)
 
 
-def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Codes:
+def choose_codes(
+    plan: Plan,
+    moments: Sequence[CacheMoments],
+    tokens: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> Codes:
     """Codes for the keys and values of every layer, from one budget and in one unit, nats.
 
     Args:
         plan: whose codes are still to be chosen.
         moments: of every layer, of this many `tokens`; one is asked for at a time.
+        device: where to decompose.
     """
     assert plan.coded is not None
     budget, predicted = plan.coded, plan.coded.predict_values
     total, align = budget.total_bytes, budget.align
 
     def known(index: int) -> CodedLayer:
-        return CodedLayer(moments[index], tokens, budget.key_blocks, plan.head_dim)
+        there = moments[index].to(device)
+        return CodedLayer(there, tokens, budget.key_blocks, plan.head_dim)
 
     def best_rows(energies: list[Tensor]) -> RowTable:
         return RowTable.of(energies, total, align, LEVELS)
@@ -100,8 +136,8 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
     values: list[list[Tensor]] = []
     for index in range(len(moments)):  # moments may be large: of one layer at a time
         layer = known(index)
-        keys.append(layer.keys.energies)
-        values.append(layer.values(None)[0].energies)
+        keys.append(layer.key_energies)
+        values.append(layer.value_energies(None))
         del layer
     # Which components are kept of all depends on those of the values, where a mean is asked for.
     key_rows = [] if budget.bits else [best_rows(energies) for energies in keys]
@@ -114,7 +150,7 @@ def choose_codes(plan: Plan, moments: Sequence[CacheMoments], tokens: int) -> Co
             bits = share_rows([r for k, v in pairs for r in (k, best_rows(v))], total, align)
         key_groups = [[groups_of_bits(block)[0] for block in part] for part in bits[::2]]
         if predicted:
-            values = [known(i).values(g)[0].energies for i, g in enumerate(key_groups)]
+            values = [known(i).value_energies(g) for i, g in enumerate(key_groups)]
     part_nats = [
         sum(remaining_error(e, b).item() / 2 for e, b in zip(energies, found, strict=True))
         for energies, found in zip(parts, bits, strict=True)
@@ -151,9 +187,11 @@ def with_codes(plan: Plan, bits: Sequence[Sequence[Tensor]]) -> Plan:
 def coded_parameters(
     weights: AttentionWeights, moments: CacheMoments, tokens: int, shape: LayerShape
 ) -> dict[str, Tensor]:
-    """Parameters of the keys and values of a coded layer, by their names in `TPAAttention`."""
+    """Parameters of the keys and values of a coded layer, by their names in `TPAAttention`; where
+    the weights are."""
     heads, head_dim, _ = weights.key.shape
     n, key_groups = heads * head_dim, groups_of(shape.key_codes)
+    moments = moments.to(weights.key.device)
     layer = CodedLayer(moments, tokens, len(key_groups), head_dim)
     values, prediction = layer.values(key_groups if shape.predict_values else None)
     key = _part_parameters(
@@ -186,7 +224,7 @@ def coded_parameters(
 def _part_parameters(
     name: str,
     part: Part,
-    groups: list[list[tuple[int, int]]],
+    groups: Groups,
     layout: RowLayout,
     weight: Tensor,
     mean: Tensor,

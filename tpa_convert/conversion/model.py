@@ -195,10 +195,12 @@ class Conversion:
 
     def _attention(self, attention: Any, index: int) -> tuple[dict[str, Tensor], LayerShape]:
         """Parameters of a layer's attention, and its shape as its factors decide."""
-        weights = attention_weights(
-            attention, self.source.family.names, self.source.model.config, index, device="cpu"
-        )
         shape = self.plan.layers[index]
+        # Components of a coded cache are eigenvectors, of thousands of rows in large models.
+        device = device_of(self.source.model) if shape.coded else "cpu"
+        weights = attention_weights(
+            attention, self.source.family.names, self.source.model.config, index, device=device
+        )
         moments: Any = None if self.moments is None else self.moments.layers[index]
         if shape.coded:
             assert self.moments is not None

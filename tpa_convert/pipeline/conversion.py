@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -134,7 +135,7 @@ def convert(
         if plan.coded is not None:
             assert moments is not None
             with stages("choosing codes"):
-                codes = _codes(plan, moments, made.work / "codes.json")
+                codes = _codes(plan, moments, device_of(opened.model), made.work / "codes.json")
             plan, nats, by_layer["layer_nats"] = codes.plan, codes.nats, codes.layer_nats
         if options.target == "llama":
             assert moments is not None, "`whiten` is asked for"
@@ -188,10 +189,10 @@ def _identity(source: Source, blocks: Tensor | None, options: ConvertOptions) ->
     }
 
 
-def _codes(plan: Plan, moments: Moments, path: Path) -> Codes:
+def _codes(plan: Plan, moments: Moments, device: torch.device, path: Path) -> Codes:
     """The codes that an interrupted run has chosen, or else new ones."""
     if not path.is_file():
-        chosen = choose_codes(plan, moments.layers, moments.num_tokens)
+        chosen = choose_codes(plan, moments.layers, moments.num_tokens, device=device)
         record = {"layers": [asdict(x) for x in chosen.plan.layers], "nats": chosen.layer_nats}
         with atomic_file(path) as unfinished:
             unfinished.write_text(json.dumps(record), encoding="utf-8")

@@ -20,7 +20,7 @@ from tpa_convert.plans import Plan
 from tpa_convert.plans.cost import plan_cost, source_cost
 from tpa_convert.plans.speed import DecodeTime
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.sources import Source
+from tpa_convert.sources import Source, device_of
 
 BITS = (8, 4, 3, 2)  # of the source's quantised cache
 
@@ -54,8 +54,9 @@ def search_coded(
     """
     sizes = source.family.attention_sizes(source.model.config)
     model = source.model
+    device = device_of(model)
     codes = [
-        choose_codes(plan, moments.layers, moments.num_tokens)
+        choose_codes(plan, moments.layers, moments.num_tokens, device=device)
         for plan in track(plans, "choosing codes")
     ]
     bits = BITS if quantises(model) else ()

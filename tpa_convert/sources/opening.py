@@ -108,7 +108,7 @@ def _read_parts_on_demand(
     inside = {module for layer in layers for module in layer.modules()}
 
     def read(prefix: str, own: list[str]) -> dict[str, Tensor]:
-        tensors = weights.read(prefix + name for name in own)
+        tensors = weights.read((prefix + name for name in own), device)
         return {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in ((name, tensors[prefix + name]) for name in own)

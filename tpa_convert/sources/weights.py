@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -108,9 +109,12 @@ class StoredWeights:
             ) from error
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors of the model, in their stored type. They may be mapped from the files: memory
-        that the system takes back when they are let go of.
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Tensors of the model, in their stored type. On the CPU they may be mapped from the files:
+        memory that the system takes back when they are let go of.
+
+        Args:
+            device: where they are wanted, and where all that is done to them is done.
 
         Raises:
             UserError: the files cannot be read, or hold numbers that are not finite.
@@ -124,7 +128,7 @@ class StoredWeights:
                 with safe_open(path, framework="pt") as file:
                     for key in keys:
                         if self._files[key] == path:
-                            pieces[key] = file.get_tensor(key)
+                            pieces[key] = file.get_tensor(key).to(device)
         except (SafetensorError, OSError) as error:
             raise self.checkpoint.error(
                 f"{path.name} cannot be read ({error}); see that the disk is well, or download it "

@@ -22,11 +22,16 @@ GRADIENT_CHECKPOINTING = next(
 
 
 def training_arguments(
-    student: PreTrainedModel, settings: HealingSettings, block_length: int, directory: Path
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    settings: HealingSettings,
+    block_length: int,
+    directory: Path,
 ) -> TrainingArguments:
     """The Trainer's arguments, with the batch size that fits.
 
     Args:
+        student, teacher: wherever they are now.
         block_length: of the training text.
         directory: where the checkpoints go.
 
@@ -35,7 +40,7 @@ def training_arguments(
     """
     device = processes().device
     cuda = device.type == "cuda"
-    batch_size, accumulation = _batches(student, settings, block_length)
+    batch_size, accumulation = _batches(student, teacher, settings, block_length)
     bf16 = cuda and torch.cuda.is_bf16_supported() if settings.bf16 is None else settings.bf16
     args = TrainingArguments(
         output_dir=str(directory),
@@ -71,7 +76,10 @@ def training_arguments(
 
 
 def _batches(
-    student: PreTrainedModel, settings: HealingSettings, block_length: int
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    settings: HealingSettings,
+    block_length: int,
 ) -> tuple[int, int]:
     """Blocks in a forward pass of one device, and forward passes in a step."""
     device, count = processes().device, processes().num_processes
@@ -81,6 +89,9 @@ def _batches(
             f"a step has {blocks_per_step} blocks, which {count} processes cannot share "
             "equally: change `tokens_per_step`"
         )
+    coming = [student.parameters()]
+    coming += [] if settings.offload_teacher else [teacher.parameters()]
+    awaited = sum(p.nbytes for part in coming for p in part if p.device.type != device.type)
     limit = settings.batch_size or smallest(
         blocks_that_fit(
             student,
@@ -88,6 +99,7 @@ def _batches(
             device,
             settings.gradient_checkpointing,
             shards=count if sharding() else 1,
+            awaited=awaited,
         )
     )
     batch_size = largest_divisor(blocks_per_step // count, limit)

@@ -54,18 +54,22 @@ def blocks_that_fit(
     device: torch.device,
     gradient_checkpointing: bool,
     shards: int = 1,
+    awaited: int = 0,
 ) -> int:
     """How many sequences one forward and backward pass of `model` should take on `device`.
 
-    On a GPU, a coarse estimate that fills half of the memory left beside fp32 gradients and Adam's
-    moments, of which `shards` devices share one copy; on a CPU, few, because larger batches are no
-    faster there.
+    On a GPU, a coarse estimate that fills half of the memory left beside weights, fp32 gradients
+    and Adam's moments; on a CPU, few, because larger batches are no faster there.
+
+    Args:
+        shards: devices that share one copy of weights, gradients and moments.
+        awaited: bytes of the weights that are to come to the device.
     """
     if device.type != "cuda":
         return max(1, CPU_TOKENS_PER_BATCH // block_length)
     per_token = saved_bytes_per_token(model.config.get_text_config(), gradient_checkpointing)
     free, _ = torch.cuda.mem_get_info(device)
-    free -= 12 * model.num_parameters(only_trainable=True) // shards
+    free -= (awaited + 12 * model.num_parameters(only_trainable=True)) // shards
     return max(1, int(free / 2 / per_token / block_length))
 
 

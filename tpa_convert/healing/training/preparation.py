@@ -92,7 +92,7 @@ def prepare(
     whole_student, use_cache = student, student.config.use_cache
     if sharding():
         student = hollow(student)
-    args = training_arguments(student, settings, blocks.shape[1], output_dir / CHECKPOINTS)
+    args = training_arguments(student, teacher, settings, blocks.shape[1], output_dir / CHECKPOINTS)
     compiled = settings.torch_compile
     if compiled is None:
         compiled = args.device.type == "cuda"
