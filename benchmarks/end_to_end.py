@@ -64,11 +64,9 @@ def main() -> None:
             text += ["--calibration-blocks", given.calibration_blocks]
         run(["convert", given.source, "--kv-ratio", ratio, "--out", str(out), "--profile", *text])
     quantised = [part for bits in given.quantised for part in ("--quantised", bits)]
-    run(
-        ["eval", *made, "--against", given.source, "--text", given.valid, "--max-blocks"]
-        + [given.max_blocks, "--no-speed", "--batch-size", "1", "--prompt", "", *quantised]
-        + ["--json", str(given.folder / "eval.json")]
-    )
+    text = ["--text", given.valid, "--max-blocks", given.max_blocks, "--batch-size", "1"]
+    how = ["--no-speed", "--prompt", "", "--json", str(given.folder / "eval.json")]
+    run(["eval", *made, "--against", given.source, *text, *quantised, *how])
 
 
 if __name__ == "__main__":

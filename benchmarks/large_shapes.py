@@ -3,7 +3,8 @@
     python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large
     python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large --calibrated --layers 4
     python benchmarks/large_shapes.py llama-2-7b --folder /tmp/large --kills 20
-    python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large --calibrated --device cuda --cold
+    python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large --calibrated --cold \\
+        --device cuda
 
 Makes a checkpoint of the shape with random bf16 weights in shards, converts it in a process of its
 own, and prints what that process needed. Without --calibrated, weights alone are decomposed
