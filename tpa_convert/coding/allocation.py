@@ -139,19 +139,19 @@ class TierTable(NamedTuple):
         energy = energy.double().clamp_min(NO_ENERGY)
         order = energy.argsort(descending=True, stable=True)
         # u: components in units of `align`, which 8 bits need; r: bytes in units of `align`
-        strongest = pad(energy[order].cpu(), (0, -len(energy) % align)).view(-1, align).sum(1)
+        strongest = pad(energy[order], (0, -len(energy) % align)).view(-1, align).sum(1)
         before = pad(strongest.cumsum(0), (1, 0))  # [u]: energy of the components before u
         last = len(before) - 1
         sizes = min(size // align, max((_whole(b, last) for b in levels if b), default=0))
         left = left_out * (before[-1] - before)  # [u]: of all from u on
         left = left[:, None].expand(-1, sizes + 1)  # [u, r]
-        u = torch.arange(last + 1)
+        u = torch.arange(last + 1, device=energy.device)
         taken = {}
         for bits in sorted(b for b in levels if b):  # the lowest level comes last in a row
             unit = 8 // min(tier_bits_of(bits))
             size = bits * unit // 8
             counts = range(min(sizes // size, -(-last // unit)) + 1)
-            errors = torch.full((len(counts), last + 1, sizes + 1), torch.inf, dtype=torch.float64)
+            errors = energy.new_full((len(counts), last + 1, sizes + 1), torch.inf)
             for n in counts:
                 end = (u + n * unit).clamp_max(last)
                 coded = GAUSSIAN_ERROR[bits] * (before[end] - before)
@@ -161,14 +161,14 @@ class TierTable(NamedTuple):
 
     def bits(self, size: int) -> Tensor:
         """Of each component in tiers of at most `size` bytes, int64 [c]."""
-        result = torch.zeros(len(self.order), dtype=torch.long)
+        result = torch.zeros_like(self.order)
         at, room = 0, min(size // self.align, len(self.error) - 1)
         for bits in sorted(self.taken, reverse=True):
             n = int(self.taken[bits][min(at, len(self.taken[bits]) - 1), room])
             unit = 8 // min(tier_bits_of(bits))
             result[self.align * at : self.align * (at + n * unit)] = bits
             at, room = at + n * unit, room - n * bits * unit // 8
-        return torch.empty_like(self.order).index_copy_(0, self.order, result.to(self.order.device))
+        return torch.empty_like(self.order).index_copy_(0, self.order, result)
 
 
 def _whole(bits: int, last: int) -> int:
@@ -235,18 +235,17 @@ class RowTable(NamedTuple):
         most = (size - HEADER_BYTES) // align
         for block in blocks[1:]:
             sizes = min(most, len(error) + len(block.error) - 2) + 1
-            best, split = torch.full((sizes,), torch.inf, dtype=torch.float64), []
-            r = torch.arange(sizes)
+            split, r = [], torch.arange(sizes, device=error.device)
             for own in range(len(block.error)):
                 first = (r - own).clamp_max(len(error) - 1)
                 found = torch.where(first < 0, torch.inf, error[first.clamp_min(0)])
                 split.append(found + block.error[own])
-            best, chosen = torch.stack(split).min(0)
-            error = best
+            error, chosen = torch.stack(split).min(0)
             splits.append(chosen)
         # A row is whole words, its header among them.
         words = -(-(HEADER_BYTES + align * (len(error) - 1)) // ROW_WORD)
-        r = (ROW_WORD * torch.arange(min(words, size // ROW_WORD) + 1) - HEADER_BYTES) // align
+        length = ROW_WORD * torch.arange(min(words, size // ROW_WORD) + 1, device=error.device)
+        r = (length - HEADER_BYTES) // align
         row = torch.where(r < 0, torch.inf, error[r.clamp(0, len(error) - 1)])
         row[: least_row_bytes(align, levels) // ROW_WORD] = torch.inf
         return cls(row, blocks, splits)
@@ -333,7 +332,7 @@ def share_rows(
             f"{total_bytes} bytes a token have no room for {len(rows)} rows of {least} bytes"
         )
     most = (total_bytes - least * (len(rows) - 1)) // ROW_WORD  # words that can be left to one
-    errors = [row.error[: most + 1] for row in rows]
+    errors = [row.error[: most + 1].cpu() for row in rows]
     words = share_words(errors, total_bytes // ROW_WORD, least // ROW_WORD)
     return [row.bits(count) for row, count in zip(rows, words, strict=True)]
 
@@ -350,11 +349,11 @@ def share_words(errors: Sequence[Tensor], total: int, least: int) -> list[int]:
     """
     steps = []
     for i, error in enumerate(errors):
-        values, at = error.tolist(), least
-        while at < len(values) - 1:
-            gain = [(values[at] - values[w]) / (w - at) for w in range(at + 1, len(values))]
-            ahead = max(range(len(gain)), key=lambda k: (gain[k], k))
-            steps.append((gain[ahead], i, at, at + 1 + ahead))
+        at = least
+        while at < len(error) - 1:
+            gain = (error[at] - error[at + 1 :]) / torch.arange(1, len(error) - at)
+            ahead = len(gain) - 1 - int(gain.flip(0).argmax())  # the last of the best
+            steps.append((gain[ahead].item(), i, at, at + 1 + ahead))
             at += 1 + ahead
     words, spare = [least] * len(errors), total - least * len(errors)
     for gain, i, start, end in sorted(steps, key=lambda step: -step[0]):

@@ -65,14 +65,12 @@ class CodedLayer:
 
     @property
     def key_energies(self) -> list[Tensor]:
-        """Of the keys, on the CPU, without their components."""
-        found = component_energies(self._key_covariance, self.key_metric, self.blocks)
-        return [energy.cpu() for energy in found]
+        """Of the keys, by block, without their components."""
+        return component_energies(self._key_covariance, self.key_metric, self.blocks)
 
     def value_energies(self, groups: Groups | None) -> list[Tensor]:
         """As `key_energies`, of the values; `groups` as in `values`."""
-        residual, _ = self._unpredicted(groups)
-        return [energy.cpu() for energy in component_energies(residual, self.value_metric)]
+        return component_energies(self._unpredicted(groups)[0], self.value_metric)
 
     def values(self, groups: Groups | None) -> tuple[Part, Tensor | None]:
         """Components of the values, and the weight [n, c] that predicts them.
