@@ -351,9 +351,9 @@ def share_words(errors: Sequence[Tensor], total: int, least: int) -> list[int]:
     for i, error in enumerate(errors):
         at = least
         while at < len(error) - 1:
-            gain = (error[at] - error[at + 1 :]) / torch.arange(1, len(error) - at)
-            ahead = len(gain) - 1 - int(gain.flip(0).argmax())  # the last of the best
-            steps.append((gain[ahead].item(), i, at, at + 1 + ahead))
+            slopes = (error[at] - error[at + 1 :]) / torch.arange(1, len(error) - at)
+            ahead = len(slopes) - 1 - int(slopes.flip(0).argmax())  # the last of the best
+            steps.append((slopes[ahead].item(), i, at, at + 1 + ahead))
             at += 1 + ahead
     words, spare = [least] * len(errors), total - least * len(errors)
     for gain, i, start, end in sorted(steps, key=lambda step: -step[0]):
