@@ -49,12 +49,8 @@ class CacheMomentAccumulator:
     def _add(self, name: str, value: Tensor | int) -> None:
         self.sums[name] = self.sums.get(name, 0) + value
 
-    def update(self, numbers: Tensor, gradient: Tensor, size: Tensor | None = None) -> None:
-        """Adds keys and values side by side, [b, t, 2 n], and their gradients.
-
-        Args:
-            size: what a norm divides each key by, [b, t, n].
-        """
+    def update(self, numbers: Tensor, gradient: Tensor) -> None:
+        """Adds keys and values side by side, [b, t, 2 n], and their gradients."""
         numbers, gradient = numbers.double(), gradient.double()
         self._add("sinks", len(numbers))
         self._add("sink", numbers[:, 0].sum(0))
@@ -62,27 +58,17 @@ class CacheMomentAccumulator:
         self._add("tokens", len(x))
         self._add("first", x.sum(0))
         self._add("second", x.mT @ x)
-        of_keys, of_values = g.chunk(2, dim=-1)
-        if size is not None:
-            # The gradient by keys that are normalised has no bound as they shrink, yet no error
-            # does more than turn them: that of errors relative to their size is what counts.
-            size = size[:, 1:].flatten(0, 1).double()
-            self._add("size", size.square().sum(0))
-            of_keys = of_keys * size
-        self._add("key", of_keys.mT @ of_keys)
-        self._add("value", of_values.mT @ of_values)
+        for name, part in zip(("key", "value"), g.chunk(2, dim=-1), strict=True):
+            self._add(name, part.mT @ part)
 
     def finish(self) -> CacheMoments:
         """The moments in fp32, as a file keeps them: with other ones, other codes would follow."""
         tokens = self.sums["tokens"]
-        mean, key = self.sums["first"] / tokens, self.sums["key"] / tokens
-        if "size" in self.sums:
-            size = (self.sums["size"] / tokens).sqrt()
-            key = key / size.outer(size)
+        mean = self.sums["first"] / tokens
         moments = (
             mean,
             self.sums["second"] / tokens - mean.outer(mean),
-            key,
+            self.sums["key"] / tokens,
             self.sums["value"] / tokens,
             self.sums["sink"] / self.sums["sinks"],
         )
@@ -246,16 +232,5 @@ def _backward(source: Source, walk: DecoderWalk, index: int, gradient: Tensor) -
             sums.update(
                 torch.cat([tap.value for tap in taps], dim=-1),
                 torch.cat((of_keys, of_values), dim=-1),
-                _sizes(module, taps[0].value),
             )
     return sums.finish()
-
-
-def _sizes(module: TPAAttention, keys: Tensor) -> Tensor | None:
-    """What the norm of a layer's keys divides each of [b, t, n] by, the same shape; None without
-    one."""
-    if module.keys.norm is None:
-        return None
-    heads = keys.unflatten(-1, (-1, module.head_dim))
-    scale = module.keys.norm(heads.transpose(1, 2)).transpose(1, 2)  # [b, t, j or 1, 1]
-    return scale.reciprocal().expand_as(heads).flatten(2)
