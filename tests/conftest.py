@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 
-gc.disable()  # until all is imported, which makes many objects and no garbage
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as the package does it
@@ -36,10 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
-
-
-def pytest_collection_finish() -> None:
-    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

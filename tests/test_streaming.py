@@ -175,7 +175,7 @@ def test_the_terms_of_the_source_go_along(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------- cut short
 
-# Converts in child processes of one that has imported everything. Each is killed when it has written
+# Converts in children of a process that has imported everything. Each is killed when it has written
 # so many groups of tensors, in the middle of the next one, until one comes to its end. Prints how
 # the children of each job ended.
 KILLED = """
