@@ -1,4 +1,5 @@
-"""Tables beyond perplexity: by position in a long text, zero-shot tasks, needles, chat.
+"""Tables beyond perplexity: by position in a long text, zero-shot tasks, last words of sentences,
+needles, chat.
 
     python benchmarks/quality.py SmolLM2-135M-Instruct.Q4_1.gguf small healed \\
         --valid healing-valid.jsonl.xz --tasks tasks/*.jsonl.xz

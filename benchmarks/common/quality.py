@@ -1,13 +1,15 @@
-"""Tables beyond perplexity: by position in a long text, zero-shot tasks, needles, chat."""
+"""Tables beyond perplexity: by position in a long text, zero-shot tasks, last words of sentences,
+needles, chat."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.nn.functional import kl_div, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from common.last_words import last_word_accuracy, last_words
 from common.machine import tf32
 from tpa_convert.evaluation import (
     Accuracy,
@@ -34,6 +37,7 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CHOICES = 10  # numbers to choose from
 SLACK = 16  # tokens of a needle's text that are left free
 THINGS = ("bridge", "castle", "garden", "harbour", "library", "lighthouse", "mill", "station")
+Asked = TypeVar("Asked")
 CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
 
 
@@ -136,16 +140,27 @@ def choice_table(
     columns: Mapping[str, Sequence[Question]],
     batch_size: int = 64,
 ) -> None:
-    """Accuracy in percent on questions, a column each; their mean; points lost to the first model,
+    """`accuracy_table` of questions, a column each."""
+
+    def accuracy(model: PreTrainedModel, questions: Sequence[Question]) -> Accuracy:
+        return multiple_choice(model, tokenizer, questions, batch_size=batch_size)
+
+    accuracy_table(title, models, columns, accuracy)
+
+
+def accuracy_table(
+    title: str,
+    models: Mapping[str, PreTrainedModel],
+    columns: Mapping[str, Asked],
+    accuracy: Callable[[PreTrainedModel, Asked], Accuracy],
+) -> None:
+    """Accuracy in percent on what each column asks; their mean; points lost to the first model,
     with the paired 95 % interval."""
     print(f"\n| {title} | {' | '.join(columns)} | mean | drop |")
     print("|---" * (len(columns) + 3) + "|")
     reference: list[Accuracy] = []
     for name, model in models.items():
-        found = [
-            multiple_choice(model, tokenizer, questions, batch_size=batch_size)
-            for questions in columns.values()
-        ]
+        found = [accuracy(model, asked) for asked in columns.values()]
         reference = reference or found
         values = [100 * accuracy.normalized for accuracy in found]
         drop = paired_drop(reference, found)
@@ -208,6 +223,18 @@ def needle_table(
     title = f"needles found, % of {len(DEPTHS) * per_depth}"
     with long_texts():
         choice_table(title, models, tokenizer, columns, batch_size=16)
+
+
+def last_word_table(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+    count: int = 500,
+) -> None:
+    """How often the last word of a sentence is said right, in percent, by kind of text."""
+    words = {name: last_words(tokenizer, part, count) for name, part in texts.items()}
+    columns = {f"{name} ({len(part)})": part for name, part in words.items() if part}
+    accuracy_table("last words, %", models, columns, last_word_accuracy)
 
 
 def source_answers(
@@ -294,6 +321,8 @@ def quality_tables(
     """Positions and needles in the held-out text of a file, and chat if the tokenizer knows it."""
     blocks = blocks_by_source(tokenizer, load_documents(valid), max(lengths), 8)
     position_table(models, blocks)
+    texts = {name: [tokenizer.decode(row) for row in part] for name, part in blocks.items()}
+    last_word_table(models, tokenizer, texts)
     filler = tokenizer.decode(torch.cat([part.flatten() for part in blocks.values()]))
     needle_table(models, tokenizer, filler, lengths)
     if tokenizer.chat_template:
