@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def quality() -> Any:
-    return benchmark("quality")
+    return benchmark("common.quality")
 
 
 def table(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
@@ -184,7 +184,7 @@ def test_found_needles_are_counted(quality, tiny_llama, tiny_tokenizer, capsys) 
 
 
 def test_last_words_end_sentences(tiny_tokenizer) -> None:
-    last_words = benchmark("last_words").last_words
+    last_words = benchmark("common.last_words").last_words
     text = (
         "x" * 990
         + " and then came the evening. Nothing went wrong, but It ended at 5. So. This is new!"
@@ -197,7 +197,7 @@ def test_last_words_end_sentences(tiny_tokenizer) -> None:
 
 def test_last_words_said_right(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
     """As many as each model says when it is fed one text at a time."""
-    tools = benchmark("last_words")
+    tools = benchmark("common.last_words")
     text = FILLER * 8 + "It was all for nothing. They went home again, and found another house. "
     words = tools.last_words(tiny_tokenizer, [text * 3], count=8)
     # Of three words one is what the model says, so that right and wrong ones occur.
@@ -290,21 +290,22 @@ def test_all_models_come_to_all_tables(
     source, converted = save_source(tmp_path / "source"), tmp_path / "small"
     assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
     (tmp_path / "valid.txt").write_text(FILLER * 3)
-    calls: dict[str, Any] = {}
+    script, calls = benchmark("quality"), dict[str, Any]()
     tables = ("task_table", "position_table", "last_word_table", "needle_table", "chat_table")
     for name in tables:
+        module = script if hasattr(script, name) else quality
         monkeypatch.setattr(
-            quality, name, lambda *arguments, name=name, **_: calls.update({name: arguments})
+            module, name, lambda *arguments, name=name, **_: calls.update({name: arguments})
         )
     if chat:
-        load = quality.load
+        load = script.load
 
         def with_template(path: str) -> Any:
             loaded = load(path)
             loaded.tokenizer.chat_template = TEMPLATE
             return loaded
 
-        monkeypatch.setattr(quality, "load", with_template)
+        monkeypatch.setattr(script, "load", with_template)
     options = ["--valid", tmp_path / "valid.txt", "--tasks", "quiz.jsonl", "--lengths", 50, 200]
     run_main("quality", monkeypatch, source, converted, *options)
     models = calls["position_table"][0]
