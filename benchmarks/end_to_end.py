@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import device_name, versions
+from common.machine import device_name, versions
 
 
 def run(arguments: list[str]) -> None:

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
-from heal_throughput import BLOCKS, LENGTH, mfu_of
-from machine import device_name, versions
-from settings import given_settings
 from transformers import PreTrainedModel
 
+from common.arguments import given_settings
+from common.machine import device_name, versions
+from heal_throughput import BLOCKS, LENGTH, mfu_of
 from tpa_convert.export.save import load_model, read_provenance
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.healing.training.needs import healing_needs

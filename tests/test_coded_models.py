@@ -8,6 +8,7 @@ order of sums decides.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -254,19 +255,23 @@ def test_more_bytes_lose_less(source, moments) -> None:
 
 
 def test_the_calibrated_metric_beats_the_identity(source, moments) -> None:
-    """In a source whose keys and values do not all matter alike."""
+    """In a source whose keys and values do not all matter alike, over two budgets."""
     identity = torch.eye(len(moments.layers[0].key_metric)).double()
     layers = [
         replace(
             layer,
             key_metric=identity * layer.key_metric.diagonal().mean(),
             value_metric=identity * layer.value_metric.diagonal().mean(),
+            key_size=torch.ones_like(layer.key_size),
         )
         for layer in moments.layers
     ]
     alike = replace(moments, layers=layers)
     losses = [
-        divergence(source, convert_coded(source, moments=m, kv_ratio=0.25))
+        math.prod(
+            divergence(source, convert_coded(source, moments=m, kv_ratio=ratio))
+            for ratio in (0.125, 0.25)
+        )
         for m in (moments, alike)
     ]
     assert losses[0] < losses[1]

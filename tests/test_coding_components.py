@@ -85,16 +85,35 @@ def test_where_no_error_costs_anything_components_are_finite():
         assert all(part.isfinite().all() for part in found)
 
 
-def test_the_metric_of_few_tokens_is_shrunk_to_the_identity():
+def gradients(size: torch.Tensor) -> torch.Tensor:
+    """500 gradients by numbers of these sizes: the smaller a number, the larger its gradient."""
     generator = torch.Generator().manual_seed(0)
-    gradient = torch.randn(500, 6, generator=generator) * torch.tensor([3.0, 1, 1, 1, 1, 0])
-    moment = gradient.double().mT @ gradient.double() / 500
+    return torch.randn(500, len(size), generator=generator, dtype=torch.float64) / size
+
+
+def test_the_metric_of_few_tokens_is_shrunk_to_the_identity():
+    gradient = gradients(torch.ones(6)) * torch.tensor([3.0, 1, 1, 1, 1, 0])
+    moment = gradient.mT @ gradient / 500
     metrics = [fisher_metric(moment, tokens) for tokens in (1, 500, 10**9)]
     for metric in metrics:
         torch.testing.assert_close(metric.trace(), moment.trace())
     assert metrics[0][5, 5] > metrics[1][5, 5] > metrics[2][5, 5] > 0 == moment[5, 5]
     torch.testing.assert_close(metrics[2], moment, atol=1e-6, rtol=0)
     assert (metrics[0] - moment).abs().max() > 1  # negative control: few tokens say little
+
+
+def test_what_numbers_are_multiplied_with_does_not_matter_to_their_energies():
+    """Keys behind a norm whose weights are next to zero in places are next to zero there, with
+    gradients as much larger: what is found must be what it is without these weights."""
+    size = torch.tensor([1.0, 1e-4, 1, 1e-2, 1, 1, 1, -1]).double()
+    covariance, found = positive_definite(8, 0), []
+    for scale in (torch.ones(8).double(), size):
+        gradient, scaled = gradients(scale), scale.outer(scale) * covariance
+        moment = gradient.mT @ gradient / 500
+        found.append(component_energies(scaled, fisher_metric(moment, 100, scale))[0])
+    torch.testing.assert_close(*found)
+    without = component_energies(scaled, fisher_metric(moment, 100))[0]  # negative control
+    assert without.sum() > 1e4 * found[0].sum()
 
 
 # ------------------------------------------------------------------------------- design

@@ -61,8 +61,12 @@ class CacheMomentAccumulator:
         for name, part in zip(("key", "value"), g.chunk(2, dim=-1), strict=True):
             self._add(name, part.mT @ part)
 
-    def finish(self) -> CacheMoments:
-        """The moments in fp32, as a file keeps them: with other ones, other codes would follow."""
+    def finish(self, key_size: Tensor) -> CacheMoments:
+        """The moments in fp32, as a file keeps them: with other ones, other codes would follow.
+
+        Args:
+            key_size: as `CacheMoments` has it.
+        """
         tokens = self.sums["tokens"]
         mean = self.sums["first"] / tokens
         moments = (
@@ -71,6 +75,7 @@ class CacheMomentAccumulator:
             self.sums["key"] / tokens,
             self.sums["value"] / tokens,
             self.sums["sink"] / self.sums["sinks"],
+            key_size,
         )
         return CacheMoments(*(moment.float().cpu() for moment in moments))
 
@@ -233,4 +238,12 @@ def _backward(source: Source, walk: DecoderWalk, index: int, gradient: Tensor) -
                 torch.cat([tap.value for tap in taps], dim=-1),
                 torch.cat((of_keys, of_values), dim=-1),
             )
-    return sums.finish()
+        return sums.finish(_key_size(module))
+
+
+def _key_size(module: TPAAttention) -> Tensor:
+    """`CacheMoments.key_size` of a layer."""
+    weight = module.keys.feature_factor.weight.new_ones(module.keys.heads, module.head_dim)
+    if module.keys.norm is not None:
+        weight = weight * module.keys.norm.weights(weight.dtype)[1]
+    return weight.flatten()

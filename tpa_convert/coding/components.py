@@ -41,21 +41,25 @@ class Components(NamedTuple):
 # ------------------------------------------------------------------------------- metrics
 
 
-def fisher_metric(moment: Tensor, tokens: int) -> Tensor:
-    """G = E[g gᵀ] (1), shrunk towards a multiple of the identity with the same trace: directions in
-    which few gradients happened to point may still not take any error.
+def fisher_metric(moment: Tensor, tokens: int, size: Tensor | None = None) -> Tensor:
+    """G = E[g gᵀ] (1), shrunk towards a metric in which errors of all numbers cost alike, with the
+    same trace: directions in which few gradients happened to point may still not take any error.
 
     Args:
         moment: mean of g gᵀ over tokens, with g the gradient of −log p of labels drawn from the
             model, summed over positions, [n, n]. Sinks are to be left out: attention to them is of
             another size, and they are coded apart.
         tokens: how many.
+        size: what each number was multiplied with, and its gradient divided by, [n]: errors cost
+            alike, and the trace is the same, without it. Keys have the weights of their norm in
+            them, some of which are next to zero.
 
     Returns: [n, n].
     """
     share = min(0.5, TOKENS_A_DIMENSION * len(moment) / max(1, tokens))
-    prior = moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
-    return (1 - share) * moment + share * prior
+    square = torch.ones_like(moment[0]) if size is None else size.to(moment).square()
+    prior = (moment.diagonal() * square).mean() / square
+    return (1 - share) * moment + share * prior.diag()
 
 
 # ------------------------------------------------------------------------------- transform
@@ -121,7 +125,6 @@ def _blockwise(
     rows, columns = index[:, :, None], index[:, None, :]
     metric = metric[rows, columns]
     # above 0 also where no error costs anything, as behind projections that are zero
-    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)
-    floor = (1e-12 * mean).clamp_min(1e-30)[:, None, None]
-    root = torch.linalg.cholesky(metric + floor * torch.eye(index.shape[1]).to(metric)).mT
+    floor = (1e-12 * metric.diagonal(dim1=-2, dim2=-1)).clamp_min(1e-30)
+    root = torch.linalg.cholesky(metric + torch.diag_embed(floor)).mT
     return index, root, root @ covariance[rows, columns] @ root.mT

@@ -21,6 +21,7 @@ class CacheMoments:
         covariance: of both together, [2 n, 2 n].
         key_metric, value_metric: E[g gᵀ] of `components.fisher_metric`, [n, n].
         sink_mean: of the sinks, [2 n].
+        key_size: weights of the keys' norm that are in the keys, [n]; ones without a norm.
     """
 
     complex_fields: ClassVar[tuple[str, ...]] = ()
@@ -30,6 +31,7 @@ class CacheMoments:
     key_metric: Tensor
     value_metric: Tensor
     sink_mean: Tensor
+    key_size: Tensor
 
     def to(self, device: torch.device | str) -> CacheMoments:
         """The same there, fp64."""

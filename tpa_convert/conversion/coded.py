@@ -49,9 +49,8 @@ class CodedLayer:
 
     def __init__(self, moments: CacheMoments, tokens: int, blocks: int, head_dim: int):
         self.moments, self.width = moments, len(moments.mean) // 2
-        self.key_metric, self.value_metric = (
-            fisher_metric(metric, tokens) for metric in (moments.key_metric, moments.value_metric)
-        )
+        self.key_metric = fisher_metric(moments.key_metric, tokens, moments.key_size)
+        self.value_metric = fisher_metric(moments.value_metric, tokens)
         self.blocks = pair_blocks(self.width // head_dim, head_dim, blocks)
 
     @property
