@@ -20,12 +20,14 @@ import torch
 from transformers import PreTrainedModel
 
 from common.arguments import given_settings
+from common.healing import mfu_of
 from common.machine import device_name, versions
-from heal_throughput import BLOCKS, LENGTH, mfu_of
 from tpa_convert.export.save import load_model, read_provenance
 from tpa_convert.healing import HealingSettings, heal
 from tpa_convert.healing.training.needs import healing_needs
 from tpa_convert.sources import load_source
+
+BLOCKS, LENGTH = 32, 1024
 
 
 def models_of(directory: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -78,7 +80,7 @@ def main() -> None:
         losses = ", ".join(f"{step}: {loss:.5f}" for step, loss in report.losses)
         print(
             f"| {text} | {report.batch_size} | {report.tokens_per_second or 0:,.0f} "
-            f"| {mfu_of(student, teacher, report):.1%} "
+            f"| {mfu_of(student, teacher, report, LENGTH):.1%} "
             f"| {(report.peak_memory_bytes or 0) / 1e9:.1f} | {predicted / 1e9:.1f} "
             f"| {report.seconds:.0f} | {losses} |",
             flush=True,

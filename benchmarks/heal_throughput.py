@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,13 +33,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from common.arguments import given_settings
+from common.healing import mfu_of
 from common.machine import device_name, versions
 from tpa_convert.families import family_of
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
 from tpa_convert.healing.training import run as healing_run
 from tpa_convert.healing.training.distributed import processes, smallest
-from tpa_convert.healing.training.flops import flops_per_token
-from tpa_convert.healing.training.hardware import peak_flops
 from tpa_convert.plans import plan_widths
 
 DEVICE = "cuda"
@@ -174,16 +172,7 @@ def time_healing(
             )
     finally:
         healing_run.modules_to_compile = layers
-    return report, mfu_of(student, teacher, report)
-
-
-def mfu_of(
-    student: PreTrainedModel, teacher: PreTrainedModel, report: healing_run.HealingReport
-) -> float:
-    """Share of the GPUs' peak arithmetic that a run used; not a number where that is not known."""
-    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    peak = (peak or math.nan) * processes().num_processes
-    return flops_per_token(student, teacher, LENGTH) * (report.tokens_per_second or 0) / peak
+    return report, mfu_of(student, teacher, report, LENGTH)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tests.healing import perturbed, plain_kl
 from tpa_convert.healing import HealingReport, HealingSettings, heal
 from tpa_convert.healing.training import preparation
 from tpa_convert.healing.training.flops import flops_per_token
+from tpa_convert.healing.training.hardware import peak_flops
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_models_of_a_shape(throughput, shape: str) -> None:
 def test_losses_and_arithmetic_of_a_run(throughput, shape, batch_size, monkeypatch) -> None:
     """The first loss is that of both models on the first blocks; MFU follows from the speed."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10G")
-    peak = throughput.peak_flops("NVIDIA A10G")
+    peak = peak_flops("NVIDIA A10G")
     available = {"there": False}
     heal_there = throughput.heal
 
