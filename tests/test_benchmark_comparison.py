@@ -16,6 +16,7 @@ from tests.command_line import save_source
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tests.conversions import random_blocks, source_of
 from tests.tiny_models import CONFIGS, MODELS, random_model
+from tpa_convert.forward.cached import cache_argument, cache_of
 from tpa_convert.forward.comparison import BlockScores, agreement
 
 ROOT = FOLDER.parent
@@ -118,11 +119,13 @@ def test_a_source_decodes_with_a_cache_that_is_quantised() -> None:
     other = decoding.with_quantised_cache(source, 2)
     tokens = random_blocks(count=1, length=32)
     with torch.no_grad():
-        caches = [model(tokens, use_cache=True).past_key_values for model in (source, other)]
+        outputs = [model(tokens, use_cache=True) for model in (source, other)]
         following = [
-            model(tokens[:, :1], past_key_values=cache).logits
-            for model, cache in zip((source, other), caches, strict=True)
+            model(tokens[:, :1], use_cache=True, **cache_argument(output)).logits
+            for model, output in zip((source, other), outputs, strict=True)
         ]
+    caches = [cache_of(output) for output in outputs]
+    assert [cache.get_seq_length() for cache in caches] == [33, 33]
     assert [type(cache).__name__ for cache in caches] == ["DynamicCache", "QuantizedCache"]
     assert other.lm_head.weight is source.lm_head.weight
     assert (following[0] - following[1]).abs().max() > 1e-2

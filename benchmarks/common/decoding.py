@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, QuantizedCache
 from common.other_caches import sharing_copy
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation.metrics.speed import SpeedSettings, measure_speed
+from tpa_convert.forward.cached import cache_name
+from tpa_convert.modeling import given_cache
 
 
 def with_quantised_cache(model: PreTrainedModel, bits: int) -> PreTrainedModel:
@@ -26,8 +28,8 @@ def with_quantised_cache(model: PreTrainedModel, bits: int) -> PreTrainedModel:
         raise UserError("needs hqq")
 
     def give_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if kwargs.get("use_cache") and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = QuantizedCache("hqq", model.config, nbits=bits)
+        if kwargs.get("use_cache") and given_cache(kwargs) is None:
+            kwargs[cache_name(model)] = QuantizedCache("hqq", model.config, nbits=bits)
         return args, kwargs
 
     other = sharing_copy(model)
