@@ -51,7 +51,7 @@ def relative_speed(
         models = {name: copy.deepcopy(one).to(torch.bfloat16) for name, one in models.items()}
     found = []
     for batch in batches:
-        settings = SpeedSettings(batch=batch, prompt=context, new_tokens=new_tokens)
+        settings = SpeedSettings(batch, context, new_tokens, repeats=7)
         speeds = measure_speed(models, settings)
         found.append(speeds["model"].decode / speeds["source"].decode)
     return found
