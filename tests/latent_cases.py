@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpa_convert.kernels.latent_reference import decode_latent
-from tpa_convert.kernels.latent_tables import KeyMap, LatentTables, Rows, latent_tables, numbers
+from tpa_convert.kernels.latent_tables import KeyMap, LatentTables, Rows, latent_tables
 from tpa_convert.kernels.rows import CodedRows
 
 from .kernel_cases import bounds, exact, poison, random_layout, random_rows

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent import AT_RUN_TIME, block_rows, components_of, load_bias, load_header, load_places
+from .latent import AT_RUN_TIME, block_rows, load_bias, load_header, load_words, numbers_of
 from .split_kv import slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
@@ -25,8 +25,7 @@ BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
 def latent_sums_kernel(
     keys,
     values,
-    fields,
-    centre,
+    items,
     weights,
     block_terms,
     partial,
@@ -44,8 +43,8 @@ def latent_sums_kernel(
     columns,
     positions,
     length,
-    places,
-    key_places,
+    total,
+    key_items,
     first_piece,
     padded_columns,
     window,
@@ -55,14 +54,13 @@ def latent_sums_kernel(
     header_v,
     splits,
     blocks,
-    CODED: tl.constexpr,
-    PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
     PIECE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Partial sums of a piece.
@@ -83,7 +81,7 @@ def latent_sums_kernel(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
 
-    TERMS: tl.constexpr = 4 if CODED else 2
+    TERMS: tl.constexpr = 4
     stride = TERMS * padded_columns
     terms = block_terms + batch * blocks * stride + column
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
@@ -99,18 +97,19 @@ def latent_sums_kernel(
         out = partial_terms + index * (TERMS * columns) + column
         tl.store(out, shift, mask=inside)
         for i in tl.static_range(1, TERMS):
-            total = tl.zeros([COLUMNS], tl.float32)
+            summed = tl.zeros([COLUMNS], tl.float32)
             for block in range(first_block, last_block, BLOCKS_AT_ONCE):
                 row = block + tl.arange(0, BLOCKS_AT_ONCE)[:, None]
                 known = (row < last_block) & inside[None, :]
                 of_blocks = terms[None, :] + row * stride
                 factor = tl.load(of_blocks, mask=known, other=float("-inf"))
                 term = tl.load(of_blocks + i * padded_columns, mask=known, other=0.0)
-                total += tl.sum(term * tl.exp2(factor - shift[None, :]), 0)
-            tl.store(out + i * columns, total, mask=inside)
+                summed += tl.sum(term * tl.exp2(factor - shift[None, :]), 0)
+            tl.store(out + i * columns, summed, mask=inside)
 
-    place = piece * PIECE
-    of_values = place >= key_places
+    ITEMS: tl.constexpr = PIECE // 4
+    item = piece * ITEMS
+    of_values = item >= key_items
     rows = keys
     if of_values:
         rows = values
@@ -119,7 +118,11 @@ def latent_sums_kernel(
     octave = tl.where(of_values, octave_v, octave_k)
     header = tl.where(of_values, header_v, header_k)
     weights += batch.to(tl.int64) * length * padded_columns
-    sums = tl.zeros([COLUMNS, PIECE], tl.float32)
+    DTYPE: tl.constexpr = weights.dtype.element_ty
+    if TRANSPOSED:
+        sums = tl.zeros([PIECE, COLUMNS], tl.float32)
+    else:
+        sums = tl.zeros([COLUMNS, PIECE], tl.float32)
     for block in range(first_block, last_block):
         of_block = tl.load(terms + block * stride, mask=inside, other=float("-inf"))
         if tl.max(of_block, 0) > float("-inf"):  # otherwise nothing has been written
@@ -128,27 +131,28 @@ def latent_sums_kernel(
             here, offset = block_rows(
                 rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, BLOCK
             )
-            loaded = load_places(here, offset, valid, fields, place, places, PARTS, PIECE)
+            words = load_words(here, offset, valid, items, item, ITEMS)
             of_slots = weights + tl.cast(block, tl.int64) * BLOCK * padded_columns
             weight = tl.load(
                 of_slots + (tl.arange(0, BLOCK) * padded_columns)[None, :] + column[:, None],
                 mask=inside[:, None] & valid[None, :],
                 other=0.0,
             ).to(tl.float32)
-            weight *= tl.exp2(of_block - shift)[:, None]
-            if CODED:
-                scale, _ = load_header(here, offset, valid, octave, header)
-                weight *= scale[None, :]
-            found = components_of(loaded, fields, centre, place, places, CODED, PARTS, PIECE)
-            sums = tl.dot(
-                weight.to(weights.dtype.element_ty),
-                found.to(weights.dtype.element_ty),
-                sums,
-                input_precision=PRECISION,
-            )
-    row = (index * columns + column).to(tl.int64) * places
-    out = partial + row[:, None] + (place + tl.arange(0, PIECE))[None, :]
-    tl.store(out, sums, mask=inside[:, None])
+            scale, _ = load_header(here, offset, valid, octave, header)
+            weight *= tl.exp2((of_block - shift)[:, None] + scale[None, :])
+            found = numbers_of(words, items, item, total, ITEMS).to(DTYPE)
+            if TRANSPOSED:
+                sums = tl.dot(
+                    tl.trans(found), tl.trans(weight.to(DTYPE)), sums, input_precision=PRECISION
+                )
+            else:
+                sums = tl.dot(weight.to(DTYPE), found, sums, input_precision=PRECISION)
+    row = (index * columns + column).to(tl.int64) * (4 * total)
+    place = 4 * item + tl.arange(0, PIECE)
+    if TRANSPOSED:
+        tl.store(partial + row[None, :] + place[:, None], sums, mask=inside[None, :])
+    else:
+        tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -162,7 +166,7 @@ def latent_join_kernel(
     places,
     features,
     splits,
-    TERMS: tl.constexpr,
+    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -173,6 +177,7 @@ def latent_join_kernel(
     column, batch = tl.program_id(0), tl.program_id(2)
     feature = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     used = feature < features
+    TERMS: tl.constexpr = 4
     stride = TERMS * columns
     partial_terms += batch * splits * stride + column
     partial += (batch * splits * columns + column).to(tl.int64) * places
@@ -188,7 +193,6 @@ def latent_join_kernel(
     highest = tl.where(highest == float("-inf"), 0.0, highest)
 
     place = tl.load(place_of + feature, mask=used, other=0)
-    here = used & (place >= 0)
     denominator = 0.0
     result = tl.zeros([CHUNK], tl.float32)
     for first in range(0, splits, SPLITS):
@@ -198,16 +202,19 @@ def latent_join_kernel(
         valid = total > 0
         factor = tl.exp2(tl.load(terms, mask=valid, other=float("-inf")) - highest)
         denominator += tl.sum(total * factor, 0)
-        part = tl.load(
-            partial + place[:, None] + (split.to(tl.int64) * columns * places)[None, :],
-            mask=here[:, None] & valid[None, :],
-            other=0.0,
-        )
-        result += tl.sum(factor[None, :] * part, 1)
+        of_split = (split.to(tl.int64) * columns * places)[:, None]
+        for i in tl.static_range(PARTS):
+            at = tl.load(place_of + i * features + feature, mask=used, other=-1)
+            part = tl.load(
+                partial + at[None, :] + of_split,
+                mask=(at >= 0)[None, :] & valid[:, None],
+                other=0.0,
+            )
+            times = tl.load(step + i * features + feature, mask=used, other=0.0)
+            result += tl.sum(factor[:, None] * part, 0) * times
         for i in tl.static_range(2, TERMS):  # what belongs to the second class
             of_class = tl.sum(factor * tl.load(terms + i * columns, mask=valid, other=0.0), 0)
             result += tl.where(used & (place == 1 - i), of_class, 0.0)
-    result *= tl.load(step + feature, mask=used, other=0.0)
     result /= tl.where(denominator == 0, 1.0, denominator)
     offset = (batch * columns + column).to(tl.int64) * features
     tl.store(output + offset + feature, result, mask=used)
