@@ -87,7 +87,8 @@ def load_header(rows, offset, valid, octave, header_byte):
 @triton.jit
 def load_words(rows, offset, valid, items, first, ITEMS: tl.constexpr):
     """The words [T, ITEMS] that hold the codes of items `first` to `first` + ITEMS."""
-    word = tl.load(items + first + tl.arange(0, ITEMS))
+    # Neighbours mostly are neighbours: lanes of a warp should take them, not rows.
+    word = tl.max_contiguous(tl.load(items + first + tl.arange(0, ITEMS)), ITEMS)
     return tl.load(rows + offset[:, None] + word[None, :], mask=valid[:, None], other=0)
 
 
