@@ -73,8 +73,6 @@ LATENT = {
     },
     # What went wrong in an earlier kernel: few pairs, in several chunks of components.
     "few pairs": {"shape": (4, 1, 16), "codes": ([[(4, 100), (2, 60)]], [(2, 40)])},
-    "numbers": {"shape": (32, 8, 64), "codes": None, "widths": ([112], 208)},
-    "many numbers": {"shape": (32, 8, 128), "codes": None, "widths": ([256], 416)},
 }
 
 

@@ -194,9 +194,9 @@ def latent_weights_kernel(
 ):
     """Weights of one block of slots for the heads of one span.
 
-    `weights_out` is [b, t, columns], `block_terms` [b, blocks, 4, columns]: the maximum of the
+    `weights_out` is [b, blocks, columns, T], `block_terms` [b, blocks, 4, columns]: the maximum of the
     scores (base 2), the sum of the weights, and those of the second class of values and of keys.
-    Blocks that nothing attends to have the maximum −inf and no weights.
+    Of blocks that nothing attends to these are −inf and zeros, and weights are not written.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -317,11 +317,11 @@ def latent_weights_kernel(
         highest = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
 
-        weights_out += (batch.to(tl.int64) * length + block * BLOCK) * padded_columns
+        weights_out += (batch * tl.num_programs(0) + block).to(tl.int64) * padded_columns * BLOCK
         tl.store(
-            weights_out + (in_block * padded_columns)[None, :] + column[:, None],
+            weights_out + (column * BLOCK)[:, None] + in_block[None, :],
             weights.to(weights_out.dtype.element_ty),
-            mask=inside[:, None] & (slot < length)[None, :],
+            mask=inside[:, None],
         )
         tl.store(terms, highest, mask=inside)
         tl.store(terms + padded_columns, tl.sum(weights, 1), mask=inside)

@@ -19,6 +19,7 @@ from .latent import AT_RUN_TIME, block_rows, load_bias, load_header, load_words,
 from .split_kv import slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
+TERMS = tl.constexpr(4)  # of a block; see `latent_weights_kernel`
 
 
 @triton.jit(do_not_specialize=[*AT_RUN_TIME, "splits", "blocks"])
@@ -58,9 +59,10 @@ def latent_sums_kernel(
     TILES: tl.constexpr,
     PIECE: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # slots, of whose weights the maximum is known
+    SLOTS: tl.constexpr,  # at a time
     PRECISION: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Partial sums of a piece.
@@ -74,38 +76,43 @@ def latent_sums_kernel(
     piece, split = first_piece + tl.program_id(0), tl.program_id(1)
     batch, tile = tl.program_id(2) // TILES, tl.program_id(2) % TILES
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
-    first_block = begin // BLOCK
-    share = tl.cdiv(tl.cdiv(stop, BLOCK) - first_block, splits)
-    first_block += split * share
-    last_block = tl.minimum(first_block + share, tl.cdiv(stop, BLOCK))
+    # Every `splits`-th block, so that a short text in a long cache is shared evenly.
+    first_block = begin // BLOCK + split
+    own = tl.cdiv(tl.maximum(tl.cdiv(stop, BLOCK) - first_block, 0), splits)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
 
-    TERMS: tl.constexpr = 4
     stride = TERMS * padded_columns
-    terms = block_terms + batch * blocks * stride + column
+    terms = block_terms + (batch * blocks + first_block) * stride + column
+    stride *= splits
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
-    for block in range(first_block, last_block, BLOCKS_AT_ONCE):
-        row = block + tl.arange(0, BLOCKS_AT_ONCE)[:, None]
-        known = (row < last_block) & inside[None, :]
-        of_blocks = tl.load(terms[None, :] + row * stride, mask=known, other=float("-inf"))
+    first, last = own, 0  # blocks that nothing attends to hold no weights
+    for i in range(0, own, BLOCKS_AT_ONCE):
+        index = i + tl.arange(0, BLOCKS_AT_ONCE)
+        known = (index < own)[:, None] & inside[None, :]
+        of_blocks = tl.load(
+            terms[None, :] + index[:, None] * stride, mask=known, other=float("-inf")
+        )
         highest = tl.maximum(highest, tl.max(of_blocks, 0))
+        used = tl.max(of_blocks, 1) > float("-inf")
+        first = tl.minimum(first, tl.min(tl.where(used, index, own), 0))
+        last = tl.maximum(last, tl.max(tl.where(used, index + 1, 0), 0))
     shift = tl.where(highest == float("-inf"), 0.0, highest)
 
-    index = batch * splits + split
+    of_split = batch * splits + split
     if tl.program_id(0) == 0:
-        out = partial_terms + index * (TERMS * columns) + column
+        out = partial_terms + of_split * (TERMS * columns) + column
         tl.store(out, shift, mask=inside)
-        for i in tl.static_range(1, TERMS):
+        for term in tl.static_range(1, TERMS):
             summed = tl.zeros([COLUMNS], tl.float32)
-            for block in range(first_block, last_block, BLOCKS_AT_ONCE):
-                row = block + tl.arange(0, BLOCKS_AT_ONCE)[:, None]
-                known = (row < last_block) & inside[None, :]
-                of_blocks = terms[None, :] + row * stride
+            for i in range(0, own, BLOCKS_AT_ONCE):
+                index = i + tl.arange(0, BLOCKS_AT_ONCE)
+                known = (index < own)[:, None] & inside[None, :]
+                of_blocks = terms[None, :] + index[:, None] * stride
                 factor = tl.load(of_blocks, mask=known, other=float("-inf"))
-                term = tl.load(of_blocks + i * padded_columns, mask=known, other=0.0)
-                summed += tl.sum(term * tl.exp2(factor - shift[None, :]), 0)
-            tl.store(out + i * columns, summed, mask=inside)
+                of_blocks = tl.load(of_blocks + term * padded_columns, mask=known, other=0.0)
+                summed += tl.sum(of_blocks * tl.exp2(factor - shift[None, :]), 0)
+            tl.store(out + term * columns, summed, mask=inside)
 
     ITEMS: tl.constexpr = PIECE // 4
     item = piece * ITEMS
@@ -117,42 +124,32 @@ def latent_sums_kernel(
     stride_t = tl.where(of_values, value_stride_t.to(tl.int64), key_stride_t.to(tl.int64))
     octave = tl.where(of_values, octave_v, octave_k)
     header = tl.where(of_values, header_v, header_k)
-    weights += batch.to(tl.int64) * length * padded_columns
+    weights += (batch * blocks + first_block).to(tl.int64) * (padded_columns * BLOCK)
+    weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
+    of_weight = (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
     DTYPE: tl.constexpr = weights.dtype.element_ty
-    if TRANSPOSED:
-        sums = tl.zeros([PIECE, COLUMNS], tl.float32)
-    else:
-        sums = tl.zeros([COLUMNS, PIECE], tl.float32)
-    for block in range(first_block, last_block):
-        of_block = tl.load(terms + block * stride, mask=inside, other=float("-inf"))
-        if tl.max(of_block, 0) > float("-inf"):  # otherwise nothing has been written
-            slot = block * BLOCK + tl.arange(0, BLOCK)
-            _, valid = load_bias(mask, batch, mask_stride_b, slot, begin, stop)
-            here, offset = block_rows(
-                rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, BLOCK
-            )
-            words = load_words(here, offset, valid, items, item, ITEMS)
-            of_slots = weights + tl.cast(block, tl.int64) * BLOCK * padded_columns
-            weight = tl.load(
-                of_slots + (tl.arange(0, BLOCK) * padded_columns)[None, :] + column[:, None],
-                mask=inside[:, None] & valid[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            scale, _ = load_header(here, offset, valid, octave, header)
-            weight *= tl.exp2((of_block - shift)[:, None] + scale[None, :])
-            found = numbers_of(words, items, item, total, ITEMS).to(DTYPE)
-            if TRANSPOSED:
-                sums = tl.dot(
-                    tl.trans(found), tl.trans(weight.to(DTYPE)), sums, input_precision=PRECISION
-                )
-            else:
-                sums = tl.dot(weight.to(DTYPE), found, sums, input_precision=PRECISION)
-    row = (index * columns + column).to(tl.int64) * (4 * total)
+    SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
+    sums = tl.zeros([COLUMNS, PIECE], tl.float32)
+    for i in tl.range(first * SHARES, last * SHARES, num_stages=STAGES):
+        index, share = i // SHARES, i % SHARES
+        block = (first_block + index * splits) * SHARES + share
+        slot = block * SLOTS + tl.arange(0, SLOTS)
+        of_block = tl.load(terms + index * stride, mask=inside, other=float("-inf"))
+        valid = (slot >= begin) & (slot < stop)
+        here, offset = block_rows(
+            rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
+        )
+        words = load_words(here, offset, valid, items, item, ITEMS)
+        of_slots = weights + tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK)
+        weight = tl.load(of_slots + share * SLOTS + of_weight).to(tl.float32)
+        scale, _ = load_header(here, offset, valid, octave, header)
+        weight *= tl.exp2((of_block - shift)[:, None] + scale[None, :])
+        weight = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
+        found = numbers_of(words, items, item, total, ITEMS).to(DTYPE)
+        sums = tl.dot(weight.to(DTYPE), found, sums, input_precision=PRECISION)
+    row = (of_split * columns + column).to(tl.int64) * (4 * total)
     place = 4 * item + tl.arange(0, PIECE)
-    if TRANSPOSED:
-        tl.store(partial + row[None, :] + place[:, None], sums, mask=inside[None, :])
-    else:
-        tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])
+    tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -177,7 +174,6 @@ def latent_join_kernel(
     column, batch = tl.program_id(0), tl.program_id(2)
     feature = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     used = feature < features
-    TERMS: tl.constexpr = 4
     stride = TERMS * columns
     partial_terms += batch * splits * stride + column
     partial += (batch * splits * columns + column).to(tl.int64) * places

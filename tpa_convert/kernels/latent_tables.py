@@ -27,16 +27,14 @@ class Rows(NamedTuple):
     """How one part (keys or values) of a layer is cached.
 
     Attributes:
-        tiers: of coded rows; empty for numbers.
+        tiers: of the rows.
         header: offset of the header byte, which holds one of two classes and a scale.
-        reach: half of the highest code of each component, [w].
         step: of each component, [w].
         lowest_octave: the scale of the lowest header, as a power of two.
     """
 
     tiers: Sequence[Tier]
     header: int
-    reach: Tensor
     step: Tensor
     lowest_octave: int
 

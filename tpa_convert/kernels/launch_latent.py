@@ -29,7 +29,8 @@ SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((128, 8), (64, 4))
 STAGES = 2  # chunks of weights in flight
-TRANSPOSED = False
+SUM_SHAPE = 64, 4
+SUM_STAGES = 2
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 
 
@@ -57,7 +58,6 @@ def launch_latent(
         page, length = length, length * pages.shape[1]
     columns, items = heads * positions, tables.items.shape[1]
     keys, values = keys.view(torch.int32), values.view(torch.int32)
-    padded_columns = -(-columns // 16) * 16
     mask, mask_stride = in_rows(mask)
     processors = multiprocessors(query.device)
     exact = query.dtype == torch.float32
@@ -74,8 +74,9 @@ def launch_latent(
     fitting = [x for x in SHAPES if shares(attended, x[0]) * programs >= processors]
     block, warps = fitting[0] if fitting else SHAPES[-1]
     blocks = shares(length, block)
+    padded_columns = per_sum * sum_tiles
     weights = query.new_empty(
-        (batch, length, padded_columns), dtype=torch.float32 if exact else torch.float16
+        (batch, blocks, padded_columns, block), dtype=torch.float32 if exact else torch.float16
     )
     block_terms = query.new_empty((batch, blocks, 4, padded_columns), dtype=torch.float32)
     bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
@@ -224,14 +225,15 @@ def latent_constants(
     )
     add = Constants(
         device,
-        options_of(warps, overlap),
+        options_of(SUM_SHAPE[1], overlap) | {"num_stages": SUM_STAGES},
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
         PAGE=page,
         BLOCK=block,
+        SLOTS=min(block, SUM_SHAPE[0]),
         PRECISION=precision,
-        TRANSPOSED=TRANSPOSED,
+        STAGES=SUM_STAGES,
         OVERLAP=overlap,
     )
     return weigh, add
