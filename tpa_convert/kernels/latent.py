@@ -14,8 +14,6 @@ could take it from registers, is always something loaded: assemblers before CUDA
 registers while the unit still reads them, which gives wrong results (triton-lang/triton#11781).
 """
 
-# Triton's language has tuples that grow by addition only, and no types for them.
-# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
@@ -101,8 +99,8 @@ def number_of(code, centre):
 
 @triton.jit
 def numbers_of(words, items, first, total, ITEMS: tl.constexpr):
-    """Codes less their centres, fp32 [T, 4 ITEMS], of what `load_words` gives: four of each word, one in
-    every byte."""
+    """Codes less their centres, fp32 [T, 4 ITEMS], of what `load_words` gives: four of each
+    word, one of every byte."""
     item = items + first + tl.arange(0, ITEMS)
     shift, keep = tl.load(item + total)[None, :], tl.load(item + 2 * total)[None, :]
     centre = keep.to(tl.float32) / 2
@@ -194,9 +192,9 @@ def latent_weights_kernel(
 ):
     """Weights of one block of slots for the heads of one span.
 
-    `weights_out` is [b, blocks, columns, T], `block_terms` [b, blocks, 4, columns]: the maximum of the
-    scores (base 2), the sum of the weights, and those of the second class of values and of keys.
-    Of blocks that nothing attends to these are −inf and zeros, and weights are not written.
+    `weights_out` is [b, blocks, columns, T], `block_terms` [b, blocks, 4, columns]: the maximum of
+    the scores (base 2), the sum of the weights, and those of the second class of values and of
+    keys. Of blocks that nothing attends to these are −inf and zeros; weights are not written.
     """
     if OVERLAP:
         gdc_launch_dependents()

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent import AT_RUN_TIME, block_rows, load_bias, load_header, load_words, numbers_of
+from .latent import AT_RUN_TIME, block_rows, load_header, load_words, numbers_of
 from .split_kv import slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared

@@ -1,9 +1,12 @@
-"""What the kernels for latent keys look up: constants of one layer, made once of its parameters.
+"""What the kernels for coded latent keys look up: constants of one layer, made once of its
+parameters.
 
-Components of keys belong to blocks of rotary pairs, and each block is rebuilt in chunks of
-components, padded to whole ones. A *place* is one component in that order, those of the values
-behind those of the keys. Keys of all heads come out in *spans*: whole heads whose pairs in one
-block fit one program side by side.
+Rows are read by words of four bytes. An *item* is a word, a shift and a mask: what is found by them
+in each of its bytes stands in one of its four *places*. Codes of several tiers stand in several
+places, each taken times what its bits are worth: codes add up of them, and components of codes.
+Items of keys come block by block of rotary pairs, each padded to whole chunks, then those of
+values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
+side by side.
 """
 
 from __future__ import annotations
@@ -138,7 +141,9 @@ class _Places(NamedTuple):
     def padded(self, multiple: int) -> _Places:
         """With items behind that hold nothing."""
         more = -len(self.items) % multiple
-        return _Places(*(pad(x, (0, 0, 0, more), value=v) for x, v in zip(self, (0, -1, 0))))
+        return _Places(
+            *(pad(x, (0, 0, 0, more), value=v) for x, v in zip(self, (0, -1, 0), strict=True))
+        )
 
 
 def latent_tables(
@@ -150,7 +155,7 @@ def latent_tables(
         predicted: whether values follow from key components too: the features that come out are
             then [values, their class, keys, their class], else the first two alone.
     """
-    groups, size, width = key_map.weight.shape
+    groups, size, _ = key_map.weight.shape
     device, blocks = key_map.weight.device, len(key_map.widths)
     pairs = size // 2
     padded = 1 << (pairs - 1).bit_length()
@@ -164,7 +169,7 @@ def latent_tables(
         of_blocks.append(_places_of(keys.tiers, first, first + count).padded(CHUNK // WORD))
         chunks.append(chunks[-1] + len(of_blocks[-1].items) // (CHUNK // WORD))
         first += count
-    of_keys = _Places(*(torch.cat(x) for x in zip(*of_blocks)))
+    of_keys = _Places(*(torch.cat(x) for x in zip(*of_blocks, strict=True)))
     of_values = _places_of(values.tiers, 0, len(values.step)).padded(PIECE // WORD)
 
     # [g, 2, pairs, w] of heads in spans to [chunks, spans, 2 N, CHUNK].
@@ -193,7 +198,7 @@ def latent_tables(
     parts = max(len(place) for place, _ in features)
     place_of, step = (
         torch.cat([pad(x, (0, 0, 0, parts - len(x)), value=v) for x in tables], 1)
-        for tables, v in zip(zip(*features), (-1, 0.0))
+        for tables, v in zip(zip(*features, strict=True), (-1, 0.0), strict=True)
     )
     layout = Layout(
         groups,
@@ -246,7 +251,7 @@ def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:
         items = torch.stack((tier.offset // WORD + word, plane * tier.bits, keep), 1)
         component = torch.where(used, component, -1)[plane, word]
         found.append(_Places(items, component, torch.full_like(component, tier.shift)))
-    return _Places(*(torch.cat(x) for x in zip(*found)))
+    return _Places(*(torch.cat(x) for x in zip(*found, strict=True)))
 
 
 def _parts_of(places: _Places, step: Tensor, first: int, of_class: int) -> tuple[Tensor, Tensor]:

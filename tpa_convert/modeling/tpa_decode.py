@@ -133,7 +133,8 @@ def tables_of(
         0.0 if keys.norm is None else keys.norm.eps,
         keys.norm is not None and keys.norm.all_heads,
     )
-    return kernels.tables(rows(keys.coder), rows(values.coder), key_map, dtype, shape.predict_values)
+    parts = rows(keys.coder), rows(values.coder)
+    return kernels.tables(*parts, key_map, dtype, shape.predict_values)
 
 
 def decode_rotated(

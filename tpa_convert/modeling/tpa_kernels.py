@@ -73,7 +73,8 @@ class LatentKernels(NamedTuple):
 
 
 def find_latent() -> LatentKernels | None:
-    """What decodes over coded latent keys on a GPU, None where no package has it; see `find_kernel`."""
+    """What decodes over coded latent keys on a GPU, None where no package has it; see
+    `find_kernel`."""
     found = _of_kernels("decode_latent", "wanted", "latent_tables", "KeyMap", "Rows")
     return None if found is None else LatentKernels(*found)
 
