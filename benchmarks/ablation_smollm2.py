@@ -16,14 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import baselines
 import torch
-import variants
-from layer_statistics import collect, layer_weights
-from shared import Table, load, parser, train_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common import baselines, variants
+from common.arguments import parser
+from common.blocks import train_blocks
+from common.layer_statistics import collect, layer_weights
+from common.models import load
+from common.tables import Table
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.decomposition import AttentionWeights

@@ -11,7 +11,7 @@ codes. A second table says how much more each loses than the first row, block by
 text, with 95 % intervals, and whether the first row is first, tied, or behind; it is also written,
 as `…_paired.json`. With `--refit` and
 `--heal-tokens` rows are repeated after these, and each stage is compared with its own first row.
-shared.py says the rest.
+common/arguments.py says the rest.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import results
 import torch
-from paired import difference
-from settings import given_settings
-from shared import Table, heal_row, load, parser, source_heads, train_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common import results
+from common.arguments import given_settings, parser
+from common.blocks import train_blocks
+from common.models import load, source_heads
+from common.paired import difference
+from common.tables import Table, heal_row
 from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.coding import LEVELS, CacheMoments, RowTable, groups_of_bits, share_bytes

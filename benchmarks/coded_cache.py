@@ -4,9 +4,8 @@
         --valid valid.npz --runs 25 12.5 12.5:alone 12.5:4 --refit \\
         --heal-tokens 24e6 --settings seed=0 --tasks tasks/*.jsonl.xz
 
-A run is the share of the source's 16-bit cache that is kept, in percent; behind colons a number of
-blocks of rotary pairs, and `alone` for values that are not predicted from the keys. The column
-`floats` counts bytes in numbers of 16 bits, headers and padding included. shared.py says the rest.
+common/models.py says what a run of a coded cache is. The column `floats` counts bytes in numbers of
+16 bits, headers and padding included. common/arguments.py says the rest.
 On a CPU, `--valid-blocks 1 --calibration-blocks 16` takes some minutes.
 """
 
@@ -14,36 +13,17 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from quality import quality_tables, task_table
-from settings import given_settings
-from shared import Table, heal_row, load, parser, train_blocks
-from transformers import PreTrainedModel
 
+from common.arguments import given_settings, parser
+from common.blocks import train_blocks
+from common.models import coded_model, load
+from common.quality import quality_tables, task_table
+from common.tables import Table, heal_row
 from tpa_convert.calibration.cache_moments import collect_cache_moments
-from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.coded import choose_codes
-from tpa_convert.conversion.model import convert_model
-from tpa_convert.plans import Budget, plan_coded
 from tpa_convert.refinement.least_squares import refit
-from tpa_convert.sources import Source
-
-
-def converted(source: Source, moments: Moments, run: str) -> tuple[PreTrainedModel, float]:
-    """The coded model of a run, and the numbers of 16 bits that a token and layer takes."""
-    share, *options = run.split(":")
-    blocks = next((int(option) for option in options if option.isdecimal()), None)
-    sizes = source.family.attention_sizes(source.model.config)
-    plan = plan_coded(sizes, Budget(kv_ratio=float(share) / 100), key_blocks=blocks)
-    if "alone" in options:
-        plan = replace(plan, coded=replace(plan.coded, predict_values=False))
-    codes = choose_codes(plan, moments.layers, moments.num_tokens)
-    kept = codes.plan.kv_floats
-    print(f"<!-- {run}: {2 * kept:.1f} bytes a token and layer, {codes.nats:.4f} nats expected -->")
-    return convert_model(source, codes.plan, moments).to(source.model.device), kept
 
 
 def main() -> None:
@@ -69,7 +49,7 @@ def main() -> None:
     models = {"source": source.model}
     for run in arguments.runs:
         start = time.perf_counter()
-        model, floats = converted(source, moments, run)
+        model, floats = coded_model(source, moments, run)
         table.row(run, model, floats, time.perf_counter() - start)
         if arguments.refit:
             start = time.perf_counter()

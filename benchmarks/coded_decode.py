@@ -4,12 +4,12 @@ side by side.
     python benchmarks/coded_decode.py recipes/embedded_model/model CONVERTED [--context 512]
     python benchmarks/coded_decode.py source absorbed:64 applied:256 latent:256 affine:1 coded:12.5
 
-Models are directories, or kinds of random weights as in `model_speed.py`, in the shape `small`: a
-GPU's work is next to nothing in it. Operators are those that PyTorch dispatches, views counted
-apart: on a GPU, about the launches. Without a GPU the kernels of tpa-convert are launched into the
-void, so that all that the host does for them is counted and timed but the driver's part; with
---backend reference they are not launched. The models take turns in one process, so that what else
-the machine does slows all.
+Models are directories, or kinds of random weights as in common/random_models.py, in the shape
+`small`: a GPU's work is next to nothing in it. Operators are those that PyTorch dispatches, views
+counted apart: on a GPU, about the launches. Without a GPU the kernels of tpa-convert are launched
+into the void, so that all that the host does for them is counted and timed but the driver's part;
+with --backend reference they are not launched. The models take turns in one process, so that what
+else the machine does slows all.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from machine import device_name, versions  # noqa: E402
-from model_speed import build  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import tpa_convert.modeling  # noqa: E402, F401  (the Auto classes then know converted models)
+from common.machine import device_name, versions  # noqa: E402
+from common.random_models import build  # noqa: E402
 from tpa_convert.forward.cached import cache_argument  # noqa: E402
 from tpa_convert.kernels import launch, launch_encode, launch_latent  # noqa: E402
 

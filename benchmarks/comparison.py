@@ -8,8 +8,8 @@ Every method is measured at the shares that it can take, on held-out text of the
 calibrated on (`--valid`) and of other kinds: `--other`, sources of `--valid` by `--other-sources`,
 and the questions of `--tasks` with their right choices. What loses is in the table too, and so is
 what cannot run on this model, with the reason. Bytes are shares of 16 bits a number and count
-scales, norms and headers. `--healed SHARE=DIR` adds a model of a directory. shared.py says the
-rest.
+scales, norms and headers. `--healed SHARE=DIR` adds a model of a directory.
+common/arguments.py says the rest.
 
 A second table, also written beside the first as `…_paired.json`, says how much more each other
 method loses than this package at the same bytes or fewer, block by block of the same text, with
@@ -30,19 +30,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import baselines
-import results
 import torch
-from coded_cache import converted
-from layer_statistics import collect, layer_weights
-from machine import device_name, tf32, versions
-from other_caches import other_cache
-from paired import HeldOut, Scores, difference, ratio, scores
-from quality import long_texts, needle_questions, question_text
-from shared import load, parser, source_heads, train_blocks, valid_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common import baselines, results
+from common.arguments import parser
+from common.blocks import train_blocks, valid_blocks
+from common.layer_statistics import collect, layer_weights
+from common.machine import device_name, tf32, versions
+from common.models import coded_model, load, source_heads
+from common.other_caches import other_cache
+from common.paired import HeldOut, Scores, difference, ratio, scores
+from common.quality import long_texts, needle_questions, question_text
 from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.calibration.moments import Moments
 from tpa_convert.conversion.model import convert_model
@@ -135,12 +135,12 @@ class Comparison:
             yield Method(HEALED, float(given), partial(self.saved, directory, float(given)))
 
     def other(self, method: str) -> Made:
-        """The source with its own cache coded by a method of other_caches.py."""
+        """The source with its own cache coded by a method of common/other_caches.py."""
         return other_cache(self.source, self.cache_moments, method)
 
     def coded(self, share: float) -> Made:
         """Bits for components where they matter, without training."""
-        return converted(self.source, self.cache_moments, f"{share:g}")
+        return coded_model(self.source, self.cache_moments, f"{share:g}")
 
     def refitted(self, share: float) -> Made:
         """The same with output projections fitted to it."""

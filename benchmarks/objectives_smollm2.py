@@ -17,11 +17,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from settings import given_settings
-from shared import Table, heal_row, load, parser, plan_of, train_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.arguments import given_settings, parser
+from common.blocks import train_blocks
+from common.models import load, plan_of
+from common.tables import Table, heal_row
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.healing import DistillationTrainer, HealingSettings
@@ -158,7 +160,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--heal-tokens", type=float, default=5e6)
-    options.add_argument("--run", default="128:absorbed", help="what is healed, see shared.py")
+    options.add_argument("--run", default="128:absorbed", help="see common/models.py")
     options.add_argument("--refine-steps", type=int, default=600)
     options.add_argument("--rows", default="", help="only rows that match this pattern")
     options.add_argument("--length", type=int, default=1024, help="tokens of a block")

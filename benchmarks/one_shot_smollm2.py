@@ -10,8 +10,10 @@ import time
 import warnings
 from typing import Any
 
-from shared import Table, load, parser, train_blocks
-
+from common.arguments import parser
+from common.blocks import train_blocks
+from common.models import load
+from common.tables import Table
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.decomposition import METHODS

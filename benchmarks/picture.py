@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
-from results import Cell, results
+
+from common.results import Cell, results
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = {"default": 1, "2 blocks": 2, "4 blocks": 4, "32 blocks": 32}  # of rotary pairs, by row

@@ -5,8 +5,8 @@
         --train healing-train.jsonl.xz --valid healing-valid.jsonl.xz \\
         --tasks tasks/*.jsonl.xz --positions
 
-What a run is, shared.py says. --tasks and --positions compare all refined models with the source.
-`--train shipped` calibrates on the text of the package; --layers cuts the source off.
+common/models.py says what a run is. --tasks and --positions compare all refined models with the
+source. `--train shipped` calibrates on the text of the package; --layers cuts the source off.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import time
 
 import torch
-from quality import position_table, task_table
-from settings import given_settings
-from shared import Table, load, parser, plan_of, train_blocks
 from torch import nn
 
+from common.arguments import given_settings, parser
+from common.blocks import train_blocks
+from common.models import load, plan_of
+from common.quality import position_table, task_table
+from common.tables import Table
 from tpa_convert.calibration.moments import collect_moments
 from tpa_convert.conversion.model import convert_model
 from tpa_convert.evaluation.texts import blocks_by_source

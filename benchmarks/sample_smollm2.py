@@ -12,9 +12,9 @@ import argparse
 import time
 
 import torch
-from machine import device_name, versions
-from shared import save_blocks
 
+from common.blocks import save_blocks
+from common.machine import device_name, versions
 from tpa_convert.healing.training.sampling import sample_blocks
 from tpa_convert.sources import load_source
 

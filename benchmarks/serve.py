@@ -22,10 +22,10 @@ from pathlib import Path
 
 import openai
 import torch
-from machine import device_name, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpa_convert  # noqa: F401  (makes the converted model known)
+from common.machine import device_name, versions
 from tpa_convert.export.inspection import inspect
 
 REQUESTS, NEW, CACHE_TOKENS, BATCH_TOKENS = 32, 12, 8192, 256

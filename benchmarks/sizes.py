@@ -11,9 +11,9 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from machine import device_name, versions
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
+from common.machine import device_name, versions
 from tpa_convert import pipeline
 from tpa_convert.recipe import ConvertOptions, SourceOptions
 

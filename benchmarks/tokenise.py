@@ -17,9 +17,9 @@ import argparse
 import re
 from collections.abc import Mapping
 
-from shared import save_blocks
 from torch import Tensor
 
+from common.blocks import save_blocks
 from tpa_convert.evaluation.texts import blocks_by_source
 from tpa_convert.sources import load_source
 from tpa_convert.text.packing import packed_blocks

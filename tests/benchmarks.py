@@ -19,9 +19,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def benchmark(name: str) -> Any:
-    """A script of the folder; they import each other by their bare names."""
+    """A script of the folder, or a module of their package `common`."""
     if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
+        sys.path.append(str(FOLDER))  # as Python does for a script that it runs
     return importlib.import_module(name)
 
 
@@ -82,7 +82,7 @@ class MeasuredRow(NamedTuple):
 
 def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[MeasuredRow]:
     """A list that fills with the rows of every table."""
-    table, found = benchmark("shared").Table, []
+    table, found = benchmark("common.tables").Table, []
     plain = table.row
 
     def row(self: Any, name: str, model: Any, floats: float, seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the Hub
@@ -33,6 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_imports() -> None:
+    """What is imported is never garbage. Healing collects garbage at its end, and would look
+    through a million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_tiny_llama(shape: str = "gqa", *, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:

@@ -151,14 +151,11 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--interrupt", action="store_true", help="and resume")
     parser.add_argument(
-        "--command", nargs=argparse.REMAINDER, help="of tpa-convert, to run instead"
+        "--command", nargs=argparse.REMAINDER, help="of tpa-convert, to run after that"
     )
     options = parser.parse_args()
     if options.fsdp:
         use_fsdp()
-    if options.command:
-        run_command(options.directory, options.command)
-        return
     for name, variant in VARIANTS.items():
         directory = options.directory / name
         if options.interrupt:
@@ -167,6 +164,8 @@ def main() -> None:
         if PartialState().is_main_process:
             torch.save(student.state_dict(), directory / "student.pt")
             (directory / "report.json").write_text(json.dumps(asdict(report)))
+    if options.command:
+        run_command(options.directory, options.command)
     PartialState().destroy_process_group()
 
 

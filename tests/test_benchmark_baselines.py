@@ -21,6 +21,9 @@ from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
 from tpa_convert.planning.sensitivity import measure_sensitivity
 from tpa_convert.plans import Budget, plan_uniform
 
+baselines, variants, layer_statistics = map(
+    benchmark, ("common.baselines", "common.variants", "common.layer_statistics")
+)
 FULL = 16  # numbers of all keys, or values, of two heads of 8
 
 
@@ -30,15 +33,13 @@ class Bench:
     def __init__(self, shape: str = "gqa", **overrides: Any):
         self.model = make_tiny_llama(shape, seed=4, **overrides)
         self.source = source_of(self.model)
-        self.statistics = benchmark("layer_statistics").collect(self.source, random_blocks())
-        self.weights = benchmark("layer_statistics").layer_weights(self.source)
+        self.statistics = layer_statistics.collect(self.source, random_blocks())
+        self.weights = layer_statistics.layer_weights(self.source)
 
     def changed(self, change: Any, width_k: int, width_v: int) -> Any:
         """The source with the weights that `change` makes of every layer."""
         layers = self.statistics.layers
-        return benchmark("baselines").changed(
-            self.model, change, self.weights, layers, width_k, width_v
-        )
+        return baselines.changed(self.model, change, self.weights, layers, width_k, width_v)
 
     def plan(self, floats: int, **settings: Any) -> Any:
         config = self.source.family.attention_sizes(self.model.config)
@@ -64,28 +65,26 @@ def difference(model: Any, other: Any) -> float:
 # ------------------------------------------------------------------------------- exact cases
 
 CHANGES = [
-    ("baselines", "joint_svd"),
-    ("baselines", "whitened_joint_svd"),
-    ("baselines", "mean_pooled"),
-    ("baselines", "aligned_pooled"),
-    ("variants", "closed_form"),
-    ("variants", "tokens_alike"),
-    ("variants", "uncentred_keys"),
-    ("variants", "value_constant"),
-    ("variants", "attention_per_head"),
+    baselines.joint_svd,
+    baselines.whitened_joint_svd,
+    baselines.mean_pooled,
+    baselines.aligned_pooled,
+    variants.closed_form,
+    variants.tokens_alike,
+    variants.uncentred_keys,
+    variants.value_constant,
+    variants.attention_per_head,
 ]
 
 
-@pytest.mark.parametrize(("module", "name"), CHANGES)
-def test_at_full_width_a_change_is_the_source(bench, module, name) -> None:
-    change = getattr(benchmark(module), name)
+@pytest.mark.parametrize("change", CHANGES)
+def test_at_full_width_a_change_is_the_source(bench, change) -> None:
     assert difference(bench.changed(change, FULL, FULL), bench.model) < 1e-3
     assert difference(bench.changed(change, FULL // 2, FULL // 2), bench.model) > 0.1
 
 
 @torch.no_grad()
 def test_models_at_full_width_are_the_source(bench) -> None:
-    variants = benchmark("variants")
     plan, narrow = (bench.plan(floats, gauge="absorbed") for floats in (2 * FULL, FULL))
     blocks = random_blocks(count=4)
     makers = {
@@ -104,13 +103,13 @@ def test_models_at_full_width_are_the_source(bench) -> None:
 
 def test_queries_refitted_at_full_width_are_the_source(bench) -> None:
     plan = bench.plan(2 * FULL, gauge="absorbed")
-    model = benchmark("variants").queries_refitted(bench.source, plan, bench.statistics)
+    model = variants.queries_refitted(bench.source, plan, bench.statistics)
     assert difference(model, bench.model) < 0.01  # the refit has a ridge of 1e-4
 
 
 def test_rebuilt_weights_are_those_of_the_converted_model(bench) -> None:
     """The source with narrowed weights and the TPA model that caches less compute the same."""
-    rebuilt = bench.changed(benchmark("variants").closed_form, 8, 8)
+    rebuilt = bench.changed(variants.closed_form, 8, 8)
     converted = convert_tiny(
         bench.model, width_k=8, width_v=8, moments=tiny_moments(bench.model), gauge="applied"
     )
@@ -166,7 +165,8 @@ def test_a_joint_svd_has_the_least_error_of_its_rank(layer, whitened, widths) ->
     weights, statistics = layer
     size = weights.key.shape[-1]
     moment = statistics.input_equal if whitened else torch.eye(size, dtype=torch.float64)
-    change = getattr(benchmark("baselines"), "whitened_joint_svd" if whitened else "joint_svd")
+    name = "whitened_joint_svd" if whitened else "joint_svd"
+    change = getattr(baselines, name)
     result = change(weights, statistics, *widths)
     for before, after, width in (
         (weights.key, result.key, widths[0]),
@@ -192,7 +192,7 @@ def squared_key_error(weights: AttentionWeights, key: Tensor, statistics: Any) -
 
 
 def test_attention_of_each_head_has_a_lower_error_under_it() -> None:
-    variants, bench = benchmark("variants"), Bench("mha")
+    bench = Bench("mha")
     for weights, statistics in zip(bench.weights, bench.statistics.layers, strict=True):
         plain, own = (
             squared_key_error(weights, change(weights, statistics, 16, 32).key, statistics)
@@ -209,9 +209,8 @@ def test_a_constant_of_the_values_costs_no_cache() -> None:
         left, right = (torch.randn(n, generator=generator) for n in attention.v_proj.weight.shape)
         attention.v_proj.weight.data = left.outer(right) / 8
         attention.o_proj.bias.data.zero_()
-    statistics = benchmark("layer_statistics").collect(bench.source, random_blocks()).layers[0]
-    weights = benchmark("layer_statistics").layer_weights(bench.source)[0]
-    variants = benchmark("variants")
+    statistics = layer_statistics.collect(bench.source, random_blocks()).layers[0]
+    weights = layer_statistics.layer_weights(bench.source)[0]
 
     def missed(result: AttentionWeights) -> Tensor:
         """Of the outputs for values alike in all heads, as a map of the inputs, [x, D + 1]."""
@@ -234,7 +233,7 @@ def test_values_that_keys_determine_need_no_features_of_their_own(layer) -> None
     generator = torch.Generator().manual_seed(0)
     of_keys = torch.randn(FULL, FULL, generator=generator, dtype=torch.float64)
     value = (of_keys @ weights.key.flatten(0, 1)).view_as(weights.value)
-    shared, shared_features = replace(weights, value=value), benchmark("variants").shared_features
+    shared, shared_features = replace(weights, value=value), variants.shared_features
     result = shared_features(shared, statistics, FULL // 2, FULL // 2)
     torch.testing.assert_close(result.key, weights.key)
     torch.testing.assert_close(result.value, value, rtol=1e-3, atol=1e-3)
@@ -246,7 +245,7 @@ def test_values_that_keys_determine_need_no_features_of_their_own(layer) -> None
 
 
 def test_partitions_are_counted_by_stirling() -> None:
-    partitions = benchmark("baselines").partitions
+    partitions = baselines.partitions
     assert partitions(3, 2) == [[[0, 1], [2]], [[0, 2], [1]], [[0], [1, 2]]]
     for groups, count, number in ((4, 2, 7), (5, 3, 25), (4, 4, 1), (4, 1, 1)):
         found = partitions(groups, count)
@@ -264,7 +263,7 @@ def four_heads() -> tuple[AttentionWeights, Any]:
 def test_equal_heads_are_pooled_without_loss(four_heads) -> None:
     weights, statistics = four_heads
     twins = replace(weights, key=weights.key[[0, 1, 0, 1]], value=weights.value[[0, 1, 1, 0]])
-    mean_pooled = benchmark("baselines").mean_pooled
+    mean_pooled = baselines.mean_pooled
     result = mean_pooled(twins, statistics, 16, 16)
     torch.testing.assert_close(result.key, twins.key)
     torch.testing.assert_close(result.value, twins.value)
@@ -287,7 +286,6 @@ def test_turned_heads_are_aligned_without_loss(four_heads) -> None:
         key=torch.cat((weights.key[:2], keys)),
         value=torch.cat((weights.value[:2], values)),
     )
-    baselines = benchmark("baselines")
     aligned = baselines.aligned_pooled(turned, statistics, 16, 16, rounds=200)
     for name in ("key", "value"):
         expected = getattr(turned, name)
@@ -298,19 +296,19 @@ def test_turned_heads_are_aligned_without_loss(four_heads) -> None:
 
 
 def test_the_same_weights_make_the_same_model(bench) -> None:
-    same = benchmark("baselines").model_with(bench.model, bench.weights)
+    same = baselines.model_with(bench.model, bench.weights)
     assert same is not bench.model
     assert difference(same, bench.model) < 1e-5
     bias = torch.ones(32, dtype=torch.float64)
     layers = [replace(weights, output_bias=bias) for weights in bench.weights]
-    assert difference(benchmark("baselines").model_with(bench.model, layers), bench.model) > 0.1
+    assert difference(baselines.model_with(bench.model, layers), bench.model) > 0.1
 
 
 # ------------------------------------------------------------------------------- folding
 
 
 def test_neighbours_that_rotate_alike_are_folded() -> None:
-    folded_groups = benchmark("variants").folded_groups
+    folded_groups = variants.folded_groups
     frequencies = torch.tensor([1.0, 0.1, 0.01, 0.001])
     assert folded_groups(frequencies, 0.0) == [[3], [2], [1], [0]]
     assert folded_groups(frequencies, 0.01) == [[3, 2], [1], [0]]
@@ -324,7 +322,7 @@ def test_neighbours_that_rotate_alike_are_folded() -> None:
 
 def test_statistics_are_sums_over_the_models_own_attention() -> None:
     model = make_tiny_llama("gqa", seed=4)
-    collect = benchmark("layer_statistics").collect
+    collect = layer_statistics.collect
     collected = collect(source_of(model), BLOCKS, query_stride=1).layers
     for statistics, seen in zip(collected, observe(model), strict=True):
         ones = torch.ones(*seen.inputs.shape[:2], 1, dtype=torch.float64)

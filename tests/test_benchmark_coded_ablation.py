@@ -94,7 +94,7 @@ def test_a_whole_run(tmp_path: Path, monkeypatch) -> None:
     names = ["default", "no class of sinks", "16 bits, linear (the paper's form)"]
     both = [name for each in names for name in (each, f"{each}; refit")]
     assert [row.name for row in rows] == ["source", *both]
-    results = benchmark("results")
+    results = benchmark("common.results")
     assert [row[0] for row in results.load(out).rows] == ["source", *both]
     paired = results.load(results.beside(out)).rows
     assert [row[0] for row in paired] == both[2:]

@@ -25,7 +25,7 @@ ROOT = FOLDER.parent
 
 
 def test_one_latent_holds_keys_and_values_together() -> None:
-    baselines, statistics = benchmark("baselines"), benchmark("layer_statistics")
+    baselines, statistics = benchmark("common.baselines"), benchmark("common.layer_statistics")
     source = source_of(make_tiny_llama("gqa", seed=4))
     [weights, *_] = statistics.layer_weights(source)
     [layer, *_] = statistics.collect(source, random_blocks()).layers
@@ -69,7 +69,7 @@ def test_the_comparison_measures_everything_at_its_bytes(tmp_path: Path, monkeyp
     options += ["--needles", 100, "--needles-per-depth", 1, "--needles-for", "KVTC", "--json", out]
     path = save_source(tmp_path / "source")
     run_main("comparison", monkeypatch, path, *save_texts(tmp_path), *SMALL, *options)
-    written = benchmark("results").load(out)
+    written = benchmark("common.results").load(out)
     rows = [dict(zip(written.columns, row, strict=True)) for row in written.rows]
     [first, *measured] = rows
     assert {key: value for key, value in first.items() if "ratio" in key or "KL" in key} == {
@@ -84,21 +84,20 @@ def test_the_comparison_measures_everything_at_its_bytes(tmp_path: Path, monkeyp
         assert row["bytes, %"] == pytest.approx(float(row[""].split()[-2]), rel=1e-3)
         assert (row["needles at 100, %"] is None) == ("KVTC" not in row[""])
 
-    shared = benchmark("shared")
-    source = shared.load(str(path))
+    blocks, source = benchmark("common.blocks"), benchmark("common.models").load(str(path))
     row = next(row for row in measured if "(linear)" in row[""])
     comparison = benchmark("comparison").Comparison(
-        source, shared.train_blocks(str(tmp_path / "train.jsonl"), source, 512, 2), None
+        source, blocks.train_blocks(str(tmp_path / "train.jsonl"), source, 512, 2), None
     )
     model, _ = comparison.plain(16, form="linear")
-    texts = shared.valid_blocks(str(tmp_path / "valid.jsonl"), source, 256, 1)
+    texts = blocks.valid_blocks(str(tmp_path / "valid.jsonl"), source, 256, 1)
     [title, long] = (
         figures(model, source.model, {name: texts[name]}) for name in ("titles", "long")
     )
     assert row["KL, training kinds"] == pytest.approx(title.kl, rel=1e-3)
     assert row["top-1 %, training kinds"] == pytest.approx(100 * title.top1, rel=1e-3)
     questions = benchmark("comparison").load_questions(tasks, 6)
-    ids, counted = benchmark("quality").question_text(source.tokenizer, questions)
+    ids, counted = benchmark("common.quality").question_text(source.tokenizer, questions)
     alone = [
         figures(model, source.model, {"": block[None, :size]}).kl
         for block, size in zip(ids, counted.sum(1), strict=True)
@@ -118,14 +117,14 @@ def test_the_comparison_says_what_cannot_be_done(tmp_path: Path, monkeypatch) ->
     options = ["--shares", 50, "--json", out]
     path = tmp_path / "source"
     run_main("comparison", monkeypatch, path, *save_texts(tmp_path), *SMALL, *options)
-    [_, *rows] = benchmark("results").load(out).rows
+    [_, *rows] = benchmark("common.results").load(out).rows
     missing = {row[0] for row in rows if row[1] is None}
     assert {re.sub(r" [\d.]+ %.*", "", row[0]) for row in rows} == METHODS
     assert {name.split(":")[0] for name in missing} == {
         "fewer heads, aligned (GQA) 50 %",
     }
     assert all(": not on this model (" in name for name in missing)
-    paired = benchmark("results").load(tmp_path / "comparison_paired.json")
+    paired = benchmark("common.results").load(tmp_path / "comparison_paired.json")
     assert {row[0] for row in paired.rows} == {
         row[0] for row in rows if row[1] and row[1] > 49 and "no training" not in row[0]
     }
@@ -135,9 +134,9 @@ def test_low_rank_keys_of_full_width_are_those_of_a_model_with_norms() -> None:
     source = source_of(MODELS["gemma3"]())
     blocks = random_blocks()
     comparison = benchmark("comparison").Comparison(source, blocks, blocks)
-    model, _ = comparison.low(benchmark("baselines").whitened_joint_svd, 32)
+    model, _ = comparison.low(benchmark("common.baselines").whitened_joint_svd, 32)
     assert agreement(source.model, model, blocks).kl < 1e-6
-    narrow, _ = comparison.low(benchmark("baselines").whitened_joint_svd, 8)
+    narrow, _ = comparison.low(benchmark("common.baselines").whitened_joint_svd, 8)
     assert agreement(source.model, narrow, blocks).kl > 1e-3
 
 
@@ -151,7 +150,7 @@ def scores_of(nll: list[float], kl: list[float], tokens: list[int]) -> BlockScor
 
 
 def test_a_difference_is_paired_and_weighs_texts_alike() -> None:
-    paired = benchmark("paired")
+    paired = benchmark("common.paired")
     ours = {"a": scores_of([10, 90], [1, 2], [10, 10]), "b": scores_of([50, 50], [0, 0], [50, 50])}
     other = {"a": scores_of([12, 92], [2, 3], [10, 10]), "b": scores_of([51, 49], [1, 3], [50, 50])}
     found = paired.difference(ours, other, "nll")
@@ -169,7 +168,7 @@ def test_a_difference_is_paired_and_weighs_texts_alike() -> None:
 
 def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     """Blocks of very different lengths, two texts."""
-    paired = benchmark("paired")
+    paired = benchmark("common.paired")
     generator = torch.Generator().manual_seed(0)
     hits = 0
     for _ in range(400):
@@ -205,8 +204,8 @@ def test_ours_is_the_row_of_no_more_bytes() -> None:
 
 
 def test_the_page_shows_the_files() -> None:
-    results = benchmark("results")
-    assert results.PAGE.read_text(encoding="utf-8") == results.page(), (
+    script, results = benchmark("results"), benchmark("common.results")
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), (
         "write it anew: python benchmarks/results.py"
     )
     [first, *_] = results.results().values()
@@ -214,7 +213,7 @@ def test_the_page_shows_the_files() -> None:
 
 
 def test_rows_have_as_many_cells_as_the_table(tmp_path: Path) -> None:
-    results = benchmark("results")
+    results = benchmark("common.results")
     result = results.of_this_run("Something", ["a", "b"], [["x", 1.23456], ["y", None]])
     results.save(result, tmp_path / "something.json")
     assert results.load(tmp_path / "something.json") == result
@@ -232,7 +231,7 @@ def unknown(text: str) -> set[str]:
     """Figures of a text that no file of results holds, rounded as the text has them."""
     cells = [
         cell
-        for result in benchmark("results").results().values()
+        for result in benchmark("common.results").results().values()
         for row in result.rows
         for cell in row
         if isinstance(cell, float)

@@ -40,7 +40,7 @@ def test_windows_cap_the_cache_that_is_measured() -> None:
             tokens if kind == "full_attention" else min(tokens, WINDOW - 1) for kind in GEMMA_LAYERS
         ]
         for one, numbers in ((source, 2 * 2 * 8), (model, 6 + 5 + 2)):
-            found = benchmark("shared").Table.cache_kilobytes(one, tokens)
+            found = benchmark("common.tables").Table.cache_kilobytes(one, tokens)
             assert found == pytest.approx(2 * numbers * sum(held) / 1000)
 
 
@@ -67,16 +67,16 @@ def test_a_whole_run(
     names = [row.name for row in rows]
     assert names[:-1] == ["source", *(f"{run} {s}" for run in ("18", "12:latent") for s in stages)]
     assert names[-1].startswith("12:latent tokens_per_step=512")
-    shared = benchmark("shared")
-    source = shared.load(str(tmp_path / "source"))
-    held_out = shared.valid_blocks(str(blocks), source, 64, 2)
+    models, files = benchmark("common.models"), benchmark("common.blocks")
+    source = models.load(str(tmp_path / "source"))
+    held_out = files.valid_blocks(str(blocks), source, 64, 2)
     assert {part.shape for part in held_out.values()} == {(2, 64)}
-    training = shared.train_blocks(str(train), source, 64, 8)
+    training = files.train_blocks(str(train), source, 64, 8)
     moments = collect_moments(source, training)
     found = {row.name: figures(row.model, model, {"text": training}).kl for row in rows}
     assert found["source"] < 1e-6
     for run in ("18", "12:latent"):
-        plan = shared.plan_of(run, source.family.attention_sizes(model.config))
+        plan = models.plan_of(run, source.family.attention_sizes(model.config))
         converted = convert_model(source, plan, moments)
         expected = figures(converted, model, {"text": training}).kl
         assert found[f"{run} closed form"] == pytest.approx(expected, rel=1e-3)

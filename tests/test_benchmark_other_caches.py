@@ -16,7 +16,7 @@ LEAST_ERROR = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
 
 @pytest.mark.parametrize("bits", LEAST_ERROR)
 def test_values_for_a_gaussian_have_the_least_error(bits) -> None:
-    levels = benchmark("other_caches").lloyd_max(bits)
+    levels = benchmark("common.other_caches").lloyd_max(bits)
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
     def error(values: torch.Tensor) -> float:
@@ -35,13 +35,13 @@ def test_rotated_heads_lose_what_a_gaussian_loses(bits) -> None:
     heads[torch.arange(500), torch.randint(64, (500,), generator=generator)] = 7.0
     heads += 0.3 * torch.randn(500, 64, generator=generator)
     for unit in (1.0, 1e-3):
-        found = benchmark("other_caches").rotated_codes(unit * heads, bits)
+        found = benchmark("common.other_caches").rotated_codes(unit * heads, bits)
         error = (found - unit * heads).square().sum() / (unit * heads).square().sum()
         assert error.item() == pytest.approx(LEAST_ERROR[bits], rel=0.15)
 
 
 def test_components_are_coded_in_the_bits_that_they_are_given() -> None:
-    caches = benchmark("other_caches")
+    caches = benchmark("common.other_caches")
     generator = torch.Generator().manual_seed(2)
     mix = torch.randn(24, 24, generator=generator, dtype=torch.double)
     x = torch.randn(4, 5000, 24, generator=generator, dtype=torch.double) @ mix + 3.0
@@ -65,7 +65,7 @@ def test_components_are_coded_in_the_bits_that_they_are_given() -> None:
 def test_more_bits_are_nearer_to_the_source() -> None:
     model = MODELS["llama"]()
     source, moments, blocks = source_of(model), coded_moments(model), random_blocks(seed=9)
-    other_cache = benchmark("other_caches").other_cache
+    other_cache = benchmark("common.other_caches").other_cache
     for names in (["int8", "int4", "int2"], ["rotated8", "rotated4", "rotated2"],
                   ["transform50", "transform25", "transform12.5"]):  # fmt: skip
         made = [other_cache(source, moments, name) for name in names]

@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def quality() -> Any:
-    return benchmark("quality")
+    return benchmark("common.quality")
 
 
 def table(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
@@ -180,6 +180,43 @@ def test_found_needles_are_counted(quality, tiny_llama, tiny_tokenizer, capsys) 
         assert rows[name][:3] == expected
 
 
+# ------------------------------------------------------------------------------- last words
+
+
+def test_last_words_end_sentences(tiny_tokenizer) -> None:
+    last_words = benchmark("common.last_words").last_words
+    text = (
+        "x" * 990
+        + " and then came the evening. Nothing went wrong, but It ended at 5. So. This is new!"
+    )
+    words = last_words(tiny_tokenizer, [text, text[900:]], count=9)
+    said = {tiny_tokenizer.decode(word.ids[-word.size :]) for word in words}
+    assert said == {" evening"}  # "new" is short, and 5 and So are no words within a sentence
+    assert all(tiny_tokenizer.decode(w.ids).endswith("came the evening") for w in words)
+
+
+def test_last_words_said_right(quality, tiny_llama, tiny_tokenizer, capsys) -> None:
+    """As many as each model says when it is fed one text at a time."""
+    tools = benchmark("common.last_words")
+    text = FILLER * 8 + "It was all for nothing. They went home again, and found another house. "
+    words = tools.last_words(tiny_tokenizer, [text * 3], count=8)
+    # Of three words one is what the model says, so that right and wrong ones occur.
+    model = tiny_llama(initializer_range=0.3, seed=3)
+    row = torch.tensor([words[0].ids])
+    said = model(row).logits[0].argmax(-1)[-words[0].size - 1]
+    words = [*words, tools.LastWord([*words[0].ids[: -words[0].size], int(said)], 1)]
+    found = tools.last_word_accuracy(model, words, batch_size=4)
+    expected = []
+    for ids, size in words:
+        predicted = model(torch.tensor([ids])).logits[0].argmax(-1)
+        expected.append(predicted[-size - 1 : -1].tolist() == ids[-size:])
+    assert found.right == tuple(expected)
+    assert 0 < sum(found.right) < len(words)
+    quality.last_word_table({"source": model}, tiny_tokenizer, {"kind": [text * 3], "none": [""]})
+    rows = table(capsys)
+    assert [column.split()[0] for column in rows["last words, %"]] == ["kind", "mean", "drop"]
+
+
 # ------------------------------------------------------------------------------- chat
 
 
@@ -253,20 +290,22 @@ def test_all_models_come_to_all_tables(
     source, converted = save_source(tmp_path / "source"), tmp_path / "small"
     assert tpa_convert("convert", source, *CONVERT, "--out", converted).exit_code == 0
     (tmp_path / "valid.txt").write_text(FILLER * 3)
-    calls: dict[str, Any] = {}
-    for name in ("task_table", "position_table", "needle_table", "chat_table"):
+    script, calls = benchmark("quality"), dict[str, Any]()
+    tables = ("task_table", "position_table", "last_word_table", "needle_table", "chat_table")
+    for name in tables:
+        module = script if hasattr(script, name) else quality
         monkeypatch.setattr(
-            quality, name, lambda *arguments, name=name, **_: calls.update({name: arguments})
+            module, name, lambda *arguments, name=name, **_: calls.update({name: arguments})
         )
     if chat:
-        load = quality.load
+        load = script.load
 
         def with_template(path: str) -> Any:
             loaded = load(path)
             loaded.tokenizer.chat_template = TEMPLATE
             return loaded
 
-        monkeypatch.setattr(quality, "load", with_template)
+        monkeypatch.setattr(script, "load", with_template)
     options = ["--valid", tmp_path / "valid.txt", "--tasks", "quiz.jsonl", "--lengths", 50, 200]
     run_main("quality", monkeypatch, source, converted, *options)
     models = calls["position_table"][0]
@@ -279,6 +318,7 @@ def test_all_models_come_to_all_tables(
     assert calls["task_table"][2] == ["quiz.jsonl"]
     [blocks] = calls["position_table"][1].values()
     assert blocks.shape == (2, 200)
+    assert [len(part) for part in calls["last_word_table"][2].values()] == [2]
     filler, lengths = calls["needle_table"][2:]
     assert filler.startswith(FILLER[:100])
     assert lengths == [50, 200]

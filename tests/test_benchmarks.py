@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(model: Path) -> Source:
-    return benchmark("shared").load(str(model))
+    return benchmark("common.models").load(str(model))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def check_row(row: MeasuredRow, source: Source, valid: str) -> float:
 
 
 def test_settings_are_keyword_arguments() -> None:
-    given = benchmark("settings").given_settings
+    given = benchmark("common.arguments").given_settings
     assert given("") == {}
     assert given('steps=300,learning_rate=1e-4,bf16=false,trainable="lora"') == {
         "steps": 300,
@@ -79,7 +79,7 @@ def test_a_row_has_the_figures_of_whole_logits(random_tokens, capsys) -> None:
     """Texts of different sizes: perplexities count by text, KL and agreement by token."""
     model, other = make_tiny_llama(seed=1), make_tiny_llama(seed=2)
     blocks = {"one": random_tokens(2, 16, seed=1), "two": random_tokens(5, 16, seed=2)}
-    table = benchmark("shared").Table(source_of(model), blocks)
+    table = benchmark("common.tables").Table(source_of(model), blocks)
     assert table.row("source", model, 32, 0.0) == pytest.approx(1)
     ratio = table.row("other", other, 12.4, 3.14)
     found, reference = (figures(m, model, blocks) for m in (other, model))
@@ -91,8 +91,8 @@ def test_a_row_has_the_figures_of_whole_logits(random_tokens, capsys) -> None:
 
 
 def test_a_run_names_a_plan(source, config, random_tokens, tmp_path, monkeypatch) -> None:
-    shared = benchmark("shared")
-    plan_of, tokens = shared.plan_of, random_tokens(4, 32, vocab_size=99)
+    models = benchmark("common.models")
+    plan_of, tokens = models.plan_of, random_tokens(4, 32, vocab_size=99)
     assert plan_of("16", config) == plan_uniform(config, Budget(kv_floats=16))
     widths = Budget(width_k=8, width_v=6)
     latent = {"gauge": "applied", "key_cache": "latent"}
@@ -101,7 +101,7 @@ def test_a_run_names_a_plan(source, config, random_tokens, tmp_path, monkeypatch
     affine = plan_uniform(config, Budget(kv_floats=24), form="affine")
     assert plan_of("24:affine", config) == affine
 
-    monkeypatch.setattr(shared, "MULTIPLE_OF", 2)
+    monkeypatch.setattr(models, "MULTIPLE_OF", 2)
     sensitivity = measure_sensitivity(source, collect_moments(source, tokens), tokens)
     measured = plan_measured(sensitivity, config, 16, 2)
     uniform = plan_uniform(config, Budget(kv_floats=16))
@@ -122,7 +122,7 @@ def test_token_files_are_joined_and_shuffled(source, tmp_path) -> None:
     paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
     np.save(paths[0], numbers[:20].reshape(2, 10))
     np.save(paths[1], numbers[20:].reshape(4, 10))
-    train_blocks, both = benchmark("shared").train_blocks, ",".join(map(str, paths))
+    train_blocks, both = benchmark("common.blocks").train_blocks, ",".join(map(str, paths))
     blocks = train_blocks(both, source, 5)
     assert blocks.dtype == torch.int64
     assert sorted(blocks.tolist()) == numbers.reshape(-1, 5).tolist()
@@ -134,7 +134,7 @@ def test_tokenising_keeps_what_a_pattern_leaves(model, tmp_path, monkeypatch, ca
     text = tmp_path / "text.jsonl"
     documents = ["p" * 9, "q" * 9, "p" * 4 + "r" * 5, "r" * 9]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    tokenizer = benchmark("shared").load(str(model)).tokenizer
+    tokenizer = benchmark("common.models").load(str(model)).tokenizer
     for options, kept in (
         ([], {"p", "q", "r"}),
         (["--only", "q|r"], {"p", "q", "r"}),
@@ -251,7 +251,7 @@ def logits(model: Any, blocks: Tensor) -> Tensor:
 def test_refinement(model, source, config, texts, monkeypatch) -> None:
     """The closed form is the package's; refining it brings its predictions nearer."""
     rows, tables = record_rows(monkeypatch), {}
-    script, shared = benchmark("refine_smollm2"), benchmark("shared")
+    script, plan_of = benchmark("refine_smollm2"), benchmark("common.models").plan_of
     monkeypatch.setattr(script, "task_table", lambda *arguments: tables.update(tasks=arguments))
     monkeypatch.setattr(script, "position_table", lambda *arguments: tables.update(at=arguments))
     options = ["--runs", "16:applied", "12:latent", "--settings", "steps=8", "steps=1"]
@@ -263,13 +263,13 @@ def test_refinement(model, source, config, texts, monkeypatch) -> None:
     kl = {row.name: check_row(row, source, texts[3]) for row in rows}
     assert kl["source"] < 1e-6
 
-    blocks = shared.train_blocks(texts[1], source, 1024, 2)
+    blocks = benchmark("common.blocks").train_blocks(texts[1], source, 1024, 2)
     moments = collect_moments(source, blocks)
     expected = logits(source.model, blocks)
     models = {row.name: row.model for row in rows}
     for run in runs:
         closed, long, short = (logits(models[f"{run} {kind}"], blocks) for kind in kinds)
-        converted = convert_model(source, shared.plan_of(run, config), moments)
+        converted = convert_model(source, plan_of(run, config), moments)
         torch.testing.assert_close(closed, logits(converted, blocks), atol=1e-4, rtol=1e-4)
         errors = [(found - expected).square().mean() for found in (long, short, closed)]
         assert errors[0] < errors[1] <= errors[2]
@@ -315,7 +315,7 @@ def test_healing(model, source, texts, monkeypatch, tmp_path) -> None:
     assert kl[0] < 1e-6
     assert max(kl[2:]) < kl[1]
     assert kl[2] != kl[3]  # another seed, another order of the text
-    training = {"training": benchmark("shared").train_blocks(texts[1], source, 64)}
+    training = {"training": benchmark("common.blocks").train_blocks(texts[1], source, 64)}
     start, *ends = (figures(row.model, source.model, training).kl for row in rows[1:])
     assert max(ends) < 0.8 * start
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from tests.command_line import error_of, save_source, save_text, tpa_convert
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tests.conversions import coded_moments, convert_coded, random_blocks
+from tests.healing import SETTINGS
 from tests.tiny_models import MODELS
 from tpa_convert.export.save import load_model, read_provenance
 from tpa_convert.forward.comparison import agreement
@@ -195,6 +199,24 @@ def test_healing_lowers_the_loss(source, coded, tmp_path) -> None:
         torch.testing.assert_close(student(text(), use_cache=True).logits, whole, atol=1e-4, rtol=0)
     other = MODELS[NAMES[1 - NAMES.index(family(source))]](seed=8)
     assert divergence(source, healed(other, "another")) > 0.92 * before
+
+
+def test_layers_with_different_codes_share_one_compiled_graph(tmp_path, monkeypatch) -> None:
+    """Nothing that is read in training may tell one padded layer from the next."""
+    source = make_tiny_llama(num_hidden_layers=4)
+    student = convert_coded(source, kv_ratio=0.1875)
+    assert len({shape.key_codes for shape in student.config.layer_shapes}) > 1
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    options = SETTINGS.model_copy(
+        update={"torch_compile": True, "tokens": 3 * 64, "hidden_weight": 0.0}
+    )
+    blocks = random_blocks(count=16, length=32, seed=4)
+    heal(student, source, None, blocks, settings=options, output_dir=tmp_path, progress=False)
+    # A layer and the final norm, of student and teacher, and the loss.
+    assert counters["stats"]["unique_graphs"] == 5
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("improve", ["refit", "refine"])

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -232,14 +233,24 @@ def test_bytes_that_make_no_word_change_nothing():
     assert not torch.equal(bits[0], bits[3])
 
 
+@cache
+def best_mean(fall: int, total: int) -> float:
+    """Of bits that are handed out freely."""
+    return mean_bits(share_bytes(falling(fall), total))
+
+
+def falling(fall: int) -> list[list[torch.Tensor]]:
+    layers = [torch.logspace(0, fall, 1024).double() * 3.0**i for i in range(2)]
+    return [[energy[::2], energy[1::2]] for energy in layers]
+
+
 @pytest.mark.parametrize("mean", [1, 2, 3, 4, 8])
 def test_a_mean_of_bits_is_that_of_the_components_that_are_kept(mean) -> None:
     """Of energies that fall slowly, so that the best has few bits, and quickly, so that it has
     many; what is kept are the strongest."""
     total, best = 2 * 120, []
     for fall in (-1, -8):
-        layers = [torch.logspace(0, fall, 1024).double() * 3.0**i for i in range(2)]
-        parts = [[energy[::2], energy[1::2]] for energy in layers]
+        parts = falling(fall)
         found = share_bytes(parts, total, mean=mean)
         assert mean_bits(found) == pytest.approx(mean, rel=0.1)
         assert sum(layout_of(part, 2).row_bytes for part in found) <= total
@@ -248,7 +259,7 @@ def test_a_mean_of_bits_is_that_of_the_components_that_are_kept(mean) -> None:
         assert (energy[~kept] > 2 * energy[kept].quantile(0.05)).double().mean() < 0.02
         alike = share_bytes(parts, total, levels=(0, mean))  # all kept components as many
         assert expected_loss(parts, found) < 1.02 * expected_loss(parts, alike)
-        best.append(mean_bits(share_bytes(parts, total)))
+        best.append(best_mean(fall, total))
     # negative control: what is best has other means
     assert any(abs(free - mean) > 0.2 * mean for free in best)
 

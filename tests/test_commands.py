@@ -6,7 +6,6 @@ without being started here fails.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -145,49 +144,35 @@ def test_what_the_readme_imports_is_there() -> None:
 # ------------------------------------------------------------------------------- help
 
 LOADED = (
-    "import sys; sys.argv = {arguments!r}\n"
+    "import os, sys; sys.argv = {arguments!r}\n"
     "from tpa_convert.cli.commands import app\n"
     "try: app()\n"
     "except SystemExit: pass\n"
-    "print('slow:', sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    "print('slow:', sorted({{'torch', 'transformers'}} & set(sys.modules)))\n"
+    "print('threads:', os.environ.get('OMP_WAIT_POLICY'))\n"
 )
-
-
-@pytest.mark.parametrize(
-    ("program", "given", "expected"),
-    [
-        ("tpa-convert", {}, "PASSIVE"),
-        ("other", {}, "PASSIVE"),
-        ("tpa-convert", {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-    ],
-)
-def test_idle_threads_sleep(program: str, given: dict, expected: str) -> None:
-    """Spinning ones take the cores from other processes; what a user has set stays."""
-    code = (
-        f"import sys, os; sys.argv = [{program!r}]\n"
-        "import tpa_convert; print(os.environ.get('OMP_WAIT_POLICY'))"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True
-    )
-    assert found.stdout.strip() == expected, found.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"]])
-def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+def test_help_does_not_wait_for_torch(arguments: list[str], monkeypatch) -> None:
+    """And idle threads are to sleep: spinning ones take the cores from other processes."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     output = python("-c", LOADED.format(arguments=["/usr/bin/tpa-convert", *arguments]))
-    assert output.endswith("slow: []\n")
+    assert output.endswith("slow: []\nthreads: PASSIVE\n")
 
 
-def test_slow_imports_would_be_seen() -> None:
-    """Any other program that imports the package gets the models registered, by torch."""
-    output = python("-c", LOADED.format(arguments=["/usr/bin/another", "--help"]))
-    assert output.endswith("slow: ['torch', 'transformers']\n")
+def test_another_program_that_imports_the_package(monkeypatch) -> None:
+    """It gets the models registered, which takes torch: so slow imports would be seen above."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    register = "import transformers; transformers.AutoConfig.for_model('tpa')"
+    output = python("-c", LOADED.format(arguments=["/usr/bin/another", "--help"]) + register)
+    assert output.endswith("slow: ['torch', 'transformers']\nthreads: PASSIVE\n")
 
 
-def test_importing_the_package_registers_the_model() -> None:
-    python("-c", "import tpa_convert, transformers; transformers.AutoConfig.for_model('tpa')")
+def test_what_a_user_has_set_of_threads_stays(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    output = python("-c", LOADED.format(arguments=["/usr/bin/tpa-convert", "--version"]))
+    assert output.endswith("threads: ACTIVE\n")
 
 
 def help_of(width: int) -> dict[str, list[str]]:

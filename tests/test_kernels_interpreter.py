@@ -25,12 +25,14 @@ TESTS = [
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("tests", TESTS, ids=lambda path: path.stem)
-def test_kernels_under_the_interpreter(tests) -> None:
+@pytest.mark.timeout(900)
+def test_kernels_under_the_interpreter() -> None:
+    """All files in one process, since starting it takes as long as many of the tests."""
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests],
+        [sys.executable, "-m", "pytest", *options, *TESTS],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=tests.parents[1],
+        cwd=TESTS[0].parents[1],
         capture_output=True,
         text=True,
     )

@@ -73,6 +73,13 @@ def test_the_exported_model_needs_torch_and_transformers_only() -> None:
     assert roots - set(sys.stdlib_module_names) == {"torch", "transformers", "tpa_convert"}
 
 
+def test_benchmarks_share_code_through_their_package_only() -> None:
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        names = absolute_imports(path.read_text(encoding="utf-8"), "")
+        assert not scripts & {name.split(".")[0] for name in names}, path
+
+
 def test_relative_and_nested_imports_are_seen() -> None:
     """The reader of imports itself: an import it missed would make the tests above pass."""
     source = (

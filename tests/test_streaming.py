@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -175,8 +175,9 @@ def test_the_terms_of_the_source_go_along(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------- cut short
 
-# Converts in child processes. Each is killed when it has written so many groups of tensors,
-# in the middle of the next one, until one comes to its end. Prints how the children ended.
+# Converts in children of a process that has imported everything. Each is killed when it has written
+# so many groups of tensors, in the middle of the next one, until one comes to its end. Prints how
+# the children of each job ended.
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -186,12 +187,10 @@ from tpa_convert.export import shards
 from tpa_convert.recipe import ConvertOptions
 
 torch.set_num_threads(1)
-source, out, options, count = sys.argv[1:]
 shards.ONE_FILE = 1000
 save_file = storage.save_file
 
-def convert():
-    left = int(count)
+def convert(source, out, options, left):
     def dying(tensors, path, metadata):
         nonlocal left
         if left == 0:
@@ -200,39 +199,62 @@ def convert():
         left -= 1
         save_file(tensors, path, metadata)
     storage.save_file = dying
-    pipeline.convert(source, out, ConvertOptions(**json.loads(options)))
+    pipeline.convert(source, out, ConvertOptions(**options))
 
-codes = []
-while not codes or codes[-1] != 0 and len(codes) < 40:
-    child = os.fork()
-    if child == 0:
-        convert()
-        os._exit(0)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    if codes[-1] != 0:
-        assert not Path(out).exists()
-print(json.dumps(codes))
+def exit_codes(out, options, count):
+    codes = []
+    while not codes or codes[-1] != 0 and len(codes) < 40:
+        child = os.fork()
+        if child == 0:
+            convert(sys.argv[1], out, options, count)
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if codes[-1] != 0:
+            assert not Path(out).exists()
+    return codes
+
+print(json.dumps([exit_codes(*job) for job in json.loads(sys.argv[2])]))
 """
+LEAST = {"coded": 5, "rotated": 4, "refit": 6, "refined": 5}
+"""Runs that it takes, by the way of converting."""
 
 
-def exit_codes(source: Path, out: Path, way: str, count: int) -> list[int]:
-    arguments = [str(source), str(out), json.dumps(WAYS[way]), str(count)]
+class Ended(NamedTuple):
+    """Conversions of one way, undisturbed and killed: how processes ended, and what there is."""
+
+    undisturbed: Path
+    killed: Path
+    codes: tuple[list[int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    folder = tmp_path_factory.mktemp("killed")
+    source = save(make_tiny_llama("gqa"), folder / "source")
+    outs = [tuple(folder / way / name / "out" for name in ("whole", "killed")) for way in LEAST]
+    jobs = [
+        (str(out), WAYS[way], count)
+        for way, pair in zip(LEAST, outs, strict=True)
+        for out, count in zip(pair, (1000, 2), strict=True)
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(source), json.dumps(jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return {
+        way: Ended(*pair, (codes[2 * i], codes[2 * i + 1]))
+        for i, (way, pair) in enumerate(zip(LEAST, outs, strict=True))
+    }
 
 
-@pytest.mark.parametrize("way", ["coded", "rotated", "refit", "refined"])
-def test_a_run_killed_again_and_again_gives_the_same_bytes(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", LEAST)
+def test_a_run_killed_again_and_again_gives_the_same_bytes(way: str, ended) -> None:
     """Each run is killed inside of the third group of tensors that it writes: a layer has two
     where it is measured, and two where it is converted."""
-    source = save(make_tiny_llama("gqa"), tmp_path / "source")
-    undisturbed, killed = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out"
-    assert exit_codes(source, undisturbed, way, 1000) == [0]
-    codes = exit_codes(source, killed, way, 2)
-    assert len(codes) >= {"coded": 5, "rotated": 4, "refit": 6, "refined": 5}[way]
-    assert set(codes[:-1]) == {-signal.SIGKILL}
+    undisturbed, killed, (once, again) = ended[way]
+    assert once == [0]
+    assert len(again) >= LEAST[way]
+    assert set(again[:-1]) == {-signal.SIGKILL}
     assert files_of(killed) == files_of(undisturbed)
     assert [path.name for path in killed.parent.iterdir()] == ["out"]

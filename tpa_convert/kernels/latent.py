@@ -75,9 +75,14 @@ def load_bias(mask, batch, stride_b, slot, begin, stop):
 
 
 @triton.jit
-def load_header(rows, offset, valid, octave, header_byte):
+def load_header(rows, offset, valid, header_byte):
+    """The word [T] with the header of each token."""
+    return tl.load(rows + offset + header_byte // 4, mask=valid, other=0)
+
+
+@triton.jit
+def header_of(word, octave, header_byte):
     """Scale [T] of each token as a power of two, and 1 for those of the second class, in fp32."""
-    word = tl.load(rows + offset + header_byte // 4, mask=valid, other=0)
     header = (word >> (header_byte % 4 * 8)) & 255
     return (header % SCALES).to(tl.float32) / STEPS + octave, (header // SCALES).to(tl.float32)
 
@@ -230,7 +235,8 @@ def latent_weights_kernel(
             PAGE,
             BLOCK,
         )
-        key_octave, key_class = load_header(keys, key_offset, valid, octave_k, header_k)
+        header = load_header(keys, key_offset, valid, header_k)
+        key_octave, key_class = header_of(header, octave_k, header_k)
         key_scale = tl.exp2(key_octave)
         any_class = tl.max(key_class, 0)  # hardly ever
 
@@ -335,7 +341,8 @@ def latent_weights_kernel(
             PAGE,
             BLOCK,
         )
-        _, value_class = load_header(values, value_offset, valid, octave_v, header_v)
+        header = load_header(values, value_offset, valid, header_v)
+        _, value_class = header_of(header, octave_v, header_v)
         of_class = tl.sum(weights * value_class[None, :], 1)
         tl.store(terms + 2 * padded_columns, of_class, mask=inside)
         of_class = tl.sum(weights * key_class[None, :], 1)

@@ -15,11 +15,66 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent import AT_RUN_TIME, block_rows, load_header, load_words, numbers_of
+from .latent import (
+    AT_RUN_TIME,
+    block_rows,
+    header_of,
+    load_header,
+    load_words,
+    numbers_of,
+)
 from .split_kv import slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
 TERMS = tl.constexpr(4)  # of a block; see `latent_weights_kernel`
+
+
+@triton.jit
+def load_share(
+    i,
+    last,
+    rows,
+    weights,
+    terms,
+    items,
+    pages,
+    batch,
+    first_block,
+    splits,
+    begin,
+    stop,
+    pages_stride_b,
+    stride_b,
+    stride_t,
+    stride,
+    padded_columns,
+    item,
+    header,
+    inside,
+    COLUMNS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Of the i-th share of this split's blocks the words and headers of rows, weights, and what
+    these are relative to; of none from `last` on."""
+    SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
+    index, share = i // SHARES, i % SHARES
+    block = (first_block + index * splits) * SHARES + share
+    slot = block * SLOTS + tl.arange(0, SLOTS)
+    valid = (slot >= begin) & (slot < stop) & (i < last)
+    rows, offset = block_rows(
+        rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
+    )
+    weights += tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK) + share * SLOTS
+    weights += (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
+    return (
+        load_words(rows, offset, valid, items, item, ITEMS),
+        load_header(rows, offset, valid, header),
+        tl.load(weights, mask=tl.full([COLUMNS, SLOTS], i < last, tl.int1), other=0.0),
+        tl.load(terms + index * stride, mask=inside & (i < last), other=float("-inf")),
+    )
 
 
 @triton.jit(do_not_specialize=[*AT_RUN_TIME, "splits", "blocks"])
@@ -62,7 +117,6 @@ def latent_sums_kernel(
     BLOCK: tl.constexpr,  # slots, of whose weights the maximum is known
     SLOTS: tl.constexpr,  # at a time
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Partial sums of a piece.
@@ -126,27 +180,71 @@ def latent_sums_kernel(
     header = tl.where(of_values, header_v, header_k)
     weights += (batch * blocks + first_block).to(tl.int64) * (padded_columns * BLOCK)
     weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
-    of_weight = (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
     DTYPE: tl.constexpr = weights.dtype.element_ty
-    SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
+    SHARES: tl.constexpr = BLOCK // SLOTS
+    first, last = first * SHARES, last * SHARES
     sums = tl.zeros([COLUMNS, PIECE], tl.float32)
-    for i in tl.range(first * SHARES, last * SHARES, num_stages=STAGES):
-        index, share = i // SHARES, i % SHARES
-        block = (first_block + index * splits) * SHARES + share
-        slot = block * SLOTS + tl.arange(0, SLOTS)
-        of_block = tl.load(terms + index * stride, mask=inside, other=float("-inf"))
-        valid = (slot >= begin) & (slot < stop)
-        here, offset = block_rows(
-            rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
+    # What the next step takes apart is loaded before this one's product.
+    words, word, weight, of_block = load_share(
+        first,
+        last,
+        rows,
+        weights,
+        terms,
+        items,
+        pages,
+        batch,
+        first_block,
+        splits,
+        begin,
+        stop,
+        pages_stride_b,
+        stride_b,
+        stride_t,
+        stride,
+        padded_columns,
+        item,
+        header,
+        inside,
+        COLUMNS,
+        ITEMS,
+        PAGE,
+        BLOCK,
+        SLOTS,
+    )
+    for i in range(first, last):
+        scale, _ = header_of(word, octave, header)
+        left = weight.to(tl.float32) * tl.exp2((of_block - shift)[:, None] + scale[None, :])
+        left = tl.where(of_block[:, None] > float("-inf"), left, 0.0)  # not written
+        found = numbers_of(words, items, item, total, ITEMS)
+        words, word, weight, of_block = load_share(
+            i + 1,
+            last,
+            rows,
+            weights,
+            terms,
+            items,
+            pages,
+            batch,
+            first_block,
+            splits,
+            begin,
+            stop,
+            pages_stride_b,
+            stride_b,
+            stride_t,
+            stride,
+            padded_columns,
+            item,
+            header,
+            inside,
+            COLUMNS,
+            ITEMS,
+            PAGE,
+            BLOCK,
+            SLOTS,
         )
-        words = load_words(here, offset, valid, items, item, ITEMS)
-        of_slots = weights + tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK)
-        weight = tl.load(of_slots + share * SLOTS + of_weight).to(tl.float32)
-        scale, _ = load_header(here, offset, valid, octave, header)
-        weight *= tl.exp2((of_block - shift)[:, None] + scale[None, :])
-        weight = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
-        found = numbers_of(words, items, item, total, ITEMS).to(DTYPE)
-        sums = tl.dot(weight.to(DTYPE), found, sums, input_precision=PRECISION)
+        sums = tl.dot(left.to(DTYPE), found.to(DTYPE), sums, input_precision=PRECISION)
     row = (of_split * columns + column).to(tl.int64) * (4 * total)
     place = 4 * item + tl.arange(0, PIECE)
     tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])

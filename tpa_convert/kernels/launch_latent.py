@@ -30,7 +30,6 @@ SPLITS_AT_ONCE = 128  # that the joining kernel reads
 SHAPES = ((128, 8), (64, 4))
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 64, 4
-SUM_STAGES = 2
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 
 
@@ -225,7 +224,7 @@ def latent_constants(
     )
     add = Constants(
         device,
-        options_of(SUM_SHAPE[1], overlap) | {"num_stages": SUM_STAGES},
+        options_of(SUM_SHAPE[1], overlap) | {"num_stages": 1},
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
@@ -233,7 +232,6 @@ def latent_constants(
         BLOCK=block,
         SLOTS=min(block, SUM_SHAPE[0]),
         PRECISION=precision,
-        STAGES=SUM_STAGES,
         OVERLAP=overlap,
     )
     return weigh, add

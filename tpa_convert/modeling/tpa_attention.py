@@ -222,7 +222,7 @@ class TPAAttention(nn.Module):
         output = weights = None
         if one and features is None:
             output = self.decode_latent(query, key, value, attention_mask, table)
-        if output is None and self.shape.coded:
+        if output is None:
             key, value = features or self.unpack(key, value, query.dtype)
         if output is None and one and implementation == "sdpa" and not self.softcap:
             output = self.decode(query, key, value, attention_mask, table)
@@ -314,7 +314,7 @@ class TPAAttention(nn.Module):
         """Adds packed keys and values to the cache of a model in `dtype`: all that it holds of
         them."""
         if isinstance(cache, Cache):
-            if self.shape.coded:
+            if self.keys.coder is not None:
                 refuse_quantised(cache, self.layer_idx)
         elif "kwargs" not in signature(cache.update).parameters:
             raise ValueError("continuous batching of TPA models needs transformers 5.20 or newer")

@@ -149,5 +149,5 @@ class LayerRotary:
 
     def done(self) -> None:
         """To be called when the layer is: what is shared goes with the last one."""
-        if self.last and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.last:
             self.kept.clear()

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import torch
-from layer_statistics import Statistics, layer_weights, of_inputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.layer_statistics import Statistics, layer_weights, of_inputs
 from tpa_convert.calibration.moments import MomentAccumulator, Moments
 from tpa_convert.conversion.layer import attention_module, convert_layer
 from tpa_convert.conversion.model import convert_model

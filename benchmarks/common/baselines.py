@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from layer_statistics import Statistics
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.layer_statistics import Statistics
 from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.decomposition.factors import symmetric_power, to_complex_pairs, to_half_split
 from tpa_convert.errors import UserError

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from statistics import NormalDist, fmean
 from typing import Literal, NamedTuple
 
-from machine import tf32
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.machine import tf32
 from tpa_convert.forward.comparison import BlockScores, block_scores
 
 NORMAL_95 = NormalDist().inv_cdf(0.975)

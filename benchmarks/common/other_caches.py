@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -166,7 +165,7 @@ def transformed_source(
     return model, bits / (16 * len(layers))
 
 
-def _replaced(change: Callable[[Tensor], Tensor], *call: Any) -> Tensor:
+def _replaced(change: Transform, *call: Any) -> Tensor:
     """A forward hook: what a module gives, changed."""
     return change(call[-1])
 

@@ -47,7 +47,7 @@ class Statistics(LayerMoments):
 class StatisticsAccumulator(package.MomentAccumulator):
     """Sums what `Statistics` holds."""
 
-    kind = Statistics
+    kind: type[LayerMoments] = Statistics
 
     def add_all(
         self,
