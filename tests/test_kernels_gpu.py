@@ -76,7 +76,7 @@ LATENT = {
 }
 
 
-@pytest.mark.parametrize("program", [(128, 8), (128, 4), (64, 4), (64, 8)], ids=str)
+@pytest.mark.parametrize("program", [(128, 8), (64, 4), (64, 8), (32, 4)], ids=str)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("case", LATENT)
 def test_latent(monkeypatch, case, program, stages) -> None:

@@ -32,7 +32,6 @@ TERMS = tl.constexpr(4)  # of a block; see `latent_weights_kernel`
 @triton.jit
 def load_share(
     i,
-    last,
     rows,
     weights,
     terms,
@@ -40,13 +39,13 @@ def load_share(
     pages,
     batch,
     first_block,
+    blocks,
     splits,
     begin,
     stop,
     pages_stride_b,
     stride_b,
     stride_t,
-    stride,
     padded_columns,
     item,
     header,
@@ -58,22 +57,23 @@ def load_share(
     SLOTS: tl.constexpr,
 ):
     """Of the i-th share of this split's blocks the words and headers of rows, weights, and what
-    these are relative to; of none from `last` on."""
+    these are relative to."""
     SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
     index, share = i // SHARES, i % SHARES
     block = (first_block + index * splits) * SHARES + share
     slot = block * SLOTS + tl.arange(0, SLOTS)
-    valid = (slot >= begin) & (slot < stop) & (i < last)
+    valid = (slot >= begin) & (slot < stop)
     rows, offset = block_rows(
         rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
     )
-    weights += tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK) + share * SLOTS
+    at = tl.minimum(block // SHARES, blocks - 1)  # without a mask, loads are of many numbers
+    weights += tl.cast(at, tl.int64) * (padded_columns * BLOCK) + share * SLOTS
     weights += (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
     return (
         load_words(rows, offset, valid, items, item, ITEMS),
         load_header(rows, offset, valid, header),
-        tl.load(weights, mask=tl.full([COLUMNS, SLOTS], i < last, tl.int1), other=0.0),
-        tl.load(terms + index * stride, mask=inside & (i < last), other=float("-inf")),
+        tl.load(weights),
+        tl.load(terms + at * (TERMS * padded_columns), mask=inside, other=float("-inf")),
     )
 
 
@@ -137,7 +137,8 @@ def latent_sums_kernel(
     inside = column < columns
 
     stride = TERMS * padded_columns
-    terms = block_terms + (batch * blocks + first_block) * stride + column
+    of_batch = block_terms + batch * blocks * stride + column
+    terms = of_batch + first_block * stride
     stride *= splits
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     first, last = own, 0  # blocks that nothing attends to hold no weights
@@ -178,7 +179,7 @@ def latent_sums_kernel(
     stride_t = tl.where(of_values, value_stride_t.to(tl.int64), key_stride_t.to(tl.int64))
     octave = tl.where(of_values, octave_v, octave_k)
     header = tl.where(of_values, header_v, header_k)
-    weights += (batch * blocks + first_block).to(tl.int64) * (padded_columns * BLOCK)
+    weights += (batch * blocks).to(tl.int64) * (padded_columns * BLOCK)
     weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
     DTYPE: tl.constexpr = weights.dtype.element_ty
     SHARES: tl.constexpr = BLOCK // SLOTS
@@ -187,21 +188,20 @@ def latent_sums_kernel(
     # What the next step takes apart is loaded before this one's product.
     words, word, weight, of_block = load_share(
         first,
-        last,
         rows,
         weights,
-        terms,
+        of_batch,
         items,
         pages,
         batch,
         first_block,
+        blocks,
         splits,
         begin,
         stop,
         pages_stride_b,
         stride_b,
         stride_t,
-        stride,
         padded_columns,
         item,
         header,
@@ -219,21 +219,20 @@ def latent_sums_kernel(
         found = numbers_of(words, items, item, total, ITEMS)
         words, word, weight, of_block = load_share(
             i + 1,
-            last,
             rows,
             weights,
-            terms,
+            of_batch,
             items,
             pages,
             batch,
             first_block,
+            blocks,
             splits,
             begin,
             stop,
             pages_stride_b,
             stride_b,
             stride_t,
-            stride,
             padded_columns,
             item,
             header,

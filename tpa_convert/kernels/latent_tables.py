@@ -22,8 +22,8 @@ from .rows import Tier
 
 WORD = 4  # bytes of a row that are read at once; an item's places
 CHUNK = 64  # places of keys that a product adds up
-PIECE = 128  # places that a program sums over slots
-MAX_PAIRS = 128  # of a span
+PIECE = 64  # places that a program sums over slots
+MAX_PAIRS = 64  # of a span; twice as many where a norm is that of all heads
 
 
 class Rows(NamedTuple):
@@ -160,7 +160,8 @@ def latent_tables(
     pairs = size // 2
     padded = 1 << (pairs - 1).bit_length()
     # A norm over all heads is found where all of them are.
-    heads = 1 << (max(1, min(groups, MAX_PAIRS // padded)) - 1).bit_length()
+    most = (2 if key_map.together else 1) * MAX_PAIRS
+    heads = 1 << (max(1, min(groups, most // padded)) - 1).bit_length()
     padded = max(padded, 16 // heads)
     spans = -(-groups // heads)
     chunks, of_blocks = [0], []

@@ -27,10 +27,10 @@ from .start import Constants, start_kernel
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
-SHAPES = ((128, 8), (64, 4))
+SHAPES = ((64, 4), (32, 4))
 STAGES = 2  # chunks of weights in flight
-SUM_SHAPE = 64, 4
-SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
+SUM_SHAPE = 32, 4
+SUMS_AT_ONCE = 2  # programs of sums that a multiprocessor runs
 
 
 def launch_latent(
