@@ -1,4 +1,4 @@
-"""The kernels for coded latent keys against the fp64 truth, on a GPU or under Triton's interpreter."""
+"""The kernels for coded latent keys against the fp64 truth, on a GPU or under the interpreter."""
 
 from __future__ import annotations
 

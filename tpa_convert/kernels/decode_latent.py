@@ -28,8 +28,8 @@ def decode_latent(
 ) -> Tensor | None:
     """softmax(scale · query keysᵀ) features, where a kernel runs it; None where none does.
 
-    Keys are rebuilt and rotated where they are used, and nothing of their size is made. Nothing is
-    read from slots that no query attends to, and nothing waits for the device.
+    Keys are rebuilt and rotated where they are used, and nothing of their size is made. What
+    stands in slots that no query attends to does not matter, and nothing waits for the device.
 
     Args:
         query: rotated, real parts of all pairs first, [b, h, s, d].

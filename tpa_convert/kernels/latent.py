@@ -1,9 +1,9 @@
-"""Weights of latent keys: rows of codes or numbers to keys to softmax, block of slots by block.
+"""Weights of coded latent keys: rows to keys to softmax, block of slots by block.
 
 A program holds some heads and a block of slots. Block by block of rotary pairs it takes the rows
-apart, rebuilds the keys, rotates them and adds their products with the queries:
+apart once, rebuilds the keys of its heads, rotates them and adds their products with the queries:
 
-    keysᵀ [pairs, T] = weight [pairs, w] · componentsᵀ [w, T]        for real and imaginary parts
+    keysᵀ [2 pairs, T] = weight [2 pairs, w] · componentsᵀ [w, T]        real and imaginary parts
     scores [C, T] += queries [C, pairs] · rotated keysᵀ [pairs, T]
 
 Weights go through memory, relative to the maximum of their block of slots; `latent_sums.py` sums

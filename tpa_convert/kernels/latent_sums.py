@@ -214,8 +214,8 @@ def latent_sums_kernel(
     )
     for i in range(first, last):
         scale, _ = header_of(word, octave, header)
-        left = weight.to(tl.float32) * tl.exp2((of_block - shift)[:, None] + scale[None, :])
-        left = tl.where(of_block[:, None] > float("-inf"), left, 0.0)  # not written
+        left = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
+        left = left.to(tl.float32) * tl.exp2((of_block - shift)[:, None] + scale[None, :])
         found = numbers_of(words, items, item, total, ITEMS)
         words, word, weight, of_block = load_share(
             i + 1,
