@@ -62,7 +62,9 @@ def main() -> None:
             heal_row(table, name, student, training, arguments, floats, **given_settings(text))
             models[f"{name} healed"] = student
             if arguments.keep:
-                student.save_pretrained(arguments.keep / name.replace(":", "-").replace(" ", "-"))
+                folder = arguments.keep / name.replace(":", "-").replace(" ", "-")
+                student.save_pretrained(folder)
+                source.tokenizer.save_pretrained(folder)
     table.save(f"{Path(arguments.source).stem}: coded caches", arguments.json)
     if arguments.tasks:
         task_table(models, source.tokenizer, arguments.tasks)

@@ -15,6 +15,10 @@ A second table, also written beside the first as `…_paired.json`, says how muc
 method loses than this package at the same bytes or fewer, block by block of the same text, with
 95 % intervals: ours is first, tied, or behind. Without training ours is the better of with and
 without a refit, by the KL on `--valid`; healed models are compared by themselves.
+
+`--speed 1 16` adds how fast each decodes at these batches, relative to the source in the same run,
+after `--speed-context` tokens. Caches of KIVI's kind are then transformers' own quantised cache.
+What only computes the logits that a smaller cache would give is `simulated` there.
 """
 
 from __future__ import annotations
@@ -22,31 +26,24 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from common import baselines, results
+from common import results
 from common.arguments import parser
 from common.blocks import train_blocks, valid_blocks
-from common.layer_statistics import collect, layer_weights
+from common.decoding import relative_speed
 from common.machine import device_name, tf32, versions
-from common.models import coded_model, load, source_heads
-from common.other_caches import other_cache
+from common.methods import HEALED, OURS, Comparison, itself
+from common.models import load
 from common.paired import HeldOut, Scores, difference, ratio, scores
 from common.quality import long_texts, needle_questions, question_text
-from tpa_convert.calibration.cache_moments import collect_cache_moments
-from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.model import convert_model
-from tpa_convert.decomposition import AttentionWeights
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import (
     Accuracy,
@@ -56,130 +53,10 @@ from tpa_convert.evaluation import (
     paired_drop,
 )
 from tpa_convert.evaluation.metrics.multiple_choice import task_name
-from tpa_convert.export.save import load_converted
-from tpa_convert.plans import Budget, plan_uniform
-from tpa_convert.refinement.least_squares import refit
 from tpa_convert.sources import Source
-from tpa_convert.sources.attention import head_order
 
-OURS, HEALED = "tpa-convert, no training", "tpa-convert, healed"
 TRAINING_KINDS, OTHER_KINDS = "training kinds", "other kinds"
 SAME_BYTES = 1.01  # shares that differ by less are the same
-
-Made = tuple[PreTrainedModel, float]
-"""A model, and the numbers of 16 bits that it caches a token and layer."""
-
-
-class Method(NamedTuple):
-    """A way to shrink the cache.
-
-    Attributes:
-        share: of the source's bytes, percent, that is asked for.
-        make: raises UserError where it cannot be done on this model.
-    """
-
-    name: str
-    share: float
-    make: Callable[[], Made]
-
-
-@dataclass
-class Comparison:
-    """What every method works on."""
-
-    source: Source
-    blocks: Tensor
-    refit_blocks: Tensor
-
-    @cached_property
-    def numbers(self) -> int:
-        """That the source caches a token and layer."""
-        return 2 * source_heads(self.source)
-
-    @cached_property
-    def cache_moments(self) -> Moments:
-        """For coded caches."""
-        return collect_cache_moments(self.source, self.blocks)
-
-    @cached_property
-    def moments(self) -> Moments:
-        """For plain numbers, and for the baselines."""
-        return collect(self.source, self.blocks)
-
-    @cached_property
-    def weights(self) -> list[AttentionWeights]:
-        """Of every layer of the source."""
-        return layer_weights(self.source)
-
-    def methods(self, shares: Sequence[float], healed: Mapping[str, str]) -> Iterator[Method]:
-        """All of them, by falling bytes."""
-        for bits in (8, 4, 3, 2):
-            yield Method("KIVI's kind", 100 * (bits + 1) / 16, partial(self.other, f"int{bits}"))
-        for bits in (4, 3, 2):
-            make = partial(self.other, f"rotated{bits}")
-            yield Method("TurboQuant's kind", 100 * bits / 16, make)
-        for share in shares:
-            yield Method(OURS, share, partial(self.coded, share))
-            yield Method(f"{OURS}, refit", share, partial(self.refitted, share))
-            yield Method("KVTC's kind", share, partial(self.other, f"transform{share:g}"))
-            floats = round(share / 100 * self.numbers)
-            for name, make in (
-                ("low rank (Palu, CARE)", partial(self.low, baselines.whitened_joint_svd)),
-                ("one latent (MLA, TransMLA)", partial(self.low, baselines.joint_latent)),
-                ("fewer heads, aligned (GQA)", self.fewer_heads),
-                ("TPA of the paper (linear)", partial(self.plain, form="linear")),
-                ("tpa-convert, 16 bits", partial(self.plain, key_cache="latent")),
-            ):
-                yield Method(name, share, partial(make, floats))
-        for given, directory in healed.items():
-            yield Method(HEALED, float(given), partial(self.saved, directory, float(given)))
-
-    def other(self, method: str) -> Made:
-        """The source with its own cache coded by a method of common/other_caches.py."""
-        return other_cache(self.source, self.cache_moments, method)
-
-    def coded(self, share: float) -> Made:
-        """Bits for components where they matter, without training."""
-        return coded_model(self.source, self.cache_moments, f"{share:g}")
-
-    def refitted(self, share: float) -> Made:
-        """The same with output projections fitted to it."""
-        model, floats = self.coded(share)
-        refit(self.source.model, model, self.refit_blocks)
-        return model, floats
-
-    def low(self, change: baselines.Change, floats: int) -> Made:
-        """Fewer numbers for all heads together."""
-        return self.changed(change, floats // 2, floats // 2), floats
-
-    def fewer_heads(self, floats: int) -> Made:
-        """Whole heads, as many as fit."""
-        head_dim = self.source.family.attention_sizes(self.source.model.config)["head_dim"]
-        width = floats // 2 // head_dim * head_dim
-        if not width:
-            raise UserError("less than one head of keys and one of values")
-        return self.changed(baselines.aligned_pooled, width, width), 2 * width
-
-    def plain(self, floats: int, **settings: str) -> Made:
-        """A conversion to fewer numbers of 16 bits."""
-        sizes = self.source.family.attention_sizes(self.source.model.config)
-        plan = plan_uniform(sizes, Budget(kv_floats=floats), **settings)
-        return convert_model(self.source, plan, self.moments), plan.kv_floats
-
-    def saved(self, directory: str, share: float) -> Made:
-        """A converted model of a directory."""
-        model, _ = load_converted(directory, dtype=torch.float32)
-        return model, share / 100 * self.numbers
-
-    def changed(self, change: baselines.Change, width_k: int, width_v: int) -> PreTrainedModel:
-        """The source with the weights that `change` makes of every layer."""
-        names, config = self.source.family.names, self.source.model.config
-        layers = self.source.model.get_decoder().layers
-        for i, layer in enumerate(layers):
-            if head_order(getattr(layer, names.attention), names, config, i) is not None:
-                raise UserError("its rotary pairs do not lie as a Llama's do")
-        moments = self.moments.layers
-        return baselines.changed(self.source.model, change, self.weights, moments, width_k, width_v)
 
 
 @dataclass
@@ -190,6 +67,7 @@ class Row:
         share: of the source's bytes, percent.
         scores: by kind of text and text.
         tasks, needles: by task and by length.
+        speed: relative to the source, for each batch; in words where it cannot be measured.
         seconds: to make it, and to measure it.
     """
 
@@ -198,6 +76,7 @@ class Row:
     scores: Mapping[str, Scores]
     tasks: Mapping[str, Accuracy]
     needles: Mapping[int, Accuracy]
+    speed: Sequence[float | str]
     seconds: tuple[float, float]
 
     @property
@@ -214,6 +93,7 @@ class Measure:
         tasks: questions by task.
         needles: questions by length in tokens.
         needles_for: of which methods, as a pattern of their names.
+        batches, context: to time decoding at, context in tokens.
     """
 
     source: Source
@@ -221,8 +101,17 @@ class Measure:
     tasks: Mapping[str, Sequence[Question]]
     needles: Mapping[int, Sequence[Question]]
     needles_for: str
+    batches: Sequence[int]
+    context: int
 
-    def __call__(self, name: str, share: float, model: PreTrainedModel, seconds: float) -> Row:
+    def __call__(
+        self,
+        name: str,
+        share: float,
+        model: PreTrainedModel,
+        seconds: float,
+        decoding: Callable[[PreTrainedModel], PreTrainedModel] | None,
+    ) -> Row:
         start = time.perf_counter()
         model = model.to(self.source.model.device)
         found = {
@@ -241,7 +130,20 @@ class Measure:
                 for length, questions in wanted.items()
             }
         took = time.perf_counter() - start
-        return Row(name, share, found, tasks, needles, (seconds, took))
+        return Row(name, share, found, tasks, needles, self.speed(model, decoding), (seconds, took))
+
+    def speed(
+        self,
+        model: PreTrainedModel,
+        decoding: Callable[[PreTrainedModel], PreTrainedModel] | None,
+    ) -> Sequence[float | str]:
+        """Of decoding, for each batch."""
+        if decoding is None:
+            return ["simulated"] * len(self.batches)
+        try:
+            return relative_speed(self.source.model, decoding(model), self.batches, self.context)
+        except UserError as error:
+            return [str(error)] * len(self.batches)
 
     @property
     def columns(self) -> list[str]:
@@ -251,11 +153,12 @@ class Measure:
         )
         tasks = ["tasks, %", "points lost", "±"] if self.tasks else []
         needles = [f"needles at {length}, %" for length in self.needles]
-        return ["", "bytes, %", *kinds, *tasks, *needles, "seconds"]
+        speed = [f"decoding at batch {batch}, × source" for batch in self.batches]
+        return ["", "bytes, %", *kinds, *tasks, *needles, *speed, "seconds"]
 
     def cells(self, row: Row, source: Row) -> list[results.Cell]:
         """A row of the first table."""
-        cells: list[float | None] = [row.share]
+        cells: list[float | str | None] = [row.share]
         for kind, found in row.scores.items():
             agreements = [text.agreement for text in found.values()]
             cells.append(ratio(found, source.scores[kind]))
@@ -268,7 +171,8 @@ class Measure:
         for length in self.needles:
             accuracy = row.needles.get(length)
             cells.append(None if accuracy is None else 100 * accuracy.normalized)
-        rounded = [None if cell is None else float(f"{cell:.5g}") for cell in cells]
+        cells += row.speed
+        rounded = [float(f"{cell:.5g}") if isinstance(cell, float) else cell for cell in cells]
         return [row.name, *rounded, round(row.seconds[0], 1)]
 
 
@@ -364,6 +268,10 @@ def arguments_of() -> argparse.Namespace:
     options.add_argument(
         "--needles-for", default="", metavar="REGEX", help="only in rows of such names"
     )
+    options.add_argument(
+        "--speed", nargs="*", type=int, default=[], metavar="BATCH", help="also time decoding"
+    )
+    options.add_argument("--speed-context", type=int, default=2048, help="tokens before it")
     return options.parse_args()
 
 
@@ -377,7 +285,8 @@ def main() -> None:
     }
     texts = texts_of(arguments, source, tasks)
     needles = needles_of(arguments, source, texts[TRAINING_KINDS])
-    measure = Measure(source, texts, tasks, needles, arguments.needles_for)
+    timing = arguments.speed, arguments.speed_context
+    measure = Measure(source, texts, tasks, needles, arguments.needles_for, *timing)
     counts = {kind: {k: len(text.ids) for k, text in part.items()} for kind, part in texts.items()}
     print(f"<!-- blocks of text: {counts} -->")
     print(results.line(measure.columns))
@@ -388,7 +297,7 @@ def main() -> None:
         train_blocks(arguments.train, source, 512, arguments.calibration_blocks),
         train_blocks(arguments.train, source, arguments.length, arguments.refit_blocks),
     )
-    rows = [measure("source", 100.0, source.model, 0.0)]
+    rows = [measure("source", 100.0, source.model, 0.0, itself)]
     cells = [measure.cells(rows[0], rows[0])]
     print(results.line(map(results.text, cells[0])), flush=True)
     healed = dict(pair.split("=", 1) for pair in arguments.healed)
@@ -404,7 +313,7 @@ def main() -> None:
         else:
             seconds = time.perf_counter() - start
             share = 100 * floats / comparison.numbers
-            rows.append(measure(method.name, share, model, seconds))
+            rows.append(measure(method.name, share, model, seconds, method.decoding))
             cells.append(measure.cells(rows[-1], rows[0]))
             print(f"<!-- measured in {rows[-1].seconds[1]:.1f} s -->")
         print(results.line(map(results.text, cells[-1])), flush=True)

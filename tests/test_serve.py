@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,17 @@ def questions() -> list[str]:
     return [f"{i} " + "what is this? " * (i % 7) for i in range(REQUESTS)]
 
 
+@cache
+def loaded(directory: Path) -> tuple[Any, Any]:
+    """Tokenizer and model."""
+    kinds = AutoTokenizer, AutoModelForCausalLM
+    tokenizer, model = (kind.from_pretrained(directory) for kind in kinds)
+    return tokenizer, model
+
+
+@cache
 def expected(directory: Path, text: str) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer, model = loaded(directory)
     tokens = torch.tensor([tokenizer(text)["input_ids"]])
     output = model.generate(tokens, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)

@@ -73,9 +73,11 @@ def making(provenance: Mapping[str, Any]) -> list[str]:
         texts = chosen.get("calibration") or ["the short text that comes with tpa-convert"]
         if chosen.get("moments"):
             texts = [chosen["moments"]]
+        sampled = provenance["convert"].get("sampled_blocks")
+        among = f", {sampled} of them sampled from the source" if sampled else ""
         sentences.append(
             f"Calibrated on {', '.join(without_folders(texts))}, {chosen['calibration_blocks']} "
-            f"sequences of {chosen['block_length']} tokens."
+            f"sequences of {chosen['block_length']} tokens{among}."
         )
     if "heal" in provenance:
         settings = provenance["heal"]["settings"]

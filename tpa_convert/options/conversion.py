@@ -157,6 +157,14 @@ class CalibrationOptions(Section):
     )
     calibration_blocks: int = option(16, "Number of sequences.", CALIBRATION, ge=1)
     block_length: int = option(512, "Tokens per sequence.", CALIBRATION, ge=2)
+    sampled_blocks: int | None = option(
+        None,
+        "How many of these sequences are text that the source itself writes, which is of all kinds "
+        "that it knows.",
+        CALIBRATION,
+        ge=0,
+        shown_default="half, with --calibration or a source above 2 billion parameters 0",
+    )
     save_moments: Path | None = option(
         None,
         "Keep what the calibration measured, so that another budget or method costs seconds.",
@@ -298,11 +306,21 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
     @model_validator(mode="after")
     def _check_moments(self) -> ConvertOptions:
         refuse_moments_twice(self)
+        refuse_too_many_sampled(self)
         if self.save_moments is not None and not self.whiten and self.form != "linear":
             raise ValueError("without `whiten` no moments are measured: leave out `save_moments`")
         if self.moments is not None and self.calibration and not (self.refit or self.refine):
             raise ValueError("`moments` replaces the calibration: leave out `calibration`")
         return self
+
+
+def refuse_too_many_sampled(options: CalibrationOptions) -> None:
+    """Raises: ValueError if more sequences are to be sampled than there are, or all of them beside
+    a text that is given."""
+    sampled, count = options.sampled_blocks or 0, options.calibration_blocks
+    if sampled > count - bool(options.calibration):
+        beside = ", and some are for the `calibration` text" if options.calibration else ""
+        raise ValueError(f"`sampled_blocks` {sampled} of {count} sequences are too many{beside}")
 
 
 def refuse_moments_twice(options: CalibrationOptions) -> None:

@@ -10,6 +10,7 @@ from tpa_convert.options.conversion import (
     CalibrationOptions,
     KeyOptions,
     refuse_moments_twice,
+    refuse_too_many_sampled,
 )
 from tpa_convert.options.declaration import METHOD, PLANNING, option
 
@@ -75,4 +76,5 @@ class PlanOptions(CalibrationOptions, KeyOptions):
             raise ValueError("a plan needs `calibration_blocks` of at least 2: one is held out")
         self.refuse_codes_elsewhere()
         refuse_moments_twice(self)
+        refuse_too_many_sampled(self)
         return self

@@ -2,60 +2,139 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from tpa_convert.calibration.cache_moments import collect_cache_moments
 from tpa_convert.calibration.moments import Moments, collect_moments
 from tpa_convert.export.output import atomic_file
+from tpa_convert.healing.training.sampling import can_sample, sample_blocks
 from tpa_convert.options.conversion import CalibrationOptions
-from tpa_convert.progress import Track
-from tpa_convert.sources import Source
+from tpa_convert.progress import Track, no_tracking
+from tpa_convert.sources import Source, in_memory
 from tpa_convert.storage import Store
 from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
 
+SAMPLED_UP_TO = 2e9  # parameters of a source that samples text unasked: it is in memory meanwhile
 
-def calibration_blocks(source: Source, options: CalibrationOptions) -> Tensor:
-    """Token blocks of the calibration text, int64 [N, block_length].
+
+def sampled_blocks(options: CalibrationOptions, parameters: int) -> int:
+    """How many sequences a source of so many parameters samples itself."""
+    if options.sampled_blocks is not None:
+        return options.sampled_blocks
+    if options.calibration or parameters > SAMPLED_UP_TO:
+        return 0
+    return options.calibration_blocks // 2
+
+
+def calibration_blocks(
+    source: Source, options: CalibrationOptions, track: Track = no_tracking
+) -> Tensor:
+    """`with_sampled` of `text_blocks`."""
+    return with_sampled(source, options, text_blocks(source, options), track)
+
+
+def text_blocks(source: Source, options: CalibrationOptions) -> Tensor:
+    """Token blocks of the calibration text, int64 [N, block_length], none if all are sampled.
 
     Raises:
         UserError: no such text, or too little of it.
     """
+    count = options.calibration_blocks - _samples(source, options)
+    if count == 0:
+        return torch.empty(0, options.block_length, dtype=torch.int64)
     if options.calibration:
         documents = load_documents(options.calibration, text_column=options.text_column)
     else:
         documents = default_calibration_documents()
-    return token_blocks(
-        documents,
-        source.tokenizer,
-        options.block_length,
-        options.calibration_blocks,
-        seed=options.seed,
-    )
+    return token_blocks(documents, source.tokenizer, options.block_length, count, seed=options.seed)
+
+
+def with_sampled(
+    source: Source,
+    options: CalibrationOptions,
+    text: Tensor,
+    track: Track,
+    kept: Path | None = None,
+) -> Tensor:
+    """Blocks of text [N, block_length] among those that the source samples, in random order.
+
+    Args:
+        kept: a file that keeps what is sampled, for runs that go on.
+
+    Raises:
+        UserError: the source is asked to sample and has no token to start from.
+    """
+    count = _samples(source, options)
+    if count == 0:
+        return text
+    blocks = torch.cat((text, _sampled(source, options, count, track, kept)))
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(options.seed))
+    return blocks[order]
+
+
+def _samples(source: Source, options: CalibrationOptions) -> int:
+    """`sampled_blocks`, none unasked where the source has nothing to start from."""
+    asked = options.sampled_blocks is not None
+    if not asked and not can_sample(source.tokenizer, options.block_length):
+        return 0
+    return sampled_blocks(options, source.model.num_parameters())
+
+
+def _sampled(
+    source: Source, options: CalibrationOptions, count: int, track: Track, kept: Path | None
+) -> Tensor:
+    if kept is not None and kept.is_file():
+        return torch.from_numpy(np.load(kept))
+    with in_memory(source.model):
+        blocks = sample_blocks(
+            source.model,
+            source.tokenizer,
+            count * options.block_length,
+            options.block_length,
+            seed=options.seed,
+            track=track,
+        )
+    if kept is not None:
+        with atomic_file(kept) as path, open(path, "wb") as file:
+            np.save(file, blocks.numpy())
+    return blocks
+
+
+def kept_moments(source: Source, options: CalibrationOptions, *, coded: bool) -> Moments | None:
+    """The moments that a user has kept of an earlier run, if there are any.
+
+    Args:
+        coded: whether they are for a cache coded in bits.
+
+    Raises:
+        UserError: the file is missing or something else, or its moments are of another source.
+    """
+    if options.moments is None:
+        return None
+    moments = Moments.load(options.moments)
+    moments.check(source.reference.sha256, coded)
+    return moments
 
 
 def moments_of(
     source: Source,
-    blocks: Tensor | None,
+    blocks: Tensor,
     options: CalibrationOptions,
     track: Track,
     *,
     coded: bool,
     store: Store | None = None,
 ) -> Moments:
-    """The moments a user has kept, or else those of `blocks`, which are kept if asked.
+    """The moments of `blocks`, which are kept if asked.
 
     Args:
         coded: whether they are for a cache coded in bits.
         store: gets what is measured, as `collect_moments` and `collect_cache_moments` say.
-
-    Raises:
-        UserError: the file of kept moments is missing or something else.
     """
-    if options.moments is not None:
-        moments = Moments.load(options.moments)
-        moments.check(source.reference.sha256, coded)
-        return moments
-    assert blocks is not None
     if coded:
         moments = collect_cache_moments(source, blocks, seed=options.seed, track=track, store=store)
     else:

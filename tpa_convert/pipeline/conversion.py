@@ -24,7 +24,7 @@ from tpa_convert.export.shards import ShardedWeights
 from tpa_convert.modeling import LayerShape
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
-from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
+from tpa_convert.pipeline.calibration import kept_moments, moments_of, text_blocks, with_sampled
 from tpa_convert.pipeline.prediction import Prediction, predict
 from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
 from tpa_convert.plans import Plan
@@ -118,16 +118,21 @@ def convert(
         opened = load(source_options(source), device, on_demand=True)
     plan = prediction.plan
     reads_text = options.refit or options.refine
-    given = options.moments is not None
-    needs_moments = options.whiten or options.form == "linear" or given or plan.is_coded
-    calibrated = reads_text or (needs_moments and not given)
-    blocks = calibration_blocks(opened, options) if calibrated else None
-    identity = _identity(opened, blocks, options)
+    moments = kept_moments(opened, options, coded=plan.is_coded)
+    wants_moments = options.whiten or options.form == "linear" or plan.is_coded
+    calibrated = reads_text or (wants_moments and moments is None)
+    text = text_blocks(opened, options) if calibrated else None
+    identity = _identity(opened, text, options)
     with resumable_directory(out, overwrite, identity) as made:
-        moments = None
+        blocks = None
+        if text is not None:
+            with stages("sampling text"):
+                kept = made.work / "sampled.npy"
+                blocks = with_sampled(opened, options, text, track, kept)
         nats: float | None = None
         by_layer: dict[str, Any] = {}  # how much the cache of each layer loses
-        if needs_moments:
+        if wants_moments and moments is None:
+            assert blocks is not None
             store, coded = TensorFolder(made.work / "moments"), plan.is_coded
             with stages("calibrating"):
                 moments = moments_of(opened, blocks, options, track, coded=coded, store=store)
@@ -161,6 +166,7 @@ def convert(
         record = {
             "settings": options.model_dump(mode="json"),
             "plan": prediction.to_json(),
+            "sampled_blocks": 0 if text is None or blocks is None else len(blocks) - len(text),
             **by_layer,
             **stamp(),
         }
@@ -172,16 +178,16 @@ def convert(
     return ConversionResult(out, prediction, seconds, stages.seconds, opened.num_bytes, nats)
 
 
-def _identity(source: Source, blocks: Tensor | None, options: ConvertOptions) -> dict[str, Any]:
-    """All that a conversion follows from."""
-    text = None if blocks is None else sha256(blocks.numpy().tobytes()).hexdigest()
+def _identity(source: Source, text: Tensor | None, options: ConvertOptions) -> dict[str, Any]:
+    """All that a conversion follows from; what is sampled follows from it too."""
+    digest = None if text is None else sha256(text.numpy().tobytes()).hexdigest()
     given = None
     if options.moments is not None and options.moments.is_file():
         given = options.moments.stat().st_mtime_ns
     return {
         "source": source.reference.sha256,
         "settings": options.model_dump(mode="json"),
-        "text": text,
+        "text": digest,
         "moments": given,
         "device": str(device_of(source.model)),
         "versions": stamp()["versions"],

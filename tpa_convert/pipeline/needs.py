@@ -18,6 +18,7 @@ from tpa_convert.calibration.cache_moments import MOST_LOGITS
 from tpa_convert.conversion.coded import ROUNDS
 from tpa_convert.families import experts_of
 from tpa_convert.options.conversion import ConvertOptions
+from tpa_convert.pipeline.calibration import sampled_blocks
 from tpa_convert.plans import Plan
 from tpa_convert.refinement.least_squares import BATCH_SIZE
 from tpa_convert.refinement.regression import RefinementSettings
@@ -25,6 +26,7 @@ from tpa_convert.refinement.regression import RefinementSettings
 PROCESS = 650_000_000  # bytes of Python, torch and transformers before they do anything
 BATCH = 4  # of the calibration, blocks
 DISK_RATE = 1e9  # bytes a second
+MEMORY_RATE = 1e10  # bytes a second that a processor reads
 PASSES = 4  # over what enters the layers: forward, and on the way back again with gradients
 EIGEN, PRODUCT = 512, 1024  # rows of what is timed
 
@@ -134,6 +136,12 @@ def needs_of(
         memory = max(memory, 3 * states + max(layer + kept + covariances, head))
         flops *= 3 if plan.is_coded else 1
         seconds += flops / (2 * PRODUCT**3) * product + PASSES * layers * states / DISK_RATE
+        parameters = sum(p.numel() for p in model.parameters())
+        if count := sampled_blocks(options, parameters):
+            memory = max(memory, 4 * parameters)
+            # A step reads all weights, and computes with them for every sequence.
+            computing = 2 * sizes.used * count / (2 * PRODUCT**3) * product
+            seconds += options.block_length * (4 * parameters / MEMORY_RATE + computing)
         moments = 8 * (6 * n * n if plan.is_coded else 3 * n * n)
         disk += layers * moments + (layers + 1 if plan.is_coded else 1) * states
     if plan.coded is not None:

@@ -14,7 +14,7 @@ from tpa_convert.families import family_of
 from tpa_convert.options.conversion import BUDGETS
 from tpa_convert.options.planning import Objective, PlanOptions
 from tpa_convert.options.source import SourceOptions
-from tpa_convert.pipeline.calibration import calibration_blocks, moments_of
+from tpa_convert.pipeline.calibration import calibration_blocks, kept_moments, moments_of
 from tpa_convert.pipeline.selection import (
     load,
     refuse_other_than_llama,
@@ -150,9 +150,12 @@ def plan(
         kv_floats, curve = _budgets(sizes, options)
     # Sensitivities run the rest of the model for each layer, and want it in memory.
     loaded = load(where, device, on_demand=options.coded)
-    held_out, blocks = _split(calibration_blocks(loaded, options))
+    kept = kept_moments(loaded, options, coded=options.coded)
+    held_out, blocks = _split(calibration_blocks(loaded, options, track))
     with scratch(_kept_bytes(sizes, blocks)) as store:
-        moments = moments_of(loaded, blocks, options, track, coded=options.coded, store=store)
+        moments = kept or moments_of(
+            loaded, blocks, options, track, coded=options.coded, store=store
+        )
         if options.coded:
             report = search_coded(
                 loaded,

@@ -49,7 +49,7 @@ def coded_student(
     reference = SourceReference(**provenance["source"])
     source = Source(dense, tokenizer, family_of(dense.config), reference)
     prediction = predict(dense.config, options)
-    blocks = calibration_blocks(source, options)
+    blocks = calibration_blocks(source, options, track)
     moments = collect_cache_moments(source, blocks, seed=options.seed, track=track)
     plan = choose_codes(prediction.plan, moments.layers, moments.num_tokens).plan
     model = convert_model(source, plan, moments, track=track)

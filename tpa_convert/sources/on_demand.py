@@ -8,7 +8,7 @@ runs in little more memory than its largest part, and what runs it need not know
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +86,15 @@ def held(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         part.let_go()
+
+
+@contextmanager
+def in_memory(model: nn.Module) -> Iterator[None]:
+    """All of a model is there inside of this."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(held(module))
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

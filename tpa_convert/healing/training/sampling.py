@@ -80,7 +80,8 @@ def sample_blocks(
     the model continues its chat template up to where a user speaks, the template is filled in where
     it ends a turn, and after its answer the next chat begins. The last chat of a block is cut.
 
-    On a GPU the forward pass is compiled, over a cache of fixed size; load the model in bfloat16.
+    On a GPU the forward pass of several batches is compiled, over a cache of fixed size; load the
+    model in bfloat16.
 
     Args:
         model: the source.
@@ -122,7 +123,8 @@ def sample_blocks(
         max_new_tokens=block_length - len(start),
         pad_token_id=start[0],
         eos_token_id=None,
-        cache_implementation="static" if cuda else None,
+        # Which compiles the forward pass: a minute that one batch does not earn.
+        cache_implementation="static" if cuda and len(sizes) > 1 else None,
     )
     description = "sampling chats" if chat else "sampling text"
     blocks = []
@@ -138,6 +140,12 @@ def sample_blocks(
                 ).cpu()
             )
     return torch.cat(blocks)[:count]
+
+
+def can_sample(tokenizer: PreTrainedTokenizerBase, block_length: int) -> bool:
+    """Whether there is a token to start from, and room for another behind it."""
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return block_length > 1 and any(start is not None for start in starts)
 
 
 def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
