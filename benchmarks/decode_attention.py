@@ -1,6 +1,6 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
-    python benchmarks/decode_attention.py [--only plain|contextual|latent|coded|masked|host]
+    python benchmarks/decode_attention.py [--only plain|contextual|coded|masked|host]
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
 the cache over the bandwidth of a plain copy in the same run.
@@ -21,14 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from common.kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
 from common.machine import device_name, versions
 from common.random_models import coded_shape
-from tpa_convert.kernels import (
-    KeyMap,
-    Rows,
-    decode_attention,
-    decode_latent,
-    latent_tables,
-    numbers,
-)
+from tpa_convert.kernels import KeyMap, Rows, decode_attention, decode_latent, latent_tables
 from tpa_convert.kernels.launch import launch_rotated
 from tpa_convert.modeling.tpa_codes import LOWEST_OCTAVE
 
@@ -90,58 +83,32 @@ def contextual(rank: int, batch: int, slots: int) -> tuple[float, int]:
 
 
 def coded(percent: float, source: str, batch: int, slots: int) -> tuple[float, int, float]:
-    """Rows as conversions make them of a source: seconds, bytes of the cache and operations."""
+    """Rows as conversions make them of a source: seconds, bytes of the cache and operations of
+    rebuilding, scores and sums."""
     heads, groups, head_dim = SOURCES[source]
     shape = coded_shape(percent, groups, head_dim)
     parts = [
         Rows(
             layout.tiers,
             layout.header,
-            (2.0 ** torch.tensor(layout.bits, device="cuda") - 1) / 2,
             0.05 * torch.rand(layout.components, device="cuda") + 0.02,
             LOWEST_OCTAVE,
         )
         for layout in (shape.key_layout, shape.value_layout)
     ]
-    return latent(groups, head_dim, shape.key_block_widths, parts, batch, slots, heads)
-
-
-def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
-    """A static cache of `slots` slots of which the mask leaves the first `used`."""
-    query = torch.randn(batch, 32, 1, width, device="cuda", dtype=torch.bfloat16)
-    mask = (torch.arange(slots, device="cuda") < used).expand(batch, -1)
-    caches = rotating(
-        lambda: torch.randn(2, batch, 1, slots, width, device="cuda", dtype=torch.bfloat16)
-    )
-    time = seconds(lambda i: decode_attention(query, *caches[i], scale=0.1, mask=mask), len(caches))
-    return time, 2 * batch * used * width * 2
-
-
-def latent(
-    groups: int,
-    head_dim: int,
-    widths: list[int],
-    parts: list[Rows],
-    batch: int,
-    slots: int,
-    heads: int = 32,
-) -> tuple[float, int, float]:
-    """Seconds, bytes of the cache and operations: rebuilding, scores and sums."""
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
 
-    width_k, is_coded = sum(widths), bool(parts[0].tiers)
-    of_class = random(groups, head_dim) if is_coded else None
+    widths = shape.key_block_widths
+    width_k = sum(widths)
     weight = 0.1 * random(groups, head_dim // len(widths), width_k)
-    key_map = KeyMap(weight, widths, random(groups, head_dim), of_class)
-    tables = latent_tables(parts[0], parts[1], key_map, torch.bfloat16, predicted=is_coded)
+    offsets = random(groups, head_dim), random(groups, head_dim)
+    tables = latent_tables(*parts, KeyMap(weight, widths, *offsets), torch.bfloat16, predicted=True)
     query = random(batch, heads, 1, head_dim)
     table = random(2, 1, slots, head_dim // 2).unbind()
 
     def make(part: Rows) -> Tensor:
-        if not part.tiers:
-            return random(batch, 1, slots, len(part.step))
         size = -(-(part.header + 1) // 4) * 4
         rows = torch.randint(0, 256, (batch, 1, slots, size), device="cuda", dtype=torch.uint8)
         rows[..., part.header] = rows[..., part.header] % 16 + 64  # scales from 1 to 4
@@ -154,10 +121,21 @@ def latent(
     def call(i: int) -> Tensor | None:
         return decode_latent(query, keys[i], values[i], *table, tables, scale=0.1)
 
-    mixed = len(tables.place_of)
+    mixed = tables.place_of.shape[1]
     operations = 2 * groups * head_dim * width_k // len(widths) + 2 * heads * (head_dim + mixed)
     size = sum(x[0].numel() * x[0].element_size() for x in (keys, values))
     return seconds(call, count), size, float(operations * batch * slots)
+
+
+def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
+    """A static cache of `slots` slots of which the mask leaves the first `used`."""
+    query = torch.randn(batch, 32, 1, width, device="cuda", dtype=torch.bfloat16)
+    mask = (torch.arange(slots, device="cuda") < used).expand(batch, -1)
+    caches = rotating(
+        lambda: torch.randn(2, batch, 1, slots, width, device="cuda", dtype=torch.bfloat16)
+    )
+    time = seconds(lambda i: decode_attention(query, *caches[i], scale=0.1, mask=mask), len(caches))
+    return time, 2 * batch * used * width * 2
 
 
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
@@ -228,7 +206,7 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choices = ["plain", "coded", "contextual", "latent", "masked", "host"]
+    choices = ["plain", "coded", "contextual", "masked", "host"]
     parser.add_argument("--only", choices=choices)
     only = parser.parse_args().only
     print(f"{device_name()}, {versions()}")
@@ -252,11 +230,6 @@ def main() -> None:
             for rank in (1, 2):
                 name = f"contextual, R = {rank}, d = 128, bf16"
                 table.row(name, batch, slots, *contextual(rank, batch, slots))
-    for groups, head_dim, widths in ((8, 64, (112, 208)), (8, 128, (256, 416))):
-        for batch, slots in LONG + SHORT if only in (None, "latent") else ():
-            parts = [numbers(width, torch.empty(0, device="cuda")) for width in widths]
-            found = latent(groups, head_dim, [widths[0]], parts, batch, slots)
-            table.latent(f"latent, {widths[0]}+{widths[1]}", batch, slots, found)
     if only in (None, "coded"):
         table.source("SmolLM2", 64, 8192)
         table.latent("coded, 12.5 %", 64, 8192, coded(12.5, "SmolLM2", 64, 8192), "SmolLM2")

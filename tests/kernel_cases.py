@@ -39,7 +39,7 @@ def random_layout(
         first += count
     step = torch.rand(first, generator=generator) * 0.1 + 0.02
     mean = torch.randn(classes, first, generator=generator) * 0.3
-    return CodedRows(tuple(tiers), offset, step, mean, lowest_octave=-1), offset + align
+    return CodedRows(tuple(tiers), offset, step, mean, lowest_octave=-1), -(-(offset + 1) // 4) * 4
 
 
 def random_rows(

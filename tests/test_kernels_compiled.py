@@ -1,4 +1,4 @@
-"""The kernels for latent keys, compiled for an H100 that is not there.
+"""The kernels for coded latent keys, compiled for an H100 that is not there.
 
 What a GPU would run is looked at, not run: that it compiles, fits, and takes nothing from registers
 that an assembler may overwrite (see `kernels/latent.py`).
@@ -28,7 +28,6 @@ CODES = [[(8, 4), (4, 30), (3, 20), (2, 60), (1, 40)]], [(4, 100), (2, 60), (1, 
 CASES = {
     "coded": {"shape": (9, 3, 64), "codes": CODES},
     "normalised": {"shape": (8, 2, 128), "codes": CODES, "norm": "head"},
-    "numbers": {"shape": (8, 2, 64), "codes": None, "widths": ([64], 96)},
 }
 
 
@@ -38,7 +37,6 @@ CASES = {
         ("coded", launches.SHAPES[0], False),
         ("coded", launches.SHAPES[1], True),
         ("normalised", launches.SHAPES[0], False),
-        ("numbers", launches.SHAPES[0], False),
     ],
 )
 def test_compiles_for_hopper(monkeypatch, case, shape, added) -> None:

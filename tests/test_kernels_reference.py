@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpa_convert.kernels.backends import BACKENDS, BackendError, Case, choose_backend, wanted
+from tpa_convert.kernels.backends import BACKENDS, BackendError, Case, choose_backend
 from tpa_convert.kernels.reference import decode_attention
 
 from .kernel_cases import bounds, error, exact, poison, random_layout, random_rows
@@ -188,7 +188,6 @@ def test_a_backend_that_cannot_run_says_why_in_one_line(monkeypatch, name, said)
         ({"layout": "latent", "dtype": torch.float32}, "in float32"),
         ({"layout": "latent", "span": (256, 1)}, "more than 128 rotary pairs"),
         ({"layout": "latent", "span": (64, 2)}, "a norm over more heads"),
-        ({"layout": "latent", "cached": (torch.float16, torch.float16)}, "several types"),
     ],
 )
 def test_triton_refuses_with_a_reason(monkeypatch, changes, said) -> None:
@@ -208,13 +207,3 @@ def test_scale_of_a_header_is_in_eighths_of_an_octave() -> None:
     one, other = layout.numbers(rows)[0, 0]
     assert torch.allclose(other / one, torch.full_like(one, 2 ** (3 / 8)))
     assert math.isclose(float(one[0] / layout.step[0]), -1.5 / 2, rel_tol=1e-6)
-
-
-def test_latent_numbers_have_a_kernel_only_where_it_is_asked_for(monkeypatch) -> None:
-    gpu = torch.device("cuda")
-    monkeypatch.delenv("TPA_CONVERT_BACKEND", raising=False)
-    assert wanted(gpu)
-    assert not wanted(gpu, latent_numbers=True)
-    for forced in (True, False):
-        monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton" if forced else "reference")
-        assert wanted(gpu, latent_numbers=True) is forced

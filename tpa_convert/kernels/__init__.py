@@ -5,7 +5,7 @@ from .decode import decode_attention, decode_on_kernel
 from .decode_latent import decode_latent
 from .encode import encode, encode_rows, straight_through
 from .encode_reference import CodeTables, RowTables, row_tables
-from .latent_tables import KeyMap, LatentTables, Rows, latent_tables, numbers
+from .latent_tables import KeyMap, LatentTables, Rows, latent_tables
 from .rows import CodedRows, Tier
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "encode",
     "encode_rows",
     "latent_tables",
-    "numbers",
     "row_tables",
     "straight_through",
     "wanted",

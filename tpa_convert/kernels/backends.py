@@ -30,11 +30,10 @@ class Case(NamedTuple):
 
     Attributes:
         layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
-            `latent` (rows of bytes or numbers, of which keys are rebuilt); `components` are to be
-            encoded.
+            `latent` (rows of bytes, of which keys are rebuilt); `components` are to be encoded.
         width_k, width_v: components of keys and of values; of components the first alone.
         dtype, device: of the queries or components.
-        cached: types of keys and values.
+        cached: types of keys and values that are numbers.
         ranks: of contextual keys and values, 0 without head factors.
         paged: whether the cache is a pool of pages.
         span: of latent keys, pairs that one program rebuilds side by side, and programs that would
@@ -106,8 +105,6 @@ def _latent(case: Case, interpreted: bool) -> str | None:
     pairs, together = case.span
     if case.dtype == torch.float32 and not interpreted:
         return "no kernel for latent keys in float32"
-    if any(cached != case.dtype for cached in case.cached):
-        return "queries, keys and values have several types"
     if pairs > MAX_SPAN:
         return f"more than {MAX_SPAN} rotary pairs of a head in one block"
     if together > 1:
@@ -118,18 +115,10 @@ def _latent(case: Case, interpreted: bool) -> str | None:
 BACKENDS = (Backend("triton", _triton), Backend("reference", _reference))
 
 
-def wanted(device: torch.device, latent_numbers: bool = False) -> bool:
-    """Whether anything but the reference is to be chosen for tensors on `device`.
-
-    Args:
-        latent_numbers: of latent keys that are cached as numbers. PyTorch rebuilds those with one
-            large product, which the kernel, unpacking as it goes, does not reach
-            (benchmarks/notes/2026-11-27-gpu.md); it runs only where the environment asks for it.
-    """
+def wanted(device: torch.device) -> bool:
+    """Whether anything but the reference is to be chosen for tensors on `device`."""
     forced = forced_backend()
-    if forced == "auto":
-        return device.type == "cuda" and not latent_numbers
-    return forced != "reference"
+    return device.type == "cuda" if forced == "auto" else forced != "reference"
 
 
 def choose_backend(case: Case) -> str:

@@ -1,4 +1,4 @@
-"""Attention of a few query positions over latent keys, coded or not, where a kernel runs it."""
+"""Attention of a few query positions over coded latent keys, where a kernel runs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import Case, choose_backend
-from .latent_tables import LatentTables
+from .latent_tables import WORD, LatentTables
 
 
 def decode_latent(
@@ -28,13 +28,13 @@ def decode_latent(
 ) -> Tensor | None:
     """softmax(scale · query keysᵀ) features, where a kernel runs it; None where none does.
 
-    Keys are rebuilt and rotated where they are used, and nothing of their size is made. Nothing is
-    read from slots that no query attends to, and nothing waits for the device.
+    Keys are rebuilt and rotated where they are used, and nothing of their size is made. What
+    stands in slots that no query attends to does not matter, and nothing waits for the device.
 
     Args:
         query: rotated, real parts of all pairs first, [b, h, s, d].
-        keys, values: the cache, uint8 rows [b, 1, t, bytes] or numbers [b, 1, t, w]; with any
-            strides but the last.
+        keys, values: the cache, uint8 rows [b, 1, t, bytes] that begin at whole words of four
+            bytes, with any strides but the last.
         cosine, sine: of the position of each slot, [b or 1, t, d / 2].
         tables: of the layer, in the type of `query`.
         mask: slots that may be attended to at all, bool [b or 1, t], or what is added to their
@@ -51,13 +51,12 @@ def decode_latent(
     layout = tables.layout
     case = Case(
         "latent",
-        layout.key_places,
-        len(tables.centre) - layout.key_places,
+        WORD * layout.key_items,
+        WORD * (tables.items.shape[1] - layout.key_items),
         query.dtype,
         query.device,
-        cached=() if layout.coded else (keys.dtype, values.dtype),
         paged=pages is not None,
-        span=(layout.padded, layout.spans if layout.together else 1),
+        span=(layout.heads * layout.padded, layout.spans if layout.together else 1),
     )
     if choose_backend(case) == "reference":
         return None

@@ -1,9 +1,9 @@
-"""Weights of latent keys: rows of codes or numbers to keys to softmax, block of slots by block.
+"""Weights of coded latent keys: rows to keys to softmax, block of slots by block.
 
 A program holds some heads and a block of slots. Block by block of rotary pairs it takes the rows
-apart, rebuilds the keys, rotates them and adds their products with the queries:
+apart once, rebuilds the keys of its heads, rotates them and adds their products with the queries:
 
-    keysᵀ [pairs, T] = weight [pairs, w] · componentsᵀ [w, T]        for real and imaginary parts
+    keysᵀ [2 pairs, T] = weight [2 pairs, w] · componentsᵀ [w, T]        real and imaginary parts
     scores [C, T] += queries [C, pairs] · rotated keysᵀ [pairs, T]
 
 Weights go through memory, relative to the maximum of their block of slots; `latent_sums.py` sums
@@ -14,8 +14,6 @@ could take it from registers, is always something loaded: assemblers before CUDA
 registers while the unit still reads them, which gives wrong results (triton-lang/triton#11781).
 """
 
-# Triton's language has tuples that grow by addition only, and no types for them.
-# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
@@ -77,61 +75,46 @@ def load_bias(mask, batch, stride_b, slot, begin, stop):
 
 
 @triton.jit
-def load_header(rows, offset, valid, octave, header_byte):
-    """Scale [T] of each token, and 1 for those of the second class, both fp32."""
-    header = tl.load(rows + offset + header_byte, mask=valid, other=0).to(tl.int32)
-    scale = tl.exp2((header % SCALES).to(tl.float32) / STEPS + octave)
-    return scale, (header // SCALES).to(tl.float32)
+def load_header(rows, offset, valid, header_byte):
+    """The word [T] with the header of each token."""
+    return tl.load(rows + offset + header_byte // 4, mask=valid, other=0)
 
 
 @triton.jit
-def load_places(
-    rows, offset, valid, fields, first, total, PARTS: tl.constexpr, CHUNK: tl.constexpr
-):
-    """What the rows hold in places `first` to `first` + CHUNK, a tuple of [T, CHUNK] for the parts
-    of a code: bytes, or numbers."""
-    loaded = ()
-    for part in tl.static_range(PARTS):
-        field = fields + part * 4 * total + first + tl.arange(0, CHUNK)
-        used = tl.load(field + 2 * total) > 0
-        loaded = loaded + (
-            tl.load(
-                rows + offset[:, None] + tl.load(field)[None, :],
-                mask=valid[:, None] & used[None, :],
-                other=0,
-            ),
-        )
-    return loaded
+def header_of(word, octave, header_byte):
+    """Scale [T] of each token as a power of two, and 1 for those of the second class, in fp32."""
+    header = (word >> (header_byte % 4 * 8)) & 255
+    return (header % SCALES).to(tl.float32) / STEPS + octave, (header // SCALES).to(tl.float32)
 
 
 @triton.jit
-def components_of(
-    loaded,
-    fields,
-    centre,
-    first,
-    total,
-    CODED: tl.constexpr,
-    PARTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Components [T, CHUNK] in units of their steps and scales, of what `load_places` gives."""
-    if CODED:
-        place = first + tl.arange(0, CHUNK)
-        code = tl.zeros(loaded[0].shape, tl.int32)
-        for part in tl.static_range(PARTS):
-            field = fields + part * 4 * total + place
-            down, keep, up = (
-                tl.load(field + total),
-                tl.load(field + 2 * total),
-                tl.load(field + 3 * total),
-            )
-            code += ((loaded[part].to(tl.int32) >> down[None, :]) & keep[None, :]) << up[None, :]
-        # Conversions of integers are slow.
-        number = (code | WHOLE).to(tl.float32, bitcast=True) - 8388608.0
-        return number - tl.load(centre + place)[None, :]
-    else:
-        return loaded[0]
+def load_words(rows, offset, valid, items, first, ITEMS: tl.constexpr):
+    """The words [T, ITEMS] that hold the codes of items `first` to `first` + ITEMS."""
+    # Neighbours mostly are neighbours: lanes of a warp should take them, not rows.
+    word = tl.max_contiguous(tl.load(items + first + tl.arange(0, ITEMS)), ITEMS)
+    return tl.load(rows + offset[:, None] + word[None, :], mask=valid[:, None], other=0)
+
+
+@triton.jit
+def number_of(code, centre):
+    """Codes less their centres."""
+    whole = (code | WHOLE).to(tl.float32, bitcast=True)  # conversions of integers are slow
+    return whole - 8388608.0 - centre
+
+
+@triton.jit
+def numbers_of(words, items, first, total, ITEMS: tl.constexpr):
+    """Codes less their centres, fp32 [T, 4 ITEMS], of what `load_words` gives: four of each
+    word, one of every byte."""
+    item = items + first + tl.arange(0, ITEMS)
+    shift, keep = tl.load(item + total)[None, :], tl.load(item + 2 * total)[None, :]
+    centre = keep.to(tl.float32) / 2
+    a = number_of((words >> shift) & keep, centre)
+    b = number_of((words >> (shift + 8)) & keep, centre)
+    c = number_of((words >> (shift + 16)) & keep, centre)
+    d = number_of((words >> (shift + 24)) & keep, centre)
+    together = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(together, [words.shape[0], 4 * ITEMS])
 
 
 AT_RUN_TIME = [
@@ -156,8 +139,7 @@ def latent_weights_kernel(
     query,
     keys,
     values,
-    fields,
-    centre,
+    items,
     chunks,
     weight,
     offset,
@@ -185,7 +167,7 @@ def latent_weights_kernel(
     heads,
     positions,
     length,
-    places,
+    total,
     padded_columns,
     scale,
     softcap,
@@ -195,14 +177,12 @@ def latent_weights_kernel(
     header_k,
     header_v,
     epsilon,
-    CODED: tl.constexpr,
-    PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,  # of rotary pairs
     PAIRS: tl.constexpr,  # of a head in a block
-    HEADS: tl.constexpr,  # key/value heads of a span
+    PADDED: tl.constexpr,  # the same, padded
+    HEADS: tl.constexpr,  # key/value heads of a span, padded
     SPANS: tl.constexpr,
-    PADDED: tl.constexpr,  # pairs of a span
     TOGETHER: tl.constexpr,  # whether the norm is that of all heads
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,  # of columns in a span
@@ -217,9 +197,9 @@ def latent_weights_kernel(
 ):
     """Weights of one block of slots for the heads of one span.
 
-    `weights_out` is [b, t, columns], `block_terms` [b, blocks, terms, columns]: the maximum of the
-    scores (base 2), the sum of the weights, and of coded rows those of the second class of values
-    and of keys. Blocks that nothing attends to have the maximum −inf and no weights.
+    `weights_out` is [b, blocks, columns, T], `block_terms` [b, blocks, 4, columns]: the maximum of
+    the scores (base 2), the sum of the weights, and those of the second class of values and of
+    keys. Of blocks that nothing attends to these are −inf and zeros; weights are not written.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -236,13 +216,11 @@ def latent_weights_kernel(
     inside = (in_span < per_span) & (column < heads * positions)
     head, position = column // positions, column % positions
     of_span = head // shared - span * HEADS
-    TERMS: tl.constexpr = 4 if CODED else 2
-    terms = (batch * tl.num_programs(0) + block) * (TERMS * padded_columns) + column
-    terms = block_terms + terms
+    terms = block_terms + (batch * tl.num_programs(0) + block) * (4 * padded_columns) + column
 
     if tl.max(valid.to(tl.int32), 0) == 0:
         tl.store(terms, tl.full([COLUMNS], float("-inf"), tl.float32), mask=inside)
-        for i in tl.static_range(1, TERMS):
+        for i in tl.static_range(1, 4):
             tl.store(terms + i * padded_columns, tl.zeros([COLUMNS], tl.float32), mask=inside)
     else:
         keys, key_offset = block_rows(
@@ -257,77 +235,71 @@ def latent_weights_kernel(
             PAGE,
             BLOCK,
         )
-        if CODED:
-            key_scale, key_class = load_header(keys, key_offset, valid, octave_k, header_k)
+        header = load_header(keys, key_offset, valid, header_k)
+        key_octave, key_class = header_of(header, octave_k, header_k)
+        key_scale = tl.exp2(key_octave)
+        any_class = tl.max(key_class, 0)  # hardly ever
 
-        pair = tl.arange(0, PADDED)
-        pair_head, in_head = pair // PAIRS, pair % PAIRS
-        used = (pair_head < HEADS) & (span * HEADS + pair_head < GROUPS)
+        ALL: tl.constexpr = HEADS * PADDED  # pairs of a span
+        DTYPE: tl.constexpr = query.dtype.element_ty
+        ITEMS: tl.constexpr = CHUNK // 4
+        pair = tl.arange(0, ALL)
+        pair_head, in_head = pair // PADDED, pair % PADDED
+        used = (in_head < PAIRS) & (span * HEADS + pair_head < GROUPS)
         mine = inside[:, None] & used[None, :] & (of_span[:, None] == pair_head[None, :])
         query += batch.to(tl.int64) * query_stride_b
         of_column = head * query_stride_h + position * query_stride_s
         in_block = tl.arange(0, BLOCK)
-        table = (
-            batch.to(tl.int64) * table_stride_b + tl.cast(block, tl.int64) * BLOCK * table_stride_t
-        )
+        one_head = tl.arange(0, PADDED)
+        table = batch.to(tl.int64) * table_stride_b
+        table += tl.cast(block, tl.int64) * BLOCK * table_stride_t
         cosine += table
         sine += table
-        table = in_block * table_stride_t
-        known = used[:, None] & valid[None, :]
-        SIZE: tl.constexpr = SPANS * PADDED  # pairs of all spans
-        of_pair = span * PADDED + pair
+        table = (in_block * table_stride_t)[None, :] + (one_head * table_stride_p)[:, None]
+        known = (one_head < PAIRS)[:, None] & valid[None, :]
 
         scores = tl.zeros([COLUMNS, BLOCK], tl.float32)
         size = tl.zeros([COLUMNS, BLOCK], tl.float32)
         last_chunk = tl.load(chunks + BLOCKS)
         # What the next step takes apart is loaded before this one's products.
-        loaded = load_places(keys, key_offset, valid, fields, 0, places, PARTS, CHUNK)
+        words = load_words(keys, key_offset, valid, items, 0, ITEMS)
         for of_pairs in range(BLOCKS):
-            real = tl.zeros([PADDED, BLOCK], tl.float32)
-            imaginary = tl.zeros([PADDED, BLOCK], tl.float32)
+            of_key = offset + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
+            rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32) + tl.load(of_key)[:, None]
+            if any_class > 0:
+                more = tl.load(of_key + BLOCKS * SPANS * (2 * ALL))
+                rebuilt += more[:, None] * key_class[None, :]
             first, last = tl.load(chunks + of_pairs), tl.load(chunks + of_pairs + 1)
             for chunk in tl.range(first, last, num_stages=STAGES):
-                found = components_of(
-                    loaded, fields, centre, chunk * CHUNK, places, CODED, PARTS, CHUNK
-                )
-                following = tl.minimum(chunk + 1, last_chunk - 1) * CHUNK
-                loaded = load_places(
-                    keys, key_offset, valid, fields, following, places, PARTS, CHUNK
-                )
-                place = chunk * CHUNK + tl.arange(0, CHUNK)
-                of_place = weight + (place * (2 * SIZE))[:, None] + of_pair[None, :]
-                right = tl.trans(found.to(weight.dtype.element_ty))
-                real = tl.dot(tl.trans(tl.load(of_place)), right, real, input_precision=PRECISION)
-                imaginary = tl.dot(
-                    tl.trans(tl.load(of_place + SIZE)), right, imaginary, input_precision=PRECISION
-                )
-            of_key = of_pairs * (2 * SIZE) + of_pair
-            if CODED:
-                real *= key_scale[None, :]
-                imaginary *= key_scale[None, :]
-                more_offset = offset + BLOCKS * (2 * SIZE) + of_key
-                real += tl.load(more_offset)[:, None] * key_class[None, :]
-                imaginary += tl.load(more_offset + SIZE)[:, None] * key_class[None, :]
-            real += tl.load(offset + of_key)[:, None]
-            imaginary += tl.load(offset + of_key + SIZE)[:, None]
+                right = numbers_of(words, items, chunk * ITEMS, total, ITEMS) * key_scale[:, None]
+                following = tl.minimum(chunk + 1, last_chunk - 1)
+                words = load_words(keys, key_offset, valid, items, following * ITEMS, ITEMS)
+                left = weight + (chunk * SPANS + span) * (2 * ALL * CHUNK)
+                left += (tl.arange(0, 2 * ALL) * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
+                right = tl.trans(right.to(DTYPE))
+                rebuilt = tl.dot(tl.load(left), right, rebuilt, input_precision=PRECISION)
+            parts = tl.permute(tl.reshape(rebuilt, [2, HEADS, PADDED, BLOCK]), [1, 2, 3, 0])
+            a, b = tl.split(parts)
             if norm is not None:
-                a = real * tl.load(norm + of_key)[:, None]
-                b = imaginary * tl.load(norm + of_key + SIZE)[:, None]
+                of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + pair
+                gain = of_key + BLOCKS * SPANS * (2 * ALL)
+                real, imaginary = tl.reshape(a, [ALL, BLOCK]), tl.reshape(b, [ALL, BLOCK])
+                a = real * tl.load(of_key)[:, None]
+                b = imaginary * tl.load(of_key + ALL)[:, None]
                 counted = inside[:, None] & used[None, :] if TOGETHER else mine
                 squares = (a * a + b * b).to(SQUARES)
                 size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
-                gain = norm + BLOCKS * (2 * SIZE) + of_key
-                real *= tl.load(gain)[:, None]
-                imaginary *= tl.load(gain + SIZE)[:, None]
-            at = table[None, :] + ((of_pairs * PAIRS + in_head) * table_stride_p)[:, None]
-            cos = tl.load(cosine + at, mask=known, other=0.0).to(tl.float32)
-            sin = tl.load(sine + at, mask=known, other=0.0).to(tl.float32)
+                a = tl.reshape(real * tl.load(gain)[:, None], [HEADS, PADDED, BLOCK])
+                b = tl.reshape(imaginary * tl.load(gain + ALL)[:, None], [HEADS, PADDED, BLOCK])
+            at = table + of_pairs * PAIRS * table_stride_p
+            cos = tl.load(cosine + at, mask=known, other=0.0)[None, :, :].to(tl.float32)
+            sin = tl.load(sine + at, mask=known, other=0.0)[None, :, :].to(tl.float32)
             of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
             left = tl.load(query + of_query, mask=mine, other=0.0)
-            turned = (real * cos - imaginary * sin).to(query.dtype.element_ty)
+            turned = tl.reshape(a * cos - b * sin, [ALL, BLOCK]).to(DTYPE)
             scores = tl.dot(left, turned, scores, input_precision=PRECISION)
             left = tl.load(query + of_query + BLOCKS * PAIRS, mask=mine, other=0.0)
-            turned = (imaginary * cos + real * sin).to(query.dtype.element_ty)
+            turned = tl.reshape(b * cos + a * sin, [ALL, BLOCK]).to(DTYPE)
             scores = tl.dot(left, turned, scores, input_precision=PRECISION)
 
         if norm is not None:
@@ -349,29 +321,29 @@ def latent_weights_kernel(
         highest = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
 
-        weights_out += (batch.to(tl.int64) * length + block * BLOCK) * padded_columns
+        weights_out += (batch * tl.num_programs(0) + block).to(tl.int64) * padded_columns * BLOCK
         tl.store(
-            weights_out + (in_block * padded_columns)[None, :] + column[:, None],
+            weights_out + (column * BLOCK)[:, None] + in_block[None, :],
             weights.to(weights_out.dtype.element_ty),
-            mask=inside[:, None] & (slot < length)[None, :],
+            mask=inside[:, None],
         )
         tl.store(terms, highest, mask=inside)
         tl.store(terms + padded_columns, tl.sum(weights, 1), mask=inside)
-        if CODED:
-            values, value_offset = block_rows(
-                values,
-                pages,
-                batch,
-                block,
-                valid,
-                pages_stride_b,
-                value_stride_b,
-                value_stride_t,
-                PAGE,
-                BLOCK,
-            )
-            _, value_class = load_header(values, value_offset, valid, octave_v, header_v)
-            of_class = tl.sum(weights * value_class[None, :], 1)
-            tl.store(terms + 2 * padded_columns, of_class, mask=inside)
-            of_class = tl.sum(weights * key_class[None, :], 1)
-            tl.store(terms + 3 * padded_columns, of_class, mask=inside)
+        values, value_offset = block_rows(
+            values,
+            pages,
+            batch,
+            block,
+            valid,
+            pages_stride_b,
+            value_stride_b,
+            value_stride_t,
+            PAGE,
+            BLOCK,
+        )
+        header = load_header(values, value_offset, valid, header_v)
+        _, value_class = header_of(header, octave_v, header_v)
+        of_class = tl.sum(weights * value_class[None, :], 1)
+        tl.store(terms + 2 * padded_columns, of_class, mask=inside)
+        of_class = tl.sum(weights * key_class[None, :], 1)
+        tl.store(terms + 3 * padded_columns, of_class, mask=inside)

@@ -15,18 +15,73 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent import AT_RUN_TIME, block_rows, components_of, load_bias, load_header, load_places
+from .latent import (
+    AT_RUN_TIME,
+    block_rows,
+    header_of,
+    load_header,
+    load_words,
+    numbers_of,
+)
 from .split_kv import slot_bounds
 
 BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
+TERMS = tl.constexpr(4)  # of a block; see `latent_weights_kernel`
+
+
+@triton.jit
+def load_share(
+    i,
+    rows,
+    weights,
+    terms,
+    items,
+    pages,
+    batch,
+    first_block,
+    blocks,
+    splits,
+    begin,
+    stop,
+    pages_stride_b,
+    stride_b,
+    stride_t,
+    padded_columns,
+    item,
+    header,
+    inside,
+    COLUMNS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Of the i-th share of this split's blocks the words and headers of rows, weights, and what
+    these are relative to."""
+    SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
+    index, share = i // SHARES, i % SHARES
+    block = (first_block + index * splits) * SHARES + share
+    slot = block * SLOTS + tl.arange(0, SLOTS)
+    valid = (slot >= begin) & (slot < stop)
+    rows, offset = block_rows(
+        rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
+    )
+    at = tl.minimum(block // SHARES, blocks - 1)  # without a mask, loads are of many numbers
+    weights += tl.cast(at, tl.int64) * (padded_columns * BLOCK) + share * SLOTS
+    weights += (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
+    return (
+        load_words(rows, offset, valid, items, item, ITEMS),
+        load_header(rows, offset, valid, header),
+        tl.load(weights),
+        tl.load(terms + at * (TERMS * padded_columns), mask=inside, other=float("-inf")),
+    )
 
 
 @triton.jit(do_not_specialize=[*AT_RUN_TIME, "splits", "blocks"])
 def latent_sums_kernel(
     keys,
     values,
-    fields,
-    centre,
+    items,
     weights,
     block_terms,
     partial,
@@ -44,8 +99,8 @@ def latent_sums_kernel(
     columns,
     positions,
     length,
-    places,
-    key_places,
+    total,
+    key_items,
     first_piece,
     padded_columns,
     window,
@@ -55,13 +110,12 @@ def latent_sums_kernel(
     header_v,
     splits,
     blocks,
-    CODED: tl.constexpr,
-    PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
     PIECE: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # slots, of whose weights the maximum is known
+    SLOTS: tl.constexpr,  # at a time
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -76,41 +130,48 @@ def latent_sums_kernel(
     piece, split = first_piece + tl.program_id(0), tl.program_id(1)
     batch, tile = tl.program_id(2) // TILES, tl.program_id(2) % TILES
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
-    first_block = begin // BLOCK
-    share = tl.cdiv(tl.cdiv(stop, BLOCK) - first_block, splits)
-    first_block += split * share
-    last_block = tl.minimum(first_block + share, tl.cdiv(stop, BLOCK))
+    # Every `splits`-th block, so that a short text in a long cache is shared evenly.
+    first_block = begin // BLOCK + split
+    own = tl.cdiv(tl.maximum(tl.cdiv(stop, BLOCK) - first_block, 0), splits)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
 
-    TERMS: tl.constexpr = 4 if CODED else 2
     stride = TERMS * padded_columns
-    terms = block_terms + batch * blocks * stride + column
+    of_batch = block_terms + batch * blocks * stride + column
+    terms = of_batch + first_block * stride
+    stride *= splits
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
-    for block in range(first_block, last_block, BLOCKS_AT_ONCE):
-        row = block + tl.arange(0, BLOCKS_AT_ONCE)[:, None]
-        known = (row < last_block) & inside[None, :]
-        of_blocks = tl.load(terms[None, :] + row * stride, mask=known, other=float("-inf"))
+    first, last = own, 0  # blocks that nothing attends to hold no weights
+    for i in range(0, own, BLOCKS_AT_ONCE):
+        index = i + tl.arange(0, BLOCKS_AT_ONCE)
+        known = (index < own)[:, None] & inside[None, :]
+        of_blocks = tl.load(
+            terms[None, :] + index[:, None] * stride, mask=known, other=float("-inf")
+        )
         highest = tl.maximum(highest, tl.max(of_blocks, 0))
+        used = tl.max(of_blocks, 1) > float("-inf")
+        first = tl.minimum(first, tl.min(tl.where(used, index, own), 0))
+        last = tl.maximum(last, tl.max(tl.where(used, index + 1, 0), 0))
     shift = tl.where(highest == float("-inf"), 0.0, highest)
 
-    index = batch * splits + split
+    of_split = batch * splits + split
     if tl.program_id(0) == 0:
-        out = partial_terms + index * (TERMS * columns) + column
+        out = partial_terms + of_split * (TERMS * columns) + column
         tl.store(out, shift, mask=inside)
-        for i in tl.static_range(1, TERMS):
-            total = tl.zeros([COLUMNS], tl.float32)
-            for block in range(first_block, last_block, BLOCKS_AT_ONCE):
-                row = block + tl.arange(0, BLOCKS_AT_ONCE)[:, None]
-                known = (row < last_block) & inside[None, :]
-                of_blocks = terms[None, :] + row * stride
+        for term in tl.static_range(1, TERMS):
+            summed = tl.zeros([COLUMNS], tl.float32)
+            for i in range(0, own, BLOCKS_AT_ONCE):
+                index = i + tl.arange(0, BLOCKS_AT_ONCE)
+                known = (index < own)[:, None] & inside[None, :]
+                of_blocks = terms[None, :] + index[:, None] * stride
                 factor = tl.load(of_blocks, mask=known, other=float("-inf"))
-                term = tl.load(of_blocks + i * padded_columns, mask=known, other=0.0)
-                total += tl.sum(term * tl.exp2(factor - shift[None, :]), 0)
-            tl.store(out + i * columns, total, mask=inside)
+                of_blocks = tl.load(of_blocks + term * padded_columns, mask=known, other=0.0)
+                summed += tl.sum(of_blocks * tl.exp2(factor - shift[None, :]), 0)
+            tl.store(out + term * columns, summed, mask=inside)
 
-    place = piece * PIECE
-    of_values = place >= key_places
+    ITEMS: tl.constexpr = PIECE // 4
+    item = piece * ITEMS
+    of_values = item >= key_items
     rows = keys
     if of_values:
         rows = values
@@ -118,37 +179,74 @@ def latent_sums_kernel(
     stride_t = tl.where(of_values, value_stride_t.to(tl.int64), key_stride_t.to(tl.int64))
     octave = tl.where(of_values, octave_v, octave_k)
     header = tl.where(of_values, header_v, header_k)
-    weights += batch.to(tl.int64) * length * padded_columns
+    weights += (batch * blocks).to(tl.int64) * (padded_columns * BLOCK)
+    weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
+    DTYPE: tl.constexpr = weights.dtype.element_ty
+    SHARES: tl.constexpr = BLOCK // SLOTS
+    first, last = first * SHARES, last * SHARES
     sums = tl.zeros([COLUMNS, PIECE], tl.float32)
-    for block in range(first_block, last_block):
-        of_block = tl.load(terms + block * stride, mask=inside, other=float("-inf"))
-        if tl.max(of_block, 0) > float("-inf"):  # otherwise nothing has been written
-            slot = block * BLOCK + tl.arange(0, BLOCK)
-            _, valid = load_bias(mask, batch, mask_stride_b, slot, begin, stop)
-            here, offset = block_rows(
-                rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, BLOCK
-            )
-            loaded = load_places(here, offset, valid, fields, place, places, PARTS, PIECE)
-            of_slots = weights + tl.cast(block, tl.int64) * BLOCK * padded_columns
-            weight = tl.load(
-                of_slots + (tl.arange(0, BLOCK) * padded_columns)[None, :] + column[:, None],
-                mask=inside[:, None] & valid[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            weight *= tl.exp2(of_block - shift)[:, None]
-            if CODED:
-                scale, _ = load_header(here, offset, valid, octave, header)
-                weight *= scale[None, :]
-            found = components_of(loaded, fields, centre, place, places, CODED, PARTS, PIECE)
-            sums = tl.dot(
-                weight.to(weights.dtype.element_ty),
-                found.to(weights.dtype.element_ty),
-                sums,
-                input_precision=PRECISION,
-            )
-    row = (index * columns + column).to(tl.int64) * places
-    out = partial + row[:, None] + (place + tl.arange(0, PIECE))[None, :]
-    tl.store(out, sums, mask=inside[:, None])
+    # What the next step takes apart is loaded before this one's product.
+    words, word, weight, of_block = load_share(
+        first,
+        rows,
+        weights,
+        of_batch,
+        items,
+        pages,
+        batch,
+        first_block,
+        blocks,
+        splits,
+        begin,
+        stop,
+        pages_stride_b,
+        stride_b,
+        stride_t,
+        padded_columns,
+        item,
+        header,
+        inside,
+        COLUMNS,
+        ITEMS,
+        PAGE,
+        BLOCK,
+        SLOTS,
+    )
+    for i in range(first, last):
+        scale, _ = header_of(word, octave, header)
+        left = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
+        left = left.to(tl.float32) * tl.exp2((of_block - shift)[:, None] + scale[None, :])
+        found = numbers_of(words, items, item, total, ITEMS)
+        words, word, weight, of_block = load_share(
+            i + 1,
+            rows,
+            weights,
+            of_batch,
+            items,
+            pages,
+            batch,
+            first_block,
+            blocks,
+            splits,
+            begin,
+            stop,
+            pages_stride_b,
+            stride_b,
+            stride_t,
+            padded_columns,
+            item,
+            header,
+            inside,
+            COLUMNS,
+            ITEMS,
+            PAGE,
+            BLOCK,
+            SLOTS,
+        )
+        sums = tl.dot(left.to(DTYPE), found.to(DTYPE), sums, input_precision=PRECISION)
+    row = (of_split * columns + column).to(tl.int64) * (4 * total)
+    place = 4 * item + tl.arange(0, PIECE)
+    tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -162,7 +260,7 @@ def latent_join_kernel(
     places,
     features,
     splits,
-    TERMS: tl.constexpr,
+    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -188,7 +286,6 @@ def latent_join_kernel(
     highest = tl.where(highest == float("-inf"), 0.0, highest)
 
     place = tl.load(place_of + feature, mask=used, other=0)
-    here = used & (place >= 0)
     denominator = 0.0
     result = tl.zeros([CHUNK], tl.float32)
     for first in range(0, splits, SPLITS):
@@ -198,16 +295,19 @@ def latent_join_kernel(
         valid = total > 0
         factor = tl.exp2(tl.load(terms, mask=valid, other=float("-inf")) - highest)
         denominator += tl.sum(total * factor, 0)
-        part = tl.load(
-            partial + place[:, None] + (split.to(tl.int64) * columns * places)[None, :],
-            mask=here[:, None] & valid[None, :],
-            other=0.0,
-        )
-        result += tl.sum(factor[None, :] * part, 1)
+        of_split = (split.to(tl.int64) * columns * places)[:, None]
+        for i in tl.static_range(PARTS):
+            at = tl.load(place_of + i * features + feature, mask=used, other=-1)
+            part = tl.load(
+                partial + at[None, :] + of_split,
+                mask=(at >= 0)[None, :] & valid[:, None],
+                other=0.0,
+            )
+            times = tl.load(step + i * features + feature, mask=used, other=0.0)
+            result += tl.sum(factor[:, None] * part, 0) * times
         for i in tl.static_range(2, TERMS):  # what belongs to the second class
             of_class = tl.sum(factor * tl.load(terms + i * columns, mask=valid, other=0.0), 0)
             result += tl.where(used & (place == 1 - i), of_class, 0.0)
-    result *= tl.load(step + feature, mask=used, other=0.0)
     result /= tl.where(denominator == 0, 1.0, denominator)
     offset = (batch * columns + column).to(tl.int64) * features
     tl.store(output + offset + feature, result, mask=used)

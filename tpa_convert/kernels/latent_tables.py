@@ -1,9 +1,12 @@
-"""What the kernels for latent keys look up: constants of one layer, made once of its parameters.
+"""What the kernels for coded latent keys look up: constants of one layer, made once of its
+parameters.
 
-Components of keys belong to blocks of rotary pairs, and each block is rebuilt in chunks of
-components, padded to whole ones. A *place* is one component in that order, those of the values
-behind those of the keys. Keys of all heads come out in *spans*: whole heads whose pairs in one
-block fit one program side by side.
+Rows are read by words of four bytes. An *item* is a word, a shift and a mask: what is found by them
+in each of its bytes stands in one of its four *places*. Codes of several tiers stand in several
+places, each taken times what its bits are worth: codes add up of them, and components of codes.
+Items of keys come block by block of rotary pairs, each padded to whole chunks, then those of
+values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
+side by side.
 """
 
 from __future__ import annotations
@@ -13,36 +16,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .rows import Tier
 
-CHUNK = 32  # places that a product adds up
+WORD = 4  # bytes of a row that are read at once; an item's places
+CHUNK = 64  # places of keys that a product adds up
 PIECE = 64  # places that a program sums over slots
-MAX_PAIRS = 64  # of a span; with more, H100 programs spill registers
+MAX_PAIRS = 64  # of a span; twice as many where a norm is that of all heads
 
 
 class Rows(NamedTuple):
     """How one part (keys or values) of a layer is cached.
 
     Attributes:
-        tiers: of coded rows; empty for numbers.
+        tiers: of the rows.
         header: offset of the header byte, which holds one of two classes and a scale.
-        reach: half of the highest code of each component, [w].
         step: of each component, [w].
         lowest_octave: the scale of the lowest header, as a power of two.
     """
 
     tiers: Sequence[Tier]
     header: int
-    reach: Tensor
     step: Tensor
     lowest_octave: int
-
-
-def numbers(width: int, like: Tensor) -> Rows:
-    """Of a part whose `width` components are cached as they are."""
-    ones = torch.ones(width, dtype=torch.float32, device=like.device)
-    return Rows((), 0, torch.zeros_like(ones), ones, 0)
 
 
 class KeyMap(NamedTuple):
@@ -74,68 +71,79 @@ class Layout(NamedTuple):
     """Numbers that the tables were made for.
 
     Attributes:
-        coded: 1 for rows of codes, 0 for numbers.
         groups: key/value heads.
         blocks: of rotary pairs.
         pairs: of a head in a block.
-        heads: of a span.
+        padded: the same, a power of two.
+        heads: of a span, a power of two.
         spans: of all heads.
-        padded: pairs of a span, a power of two.
-        parts: of a code, at most.
         header_k, header_v, octave_k, octave_v: see `Rows`.
-        key_places: places of the keys, a multiple of PIECE.
-        first_piece: the first of the pieces that are summed up: not those of the keys, if values
-            do not follow from them.
-        features: what comes out for each query.
+        key_items: of the keys.
+        first_item: that is summed up: not those of the keys, if values do not follow from them.
         together: see `KeyMap`.
     """
 
-    coded: int
     groups: int
     blocks: int
     pairs: int
+    padded: int
     heads: int
     spans: int
-    padded: int
-    parts: int
     header_k: int
     header_v: int
     octave_k: int
     octave_v: int
-    key_places: int
-    first_piece: int
-    features: int
+    key_items: int
+    first_item: int
     together: int
 
 
 class LatentTables(NamedTuple):
-    """Tables of one layer with P places, N = spans · padded pairs.
+    """Tables of one layer with I items, N = heads · padded pairs of a span.
 
     Attributes:
         layout: a `Layout`.
         epsilon: of the norm.
         chunks: first chunk of each block of pairs, and the end of the last, int32 [B + 1].
-        fields: of each part of the code in each place its byte, shift down, mask and shift up,
-            int32 [parts, 4, P]; of numbers the component and a mask. Mask 0: nothing is there.
-        centre: what is subtracted from codes, fp32 [P].
-        weight: of key places, steps included, [key places, 2, N], real parts first.
-        offset: what is added to keys, and more for the second class, fp32 [2, B, 2, N].
-        norm: `unscale` and `gain`, fp32 [2, B, 2, N], or None.
-        place_of: of each feature that comes out, int32; −1 and −2 for the share of the second
-            class among values and among keys.
-        step: of each feature, fp32.
+        items: the word in the row, shift and mask of each item, int32 [3, I]. Mask 0: nothing.
+        weight: of key places, steps included, [chunks, spans, 2 N, CHUNK], real parts first.
+        offset: what is added to keys, and more for the second class, fp32 [2, B, spans, 2 N].
+        norm: `unscale` and `gain`, fp32 [2, B, spans, 2 N], or None.
+        place_of: places that each feature is summed up of, int32 [parts, features]; −1 for none. Of
+            the features of the second class the first is −1 for that of values, −2 for keys.
+        step: what each of them is taken times, fp32 [parts, features].
     """
 
     layout: Layout
     epsilon: float
     chunks: Tensor
-    fields: Tensor
-    centre: Tensor
+    items: Tensor
     weight: Tensor
     offset: Tensor
     norm: Tensor | None
     place_of: Tensor
     step: Tensor
+
+
+class _Places(NamedTuple):
+    """What stands in the places of some items.
+
+    Attributes:
+        items: [n, 3].
+        component: [n, 4], −1 for nothing.
+        shift: of the code that lies in earlier tiers, [n, 4].
+    """
+
+    items: Tensor
+    component: Tensor
+    shift: Tensor
+
+    def padded(self, multiple: int) -> _Places:
+        """With items behind that hold nothing."""
+        more = -len(self.items) % multiple
+        return _Places(
+            *(pad(x, (0, 0, 0, more), value=v) for x, v in zip(self, (0, -1, 0), strict=True))
+        )
 
 
 def latent_tables(
@@ -145,41 +153,36 @@ def latent_tables(
 
     Args:
         predicted: whether values follow from key components too: the features that come out are
-            then [values, their class, keys, their class], else the first two alone; of numbers
-            there are no classes.
+            then [values, their class, keys, their class], else the first two alone.
     """
-    groups, size, width = key_map.weight.shape
-    device, blocks, coded = key_map.weight.device, len(key_map.widths), bool(keys.tiers)
+    groups, size, _ = key_map.weight.shape
+    device, blocks = key_map.weight.device, len(key_map.widths)
     pairs = size // 2
+    padded = 1 << (pairs - 1).bit_length()
     # A norm over all heads is found where all of them are.
     most = (2 if key_map.together else 1) * MAX_PAIRS
-    heads = max(1, min(groups, most // pairs))
+    heads = 1 << (max(1, min(groups, most // padded)) - 1).bit_length()
+    padded = max(padded, 16 // heads)
     spans = -(-groups // heads)
-    padded = max(16, 1 << (heads * pairs - 1).bit_length())
-    chunks, component = [0], []
+    chunks, of_blocks = [0], []
     first = 0
     for count in key_map.widths:
-        component += [*range(first, first + count), *[-1] * (-count % CHUNK)]
-        chunks.append(len(component) // CHUNK)
+        of_blocks.append(_places_of(keys.tiers, first, first + count).padded(CHUNK // WORD))
+        chunks.append(chunks[-1] + len(of_blocks[-1].items) // (CHUNK // WORD))
         first += count
-    component += [-1] * (-len(component) % PIECE)
-    key_places = len(component)
-    of_values = len(values.step)
-    component += [*range(width, width + of_values), *[-1] * (-of_values % PIECE)]
-    of_place = torch.tensor(component, dtype=torch.int64)
-    parts, fields = _fields(keys, values, width, of_place, coded)
-    index, used = of_place.clamp_min(0).to(device), (of_place >= 0).to(device)
-    centre = torch.where(used, torch.cat((keys.reach, values.reach)).float()[index], 0)
+    of_keys = _Places(*(torch.cat(x) for x in zip(*of_blocks, strict=True)))
+    of_values = _places_of(values.tiers, 0, len(values.step)).padded(PIECE // WORD)
 
-    # [g, 2, pairs, w] of heads in spans to [w, 2, N].
+    # [g, 2, pairs, w] of heads in spans to [chunks, spans, 2 N, CHUNK].
+    component, shift = of_keys.component.flatten().to(device), of_keys.shift.flatten().to(device)
     scaled = key_map.weight.float() * keys.step.float()
-    scaled = _in_spans(scaled.unflatten(1, (2, pairs)), heads, spans, padded)  # [2, N, w]
-    of_keys = index[:key_places].clamp_max(width - 1)
-    weight = torch.where(used[:key_places], scaled[..., of_keys], 0).permute(2, 0, 1)
+    scaled = _in_spans(scaled.unflatten(1, (2, pairs)), heads, spans, padded)  # [spans, 2 N, w]
+    weight = scaled[..., component.clamp_min(0)] * torch.exp2(shift.float())
+    weight = torch.where(component >= 0, weight, 0).unflatten(-1, (-1, CHUNK)).permute(2, 0, 1, 3)
     offsets = [key_map.offset, key_map.of_class]
 
     def by_block(x: Tensor | None) -> Tensor:
-        """[g, d] to [B, 2, N]."""
+        """[g, d] to [B, spans, 2 N]."""
         if x is None:
             x = torch.zeros_like(key_map.offset)
         x = x.float().expand(groups, -1).unflatten(-1, (2, blocks, pairs))
@@ -188,77 +191,82 @@ def latent_tables(
     norm = None
     if key_map.unscale is not None:
         norm = torch.stack((by_block(key_map.unscale), by_block(key_map.gain))).contiguous()
-    place_of = [key_places + i for i in range(of_values)]
-    step = [values.step]
-    inverse = [i for i, c in enumerate(component[:key_places]) if c >= 0]
-    one = torch.ones(1, device=device)
-    if coded:
-        place_of, step = [*place_of, -1], [*step, one]
+    of_keys = of_keys.padded(PIECE // WORD)
+    key_items = len(of_keys.items)
+    features = [_parts_of(of_values, values.step, WORD * key_items, -1)]
     if predicted:
-        place_of, step = [*place_of, *inverse], [*step, keys.step]
-        if coded:
-            place_of, step = [*place_of, -2], [*step, one]
+        features.append(_parts_of(of_keys, keys.step, 0, -2))
+    parts = max(len(place) for place, _ in features)
+    place_of, step = (
+        torch.cat([pad(x, (0, 0, 0, parts - len(x)), value=v) for x in tables], 1)
+        for tables, v in zip(zip(*features, strict=True), (-1, 0.0), strict=True)
+    )
     layout = Layout(
-        int(coded),
         groups,
         blocks,
         pairs,
+        padded,
         heads,
         spans,
-        padded,
-        parts,
         keys.header,
         values.header,
         keys.lowest_octave,
         values.lowest_octave,
-        key_places,
-        0 if predicted else key_places // PIECE,
-        len(place_of),
+        key_items,
+        0 if predicted else key_items,
         int(key_map.together),
     )
     return LatentTables(
         layout,
         key_map.epsilon,
         torch.tensor(chunks, dtype=torch.int32, device=device),
-        fields.to(device),
-        centre.contiguous(),
+        torch.cat((of_keys.items, of_values.items)).T.int().contiguous().to(device),
         weight.to(dtype).contiguous(),
         torch.stack([by_block(x) for x in offsets]).contiguous(),
         norm,
-        torch.tensor(place_of, dtype=torch.int32, device=device),
-        torch.cat([x.float() for x in step]).contiguous(),
+        place_of.int().to(device),
+        step.float().contiguous().to(device),
     )
 
 
 def _in_spans(x: Tensor, heads: int, spans: int, padded: int) -> Tensor:
-    """[g, 2, pairs, n] to [2, spans · padded, n]: heads side by side, zeros behind each span."""
-    made = x.new_zeros(2, spans, padded, x.shape[-1])
-    for span in range(spans):
-        here = x[span * heads : (span + 1) * heads].transpose(0, 1).flatten(1, 2)
-        made[:, span, : here.shape[1]] = here
-    return made.flatten(1, 2)
+    """[g, 2, pairs, n] to [spans, 2 · heads · padded, n]: heads side by side, padded by zeros."""
+    groups, _, pairs, _ = x.shape
+    made = pad(x, (0, 0, 0, padded - pairs, 0, 0, 0, heads * spans - groups))
+    return made.unflatten(0, (spans, heads)).transpose(1, 2).flatten(1, 3)
 
 
-def _fields(
-    keys: Rows, values: Rows, width: int, component: Tensor, coded: bool
-) -> tuple[int, Tensor]:
-    """`LatentTables.fields`, and how many parts there are, for the components in each place."""
-    if not coded:
-        byte = torch.where(component < width, component, component - width).clamp_min(0)
-        used = (component >= 0).to(byte.dtype)
-        return 1, torch.stack((byte, 0 * byte, used, 0 * byte))[None].int()
-    total = width + len(values.step)
-    table = torch.zeros(8, 4, total, dtype=torch.int64)
-    found = torch.zeros(total, dtype=torch.int64)
-    for rows, start in ((keys, 0), (values, width)):
-        for bits, offset, size, first, count, shift in rows.tiers:
-            code = torch.arange(count)
-            at = start + first + code
-            table[found[at], 0, at] = offset + code % size
-            table[found[at], 1, at] = code // size * bits
-            table[found[at], 2, at] = 2**bits - 1
-            table[found[at], 3, at] = shift
-            found[at] += 1
-    parts = max(1, int(found.max()))
-    table = torch.where(component >= 0, table[:parts][..., component.clamp_min(0)], 0)
-    return parts, table.int()
+def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:
+    """Items that hold the components from `first` on, before `last`."""
+    found = []
+    for tier in tiers:
+        word = torch.arange(tier.offset // WORD, -(-(tier.offset + tier.size) // WORD))
+        byte = WORD * word[:, None] + torch.arange(WORD) - tier.offset
+        plane = torch.arange(8 // tier.bits)[:, None, None]
+        code = plane * tier.size + byte  # [planes, words, 4]
+        component = tier.first + code
+        used = (byte >= 0) & (byte < tier.size) & (code < tier.components)
+        used &= (component >= first) & (component < last)
+        plane, word = used.any(-1).nonzero().T
+        keep = torch.full_like(word, 2**tier.bits - 1)
+        items = torch.stack((tier.offset // WORD + word, plane * tier.bits, keep), 1)
+        component = torch.where(used, component, -1)[plane, word]
+        found.append(_Places(items, component, torch.full_like(component, tier.shift)))
+    return _Places(*(torch.cat(x) for x in zip(*found, strict=True)))
+
+
+def _parts_of(places: _Places, step: Tensor, first: int, of_class: int) -> tuple[Tensor, Tensor]:
+    """`LatentTables.place_of` and `step` of one part's components and its second class, whose
+    places begin with `first`."""
+    component, shift = places.component.flatten(), places.shift.flatten()
+    place = (component >= 0).nonzero()[:, 0]
+    place = place[component[place].argsort(stable=True)]
+    component, shift = component[place], shift[place]
+    start = torch.searchsorted(component, component)
+    part = torch.arange(len(place)) - start
+    place_of = torch.full((int(part.max()) + 1, len(step) + 1), -1)
+    place_of[part, component] = first + place
+    place_of[0, -1] = of_class
+    steps = torch.zeros(place_of.shape)
+    steps[part, component] = step.float().cpu()[component] * torch.exp2(shift.float())
+    return place_of, steps

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, LatentTables, Layout
+from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -27,9 +27,10 @@ from .start import Constants, start_kernel
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
-SHAPES = ((128, 8), (64, 4))
+SHAPES = ((64, 4), (32, 4))
 STAGES = 2  # chunks of weights in flight
-SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
+SUM_SHAPE = 32, 4
+SUMS_AT_ONCE = 2  # programs of sums that a multiprocessor runs
 
 
 def launch_latent(
@@ -54,12 +55,11 @@ def launch_latent(
     length, page = keys.shape[2], 0
     if pages is not None:
         page, length = length, length * pages.shape[1]
-    columns, places = heads * positions, len(tables.centre)
-    padded_columns = -(-columns // 16) * 16
+    columns, items = heads * positions, tables.items.shape[1]
+    keys, values = keys.view(torch.int32), values.view(torch.int32)
     mask, mask_stride = in_rows(mask)
     processors = multiprocessors(query.device)
     exact = query.dtype == torch.float32
-    terms = 4 if layout.coded else 2
     if sine.stride() != cosine.stride():
         cosine, sine = cosine.contiguous(), sine.contiguous()
 
@@ -73,10 +73,11 @@ def launch_latent(
     fitting = [x for x in SHAPES if shares(attended, x[0]) * programs >= processors]
     block, warps = fitting[0] if fitting else SHAPES[-1]
     blocks = shares(length, block)
+    padded_columns = per_sum * sum_tiles
     weights = query.new_empty(
-        (batch, length, padded_columns), dtype=torch.float32 if exact else torch.float16
+        (batch, blocks, padded_columns, block), dtype=torch.float32 if exact else torch.float16
     )
-    block_terms = query.new_empty((batch, blocks, terms, padded_columns), dtype=torch.float32)
+    block_terms = query.new_empty((batch, blocks, 4, padded_columns), dtype=torch.float32)
     bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
     strides = tuple(x.stride(i) for x in (keys, values) for i in (0, 2))
     octaves = (float(layout.octave_k), float(layout.octave_v))
@@ -92,7 +93,7 @@ def launch_latent(
         (per_sum, sum_tiles),
         overlapped(query.device),
     )
-    cached = keys, values, tables.fields, tables.centre
+    cached = keys, values, tables.items
     weigh = (
         query,
         *cached,
@@ -112,7 +113,7 @@ def launch_latent(
         heads,
         positions,
         length,
-        places,
+        items,
         padded_columns,
         scale,
         softcap,
@@ -123,12 +124,12 @@ def launch_latent(
     )
     grid = (blocks, batch, layout.spans * tiles)
     start_kernel(latent_weights_kernel, grid, constants[0], weigh)
-    pieces = places // PIECE - layout.first_piece
+    pieces = (items - layout.first_item) // (PIECE // WORD)
     splits = choose_splits(
         shares(attended, block), batch * sum_tiles * pieces, SUMS_AT_ONCE * processors
     )
-    partial = query.new_empty((batch, splits, columns, places), dtype=torch.float32)
-    partial_terms = query.new_empty((batch, splits, terms, columns), dtype=torch.float32)
+    partial = query.new_empty((batch, splits, columns, WORD * items), dtype=torch.float32)
+    partial_terms = query.new_empty((batch, splits, 4, columns), dtype=torch.float32)
     add = (
         *cached,
         weights,
@@ -140,9 +141,9 @@ def launch_latent(
         columns,
         positions,
         length,
-        places,
-        layout.key_places,
-        layout.first_piece,
+        items,
+        layout.key_items,
+        layout.first_item // (PIECE // WORD),
         padded_columns,
         window,
         *octaves,
@@ -151,7 +152,8 @@ def launch_latent(
         blocks,
     )
     start_kernel(latent_sums_kernel, (pieces, splits, batch * sum_tiles), constants[1], add)
-    output = query.new_empty((batch, heads, positions, layout.features))
+    parts, features = tables.place_of.shape
+    output = query.new_empty((batch, heads, positions, features))
     join = (
         partial,
         partial_terms,
@@ -159,19 +161,19 @@ def launch_latent(
         tables.place_of,
         tables.step,
         columns,
-        places,
-        layout.features,
+        WORD * items,
+        features,
         splits,
     )
-    chunk = power_of_two(layout.features, 16, 64)
+    chunk = power_of_two(features, 16, 64)
     joined = join_constants(
         query.device,
-        terms,
+        parts,
         chunk,
         power_of_two(splits, 1, SPLITS_AT_ONCE),
         overlapped(query.device),
     )
-    grid = (columns, shares(layout.features, chunk), batch)
+    grid = (columns, shares(features, chunk), batch)
     start_kernel(latent_join_kernel, grid, joined, join)
     return output
 
@@ -198,18 +200,15 @@ def latent_constants(
     block, warps, stages = program
     exact = dtype == torch.float32
     precision = "ieee" if exact else "tf32"
-    coded = bool(layout.coded)
     weigh = Constants(
         device,
         {"num_warps": warps, "num_stages": stages},
-        CODED=coded,
-        PARTS=layout.parts,
         GROUPS=layout.groups,
         BLOCKS=layout.blocks,
         PAIRS=layout.pairs,
+        PADDED=layout.padded,
         HEADS=layout.heads,
         SPANS=layout.spans,
-        PADDED=layout.padded,
         TOGETHER=bool(layout.together),
         COLUMNS=weights[0],
         TILES=weights[1],
@@ -225,14 +224,13 @@ def latent_constants(
     )
     add = Constants(
         device,
-        options_of(warps, overlap),
-        CODED=coded,
-        PARTS=layout.parts,
+        options_of(SUM_SHAPE[1], overlap) | {"num_stages": 1},
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
         PAGE=page,
         BLOCK=block,
+        SLOTS=min(block, SUM_SHAPE[0]),
         PRECISION=precision,
         OVERLAP=overlap,
     )
@@ -241,8 +239,8 @@ def latent_constants(
 
 @functools.lru_cache(maxsize=256)
 def join_constants(
-    device: torch.device, terms: int, chunk: int, splits: int, overlap: bool
+    device: torch.device, parts: int, chunk: int, splits: int, overlap: bool
 ) -> Constants:
     """Of the joining kernel, for `chunk` features and so many splits at a time."""
     options = options_of(4, overlap)
-    return Constants(device, options, TERMS=terms, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)
+    return Constants(device, options, PARTS=parts, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)

@@ -68,8 +68,7 @@ def decode_latent(
     layout: Sequence[int],
     epsilon: float,
     chunks: Tensor,
-    fields: Tensor,
-    centre: Tensor,
+    items: Tensor,
     weight: Tensor,
     offset: Tensor,
     norm: Tensor | None,
@@ -84,7 +83,7 @@ def decode_latent(
     pages: Tensor | None = None,
 ) -> Tensor:
     """Decoding over latent keys; what is not of a call is `latent_tables.LatentTables`."""
-    tables = layout, epsilon, chunks, fields, centre, weight, offset, norm, place_of, step
+    tables = layout, epsilon, chunks, items, weight, offset, norm, place_of, step
     cached = query, keys, values, cosine, sine
     return run_latent(*cached, *tables, scale, start, end, window, softcap, mask, pages)
 
@@ -94,14 +93,14 @@ def run_latent(*arguments: Any) -> Tensor:
     from .latent_tables import LatentTables, Layout
     from .launch_latent import launch_latent
 
-    tables = LatentTables(Layout(*arguments[5]), *arguments[6:15])
-    inputs = *arguments[:5], tables, *arguments[15:]
+    tables = LatentTables(Layout(*arguments[5]), *arguments[6:14])
+    inputs = *arguments[:5], tables, *arguments[14:]
     return launch_latent(*inputs)
 
 
 @decode_latent.register_fake
 def _(query, keys, values, cosine, sine, layout, epsilon, *tables):
-    return query.new_empty(*query.shape[:3], tables[6].shape[0])
+    return query.new_empty(*query.shape[:3], tables[5].shape[1])
 
 
 @torch.library.custom_op("tpa_convert::encode", mutates_args=())

@@ -17,7 +17,7 @@ from .tpa_values import StaticValues
 
 
 class LatentDecoder:
-    """Decodes over the latent keys of one layer on a kernel; keeps the tables that it needs.
+    """Decodes over the coded latent keys of one layer on a kernel; keeps the tables that it needs.
 
     Tables follow from parameters. They are made anew when those are others or have changed.
     """
@@ -36,7 +36,7 @@ class LatentDecoder:
         """Tables for queries of this type and place; None where no kernel would run."""
         if torch.compiler.is_compiling():  # a compiler cannot tell whether tables are still right
             return self.tables
-        if self.kernels is None or not self.kernels.wanted(query.device, keys.coder is None):
+        if self.kernels is None or keys.coder is None or not self.kernels.wanted(query.device):
             return None
         parts = parameters_of(keys, values)
         if any(x.device != query.device for x in parts):  # offloaded
@@ -66,7 +66,7 @@ class LatentDecoder:
 
         Args:
             query: rotated, [b, h, 1, d].
-            packed_key, packed_value: the cache of this layer, rows or numbers, [b, 1, t, ...].
+            packed_key, packed_value: the cache of this layer, [b, 1, t, ...].
             attention_mask: as the attention function takes it.
             table: of the features at the cached positions, [b or 1, 1, t, d].
         """
@@ -110,12 +110,9 @@ def tables_of(
     """The kernels' tables of a layer whose queries are in `dtype`."""
     gauge, shape = keys.gauge, keys.shape
 
-    def rows(coder: RowCoder | None, width: int) -> Any:
-        if coder is None:
-            return kernels.numbers(width, gauge.weight)
-        layout = coder.layout
-        reach = coder.highest.float() / 2
-        return kernels.rows(layout.tiers, layout.header, reach, coder.step, LOWEST_OCTAVE)
+    def rows(coder: RowCoder | None) -> Any:
+        assert coder is not None
+        return kernels.rows(coder.layout.tiers, coder.layout.header, coder.step, LOWEST_OCTAVE)
 
     unscale = gain = None
     if keys.norm is not None:
@@ -136,7 +133,7 @@ def tables_of(
         0.0 if keys.norm is None else keys.norm.eps,
         keys.norm is not None and keys.norm.all_heads,
     )
-    parts = rows(keys.coder, shape.width_k), rows(values.coder, shape.width_v)
+    parts = rows(keys.coder), rows(values.coder)
     return kernels.tables(*parts, key_map, dtype, shape.predict_values)
 
 

@@ -63,19 +63,19 @@ def find_coding() -> Coding | None:
 
 
 class LatentKernels(NamedTuple):
-    """`tpa_convert.kernels`' own way to decode over latent keys."""
+    """`tpa_convert.kernels`' own way to decode over coded latent keys."""
 
     decode: Callable[..., torch.Tensor | None]
     wanted: Callable[..., bool]
     tables: Callable[..., Any]
     key_map: Callable[..., Any]
     rows: Callable[..., Any]
-    numbers: Callable[..., Any]
 
 
 def find_latent() -> LatentKernels | None:
-    """What decodes over latent keys on a GPU, None where no package has it; see `find_kernel`."""
-    found = _of_kernels("decode_latent", "wanted", "latent_tables", "KeyMap", "Rows", "numbers")
+    """What decodes over coded latent keys on a GPU, None where no package has it; see
+    `find_kernel`."""
+    found = _of_kernels("decode_latent", "wanted", "latent_tables", "KeyMap", "Rows")
     return None if found is None else LatentKernels(*found)
 
 
