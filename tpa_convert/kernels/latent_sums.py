@@ -29,54 +29,6 @@ BLOCKS_AT_ONCE = tl.constexpr(16)  # whose maxima are compared
 TERMS = tl.constexpr(4)  # of a block; see `latent_weights_kernel`
 
 
-@triton.jit
-def load_share(
-    i,
-    rows,
-    weights,
-    terms,
-    items,
-    pages,
-    batch,
-    first_block,
-    blocks,
-    splits,
-    begin,
-    stop,
-    pages_stride_b,
-    stride_b,
-    stride_t,
-    padded_columns,
-    item,
-    header,
-    inside,
-    COLUMNS: tl.constexpr,
-    ITEMS: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Of the i-th share of this split's blocks the words and headers of rows, weights, and what
-    these are relative to."""
-    SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
-    index, share = i // SHARES, i % SHARES
-    block = (first_block + index * splits) * SHARES + share
-    slot = block * SLOTS + tl.arange(0, SLOTS)
-    valid = (slot >= begin) & (slot < stop)
-    rows, offset = block_rows(
-        rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
-    )
-    at = tl.minimum(block // SHARES, blocks - 1)  # without a mask, loads are of many numbers
-    weights += tl.cast(at, tl.int64) * (padded_columns * BLOCK) + share * SLOTS
-    weights += (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
-    return (
-        load_words(rows, offset, valid, items, item, ITEMS),
-        load_header(rows, offset, valid, header),
-        tl.load(weights),
-        tl.load(terms + at * (TERMS * padded_columns), mask=inside, other=float("-inf")),
-    )
-
-
 @triton.jit(do_not_specialize=[*AT_RUN_TIME, "splits", "blocks"])
 def latent_sums_kernel(
     keys,
@@ -117,6 +69,7 @@ def latent_sums_kernel(
     BLOCK: tl.constexpr,  # slots, of whose weights the maximum is known
     SLOTS: tl.constexpr,  # at a time
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Partial sums of a piece.
@@ -137,8 +90,7 @@ def latent_sums_kernel(
     inside = column < columns
 
     stride = TERMS * padded_columns
-    of_batch = block_terms + batch * blocks * stride + column
-    terms = of_batch + first_block * stride
+    terms = block_terms + (batch * blocks + first_block) * stride + column
     stride *= splits
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
     first, last = own, 0  # blocks that nothing attends to hold no weights
@@ -179,71 +131,29 @@ def latent_sums_kernel(
     stride_t = tl.where(of_values, value_stride_t.to(tl.int64), key_stride_t.to(tl.int64))
     octave = tl.where(of_values, octave_v, octave_k)
     header = tl.where(of_values, header_v, header_k)
-    weights += (batch * blocks).to(tl.int64) * (padded_columns * BLOCK)
+    weights += (batch * blocks + first_block).to(tl.int64) * (padded_columns * BLOCK)
     weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
+    of_weight = (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
     DTYPE: tl.constexpr = weights.dtype.element_ty
-    SHARES: tl.constexpr = BLOCK // SLOTS
-    first, last = first * SHARES, last * SHARES
+    SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
     sums = tl.zeros([COLUMNS, PIECE], tl.float32)
-    # What the next step takes apart is loaded before this one's product.
-    words, word, weight, of_block = load_share(
-        first,
-        rows,
-        weights,
-        of_batch,
-        items,
-        pages,
-        batch,
-        first_block,
-        blocks,
-        splits,
-        begin,
-        stop,
-        pages_stride_b,
-        stride_b,
-        stride_t,
-        padded_columns,
-        item,
-        header,
-        inside,
-        COLUMNS,
-        ITEMS,
-        PAGE,
-        BLOCK,
-        SLOTS,
-    )
-    for i in range(first, last):
-        scale, _ = header_of(word, octave, header)
-        left = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
-        left = left.to(tl.float32) * tl.exp2((of_block - shift)[:, None] + scale[None, :])
-        found = numbers_of(words, items, item, total, ITEMS)
-        words, word, weight, of_block = load_share(
-            i + 1,
-            rows,
-            weights,
-            of_batch,
-            items,
-            pages,
-            batch,
-            first_block,
-            blocks,
-            splits,
-            begin,
-            stop,
-            pages_stride_b,
-            stride_b,
-            stride_t,
-            padded_columns,
-            item,
-            header,
-            inside,
-            COLUMNS,
-            ITEMS,
-            PAGE,
-            BLOCK,
-            SLOTS,
+    for i in tl.range(first * SHARES, last * SHARES, num_stages=STAGES):
+        index, share = i // SHARES, i % SHARES
+        block = (first_block + index * splits) * SHARES + share
+        slot = block * SLOTS + tl.arange(0, SLOTS)
+        of_block = tl.load(terms + index * stride, mask=inside, other=float("-inf"))
+        valid = (slot >= begin) & (slot < stop)
+        here, offset = block_rows(
+            rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
         )
-        sums = tl.dot(left.to(DTYPE), found.to(DTYPE), sums, input_precision=PRECISION)
+        words = load_words(here, offset, valid, items, item, ITEMS)
+        of_slots = weights + tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK)
+        weight = tl.load(of_slots + share * SLOTS + of_weight).to(tl.float32)
+        scale, _ = header_of(load_header(here, offset, valid, header), octave, header)
+        weight *= tl.exp2((of_block - shift)[:, None] + scale[None, :])
+        weight = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
+        found = numbers_of(words, items, item, total, ITEMS).to(DTYPE)
+        sums = tl.dot(weight.to(DTYPE), found, sums, input_precision=PRECISION)
     row = (of_split * columns + column).to(tl.int64) * (4 * total)
     place = 4 * item + tl.arange(0, PIECE)
     tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])

@@ -22,7 +22,7 @@ from .rows import Tier
 
 WORD = 4  # bytes of a row that are read at once; an item's places
 CHUNK = 64  # places of keys that a product adds up
-PIECE = 64  # places that a program sums over slots
+PIECE = 128  # places that a program sums over slots
 MAX_PAIRS = 64  # of a span; twice as many where a norm is that of all heads
 
 

@@ -30,7 +30,8 @@ SPLITS_AT_ONCE = 128  # that the joining kernel reads
 SHAPES = ((64, 4), (32, 4))
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 32, 4
-SUMS_AT_ONCE = 2  # programs of sums that a multiprocessor runs
+SUM_STAGES = 2
+SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 
 
 def launch_latent(
@@ -224,7 +225,7 @@ def latent_constants(
     )
     add = Constants(
         device,
-        options_of(SUM_SHAPE[1], overlap) | {"num_stages": 1},
+        options_of(SUM_SHAPE[1], overlap) | {"num_stages": SUM_STAGES},
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
@@ -232,6 +233,7 @@ def latent_constants(
         BLOCK=block,
         SLOTS=min(block, SUM_SHAPE[0]),
         PRECISION=precision,
+        STAGES=SUM_STAGES,
         OVERLAP=overlap,
     )
     return weigh, add
