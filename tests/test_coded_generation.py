@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tests.conversions import convert_coded, random_blocks
 from tests.generated import generated, make_caches_forget, telling
-from tests.test_generation import MODES, PADDINGS, SPEAKING
+from tests.test_generation import MODES, PADDINGS, SPEAKING, WAYS, padded_prompt
 
 NEW = 10
 
@@ -34,16 +34,13 @@ def prompt(batch: int = 2, length: int = 9) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("padding", [slice(0), slice(4), slice(3, 6)], ids=PADDINGS)
+@pytest.mark.parametrize("padding", PADDINGS)
 def test_generation_equals_the_uncached_result(coded, mode, padding) -> None:
-    settings = MODES[mode]
-    tokens = prompt()
-    mask = torch.ones_like(tokens)
-    tokens[0, padding], mask[0, padding] = 0, 0
-    plain = {k: v for k, v in settings.items() if k in ("do_sample", "temperature")}
-    plain |= {k: v for k, v in settings.items() if k.startswith("num_")}
-    expected = telling(coded, tokens, NEW, attention_mask=mask, **plain, use_cache=False)
-    assert torch.equal(generated(coded, tokens, NEW, attention_mask=mask, **settings), expected)
+    way, settings = MODES[mode]
+    tokens, mask = padded_prompt(padding)
+    expected = telling(coded, tokens, NEW, attention_mask=mask, **WAYS[way], use_cache=False)
+    found = generated(coded, tokens, NEW, attention_mask=mask, **WAYS[way], **settings)
+    assert torch.equal(found, expected)
 
 
 def test_a_cache_that_loses_its_values_would_be_seen(coded, monkeypatch) -> None:

@@ -159,7 +159,7 @@ def gradients(model: PreTrainedModel) -> tuple[list[str], list[Tensor]]:
 
 
 def divergence(source: PreTrainedModel, model: PreTrainedModel) -> float:
-    return agreement(source, model, random_blocks(count=8, length=32, seed=9)).kl
+    return agreement(source, model, random_blocks(count=32, length=32, seed=9)).kl
 
 
 def test_healing_lowers_the_loss(source, coded, tmp_path) -> None:
@@ -168,7 +168,7 @@ def test_healing_lowers_the_loss(source, coded, tmp_path) -> None:
     def healed(teacher: PreTrainedModel, name: str, **changes: Any) -> PreTrainedModel:
         student = copy.deepcopy(coded)
         settings = HealingSettings(
-            tokens=16 * 256,
+            tokens=24 * 256,
             tokens_per_step=256,
             block_length=32,
             attention_learning_rate=3e-4,
@@ -221,7 +221,7 @@ def test_layers_with_different_codes_share_one_compiled_graph(tmp_path, monkeypa
 
 @pytest.mark.parametrize("improve", ["refit", "refine"])
 def test_refit_and_refinement_lower_the_loss_of_codes(source, coded, improve) -> None:
-    model, blocks = copy.deepcopy(coded), random_blocks(count=48, length=32, seed=3)
+    model, blocks = copy.deepcopy(coded), random_blocks(count=256, length=32, seed=3)
     if improve == "refit":
         report: Any = refit(source, model, blocks)
     else:

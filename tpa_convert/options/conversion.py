@@ -163,7 +163,8 @@ class CalibrationOptions(Section):
         "that it knows.",
         CALIBRATION,
         ge=0,
-        shown_default="half, with --calibration or a source above 2 billion parameters 0",
+        shown_default="half for sources of 50 million to 2 billion parameters without "
+        "--calibration, else 0",
     )
     save_moments: Path | None = option(
         None,

@@ -18,14 +18,16 @@ from tpa_convert.sources import Source, in_memory
 from tpa_convert.storage import Store
 from tpa_convert.text.read import default_calibration_documents, load_documents, token_blocks
 
-SAMPLED_UP_TO = 2e9  # parameters of a source that samples text unasked: it is in memory meanwhile
+# Parameters of a source that samples text unasked: smaller ones write none worth measuring on, and
+# larger ones would have to be in memory meanwhile.
+SAMPLED_FROM, SAMPLED_UP_TO = 50e6, 2e9
 
 
 def sampled_blocks(options: CalibrationOptions, parameters: int) -> int:
     """How many sequences a source of so many parameters samples itself."""
     if options.sampled_blocks is not None:
         return options.sampled_blocks
-    if options.calibration or parameters > SAMPLED_UP_TO:
+    if options.calibration or not SAMPLED_FROM <= parameters <= SAMPLED_UP_TO:
         return 0
     return options.calibration_blocks // 2
 
