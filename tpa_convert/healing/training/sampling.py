@@ -144,13 +144,16 @@ def sample_blocks(
 
 def can_sample(tokenizer: PreTrainedTokenizerBase, block_length: int) -> bool:
     """Whether there is a token to start from, and room for another behind it."""
-    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return block_length > 1 and any(start is not None for start in starts)
+    return block_length > 1 and _start(tokenizer) is not None
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    start = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if start is None else start
 
 
 def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
+    start = _start(tokenizer)
     if start is None:
         raise UserError(
             "the source's tokenizer has no begin-of-text token to sample from: give text instead"
