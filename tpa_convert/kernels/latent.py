@@ -88,33 +88,54 @@ def header_of(word, octave, header_byte):
 
 
 @triton.jit
-def load_words(rows, offset, valid, items, first, ITEMS: tl.constexpr):
-    """The words [T, ITEMS] that hold the codes of items `first` to `first` + ITEMS."""
+def load_words(rows, offset, valid, item):
+    """The words [T, I] that hold the codes of `item`s [I]."""
     # Neighbours mostly are neighbours: lanes of a warp should take them, not rows.
-    word = tl.max_contiguous(tl.load(items + first + tl.arange(0, ITEMS)), ITEMS)
+    word = tl.max_contiguous(item & 0xFFFF, item.shape[0])
     return tl.load(rows + offset[:, None] + word[None, :], mask=valid[:, None], other=0)
 
 
 @triton.jit
-def number_of(code, centre):
-    """Codes less their centres."""
-    whole = (code | WHOLE).to(tl.float32, bitcast=True)  # conversions of integers are slow
-    return whole - 8388608.0 - centre
+def numbers_of(words, item, DTYPE: tl.constexpr):
+    """Codes less their centres, exact in any type, [T, 4 I], of what `load_words` gives: four of
+    each word, one of every byte.
+
+    A code in the fourth bit and those above it is added to a number whose last bit is worth an
+    eighth by being set in it, two codes at once.
+    """
+    words = words.to(tl.uint32, bitcast=True)
+    keep = (item >> 24).to(tl.uint32)
+    centre = keep.to(tl.float32) / 16
+    turn = ((item >> 16) & 31).to(tl.uint32)
+    both = (keep | (keep << 16))[None, :]
+    even = _turned(words, turn[None, :]) & both  # of bytes 0 and 2
+    odd = _turned(words, ((turn + 8) & 31)[None, :]) & both  # of 1 and 3
+    codes = tl.join(even, odd)
+    if DTYPE == tl.float32:
+        low, high = (codes & 0xFFFF) >> 3, codes >> 19
+        found = tl.join(low, high).to(tl.float32)
+    else:
+        BASE: tl.constexpr = 16.0 if DTYPE == tl.bfloat16 else 128.0
+        ONES: tl.constexpr = 0x41804180 if DTYPE == tl.bfloat16 else 0x58005800
+        codes = codes | ONES
+        low, high = codes.to(tl.uint16), (codes >> 16).to(tl.uint16)
+        found = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+        centre += BASE
+    found = found - centre.to(DTYPE)[None, :, None, None]
+    return tl.reshape(found, [words.shape[0], 4 * words.shape[1]])
 
 
 @triton.jit
-def numbers_of(words, items, first, total, ITEMS: tl.constexpr):
-    """Codes less their centres, fp32 [T, 4 ITEMS], of what `load_words` gives: four of each
-    word, one of every byte."""
-    item = items + first + tl.arange(0, ITEMS)
-    shift, keep = tl.load(item + total)[None, :], tl.load(item + 2 * total)[None, :]
-    centre = keep.to(tl.float32) / 2
-    a = number_of((words >> shift) & keep, centre)
-    b = number_of((words >> (shift + 8)) & keep, centre)
-    c = number_of((words >> (shift + 16)) & keep, centre)
-    d = number_of((words >> (shift + 24)) & keep, centre)
-    together = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(together, [words.shape[0], 4 * ITEMS])
+def _turned(words, by):
+    """Words turned to the right, by 0 to 31 bits."""
+    return (words >> by) | (words << ((32 - by) & 31))
+
+
+@triton.jit
+def halves(x):
+    """The upper and the lower half of rows [2 N, T]."""
+    HALF: tl.constexpr = x.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(x, [2, HALF, x.shape[1]]), [1, 2, 0]))
 
 
 AT_RUN_TIME = [
@@ -167,7 +188,6 @@ def latent_weights_kernel(
     heads,
     positions,
     length,
-    total,
     padded_columns,
     scale,
     softcap,
@@ -182,6 +202,7 @@ def latent_weights_kernel(
     PAIRS: tl.constexpr,  # of a head in a block
     PADDED: tl.constexpr,  # the same, padded
     HEADS: tl.constexpr,  # key/value heads of a span, padded
+    LOW: tl.constexpr,  # pairs of a head that stand side by side
     SPANS: tl.constexpr,
     TOGETHER: tl.constexpr,  # whether the norm is that of all heads
     COLUMNS: tl.constexpr,
@@ -241,10 +262,12 @@ def latent_weights_kernel(
         any_class = tl.max(key_class, 0)  # hardly ever
 
         ALL: tl.constexpr = HEADS * PADDED  # pairs of a span
+        HIGH: tl.constexpr = PADDED // LOW
         DTYPE: tl.constexpr = query.dtype.element_ty
         ITEMS: tl.constexpr = CHUNK // 4
         pair = tl.arange(0, ALL)
-        pair_head, in_head = pair // PADDED, pair % PADDED
+        pair_head = pair // LOW % HEADS
+        in_head = pair // (LOW * HEADS) * LOW + pair % LOW
         used = (in_head < PAIRS) & (span * HEADS + pair_head < GROUPS)
         mine = inside[:, None] & used[None, :] & (of_span[:, None] == pair_head[None, :])
         query += batch.to(tl.int64) * query_stride_b
@@ -257,43 +280,46 @@ def latent_weights_kernel(
         sine += table
         table = (in_block * table_stride_t)[None, :] + (one_head * table_stride_p)[:, None]
         known = (one_head < PAIRS)[:, None] & valid[None, :]
+        of_item = items + tl.arange(0, ITEMS)
+        of_weight = (tl.arange(0, 2 * ALL) * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
+        weight += span * (2 * ALL * CHUNK)
 
         scores = tl.zeros([COLUMNS, BLOCK], tl.float32)
         size = tl.zeros([COLUMNS, BLOCK], tl.float32)
         last_chunk = tl.load(chunks + BLOCKS)
         # What the next step takes apart is loaded before this one's products.
-        words = load_words(keys, key_offset, valid, items, 0, ITEMS)
+        item = tl.load(of_item)
+        words = load_words(keys, key_offset, valid, item)
         for of_pairs in range(BLOCKS):
+            at = table + of_pairs * PAIRS * table_stride_p
+            cos = tl.load(cosine + at, mask=known, other=0.0)
+            sin = tl.load(sine + at, mask=known, other=0.0)
+            rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
+            first, last = tl.load(chunks + of_pairs), tl.load(chunks + of_pairs + 1)
+            for chunk in tl.range(first, last, num_stages=STAGES):
+                right = numbers_of(words, item, DTYPE)
+                item = tl.load(of_item + tl.minimum(chunk + 1, last_chunk - 1) * ITEMS)
+                words = load_words(keys, key_offset, valid, item)
+                left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
+                rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)
             of_key = offset + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
-            rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32) + tl.load(of_key)[:, None]
+            rebuilt = rebuilt * key_scale[None, :] + tl.load(of_key)[:, None]
             if any_class > 0:
                 more = tl.load(of_key + BLOCKS * SPANS * (2 * ALL))
                 rebuilt += more[:, None] * key_class[None, :]
-            first, last = tl.load(chunks + of_pairs), tl.load(chunks + of_pairs + 1)
-            for chunk in tl.range(first, last, num_stages=STAGES):
-                right = numbers_of(words, items, chunk * ITEMS, total, ITEMS) * key_scale[:, None]
-                following = tl.minimum(chunk + 1, last_chunk - 1)
-                words = load_words(keys, key_offset, valid, items, following * ITEMS, ITEMS)
-                left = weight + (chunk * SPANS + span) * (2 * ALL * CHUNK)
-                left += (tl.arange(0, 2 * ALL) * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
-                right = tl.trans(right.to(DTYPE))
-                rebuilt = tl.dot(tl.load(left), right, rebuilt, input_precision=PRECISION)
-            parts = tl.permute(tl.reshape(rebuilt, [2, HEADS, PADDED, BLOCK]), [1, 2, 3, 0])
-            a, b = tl.split(parts)
             if norm is not None:
-                of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + pair
-                gain = of_key + BLOCKS * SPANS * (2 * ALL)
-                real, imaginary = tl.reshape(a, [ALL, BLOCK]), tl.reshape(b, [ALL, BLOCK])
-                a = real * tl.load(of_key)[:, None]
-                b = imaginary * tl.load(of_key + ALL)[:, None]
+                of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
+                a, b = halves(rebuilt * tl.load(of_key)[:, None])
                 counted = inside[:, None] & used[None, :] if TOGETHER else mine
                 squares = (a * a + b * b).to(SQUARES)
                 size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
-                a = tl.reshape(real * tl.load(gain)[:, None], [HEADS, PADDED, BLOCK])
-                b = tl.reshape(imaginary * tl.load(gain + ALL)[:, None], [HEADS, PADDED, BLOCK])
-            at = table + of_pairs * PAIRS * table_stride_p
-            cos = tl.load(cosine + at, mask=known, other=0.0)[None, :, :].to(tl.float32)
-            sin = tl.load(sine + at, mask=known, other=0.0)[None, :, :].to(tl.float32)
+                gain = of_key + BLOCKS * SPANS * (2 * ALL)
+                rebuilt *= tl.load(gain)[:, None]
+            a, b = halves(rebuilt)
+            a = tl.reshape(a, [HIGH, HEADS, LOW, BLOCK])
+            b = tl.reshape(b, [HIGH, HEADS, LOW, BLOCK])
+            cos = tl.reshape(cos.to(tl.float32), [HIGH, 1, LOW, BLOCK])
+            sin = tl.reshape(sin.to(tl.float32), [HIGH, 1, LOW, BLOCK])
             of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
             left = tl.load(query + of_query, mask=mine, other=0.0)
             turned = tl.reshape(a * cos - b * sin, [ALL, BLOCK]).to(DTYPE)

@@ -122,8 +122,8 @@ def latent_sums_kernel(
             tl.store(out + term * columns, summed, mask=inside)
 
     ITEMS: tl.constexpr = PIECE // 4
-    item = piece * ITEMS
-    of_values = item >= key_items
+    of_values = piece * ITEMS >= key_items
+    item = tl.load(items + piece * ITEMS + tl.arange(0, ITEMS))
     rows = keys
     if of_values:
         rows = values
@@ -134,7 +134,7 @@ def latent_sums_kernel(
     weights += (batch * blocks + first_block).to(tl.int64) * (padded_columns * BLOCK)
     weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
     of_weight = (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
-    DTYPE: tl.constexpr = weights.dtype.element_ty
+    NUMBERS: tl.constexpr = weights.dtype.element_ty
     SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
     sums = tl.zeros([COLUMNS, PIECE], tl.float32)
     for i in tl.range(first * SHARES, last * SHARES, num_stages=STAGES):
@@ -146,16 +146,16 @@ def latent_sums_kernel(
         here, offset = block_rows(
             rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
         )
-        words = load_words(here, offset, valid, items, item, ITEMS)
+        words = load_words(here, offset, valid, item)
         of_slots = weights + tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK)
         weight = tl.load(of_slots + share * SLOTS + of_weight).to(tl.float32)
         scale, _ = header_of(load_header(here, offset, valid, header), octave, header)
         weight *= tl.exp2((of_block - shift)[:, None] + scale[None, :])
         weight = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
-        found = numbers_of(words, items, item, total, ITEMS).to(DTYPE)
-        sums = tl.dot(weight.to(DTYPE), found, sums, input_precision=PRECISION)
+        found = numbers_of(words, item, NUMBERS)
+        sums = tl.dot(weight.to(NUMBERS), found, sums, input_precision=PRECISION)
     row = (of_split * columns + column).to(tl.int64) * (4 * total)
-    place = 4 * item + tl.arange(0, PIECE)
+    place = piece * PIECE + tl.arange(0, PIECE)
     tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])
 
 

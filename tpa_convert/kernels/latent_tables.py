@@ -1,9 +1,10 @@
 """What the kernels for coded latent keys look up: constants of one layer, made once of its
 parameters.
 
-Rows are read by words of four bytes. An *item* is a word, a shift and a mask: what is found by them
-in each of its bytes stands in one of its four *places*. Codes of several tiers stand in several
-places, each taken times what its bits are worth: codes add up of them, and components of codes.
+Rows are read by words of four bytes. An *item* is a word, a shift and a mask of at most four bits:
+what is found by them in each of its bytes stands in one of its four *places*, in the order
+`BYTES`. Codes of more bits or of several tiers stand in several places, each taken times what its
+bits are worth: codes add up of them, and components of codes.
 Items of keys come block by block of rotary pairs, each padded to whole chunks, then those of
 values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
 side by side.
@@ -21,6 +22,9 @@ from torch.nn.functional import pad
 from .rows import Tier
 
 WORD = 4  # bytes of a row that are read at once; an item's places
+BYTES = 0, 2, 1, 3  # of a word, in the order of its places: two codes lie in one half and the other
+NIBBLE = 4  # bits of an item at most
+FIRST_BIT = 3  # where the kernels want the lowest bit of a code
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
 MAX_PAIRS = 64  # of a span; twice as many where a norm is that of all heads
@@ -105,7 +109,8 @@ class LatentTables(NamedTuple):
         layout: a `Layout`.
         epsilon: of the norm.
         chunks: first chunk of each block of pairs, and the end of the last, int32 [B + 1].
-        items: the word in the row, shift and mask of each item, int32 [3, I]. Mask 0: nothing.
+        items: of each item the word in the row (bits 0 to 15), by how many bits it is turned to
+            the right (16 to 23), and the mask that is left (24 to 30), int32 [I]; 0 for nothing.
         weight: of key places, steps included, [chunks, spans, 2 N, CHUNK], real parts first.
         offset: what is added to keys, and more for the second class, fp32 [2, B, spans, 2 N].
         norm: `unscale` and `gain`, fp32 [2, B, spans, 2 N], or None.
@@ -129,7 +134,7 @@ class _Places(NamedTuple):
     """What stands in the places of some items.
 
     Attributes:
-        items: [n, 3].
+        items: [n].
         component: [n, 4], −1 for nothing.
         shift: of the code that lies in earlier tiers, [n, 4].
     """
@@ -142,7 +147,10 @@ class _Places(NamedTuple):
         """With items behind that hold nothing."""
         more = -len(self.items) % multiple
         return _Places(
-            *(pad(x, (0, 0, 0, more), value=v) for x, v in zip(self, (0, -1, 0), strict=True))
+            *(
+                pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=v)
+                for x, v in zip(self, (0, -1, 0), strict=True)
+            )
         )
 
 
@@ -220,7 +228,7 @@ def latent_tables(
         layout,
         key_map.epsilon,
         torch.tensor(chunks, dtype=torch.int32, device=device),
-        torch.cat((of_keys.items, of_values.items)).T.int().contiguous().to(device),
+        torch.cat((of_keys.items, of_values.items)).int().to(device),
         weight.to(dtype).contiguous(),
         torch.stack([by_block(x) for x in offsets]).contiguous(),
         norm,
@@ -230,28 +238,40 @@ def latent_tables(
 
 
 def _in_spans(x: Tensor, heads: int, spans: int, padded: int) -> Tensor:
-    """[g, 2, pairs, n] to [spans, 2 · heads · padded, n]: heads side by side, padded by zeros."""
+    """[g, 2, pairs, n] to [spans, 2 · heads · padded, n], padded by zeros: real parts first, of
+    some pairs of the first head, the same of the others, and so on (see `side_by_side`)."""
     groups, _, pairs, _ = x.shape
+    low = side_by_side(heads)
     made = pad(x, (0, 0, 0, padded - pairs, 0, 0, 0, heads * spans - groups))
-    return made.unflatten(0, (spans, heads)).transpose(1, 2).flatten(1, 3)
+    made = made.unflatten(0, (spans, heads)).unflatten(3, (-1, low))
+    return made.permute(0, 2, 3, 1, 4, 5).flatten(1, 4)
+
+
+def side_by_side(heads: int) -> int:
+    """Pairs of one head that stand side by side, for so many heads: as many as make the rows that
+    one thread of Hopper's matrix unit holds (every eighth of 16) those of one pair."""
+    return max(1, 16 // heads)
 
 
 def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:
     """Items that hold the components from `first` on, before `last`."""
     found = []
     for tier in tiers:
-        word = torch.arange(tier.offset // WORD, -(-(tier.offset + tier.size) // WORD))
-        byte = WORD * word[:, None] + torch.arange(WORD) - tier.offset
-        plane = torch.arange(8 // tier.bits)[:, None, None]
-        code = plane * tier.size + byte  # [planes, words, 4]
+        bits = min(tier.bits, NIBBLE)
+        words = torch.arange(tier.offset // WORD, -(-(tier.offset + tier.size) // WORD))
+        byte = WORD * words[:, None] + torch.tensor(BYTES) - tier.offset
+        at = torch.arange(0, 8, bits)[:, None, None]  # where codes begin in a byte, or their halves
+        code = at // tier.bits * tier.size + byte  # […, words, 4]
         component = tier.first + code
         used = (byte >= 0) & (byte < tier.size) & (code < tier.components)
         used &= (component >= first) & (component < last)
-        plane, word = used.any(-1).nonzero().T
-        keep = torch.full_like(word, 2**tier.bits - 1)
-        items = torch.stack((tier.offset // WORD + word, plane * tier.bits, keep), 1)
-        component = torch.where(used, component, -1)[plane, word]
-        found.append(_Places(items, component, torch.full_like(component, tier.shift)))
+        index, word = used.any(-1).nonzero().T
+        at = at[index, 0, 0]
+        turn, keep = (at - FIRST_BIT) % 32, (2**bits - 1) << FIRST_BIT
+        items = words[word] | turn << 16 | keep << 24
+        component = torch.where(used, component, -1)[index, word]
+        shift = tier.shift + at % tier.bits
+        found.append(_Places(items, component, shift[:, None].expand(-1, WORD)))
     return _Places(*(torch.cat(x) for x in zip(*found, strict=True)))
 
 

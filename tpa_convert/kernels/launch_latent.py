@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout
+from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout, side_by_side
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -56,7 +56,7 @@ def launch_latent(
     length, page = keys.shape[2], 0
     if pages is not None:
         page, length = length, length * pages.shape[1]
-    columns, items = heads * positions, tables.items.shape[1]
+    columns, items = heads * positions, len(tables.items)
     keys, values = keys.view(torch.int32), values.view(torch.int32)
     mask, mask_stride = in_rows(mask)
     processors = multiprocessors(query.device)
@@ -114,7 +114,6 @@ def launch_latent(
         heads,
         positions,
         length,
-        items,
         padded_columns,
         scale,
         softcap,
@@ -209,6 +208,7 @@ def latent_constants(
         PAIRS=layout.pairs,
         PADDED=layout.padded,
         HEADS=layout.heads,
+        LOW=side_by_side(layout.heads),
         SPANS=layout.spans,
         TOGETHER=bool(layout.together),
         COLUMNS=weights[0],
