@@ -108,9 +108,8 @@ def numbers_of(words, item, DTYPE: tl.constexpr):
     centre = keep.to(tl.float32) / 16
     turn = ((item >> 16) & 31).to(tl.uint32)
     both = (keep | (keep << 16))[None, :]
-    even = _turned(words, turn[None, :]) & both  # of bytes 0 and 2
-    odd = _turned(words, ((turn + 8) & 31)[None, :]) & both  # of 1 and 3
-    codes = tl.join(even, odd)
+    turned = (words >> turn[None, :]) | (words << ((32 - turn) & 31)[None, :])
+    codes = tl.join(turned & both, (turned >> 8) & both)  # of bytes 0 and 2, 1 and 3
     if DTYPE == tl.float32:
         low, high = (codes & 0xFFFF) >> 3, codes >> 19
         found = tl.join(low, high).to(tl.float32)
@@ -123,12 +122,6 @@ def numbers_of(words, item, DTYPE: tl.constexpr):
         centre += BASE
     found = found - centre.to(DTYPE)[None, :, None, None]
     return tl.reshape(found, [words.shape[0], 4 * words.shape[1]])
-
-
-@triton.jit
-def _turned(words, by):
-    """Words turned to the right, by 0 to 31 bits."""
-    return (words >> by) | (words << ((32 - by) & 31))
 
 
 @triton.jit
@@ -214,13 +207,14 @@ def latent_weights_kernel(
     SQUARES: tl.constexpr,  # type that squares are added up in
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    FLAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Weights of one block of slots for the heads of one span.
 
     `weights_out` is [b, blocks, columns, T], `block_terms` [b, blocks, 4, columns]: the maximum of
     the scores (base 2), the sum of the weights, and those of the second class of values and of
-    keys. Of blocks that nothing attends to these are −inf and zeros; weights are not written.
+    keys. Of blocks that nothing attends to these are −inf and zeros.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -238,11 +232,15 @@ def latent_weights_kernel(
     head, position = column // positions, column % positions
     of_span = head // shared - span * HEADS
     terms = block_terms + (batch * tl.num_programs(0) + block) * (4 * padded_columns) + column
+    weights_out += (batch * tl.num_programs(0) + block).to(tl.int64) * padded_columns * BLOCK
+    of_weights = weights_out + (column * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
 
     if tl.max(valid.to(tl.int32), 0) == 0:
         tl.store(terms, tl.full([COLUMNS], float("-inf"), tl.float32), mask=inside)
         for i in tl.static_range(1, 4):
             tl.store(terms + i * padded_columns, tl.zeros([COLUMNS], tl.float32), mask=inside)
+        nothing = tl.zeros([COLUMNS, BLOCK], weights_out.dtype.element_ty)
+        tl.store(of_weights, nothing, mask=inside[:, None])
     else:
         keys, key_offset = block_rows(
             keys,
@@ -286,47 +284,96 @@ def latent_weights_kernel(
 
         scores = tl.zeros([COLUMNS, BLOCK], tl.float32)
         size = tl.zeros([COLUMNS, BLOCK], tl.float32)
-        last_chunk = tl.load(chunks + BLOCKS)
-        # What the next step takes apart is loaded before this one's products.
-        item = tl.load(of_item)
-        words = load_words(keys, key_offset, valid, item)
-        for of_pairs in range(BLOCKS):
-            at = table + of_pairs * PAIRS * table_stride_p
-            cos = tl.load(cosine + at, mask=known, other=0.0)
-            sin = tl.load(sine + at, mask=known, other=0.0)
+        if FLAT:
+            last_chunk = tl.load(chunks + BLOCKS)
+            # What the next step takes apart is loaded before this one's products.
+            item = tl.load(of_item)
+            words = load_words(keys, key_offset, valid, item)
             rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
-            first, last = tl.load(chunks + of_pairs), tl.load(chunks + of_pairs + 1)
-            for chunk in tl.range(first, last, num_stages=STAGES):
+            for chunk in tl.range(0, last_chunk, num_stages=STAGES):
+                of_pairs = tl.load(chunks + BLOCKS + 1 + chunk)
+                at = table + of_pairs * PAIRS * table_stride_p
+                cos = tl.load(cosine + at, mask=known, other=0.0)
+                sin = tl.load(sine + at, mask=known, other=0.0)
+                of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
+                real = tl.load(query + of_query, mask=mine, other=0.0)
+                imaginary = tl.load(query + of_query + BLOCKS * PAIRS, mask=mine, other=0.0)
                 right = numbers_of(words, item, DTYPE)
                 item = tl.load(of_item + tl.minimum(chunk + 1, last_chunk - 1) * ITEMS)
                 words = load_words(keys, key_offset, valid, item)
                 left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
                 rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)
-            of_key = offset + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
-            rebuilt = rebuilt * key_scale[None, :] + tl.load(of_key)[:, None]
-            if any_class > 0:
-                more = tl.load(of_key + BLOCKS * SPANS * (2 * ALL))
-                rebuilt += more[:, None] * key_class[None, :]
-            if norm is not None:
-                of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
-                a, b = halves(rebuilt * tl.load(of_key)[:, None])
-                counted = inside[:, None] & used[None, :] if TOGETHER else mine
-                squares = (a * a + b * b).to(SQUARES)
-                size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
-                gain = of_key + BLOCKS * SPANS * (2 * ALL)
-                rebuilt *= tl.load(gain)[:, None]
-            a, b = halves(rebuilt)
-            a = tl.reshape(a, [HIGH, HEADS, LOW, BLOCK])
-            b = tl.reshape(b, [HIGH, HEADS, LOW, BLOCK])
-            cos = tl.reshape(cos.to(tl.float32), [HIGH, 1, LOW, BLOCK])
-            sin = tl.reshape(sin.to(tl.float32), [HIGH, 1, LOW, BLOCK])
-            of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
-            left = tl.load(query + of_query, mask=mine, other=0.0)
-            turned = tl.reshape(a * cos - b * sin, [ALL, BLOCK]).to(DTYPE)
-            scores = tl.dot(left, turned, scores, input_precision=PRECISION)
-            left = tl.load(query + of_query + BLOCKS * PAIRS, mask=mine, other=0.0)
-            turned = tl.reshape(b * cos + a * sin, [ALL, BLOCK]).to(DTYPE)
-            scores = tl.dot(left, turned, scores, input_precision=PRECISION)
+                if tl.load(chunks + of_pairs + 1) == chunk + 1:
+                    a, b = halves(rebuilt)
+                    of_key = offset + (of_pairs * SPANS + span) * (2 * ALL) + pair
+                    a = a * key_scale[None, :] + tl.load(of_key)[:, None]
+                    b = b * key_scale[None, :] + tl.load(of_key + ALL)[:, None]
+                    if any_class > 0:
+                        of_key += BLOCKS * SPANS * (2 * ALL)
+                        a += tl.load(of_key)[:, None] * key_class[None, :]
+                        b += tl.load(of_key + ALL)[:, None] * key_class[None, :]
+                    if norm is not None:
+                        of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + pair
+                        real_part = a * tl.load(of_key)[:, None]
+                        imaginary_part = b * tl.load(of_key + ALL)[:, None]
+                        counted = inside[:, None] & used[None, :] if TOGETHER else mine
+                        squares = (real_part * real_part + imaginary_part * imaginary_part).to(SQUARES)
+                        size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
+                        of_key += BLOCKS * SPANS * (2 * ALL)
+                        a *= tl.load(of_key)[:, None]
+                        b *= tl.load(of_key + ALL)[:, None]
+                    a = tl.reshape(a, [HIGH, HEADS, LOW, BLOCK])
+                    b = tl.reshape(b, [HIGH, HEADS, LOW, BLOCK])
+                    c = tl.reshape(cos.to(tl.float32), [HIGH, 1, LOW, BLOCK])
+                    d = tl.reshape(sin.to(tl.float32), [HIGH, 1, LOW, BLOCK])
+                    turned = tl.reshape(a * c - b * d, [ALL, BLOCK]).to(DTYPE)
+                    scores = tl.dot(real, turned, scores, input_precision=PRECISION)
+                    turned = tl.reshape(b * c + a * d, [ALL, BLOCK]).to(DTYPE)
+                    scores = tl.dot(imaginary, turned, scores, input_precision=PRECISION)
+                    rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
+
+        else:
+            last_chunk = tl.load(chunks + BLOCKS)
+            # What the next step takes apart is loaded before this one's products.
+            item = tl.load(of_item)
+            words = load_words(keys, key_offset, valid, item)
+            for of_pairs in range(BLOCKS):
+                at = table + of_pairs * PAIRS * table_stride_p
+                cos = tl.load(cosine + at, mask=known, other=0.0)
+                sin = tl.load(sine + at, mask=known, other=0.0)
+                rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
+                first, last = tl.load(chunks + of_pairs), tl.load(chunks + of_pairs + 1)
+                for chunk in tl.range(first, last, num_stages=STAGES):
+                    right = numbers_of(words, item, DTYPE)
+                    item = tl.load(of_item + tl.minimum(chunk + 1, last_chunk - 1) * ITEMS)
+                    words = load_words(keys, key_offset, valid, item)
+                    left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
+                    rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)
+                of_key = offset + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
+                rebuilt = rebuilt * key_scale[None, :] + tl.load(of_key)[:, None]
+                if any_class > 0:
+                    more = tl.load(of_key + BLOCKS * SPANS * (2 * ALL))
+                    rebuilt += more[:, None] * key_class[None, :]
+                if norm is not None:
+                    of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
+                    a, b = halves(rebuilt * tl.load(of_key)[:, None])
+                    counted = inside[:, None] & used[None, :] if TOGETHER else mine
+                    squares = (a * a + b * b).to(SQUARES)
+                    size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
+                    gain = of_key + BLOCKS * SPANS * (2 * ALL)
+                    rebuilt *= tl.load(gain)[:, None]
+                a, b = halves(rebuilt)
+                a = tl.reshape(a, [HIGH, HEADS, LOW, BLOCK])
+                b = tl.reshape(b, [HIGH, HEADS, LOW, BLOCK])
+                cos = tl.reshape(cos.to(tl.float32), [HIGH, 1, LOW, BLOCK])
+                sin = tl.reshape(sin.to(tl.float32), [HIGH, 1, LOW, BLOCK])
+                of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
+                left = tl.load(query + of_query, mask=mine, other=0.0)
+                turned = tl.reshape(a * cos - b * sin, [ALL, BLOCK]).to(DTYPE)
+                scores = tl.dot(left, turned, scores, input_precision=PRECISION)
+                left = tl.load(query + of_query + BLOCKS * PAIRS, mask=mine, other=0.0)
+                turned = tl.reshape(b * cos + a * sin, [ALL, BLOCK]).to(DTYPE)
+                scores = tl.dot(left, turned, scores, input_precision=PRECISION)
 
         if norm is not None:
             NUMBERS: tl.constexpr = 2 * BLOCKS * PAIRS * (GROUPS if TOGETHER else 1)
@@ -347,12 +394,7 @@ def latent_weights_kernel(
         highest = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
 
-        weights_out += (batch * tl.num_programs(0) + block).to(tl.int64) * padded_columns * BLOCK
-        tl.store(
-            weights_out + (column * BLOCK)[:, None] + in_block[None, :],
-            weights.to(weights_out.dtype.element_ty),
-            mask=inside[:, None],
-        )
+        tl.store(of_weights, weights.to(weights_out.dtype.element_ty), mask=inside[:, None])
         tl.store(terms, highest, mask=inside)
         tl.store(terms + padded_columns, tl.sum(weights, 1), mask=inside)
         values, value_offset = block_rows(

@@ -69,7 +69,6 @@ def latent_sums_kernel(
     BLOCK: tl.constexpr,  # slots, of whose weights the maximum is known
     SLOTS: tl.constexpr,  # at a time
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Partial sums of a piece.
@@ -134,29 +133,38 @@ def latent_sums_kernel(
     weights += (batch * blocks + first_block).to(tl.int64) * (padded_columns * BLOCK)
     weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
     of_weight = (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
-    NUMBERS: tl.constexpr = weights.dtype.element_ty
     SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
-    sums = tl.zeros([COLUMNS, PIECE], tl.float32)
-    for i in tl.range(first * SHARES, last * SHARES, num_stages=STAGES):
-        index, share = i // SHARES, i % SHARES
+    NUMBERS: tl.constexpr = weights.dtype.element_ty
+    begins, ends = first * SHARES, last * SHARES
+    sums = tl.zeros([PIECE, COLUMNS], tl.float32)
+    # What the next step adds up is loaded before this one's product; the first step loads only.
+    words = tl.zeros([SLOTS, ITEMS], tl.int32)
+    weight = tl.zeros([COLUMNS, SLOTS], NUMBERS)
+    of_block = tl.zeros([COLUMNS], tl.float32)
+    headers = tl.zeros([SLOTS], tl.int32)
+    for step in range(begins - 1, ends):
+        scale, _ = header_of(headers, octave, header)
+        factor = tl.exp2(of_block - shift)[:, None] * tl.exp2(scale)[None, :]
+        right = (weight.to(tl.float32) * factor).to(NUMBERS)
+        left = numbers_of(words, item, NUMBERS)
+
+        index, share = (step + 1) // SHARES, (step + 1) % SHARES
         block = (first_block + index * splits) * SHARES + share
         slot = block * SLOTS + tl.arange(0, SLOTS)
-        of_block = tl.load(terms + index * stride, mask=inside, other=float("-inf"))
+        more = inside & (tl.full([COLUMNS], 0, tl.int32) + index < own)
         valid = (slot >= begin) & (slot < stop)
         here, offset = block_rows(
             rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
         )
         words = load_words(here, offset, valid, item)
+        headers = load_header(here, offset, valid, header)
+        of_block = tl.load(terms + index * stride, mask=more, other=float("-inf"))
         of_slots = weights + tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK)
-        weight = tl.load(of_slots + share * SLOTS + of_weight).to(tl.float32)
-        scale, _ = header_of(load_header(here, offset, valid, header), octave, header)
-        weight *= tl.exp2((of_block - shift)[:, None] + scale[None, :])
-        weight = tl.where(of_block[:, None] > float("-inf"), weight, 0.0)  # not written
-        found = numbers_of(words, item, NUMBERS)
-        sums = tl.dot(weight.to(NUMBERS), found, sums, input_precision=PRECISION)
+        weight = tl.load(of_slots + share * SLOTS + of_weight, mask=more[:, None], other=0.0)
+        sums = tl.dot(tl.trans(left), tl.trans(right), sums, input_precision=PRECISION)
     row = (of_split * columns + column).to(tl.int64) * (4 * total)
     place = piece * PIECE + tl.arange(0, PIECE)
-    tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])
+    tl.store(partial + row[None, :] + place[:, None], sums, mask=inside[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])

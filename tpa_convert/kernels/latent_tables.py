@@ -227,7 +227,7 @@ def latent_tables(
     return LatentTables(
         layout,
         key_map.epsilon,
-        torch.tensor(chunks, dtype=torch.int32, device=device),
+        torch.tensor(chunks + [i for i, (a, b) in enumerate(zip(chunks, chunks[1:])) for _ in range(a, b)], dtype=torch.int32, device=device),
         torch.cat((of_keys.items, of_values.items)).int().to(device),
         weight.to(dtype).contiguous(),
         torch.stack([by_block(x) for x in offsets]).contiguous(),

@@ -28,9 +28,9 @@ MAX_COLUMNS = 32  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
+FLAT = 1
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 32, 4
-SUM_STAGES = 2
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 
 
@@ -221,11 +221,12 @@ def latent_constants(
         SQUARES=tl.float32 if exact or INTERPRETED else tl.bfloat16,
         PRECISION=precision,
         STAGES=stages,
+        FLAT=FLAT,
         OVERLAP=overlap,
     )
     add = Constants(
         device,
-        options_of(SUM_SHAPE[1], overlap) | {"num_stages": SUM_STAGES},
+        options_of(SUM_SHAPE[1], overlap),
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
@@ -233,7 +234,6 @@ def latent_constants(
         BLOCK=block,
         SLOTS=min(block, SUM_SHAPE[0]),
         PRECISION=precision,
-        STAGES=SUM_STAGES,
         OVERLAP=overlap,
     )
     return weigh, add
