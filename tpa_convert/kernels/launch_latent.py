@@ -29,6 +29,7 @@ SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
 FLAT = 1
+WEIGHTS = torch.float16
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 32, 4
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
@@ -76,7 +77,7 @@ def launch_latent(
     blocks = shares(length, block)
     padded_columns = per_sum * sum_tiles
     weights = query.new_empty(
-        (batch, blocks, padded_columns, block), dtype=torch.float32 if exact else torch.float16
+        (batch, blocks, padded_columns, block), dtype=torch.float32 if exact else WEIGHTS
     )
     block_terms = query.new_empty((batch, blocks, 4, padded_columns), dtype=torch.float32)
     bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
