@@ -37,19 +37,22 @@ def block_rows(
     batch,
     block,
     valid,
+    length,
     pages_stride_b,
     stride_b,
     stride_t,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A pointer, and offsets from it [T], of the rows in a block of slots. Offsets of a cache in
-    one piece are short: long ones would take twice the registers."""
+    """A pointer, and offsets from it [T], of the rows in a block of slots, and of the last row
+    again for those behind it: reading slots that nothing attends to is cheaper than asking which
+    they are. Offsets of a cache in one piece are short: long ones would take twice the registers."""
+    in_block = tl.minimum(tl.arange(0, BLOCK), length - 1 - block * BLOCK)
     if PAGE == 0:
         rows += batch.to(tl.int64) * stride_b + tl.cast(block, tl.int64) * BLOCK * stride_t
-        offset = tl.arange(0, BLOCK) * tl.cast(stride_t, tl.int32)
+        offset = in_block * tl.cast(stride_t, tl.int32)
     else:
-        slot = block * BLOCK + tl.arange(0, BLOCK)
+        slot = block * BLOCK + in_block
         page = tl.load(pages + batch * pages_stride_b + slot // PAGE, mask=valid, other=0)
         offset = page.to(tl.int64) * stride_b + (slot % PAGE).to(tl.int64) * stride_t
     return rows, offset
@@ -75,24 +78,20 @@ def load_bias(mask, batch, stride_b, slot, begin, stop):
 
 
 @triton.jit
-def load_header(rows, offset, valid, header_byte):
-    """The word [T] with the header of each token."""
-    return tl.load(rows + offset + header_byte // 4, mask=valid, other=0)
-
-
-@triton.jit
-def header_of(word, octave, header_byte):
-    """Scale [T] of each token as a power of two, and 1 for those of the second class, in fp32."""
+def load_header(rows, offset, octave, header_byte):
+    """Scale [T] of each token, and 1 for those of the second class, in fp32."""
+    word = tl.load(rows + offset + header_byte // 4)
     header = (word >> (header_byte % 4 * 8)) & 255
-    return (header % SCALES).to(tl.float32) / STEPS + octave, (header // SCALES).to(tl.float32)
+    scale = tl.exp2((header % SCALES).to(tl.float32) / STEPS + octave)
+    return scale, (header // SCALES).to(tl.float32)
 
 
 @triton.jit
-def load_words(rows, offset, valid, item):
+def load_words(rows, offset, item):
     """The words [T, I] that hold the codes of `item`s [I]."""
     # Neighbours mostly are neighbours: lanes of a warp should take them, not rows.
     word = tl.max_contiguous(item & 0xFFFF, item.shape[0])
-    return tl.load(rows + offset[:, None] + word[None, :], mask=valid[:, None], other=0)
+    return tl.load(rows + offset[:, None] + word[None, :])
 
 
 @triton.jit
@@ -110,15 +109,13 @@ def numbers_of(words, item, DTYPE: tl.constexpr):
     both = (keep | (keep << 16))[None, :]
     turned = (words >> turn[None, :]) | (words << ((32 - turn) & 31)[None, :])
     codes = tl.join(turned & both, (turned >> 8) & both)  # of bytes 0 and 2, 1 and 3
+    low, high = codes & 0xFFFF, codes >> 16
     if DTYPE == tl.float32:
-        low, high = (codes & 0xFFFF) >> 3, codes >> 19
-        found = tl.join(low, high).to(tl.float32)
+        found = tl.join(low, high).to(tl.float32) / 8
     else:
         BASE: tl.constexpr = 16.0 if DTYPE == tl.bfloat16 else 128.0
-        ONES: tl.constexpr = 0x41804180 if DTYPE == tl.bfloat16 else 0x58005800
-        codes = codes | ONES
-        low, high = codes.to(tl.uint16), (codes >> 16).to(tl.uint16)
-        found = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+        BITS: tl.constexpr = 0x4180 if DTYPE == tl.bfloat16 else 0x5800
+        found = tl.join(low | BITS, high | BITS).to(tl.uint16).to(DTYPE, bitcast=True)
         centre += BASE
     found = found - centre.to(DTYPE)[None, :, None, None]
     return tl.reshape(found, [words.shape[0], 4 * words.shape[1]])
@@ -195,7 +192,6 @@ def latent_weights_kernel(
     PAIRS: tl.constexpr,  # of a head in a block
     PADDED: tl.constexpr,  # the same, padded
     HEADS: tl.constexpr,  # key/value heads of a span, padded
-    LOW: tl.constexpr,  # pairs of a head that stand side by side
     SPANS: tl.constexpr,
     TOGETHER: tl.constexpr,  # whether the norm is that of all heads
     COLUMNS: tl.constexpr,
@@ -207,12 +203,11 @@ def latent_weights_kernel(
     SQUARES: tl.constexpr,  # type that squares are added up in
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-    FLAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Weights of one block of slots for the heads of one span.
 
-    `weights_out` is [b, blocks, columns, T], `block_terms` [b, blocks, 4, columns]: the maximum of
+    `weights_out` is [b, blocks, 2, columns, T], times the scales of keys and of values, `block_terms` [b, blocks, 4, columns]: the maximum of
     the scores (base 2), the sum of the weights, and those of the second class of values and of
     keys. Of blocks that nothing attends to these are −inf and zeros.
     """
@@ -232,8 +227,9 @@ def latent_weights_kernel(
     head, position = column // positions, column % positions
     of_span = head // shared - span * HEADS
     terms = block_terms + (batch * tl.num_programs(0) + block) * (4 * padded_columns) + column
-    weights_out += (batch * tl.num_programs(0) + block).to(tl.int64) * padded_columns * BLOCK
+    weights_out += (batch * tl.num_programs(0) + block).to(tl.int64) * (2 * padded_columns * BLOCK)
     of_weights = weights_out + (column * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    of_values = of_weights + padded_columns * BLOCK
 
     if tl.max(valid.to(tl.int32), 0) == 0:
         tl.store(terms, tl.full([COLUMNS], float("-inf"), tl.float32), mask=inside)
@@ -241,6 +237,7 @@ def latent_weights_kernel(
             tl.store(terms + i * padded_columns, tl.zeros([COLUMNS], tl.float32), mask=inside)
         nothing = tl.zeros([COLUMNS, BLOCK], weights_out.dtype.element_ty)
         tl.store(of_weights, nothing, mask=inside[:, None])
+        tl.store(of_values, nothing, mask=inside[:, None])
     else:
         keys, key_offset = block_rows(
             keys,
@@ -248,18 +245,21 @@ def latent_weights_kernel(
             batch,
             block,
             valid,
+            length,
             pages_stride_b,
             key_stride_b,
             key_stride_t,
             PAGE,
             BLOCK,
         )
-        header = load_header(keys, key_offset, valid, header_k)
-        key_octave, key_class = header_of(header, octave_k, header_k)
-        key_scale = tl.exp2(key_octave)
+        key_scale, key_class = load_header(keys, key_offset, octave_k, header_k)
         any_class = tl.max(key_class, 0)  # hardly ever
+        # One register holds both: classes stand in the last bit of scales.
+        key_scale = key_scale.to(tl.int32, bitcast=True) & -2 | key_class.to(tl.int32)
+        key_scale = key_scale.to(tl.float32, bitcast=True)
 
         ALL: tl.constexpr = HEADS * PADDED  # pairs of a span
+        LOW: tl.constexpr = PADDED if PADDED < 8 else 8  # pairs of a head that stand side by side
         HIGH: tl.constexpr = PADDED // LOW
         DTYPE: tl.constexpr = query.dtype.element_ty
         ITEMS: tl.constexpr = CHUNK // 4
@@ -270,110 +270,68 @@ def latent_weights_kernel(
         mine = inside[:, None] & used[None, :] & (of_span[:, None] == pair_head[None, :])
         query += batch.to(tl.int64) * query_stride_b
         of_column = head * query_stride_h + position * query_stride_s
-        in_block = tl.arange(0, BLOCK)
+        in_block = tl.minimum(tl.arange(0, BLOCK), length - 1 - block * BLOCK)
         one_head = tl.arange(0, PADDED)
         table = batch.to(tl.int64) * table_stride_b
         table += tl.cast(block, tl.int64) * BLOCK * table_stride_t
         cosine += table
         sine += table
         table = (in_block * table_stride_t)[None, :] + (one_head * table_stride_p)[:, None]
-        known = (one_head < PAIRS)[:, None] & valid[None, :]
+        known = (one_head < PAIRS)[:, None]
         of_item = items + tl.arange(0, ITEMS)
         of_weight = (tl.arange(0, 2 * ALL) * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
         weight += span * (2 * ALL * CHUNK)
 
         scores = tl.zeros([COLUMNS, BLOCK], tl.float32)
         size = tl.zeros([COLUMNS, BLOCK], tl.float32)
-        if FLAT:
-            last_chunk = tl.load(chunks + BLOCKS)
+        rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
+        item = tl.load(of_item)
+        words = load_words(keys, key_offset, item)
+        for chunk in tl.range(0, tl.load(chunks + BLOCKS), num_stages=STAGES):
+            of_pairs = tl.load(chunks + BLOCKS + 1 + chunk)
             # What the next step takes apart is loaded before this one's products.
-            item = tl.load(of_item)
-            words = load_words(keys, key_offset, valid, item)
-            rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
-            for chunk in tl.range(0, last_chunk, num_stages=STAGES):
-                of_pairs = tl.load(chunks + BLOCKS + 1 + chunk)
-                at = table + of_pairs * PAIRS * table_stride_p
-                cos = tl.load(cosine + at, mask=known, other=0.0)
-                sin = tl.load(sine + at, mask=known, other=0.0)
+            right = numbers_of(words, item, DTYPE)
+            item = tl.load(of_item + (chunk + 1) * ITEMS)
+            words = load_words(keys, key_offset, item)
+            left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
+            rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)
+            if tl.load(chunks + of_pairs + 1) == chunk + 1:
                 of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
                 real = tl.load(query + of_query, mask=mine, other=0.0)
                 imaginary = tl.load(query + of_query + BLOCKS * PAIRS, mask=mine, other=0.0)
-                right = numbers_of(words, item, DTYPE)
-                item = tl.load(of_item + tl.minimum(chunk + 1, last_chunk - 1) * ITEMS)
-                words = load_words(keys, key_offset, valid, item)
-                left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
-                rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)
-                if tl.load(chunks + of_pairs + 1) == chunk + 1:
-                    a, b = halves(rebuilt)
-                    of_key = offset + (of_pairs * SPANS + span) * (2 * ALL) + pair
-                    a = a * key_scale[None, :] + tl.load(of_key)[:, None]
-                    b = b * key_scale[None, :] + tl.load(of_key + ALL)[:, None]
-                    if any_class > 0:
-                        of_key += BLOCKS * SPANS * (2 * ALL)
-                        a += tl.load(of_key)[:, None] * key_class[None, :]
-                        b += tl.load(of_key + ALL)[:, None] * key_class[None, :]
-                    if norm is not None:
-                        of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + pair
-                        real_part = a * tl.load(of_key)[:, None]
-                        imaginary_part = b * tl.load(of_key + ALL)[:, None]
-                        counted = inside[:, None] & used[None, :] if TOGETHER else mine
-                        squares = (real_part * real_part + imaginary_part * imaginary_part).to(SQUARES)
-                        size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
-                        of_key += BLOCKS * SPANS * (2 * ALL)
-                        a *= tl.load(of_key)[:, None]
-                        b *= tl.load(of_key + ALL)[:, None]
-                    a = tl.reshape(a, [HIGH, HEADS, LOW, BLOCK])
-                    b = tl.reshape(b, [HIGH, HEADS, LOW, BLOCK])
-                    c = tl.reshape(cos.to(tl.float32), [HIGH, 1, LOW, BLOCK])
-                    d = tl.reshape(sin.to(tl.float32), [HIGH, 1, LOW, BLOCK])
-                    turned = tl.reshape(a * c - b * d, [ALL, BLOCK]).to(DTYPE)
-                    scores = tl.dot(real, turned, scores, input_precision=PRECISION)
-                    turned = tl.reshape(b * c + a * d, [ALL, BLOCK]).to(DTYPE)
-                    scores = tl.dot(imaginary, turned, scores, input_precision=PRECISION)
-                    rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
-
-        else:
-            last_chunk = tl.load(chunks + BLOCKS)
-            # What the next step takes apart is loaded before this one's products.
-            item = tl.load(of_item)
-            words = load_words(keys, key_offset, valid, item)
-            for of_pairs in range(BLOCKS):
                 at = table + of_pairs * PAIRS * table_stride_p
                 cos = tl.load(cosine + at, mask=known, other=0.0)
                 sin = tl.load(sine + at, mask=known, other=0.0)
-                rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
-                first, last = tl.load(chunks + of_pairs), tl.load(chunks + of_pairs + 1)
-                for chunk in tl.range(first, last, num_stages=STAGES):
-                    right = numbers_of(words, item, DTYPE)
-                    item = tl.load(of_item + tl.minimum(chunk + 1, last_chunk - 1) * ITEMS)
-                    words = load_words(keys, key_offset, valid, item)
-                    left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
-                    rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)
-                of_key = offset + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
-                rebuilt = rebuilt * key_scale[None, :] + tl.load(of_key)[:, None]
-                if any_class > 0:
-                    more = tl.load(of_key + BLOCKS * SPANS * (2 * ALL))
-                    rebuilt += more[:, None] * key_class[None, :]
-                if norm is not None:
-                    of_key = norm + (of_pairs * SPANS + span) * (2 * ALL) + tl.arange(0, 2 * ALL)
-                    a, b = halves(rebuilt * tl.load(of_key)[:, None])
-                    counted = inside[:, None] & used[None, :] if TOGETHER else mine
-                    squares = (a * a + b * b).to(SQUARES)
-                    size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
-                    gain = of_key + BLOCKS * SPANS * (2 * ALL)
-                    rebuilt *= tl.load(gain)[:, None]
+                of_key = (of_pairs * SPANS + span) * (2 * ALL) + pair
+                of_offset = offset + of_key
                 a, b = halves(rebuilt)
-                a = tl.reshape(a, [HIGH, HEADS, LOW, BLOCK])
-                b = tl.reshape(b, [HIGH, HEADS, LOW, BLOCK])
-                cos = tl.reshape(cos.to(tl.float32), [HIGH, 1, LOW, BLOCK])
-                sin = tl.reshape(sin.to(tl.float32), [HIGH, 1, LOW, BLOCK])
-                of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
-                left = tl.load(query + of_query, mask=mine, other=0.0)
-                turned = tl.reshape(a * cos - b * sin, [ALL, BLOCK]).to(DTYPE)
-                scores = tl.dot(left, turned, scores, input_precision=PRECISION)
-                left = tl.load(query + of_query + BLOCKS * PAIRS, mask=mine, other=0.0)
-                turned = tl.reshape(b * cos + a * sin, [ALL, BLOCK]).to(DTYPE)
-                scores = tl.dot(left, turned, scores, input_precision=PRECISION)
+                a = a * key_scale[None, :] + tl.load(of_offset)[:, None]
+                b = b * key_scale[None, :] + tl.load(of_offset + ALL)[:, None]
+                if any_class > 0:
+                    of_offset += BLOCKS * SPANS * (2 * ALL)
+                    its_class = (key_scale.to(tl.int32, bitcast=True) & 1).to(tl.float32)
+                    a += tl.load(of_offset)[:, None] * its_class[None, :]
+                    b += tl.load(of_offset + ALL)[:, None] * its_class[None, :]
+                if norm is not None:
+                    of_norm = norm + of_key
+                    real_part = a * tl.load(of_norm)[:, None]
+                    imaginary_part = b * tl.load(of_norm + ALL)[:, None]
+                    counted = inside[:, None] & used[None, :] if TOGETHER else mine
+                    squares = (real_part * real_part + imaginary_part * imaginary_part).to(SQUARES)
+                    size = tl.dot(counted.to(SQUARES), squares, size, input_precision=PRECISION)
+                    of_norm += BLOCKS * SPANS * (2 * ALL)
+                    a *= tl.load(of_norm)[:, None]
+                    b *= tl.load(of_norm + ALL)[:, None]
+                # In the type of the source, which rotates its keys in it too.
+                a = tl.reshape(a.to(DTYPE), [HIGH, HEADS, LOW, BLOCK])
+                b = tl.reshape(b.to(DTYPE), [HIGH, HEADS, LOW, BLOCK])
+                c = tl.reshape(cos, [HIGH, 1, LOW, BLOCK])
+                d = tl.reshape(sin, [HIGH, 1, LOW, BLOCK])
+                turned = tl.reshape(a * c - b * d, [ALL, BLOCK])
+                scores = tl.dot(real, turned, scores, input_precision=PRECISION)
+                turned = tl.reshape(b * c + a * d, [ALL, BLOCK])
+                scores = tl.dot(imaginary, turned, scores, input_precision=PRECISION)
+                rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
 
         if norm is not None:
             NUMBERS: tl.constexpr = 2 * BLOCKS * PAIRS * (GROUPS if TOGETHER else 1)
@@ -394,7 +352,6 @@ def latent_weights_kernel(
         highest = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
 
-        tl.store(of_weights, weights.to(weights_out.dtype.element_ty), mask=inside[:, None])
         tl.store(terms, highest, mask=inside)
         tl.store(terms + padded_columns, tl.sum(weights, 1), mask=inside)
         values, value_offset = block_rows(
@@ -403,15 +360,24 @@ def latent_weights_kernel(
             batch,
             block,
             valid,
+            length,
             pages_stride_b,
             value_stride_b,
             value_stride_t,
             PAGE,
             BLOCK,
         )
-        header = load_header(values, value_offset, valid, header_v)
-        _, value_class = header_of(header, octave_v, header_v)
-        of_class = tl.sum(weights * value_class[None, :], 1)
-        tl.store(terms + 2 * padded_columns, of_class, mask=inside)
-        of_class = tl.sum(weights * key_class[None, :], 1)
-        tl.store(terms + 3 * padded_columns, of_class, mask=inside)
+        value_scale, value_class = load_header(values, value_offset, octave_v, header_v)
+        key_scale, key_class = load_header(keys, key_offset, octave_k, header_k)
+        WEIGHT: tl.constexpr = weights_out.dtype.element_ty
+        scaled = (weights * key_scale[None, :]).to(WEIGHT)
+        tl.store(of_weights, scaled, mask=inside[:, None])
+        scaled = (weights * value_scale[None, :]).to(WEIGHT)
+        tl.store(of_values, scaled, mask=inside[:, None])
+        of_value_class = tl.zeros([COLUMNS], tl.float32)
+        of_key_class = tl.zeros([COLUMNS], tl.float32)
+        if tl.max(key_class + value_class, 0) > 0:
+            of_value_class = tl.sum(weights * value_class[None, :], 1)
+            of_key_class = tl.sum(weights * key_class[None, :], 1)
+        tl.store(terms + 2 * padded_columns, of_value_class, mask=inside)
+        tl.store(terms + 3 * padded_columns, of_key_class, mask=inside)

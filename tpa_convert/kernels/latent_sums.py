@@ -18,8 +18,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .latent import (
     AT_RUN_TIME,
     block_rows,
-    header_of,
-    load_header,
     load_words,
     numbers_of,
 )
@@ -56,10 +54,6 @@ def latent_sums_kernel(
     first_piece,
     padded_columns,
     window,
-    octave_k,
-    octave_v,
-    header_k,
-    header_v,
     splits,
     blocks,
     COLUMNS: tl.constexpr,
@@ -92,7 +86,7 @@ def latent_sums_kernel(
     terms = block_terms + (batch * blocks + first_block) * stride + column
     stride *= splits
     highest = tl.full([COLUMNS], float("-inf"), tl.float32)
-    first, last = own, 0  # blocks that nothing attends to hold no weights
+    first, last = tl.maximum(own, 1), 0  # blocks that nothing attends to hold no weights
     for i in range(0, own, BLOCKS_AT_ONCE):
         index = i + tl.arange(0, BLOCKS_AT_ONCE)
         known = (index < own)[:, None] & inside[None, :]
@@ -128,10 +122,8 @@ def latent_sums_kernel(
         rows = values
     stride_b = tl.where(of_values, value_stride_b.to(tl.int64), key_stride_b.to(tl.int64))
     stride_t = tl.where(of_values, value_stride_t.to(tl.int64), key_stride_t.to(tl.int64))
-    octave = tl.where(of_values, octave_v, octave_k)
-    header = tl.where(of_values, header_v, header_k)
-    weights += (batch * blocks + first_block).to(tl.int64) * (padded_columns * BLOCK)
-    weights += tl.cast(tile, tl.int64) * (COLUMNS * BLOCK)
+    weights += (batch * blocks + first_block).to(tl.int64) * (2 * padded_columns * BLOCK)
+    weights += (of_values.to(tl.int64) * padded_columns + tile * COLUMNS) * BLOCK
     of_weight = (tl.arange(0, COLUMNS) * BLOCK)[:, None] + tl.arange(0, SLOTS)[None, :]
     SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
     NUMBERS: tl.constexpr = weights.dtype.element_ty
@@ -141,26 +133,32 @@ def latent_sums_kernel(
     words = tl.zeros([SLOTS, ITEMS], tl.int32)
     weight = tl.zeros([COLUMNS, SLOTS], NUMBERS)
     of_block = tl.zeros([COLUMNS], tl.float32)
-    headers = tl.zeros([SLOTS], tl.int32)
     for step in range(begins - 1, ends):
-        scale, _ = header_of(headers, octave, header)
-        factor = tl.exp2(of_block - shift)[:, None] * tl.exp2(scale)[None, :]
-        right = (weight.to(tl.float32) * factor).to(NUMBERS)
+        right = (weight.to(tl.float32) * tl.exp2(of_block - shift)[:, None]).to(NUMBERS)
         left = numbers_of(words, item, NUMBERS)
 
-        index, share = (step + 1) // SHARES, (step + 1) % SHARES
+        following = tl.minimum(step + 1, ends - 1)
+        index, share = following // SHARES, following % SHARES
         block = (first_block + index * splits) * SHARES + share
         slot = block * SLOTS + tl.arange(0, SLOTS)
-        more = inside & (tl.full([COLUMNS], 0, tl.int32) + index < own)
         valid = (slot >= begin) & (slot < stop)
         here, offset = block_rows(
-            rows, pages, batch, block, valid, pages_stride_b, stride_b, stride_t, PAGE, SLOTS
+            rows,
+            pages,
+            batch,
+            block,
+            valid,
+            length,
+            pages_stride_b,
+            stride_b,
+            stride_t,
+            PAGE,
+            SLOTS,
         )
-        words = load_words(here, offset, valid, item)
-        headers = load_header(here, offset, valid, header)
-        of_block = tl.load(terms + index * stride, mask=more, other=float("-inf"))
-        of_slots = weights + tl.cast(index, tl.int64) * splits * (padded_columns * BLOCK)
-        weight = tl.load(of_slots + share * SLOTS + of_weight, mask=more[:, None], other=0.0)
+        words = load_words(here, offset, item)
+        of_block = tl.load(terms + index * stride, mask=inside, other=float("-inf"))
+        of_slots = weights + tl.cast(index, tl.int64) * splits * (2 * padded_columns * BLOCK)
+        weight = tl.load(of_slots + share * SLOTS + of_weight, mask=inside[:, None], other=0.0)
         sums = tl.dot(tl.trans(left), tl.trans(right), sums, input_precision=PRECISION)
     row = (of_split * columns + column).to(tl.int64) * (4 * total)
     place = piece * PIECE + tl.arange(0, PIECE)

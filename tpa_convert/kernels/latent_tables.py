@@ -227,7 +227,11 @@ def latent_tables(
     return LatentTables(
         layout,
         key_map.epsilon,
-        torch.tensor(chunks + [i for i, (a, b) in enumerate(zip(chunks, chunks[1:])) for _ in range(a, b)], dtype=torch.int32, device=device),
+        torch.tensor(
+            chunks + [i for i, (a, b) in enumerate(zip(chunks, chunks[1:])) for _ in range(a, b)],
+            dtype=torch.int32,
+            device=device,
+        ),
         torch.cat((of_keys.items, of_values.items)).int().to(device),
         weight.to(dtype).contiguous(),
         torch.stack([by_block(x) for x in offsets]).contiguous(),
@@ -239,18 +243,12 @@ def latent_tables(
 
 def _in_spans(x: Tensor, heads: int, spans: int, padded: int) -> Tensor:
     """[g, 2, pairs, n] to [spans, 2 · heads · padded, n], padded by zeros: real parts first, of
-    some pairs of the first head, the same of the others, and so on (see `side_by_side`)."""
+    eight pairs of the first head, the same of the others, and so on."""
     groups, _, pairs, _ = x.shape
-    low = side_by_side(heads)
+    low = min(8, padded)  # rows that one thread of Hopper's matrix unit holds are 8 apart
     made = pad(x, (0, 0, 0, padded - pairs, 0, 0, 0, heads * spans - groups))
     made = made.unflatten(0, (spans, heads)).unflatten(3, (-1, low))
     return made.permute(0, 2, 3, 1, 4, 5).flatten(1, 4)
-
-
-def side_by_side(heads: int) -> int:
-    """Pairs of one head that stand side by side, for so many heads: as many as make the rows that
-    one thread of Hopper's matrix unit holds (every eighth of 16) those of one pair."""
-    return max(1, 16 // heads)
 
 
 def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:

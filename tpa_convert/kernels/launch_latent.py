@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout, side_by_side
+from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -28,10 +28,10 @@ MAX_COLUMNS = 32  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
-FLAT = 1
-WEIGHTS = torch.float16
+REGISTERS = None  # of a thread at most
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 32, 4
+SUM_REGISTERS = None
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 
 
@@ -77,7 +77,7 @@ def launch_latent(
     blocks = shares(length, block)
     padded_columns = per_sum * sum_tiles
     weights = query.new_empty(
-        (batch, blocks, padded_columns, block), dtype=torch.float32 if exact else WEIGHTS
+        (batch, blocks, 2, padded_columns, block), dtype=torch.float32 if exact else torch.float16
     )
     block_terms = query.new_empty((batch, blocks, 4, padded_columns), dtype=torch.float32)
     bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
@@ -147,8 +147,6 @@ def launch_latent(
         layout.first_item // (PIECE // WORD),
         padded_columns,
         window,
-        *octaves,
-        *headers,
         splits,
         blocks,
     )
@@ -179,6 +177,10 @@ def launch_latent(
     return output
 
 
+def at_most(registers: int | None) -> dict[str, int]:
+    return {} if registers is None else {"maxnreg": registers}
+
+
 @functools.lru_cache(maxsize=512)
 def latent_constants(
     layout: Layout,
@@ -203,13 +205,12 @@ def latent_constants(
     precision = "ieee" if exact else "tf32"
     weigh = Constants(
         device,
-        {"num_warps": warps, "num_stages": stages},
+        {"num_warps": warps, "num_stages": stages} | at_most(REGISTERS),
         GROUPS=layout.groups,
         BLOCKS=layout.blocks,
         PAIRS=layout.pairs,
         PADDED=layout.padded,
         HEADS=layout.heads,
-        LOW=side_by_side(layout.heads),
         SPANS=layout.spans,
         TOGETHER=bool(layout.together),
         COLUMNS=weights[0],
@@ -222,12 +223,11 @@ def latent_constants(
         SQUARES=tl.float32 if exact or INTERPRETED else tl.bfloat16,
         PRECISION=precision,
         STAGES=stages,
-        FLAT=FLAT,
         OVERLAP=overlap,
     )
     add = Constants(
         device,
-        options_of(SUM_SHAPE[1], overlap),
+        options_of(SUM_SHAPE[1], overlap) | at_most(SUM_REGISTERS),
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
