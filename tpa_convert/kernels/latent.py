@@ -46,7 +46,8 @@ def block_rows(
 ):
     """A pointer, and offsets from it [T], of the rows in a block of slots, and of the last row
     again for those behind it: reading slots that nothing attends to is cheaper than asking which
-    they are. Offsets of a cache in one piece are short: long ones would take twice the registers."""
+    they are. Offsets of a cache in one piece are short: long ones would take twice the registers.
+    """
     in_block = tl.minimum(tl.arange(0, BLOCK), length - 1 - block * BLOCK)
     if PAGE == 0:
         rows += batch.to(tl.int64) * stride_b + tl.cast(block, tl.int64) * BLOCK * stride_t
@@ -130,6 +131,7 @@ def halves(x):
 
 AT_RUN_TIME = [
     "length",
+    "chunk_count",
     "positions",
     "window",
     "padded_columns",
@@ -178,6 +180,7 @@ def latent_weights_kernel(
     heads,
     positions,
     length,
+    chunk_count,
     padded_columns,
     scale,
     softcap,
@@ -207,8 +210,8 @@ def latent_weights_kernel(
 ):
     """Weights of one block of slots for the heads of one span.
 
-    `weights_out` is [b, blocks, 2, columns, T], times the scales of keys and of values, `block_terms` [b, blocks, 4, columns]: the maximum of
-    the scores (base 2), the sum of the weights, and those of the second class of values and of
+    `weights_out` is [b, blocks, 2, columns, T], times the scales of keys and of values, and
+    `block_terms` [b, blocks, 4, columns]: the maximum of the scores (base 2), the sum of the weights, and those of the second class of values and of
     keys. Of blocks that nothing attends to these are −inf and zeros.
     """
     if OVERLAP:
@@ -287,15 +290,15 @@ def latent_weights_kernel(
         rebuilt = tl.zeros([2 * ALL, BLOCK], tl.float32)
         item = tl.load(of_item)
         words = load_words(keys, key_offset, item)
-        for chunk in tl.range(0, tl.load(chunks + BLOCKS), num_stages=STAGES):
-            of_pairs = tl.load(chunks + BLOCKS + 1 + chunk)
+        for chunk in tl.range(0, chunk_count, num_stages=STAGES):
+            of_pairs = tl.load(chunks + chunk)
             # What the next step takes apart is loaded before this one's products.
             right = numbers_of(words, item, DTYPE)
             item = tl.load(of_item + (chunk + 1) * ITEMS)
             words = load_words(keys, key_offset, item)
             left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
             rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)
-            if tl.load(chunks + of_pairs + 1) == chunk + 1:
+            if tl.load(chunks + chunk + 1) > of_pairs:
                 of_query = of_column[:, None] + (of_pairs * PAIRS + in_head)[None, :]
                 real = tl.load(query + of_query, mask=mine, other=0.0)
                 imaginary = tl.load(query + of_query + BLOCKS * PAIRS, mask=mine, other=0.0)

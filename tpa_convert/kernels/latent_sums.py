@@ -128,14 +128,14 @@ def latent_sums_kernel(
     SHARES: tl.constexpr = BLOCK // SLOTS  # of a block
     NUMBERS: tl.constexpr = weights.dtype.element_ty
     begins, ends = first * SHARES, last * SHARES
-    sums = tl.zeros([PIECE, COLUMNS], tl.float32)
+    sums = tl.zeros([COLUMNS, PIECE], tl.float32)
     # What the next step adds up is loaded before this one's product; the first step loads only.
     words = tl.zeros([SLOTS, ITEMS], tl.int32)
     weight = tl.zeros([COLUMNS, SLOTS], NUMBERS)
     of_block = tl.zeros([COLUMNS], tl.float32)
     for step in range(begins - 1, ends):
-        right = (weight.to(tl.float32) * tl.exp2(of_block - shift)[:, None]).to(NUMBERS)
-        left = numbers_of(words, item, NUMBERS)
+        left = (weight.to(tl.float32) * tl.exp2(of_block - shift)[:, None]).to(NUMBERS)
+        right = numbers_of(words, item, NUMBERS)
 
         following = tl.minimum(step + 1, ends - 1)
         index, share = following // SHARES, following % SHARES
@@ -159,10 +159,10 @@ def latent_sums_kernel(
         of_block = tl.load(terms + index * stride, mask=inside, other=float("-inf"))
         of_slots = weights + tl.cast(index, tl.int64) * splits * (2 * padded_columns * BLOCK)
         weight = tl.load(of_slots + share * SLOTS + of_weight, mask=inside[:, None], other=0.0)
-        sums = tl.dot(tl.trans(left), tl.trans(right), sums, input_precision=PRECISION)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
     row = (of_split * columns + column).to(tl.int64) * (4 * total)
     place = piece * PIECE + tl.arange(0, PIECE)
-    tl.store(partial + row[None, :] + place[:, None], sums, mask=inside[None, :])
+    tl.store(partial + row[:, None] + place[None, :], sums, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -108,7 +108,7 @@ class LatentTables(NamedTuple):
     Attributes:
         layout: a `Layout`.
         epsilon: of the norm.
-        chunks: first chunk of each block of pairs, and the end of the last, int32 [B + 1].
+        chunks: the block of pairs that each chunk belongs to, and B behind the last, int32.
         items: of each item the word in the row (bits 0 to 15), by how many bits it is turned to
             the right (16 to 23), and the mask that is left (24 to 30), int32 [I]; 0 for nothing.
         weight: of key places, steps included, [chunks, spans, 2 N, CHUNK], real parts first.
@@ -172,11 +172,11 @@ def latent_tables(
     heads = 1 << (max(1, min(groups, most // padded)) - 1).bit_length()
     padded = max(padded, 16 // heads)
     spans = -(-groups // heads)
-    chunks, of_blocks = [0], []
+    chunks, of_blocks = [], []
     first = 0
-    for count in key_map.widths:
+    for i, count in enumerate(key_map.widths):
         of_blocks.append(_places_of(keys.tiers, first, first + count).padded(CHUNK // WORD))
-        chunks.append(chunks[-1] + len(of_blocks[-1].items) // (CHUNK // WORD))
+        chunks += [i] * (len(of_blocks[-1].items) // (CHUNK // WORD))
         first += count
     of_keys = _Places(*(torch.cat(x) for x in zip(*of_blocks, strict=True)))
     of_values = _places_of(values.tiers, 0, len(values.step)).padded(PIECE // WORD)
@@ -227,11 +227,7 @@ def latent_tables(
     return LatentTables(
         layout,
         key_map.epsilon,
-        torch.tensor(
-            chunks + [i for i, (a, b) in enumerate(zip(chunks, chunks[1:])) for _ in range(a, b)],
-            dtype=torch.int32,
-            device=device,
-        ),
+        torch.tensor([*chunks, blocks], dtype=torch.int32, device=device),
         torch.cat((of_keys.items, of_values.items)).int().to(device),
         weight.to(dtype).contiguous(),
         torch.stack([by_block(x) for x in offsets]).contiguous(),

@@ -115,6 +115,7 @@ def launch_latent(
         heads,
         positions,
         length,
+        len(tables.chunks) - 1,
         padded_columns,
         scale,
         softcap,
