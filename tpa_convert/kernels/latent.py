@@ -27,7 +27,6 @@ from .split_kv import LOG2_E, slot_bounds, tanh
 STEPS = tl.constexpr(8)  # scales of an octave
 SCALES = tl.constexpr(128)  # of a header; above them, its class
 NEVER = tl.constexpr(-60000.0)  # the lowest number of fp16 is below
-WHOLE = tl.constexpr(0x4B000000)  # 2^23 as fp32: integers below stand in its lowest bits
 
 
 @triton.jit
@@ -111,11 +110,11 @@ def numbers_of(words, item, DTYPE: tl.constexpr):
     turned = (words >> turn[None, :]) | (words << ((32 - turn) & 31)[None, :])
     codes = tl.join(turned & both, (turned >> 8) & both)  # of bytes 0 and 2, 1 and 3
     low, high = codes & 0xFFFF, codes >> 16
-    if DTYPE == tl.float32:
+    if DTYPE == tl.float32:  # noqa: SIM300
         found = tl.join(low, high).to(tl.float32) / 8
     else:
-        BASE: tl.constexpr = 16.0 if DTYPE == tl.bfloat16 else 128.0
-        BITS: tl.constexpr = 0x4180 if DTYPE == tl.bfloat16 else 0x5800
+        BASE: tl.constexpr = 16.0 if DTYPE == tl.bfloat16 else 128.0  # noqa: SIM300
+        BITS: tl.constexpr = 0x4180 if DTYPE == tl.bfloat16 else 0x5800  # noqa: SIM300
         found = tl.join(low | BITS, high | BITS).to(tl.uint16).to(DTYPE, bitcast=True)
         centre += BASE
     found = found - centre.to(DTYPE)[None, :, None, None]
@@ -210,9 +209,10 @@ def latent_weights_kernel(
 ):
     """Weights of one block of slots for the heads of one span.
 
-    `weights_out` is [b, blocks, 2, columns, T], times the scales of keys and of values, and
-    `block_terms` [b, blocks, 4, columns]: the maximum of the scores (base 2), the sum of the weights, and those of the second class of values and of
-    keys. Of blocks that nothing attends to these are −inf and zeros.
+    `weights_out` is [b, blocks, 2, columns, T]: weights times the scales of keys, and of values.
+    `block_terms` [b, blocks, 4, columns] are the maximum of the scores (base 2), the sum of the
+    weights, and those of the second class of values and of keys. Of blocks that nothing attends to
+    these are −inf and zeros.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -328,8 +328,8 @@ def latent_weights_kernel(
                 # In the type of the source, which rotates its keys in it too.
                 a = tl.reshape(a.to(DTYPE), [HIGH, HEADS, LOW, BLOCK])
                 b = tl.reshape(b.to(DTYPE), [HIGH, HEADS, LOW, BLOCK])
-                c = tl.reshape(cos, [HIGH, 1, LOW, BLOCK])
-                d = tl.reshape(sin, [HIGH, 1, LOW, BLOCK])
+                c = tl.reshape(cos.to(DTYPE), [HIGH, 1, LOW, BLOCK])
+                d = tl.reshape(sin.to(DTYPE), [HIGH, 1, LOW, BLOCK])
                 turned = tl.reshape(a * c - b * d, [ALL, BLOCK])
                 scores = tl.dot(real, turned, scores, input_precision=PRECISION)
                 turned = tl.reshape(b * c + a * d, [ALL, BLOCK])
