@@ -27,7 +27,8 @@ NIBBLE = 4  # bits of an item at most
 FIRST_BIT = 3  # where the kernels want the lowest bit of a code
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
-MAX_PAIRS = 64  # of a span; twice as many where a norm is that of all heads
+MAX_PAIRS = 64  # of a span
+MAX_NORMED = 128  # the same, where a norm is that of all heads
 
 
 class Rows(NamedTuple):
@@ -168,7 +169,7 @@ def latent_tables(
     pairs = size // 2
     padded = 1 << (pairs - 1).bit_length()
     # A norm over all heads is found where all of them are.
-    most = (2 if key_map.together else 1) * MAX_PAIRS
+    most = MAX_NORMED if key_map.together else MAX_PAIRS
     heads = 1 << (max(1, min(groups, most // padded)) - 1).bit_length()
     padded = max(padded, 16 // heads)
     spans = -(-groups // heads)
