@@ -28,10 +28,8 @@ MAX_COLUMNS = 32  # queries of a program, all heads and positions
 SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
-REGISTERS = None  # of a thread at most
 STAGES = 2  # chunks of weights in flight
-SUM_SHAPE = 32, 4
-SUM_REGISTERS = None
+SUM_SHAPE = 64, 4  # slots at a time, warps
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 
 
@@ -178,10 +176,6 @@ def launch_latent(
     return output
 
 
-def at_most(registers: int | None) -> dict[str, int]:
-    return {} if registers is None else {"maxnreg": registers}
-
-
 @functools.lru_cache(maxsize=512)
 def latent_constants(
     layout: Layout,
@@ -206,7 +200,7 @@ def latent_constants(
     precision = "ieee" if exact else "tf32"
     weigh = Constants(
         device,
-        {"num_warps": warps, "num_stages": stages} | at_most(REGISTERS),
+        {"num_warps": warps, "num_stages": stages},
         GROUPS=layout.groups,
         BLOCKS=layout.blocks,
         PAIRS=layout.pairs,
@@ -228,7 +222,7 @@ def latent_constants(
     )
     add = Constants(
         device,
-        options_of(SUM_SHAPE[1], overlap) | at_most(SUM_REGISTERS),
+        options_of(SUM_SHAPE[1], overlap),
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
