@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.command_line import save_source, save_text
 from tests.conftest import make_tiny_tokenizer

@@ -45,7 +45,7 @@ def text_blocks(source: Source, options: CalibrationOptions) -> Tensor:
     Raises:
         UserError: no such text, or too little of it.
     """
-    count = options.calibration_blocks - _samples(source, options)
+    count = options.calibration_blocks - samples(source, options)
     if count == 0:
         return torch.empty(0, options.block_length, dtype=torch.int64)
     if options.calibration:
@@ -70,7 +70,7 @@ def with_sampled(
     Raises:
         UserError: the source is asked to sample and has no token to start from.
     """
-    count = _samples(source, options)
+    count = samples(source, options)
     if count == 0:
         return text
     blocks = torch.cat((text, _sampled(source, options, count, track, kept)))
@@ -78,8 +78,9 @@ def with_sampled(
     return blocks[order]
 
 
-def _samples(source: Source, options: CalibrationOptions) -> int:
-    """`sampled_blocks`, none unasked where the source has nothing to start from."""
+def samples(source: Source, options: CalibrationOptions) -> int:
+    """How many blocks `with_sampled` samples: `sampled_blocks`, none unasked where the source has
+    nothing to start from."""
     asked = options.sampled_blocks is not None
     if not asked and not can_sample(source.tokenizer, options.block_length):
         return 0
