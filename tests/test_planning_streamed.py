@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 from tests.command_line import save_source, save_text
 from tests.conftest import make_tiny_tokenizer
@@ -42,11 +43,12 @@ def report_of(source: Source, *, refined: bool) -> PlanReport:
 
 
 @pytest.mark.parametrize("refined", [False, True], ids=["converted", "refined"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_source_that_is_not_in_memory_gives_the_same_report(family, refined, tmp_path) -> None:
+    """And every candidate is what a model loses that is converted by its plan as a whole."""
     folder = saved(family, tmp_path)
-    whole, opened = load_source(folder), open_source(folder)
-    expected, found = (report_of(source, refined=refined) for source in (whole, opened))
+    source, opened = load_source(folder), open_source(folder)
+    expected, found = (report_of(one, refined=refined) for one in (source, opened))
     assert found.candidates == expected.candidates
     assert found.chosen == expected.chosen
     for one, other in zip(found.sensitivity, expected.sensitivity, strict=True):
@@ -54,31 +56,22 @@ def test_a_source_that_is_not_in_memory_gives_the_same_report(family, refined, t
         assert one.values.losses == other.values.losses
     assert all(parameter.is_meta for parameter in opened.model.parameters())
 
-
-@pytest.mark.parametrize("refined", [False, True], ids=["converted", "refined"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_candidate_is_what_its_model_loses(family, refined, tmp_path) -> None:
-    source = load_source(saved(family, tmp_path))
-    report, moments = report_of(source, refined=refined), collect_moments(source, TEXT)
-    losses = []
-    for candidate in report.candidates:
+    moments, losses = collect_moments(source, TEXT), []
+    for candidate in expected.candidates:
         model = convert_model(source, candidate.plan, moments)
         if refined:
             refine(source.model, model, TEXT, RefinementSettings(steps=4))
         losses.append(agreement(source.model, model, HELD_OUT).kl)
         assert candidate.kl == pytest.approx(losses[-1], rel=1e-3, abs=1e-7)
-    assert {candidate.split for candidate in report.candidates} == {
-        "uniform",
-        "halfway",
-        "measured",
-    }
+    splits = {candidate.split for candidate in expected.candidates}
+    assert splits == {"uniform", "halfway", "measured"}
     assert max(losses) > 1.5 * min(losses)  # one model is not like another
 
 
 @pytest.mark.parametrize("options", [{}, {"refine": True, "refine_steps": 2}, {"target": "llama"}])
 def test_one_layer_is_in_memory_at_once(options, tmp_path, monkeypatch) -> None:
     source, text = save_source(tmp_path / "source"), save_text(tmp_path / "text.txt")
-    counts = []
+    counts: list[int] = []
     hold = on_demand.Part.hold
 
     def counted(part: on_demand.Part) -> None:
@@ -87,7 +80,7 @@ def test_one_layer_is_in_memory_at_once(options, tmp_path, monkeypatch) -> None:
         layers = model.get_decoder().layers
         counts.append(sum(not any(p.is_meta for p in layer.parameters()) for layer in layers))
 
-    opened = []
+    opened: list[PreTrainedModel] = []
 
     def load(*positional, **keywords) -> Source:
         found = load_of_pipeline(*positional, **keywords)
