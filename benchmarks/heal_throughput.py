@@ -12,7 +12,7 @@ once --seconds are spent; --variants picks some, in their order.
 
 In the shape 135m both models are SmolLM2-135M, in 135m-third the student is converted to a third of
 the cache with latent keys; in 1b a Llama of 1.1 B parameters (TinyLlama's shape) teaches its
-conversion at a third of the cache.
+conversion at a third of the cache; in 8b one of Llama-3-8B's shape its conversion at 12.5 %, coded.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from common.arguments import given_settings
 from common.healing import mfu_of
 from common.machine import device_name, versions
+from common.random_models import coded_shape
 from tpa_convert.families import family_of
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
 from tpa_convert.healing.training import run as healing_run
@@ -66,11 +67,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
 }
 CONVERTED: dict[str, dict[str, Any]] = {
     "135m-third": {"widths": (48, 80), "gauge": "absorbed", "key_cache": "latent"},
     "1b": {"widths": (88, 88), "gauge": "absorbed"},
 }
+CODED = {"8b": 12.5}  # percent of the source's bytes
 
 # name -> (batch size, what to compile: nothing, equal layers once, the whole decoder)
 VARIANTS = {
@@ -84,6 +95,7 @@ DEFAULT_VARIANTS = {
     "135m": list(VARIANTS),
     "135m-third": ["b32-layers"],
     "1b": ["b16-layers", "b8-layers"],
+    "8b": ["b8-layers"],
 }
 
 
@@ -91,13 +103,15 @@ def random_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Student in fp32 and teacher in bf16, on the CPU, the same in all processes."""
     llama = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
     torch.manual_seed(0)
-    with processes().device:
-        teacher = LlamaForCausalLM(llama).eval()
-        if shape in CONVERTED:
-            student = random_conversion(llama, **CONVERTED[shape])
+    with processes().device:  # one after the other: large ones do not fit it together
+        teacher = LlamaForCausalLM(llama).eval().cpu()
+        if shape in CODED:
+            student = coded_conversion(llama, CODED[shape]).cpu()
+        elif shape in CONVERTED:
+            student = random_conversion(llama, **CONVERTED[shape]).cpu()
         else:
             student = copy.deepcopy(teacher)
-    return student.cpu(), teacher.cpu().to(torch.bfloat16)
+    return student, teacher.to(torch.bfloat16)
 
 
 def random_conversion(
@@ -108,6 +122,15 @@ def random_conversion(
     all_widths = [widths] * source.num_hidden_layers
     plan = plan_widths(all_widths, family.attention_sizes(source), **settings)
     return family.causal_lm(family.tpa_config(source, [asdict(s) for s in plan.layers])).eval()
+
+
+def coded_conversion(source: LlamaConfig, percent: float) -> PreTrainedModel:
+    """What a model becomes whose layers all are cached in this percentage of its bytes."""
+    family = family_of(source)
+    sizes = family.attention_sizes(source)
+    layer = coded_shape(percent, sizes["num_key_value_heads"], sizes["head_dim"])
+    layers = [asdict(layer)] * source.num_hidden_layers
+    return family.causal_lm(family.tpa_config(source, layers)).eval()
 
 
 def time_loss(chunk_tokens: int, compiled: bool, shape: str) -> tuple[float, float]:

@@ -5,14 +5,16 @@
     python benchmarks/large_shapes.py llama-2-7b --folder /tmp/large --kills 20
     python benchmarks/large_shapes.py llama-3-8b --folder /tmp/large --calibrated --cold \\
         --device cuda
+    python benchmarks/large_shapes.py llama-3.2-1b --folder /tmp/large --plan
 
 Makes a checkpoint of the shape with random bf16 weights in shards, converts it in a process of its
 own, and prints what that process needed. Without --calibrated, weights alone are decomposed
 (rotated keys in 16 bits, half of the cache); with it, the cache is coded in an eighth of the bytes
-after 16 x 512 tokens. With --kills, the conversion is killed so many times, every --every seconds,
-and has to have the same bytes as an undisturbed one after that. With --cold, the system forgets the
-source's files before it is converted, so that they are read from the disk. The folder is removed at
-the end, unless --keep is given.
+after 16 x 512 tokens. With --plan, `plan` measures caches in 16 bits on 4 x 128 tokens instead.
+With --kills, the conversion is killed so many times, every --every seconds, and has to have the
+same bytes as an undisturbed one after that. With --cold, the system forgets the source's files
+before it is converted, so that they are read from the disk. The folder is removed at the end,
+unless --keep is given.
 """
 
 from __future__ import annotations
@@ -53,6 +55,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -65,6 +75,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 SHARD = 4 << 30  # bytes
 PLAIN = ["--kv-ratio", "0.5", "--no-whiten", "--cache-bits", "16", "--gauge", "applied"]
 CODED = ["--kv-ratio", "0.125", "--block-length", "512"]
+PLANNED = ["--kv-ratio", "0.5", "--cache-bits", "16", "--block-length", "128"]
 
 # The system's own peak of this process, mapped pages included. Its ru_maxrss would be at least that
 # of the process that started it, which has had a whole shard in memory: exec does not reset it.
@@ -147,6 +158,11 @@ def command(source: Path, out: Path, blocks: int, refit: bool, device: str) -> l
     return [sys.executable, "-c", CHILD, *arguments, *coded, *text]
 
 
+def plan_command(source: Path, device: str) -> list[str]:
+    text = ["--calibration", str(source / "text.txt"), "--calibration-blocks", "4"]
+    return [sys.executable, "-c", CHILD, "plan", str(source), "--device", device, *PLANNED, *text]
+
+
 def digest(directory: Path) -> str:
     found = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
@@ -182,6 +198,7 @@ def main() -> None:
     parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--blocks", type=int, default=16, help="of 512 tokens, with --calibrated")
     parser.add_argument("--refit", action="store_true", help="too, with --calibrated")
+    parser.add_argument("--plan", action="store_true", help="instead of a conversion")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--keep", action="store_true", help="the folder, with both models")
@@ -194,7 +211,7 @@ def main() -> None:
         start = time.perf_counter()
         size = make_source(given.shape, given.layers, source)
         print(f"made {size / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-        if given.calibrated:
+        if given.calibrated or given.plan:
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(
                 3, SHAPES[given.shape]["vocab_size"], (40_000,), generator=generator
@@ -203,6 +220,8 @@ def main() -> None:
             (source / "text.txt").write_text(text, encoding="utf-8")
         blocks = given.blocks if given.calibrated else 0
         line = command(source, out, blocks, given.refit, given.device)
+        if given.plan:
+            line = plan_command(source, given.device)
         if given.cold:
             forget(source)
         start = time.perf_counter()

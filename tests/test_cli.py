@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,38 +63,6 @@ def test_convert_writes_a_model_for_plain_transformers(source: Path, converted: 
     assert card.startswith("---\nlibrary_name: transformers")
     assert "license" not in card
     assert "**64 bytes per token instead of 128** (50.0 %; numbers at 16 bits)" in card
-
-
-WITHOUT_THE_PACKAGE = """
-import sys
-sys.modules["tpa_convert"] = None  # importing it fails, as where it is not installed
-from transformers import AutoModelForCausalLM
-for directory in sys.argv[1:]:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-    except ImportError as error:
-        print(error)
-    else:
-        print(type(model).__module__)
-"""
-
-
-def test_exported_code_loads_without_the_package(converted: Path, tmp_path: Path) -> None:
-    needy = shutil.copytree(converted, tmp_path / "needy")
-    for code in needy.glob("*.py"):
-        code.write_text(code.read_text() + "\nimport tpa_convert.modeling\n")
-    found = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(converted), str(needy)],
-        cwd=tmp_path,
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
-    first, second = found.stdout.splitlines()
-    assert first.startswith("transformers_modules.")
-    assert "tpa_convert" in second  # control
-    assert not second.startswith("transformers_modules.")
 
 
 def test_dry_run_touches_no_weights(source: Path, tmp_path: Path) -> None:

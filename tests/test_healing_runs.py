@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.conftest import make_tiny_llama
@@ -19,6 +20,7 @@ from tpa_convert.healing import HealingInterrupted, HealingSettings, heal
 from tpa_convert.healing.training import preparation
 from tpa_convert.healing.training.checkpoints import check_disk
 from tpa_convert.healing.training.data import BlockDataset
+from tpa_convert.healing.training.needs import healing_needs
 from tpa_convert.healing.training.trainer import CHANNEL_FLOOR, DistillationTrainer
 
 
@@ -104,16 +106,48 @@ def test_another_source_or_held_out_text_does_not_continue_a_run(
 
 def test_disk_space_beside_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two checkpoints need room, of which one may be there."""
-    model = make_tiny_llama()
-    size = 12 * model.num_parameters()
+    size = 1000
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(int(1.5 * size)))
     with pytest.raises(UserError, match="make room"):
-        check_disk(model, tmp_path, None)
+        check_disk(2 * size, tmp_path, None)
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
     (checkpoint / "optimizer.pt").write_bytes(bytes(size))
-    check_disk(model, tmp_path, checkpoint)
+    check_disk(2 * size, tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize("trainable", ["all", "attention", "lora"])
+def test_checkpoints_hold_what_is_trained_and_take_as_much_disk_as_was_said(
+    trainable: str, random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on from one ends as it would have without a stop."""
+    if trainable == "lora":
+        pytest.importorskip("peft")
+    settings = {"trainable": trainable, "lora_rank": 2}
+    blocks = random_tokens(20, 16)
+    _, undisturbed = run(tmp_path / "undisturbed", blocks, **settings)
+    with monkeypatch.context() as patch:
+        change_trainer(patch, StopAt(3, signal.SIGTERM))
+        with pytest.raises(HealingInterrupted):
+            run(tmp_path / "stopped", blocks, **settings)
+    [checkpoint] = (tmp_path / "stopped" / "checkpoints").iterdir()
+    held = load_file(checkpoint / "model.safetensors")
+    assert any("self_attn" in name for name in held)
+    assert any("mlp" in name and "lora" not in name for name in held) == (trainable == "all")
+    assert any("lora" in name for name in held) == (trainable == "lora")
+    moments = torch.load(checkpoint / "optimizer.pt")["state"].values()
+    tensors = [
+        *held.values(),
+        *(state[key] for state in moments for key in ("exp_avg", "exp_avg_sq")),
+    ]
+    teacher = make_tiny_llama()
+    needs = healing_needs(perturbed(teacher, seed=0), teacher, SETTINGS.model_copy(update=settings))
+    assert sum(x.nbytes for x in tensors) == needs.disk // 2
+    report, resumed = run(tmp_path / "stopped", blocks, **settings)
+    assert report.resumed_from is not None
+    for expected, found in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])

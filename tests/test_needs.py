@@ -112,4 +112,7 @@ def test_a_profile_says_where_the_time_went(source: Path, tmp_path: Path) -> Non
     result = tpa_convert("convert", source, *options, "--out", tmp_path / "out")
     for stage in ("checking the source", "calibrating", "choosing codes", "converting", "writing"):
         assert stage in result.stdout
+    assert "sampling text" not in result.stdout  # a source as small as this samples none unasked
+    sampled = (*options, "--sampled-blocks", 1, "--out", tmp_path / "sampled")
+    assert "sampling text" in tpa_convert("convert", source, *sampled).stdout
     assert "GB a second" in result.stdout

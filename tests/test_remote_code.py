@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -71,7 +72,13 @@ def results(directory, tokens, new_tokens):
     }
 
 
-inputs, outputs, new_tokens, *directories = sys.argv[1:]
+inputs, outputs, new_tokens, needy, *directories = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(needy, trust_remote_code=True)
+except ImportError as error:
+    assert "tpa_convert" in str(error), error
+else:
+    raise SystemExit("code that needs the package was loaded without it")
 tokens = torch.load(inputs, weights_only=True)
 with torch.no_grad():
     torch.save([results(d, tokens, int(new_tokens)) for d in directories], outputs)
@@ -124,8 +131,11 @@ def without_the_package(
     inputs, outputs = directory / "tokens.pt", directory / "results.pt"
     torch.save(tokens(), inputs)
     directories = [saved.directory for saved in all_saved.values()]
+    needy = shutil.copytree(directories[0], directory / "needy")
+    for code in needy.glob("*.py"):
+        code.write_text(code.read_text() + "\nimport tpa_convert.modeling\n")
     process = subprocess.run(
-        [sys.executable, "-c", SCRIPT, inputs, outputs, str(NEW_TOKENS), *directories],
+        [sys.executable, "-c", SCRIPT, inputs, outputs, str(NEW_TOKENS), needy, *directories],
         cwd=directory,
         env=os.environ | {"HF_MODULES_CACHE": str(directory / "modules")},
         capture_output=True,

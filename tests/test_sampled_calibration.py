@@ -69,6 +69,16 @@ def test_sampled_blocks_are_among_those_of_the_text(folder) -> None:
     assert len(rows(alone)) == 6
 
 
+@pytest.mark.parametrize(("length", "starts"), [(16, [0, 6, 12]), (12, [0, 6]), (7, [0, 4])])
+def test_a_block_holds_several_sampled_texts(folder, monkeypatch, length, starts) -> None:
+    monkeypatch.setattr("tpa_convert.pipeline.calibration.SAMPLED_LENGTH", 6)
+    source = load_source(folder)
+    found = blocks(source, options(sampled_blocks=6, block_length=length))
+    assert found.shape == (6, length)
+    often = (found == source.tokenizer.bos_token_id).sum(0)
+    assert [position for position in range(length) if often[position] == 6] == starts
+
+
 def test_a_source_that_is_read_on_demand_samples_the_same(folder) -> None:
     streamed = open_source(folder)
     found = blocks(streamed, options(sampled_blocks=3))

@@ -15,17 +15,19 @@ from tpa_convert.text.read import default_calibration_documents, load_documents,
 from tpa_convert.text.tokens import begin
 
 
-def train_blocks(path: str, source: Source, length: int, count: int | None = None) -> Tensor:
+def train_blocks(
+    path: str, source: Source, length: int, count: int | None = None, *, seed: int = 0
+) -> Tensor:
     """Token blocks [count, length] of the training text, shuffled; `shipped`: the package's."""
     if path == "shipped":
         documents = default_calibration_documents()
-        return token_blocks(documents, source.tokenizer, length, count, seed=0)
+        return token_blocks(documents, source.tokenizer, length, count, seed=seed)
     if not path.endswith((".npy", ".npz")):
         given = load_documents(path)
-        return token_blocks(given, source.tokenizer, length, count, seed=0)
+        return token_blocks(given, source.tokenizer, length, count, seed=seed)
     parts = [part for file in path.split(",") for part in load_blocks(file, length).values()]
     blocks = torch.cat(parts)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     return begin(blocks[order[:count]].long(), source.tokenizer)
 
 

@@ -148,8 +148,8 @@ def _show_rebuilding(plan: Plan) -> None:
     operations = rebuilding_per_byte(plan)
     if operations:
         console.print(
-            f"Every step rebuilds the keys of the context: {operations:.0f} operations per byte of "
-            "the source's cache; an H100 has time for about 300 while it reads one."
+            "Every step rebuilds the keys of the context: beside attention itself, "
+            f"{operations:.0f} additions and multiplications for each byte that the source caches."
         )
 
 

@@ -180,6 +180,18 @@ class CalibrationOptions(Section):
         0, "Chooses the calibration documents; the same seed gives the same result.", SOURCE
     )
 
+    @model_validator(mode="after")
+    def _check_text(self) -> CalibrationOptions:
+        sampled, count = self.sampled_blocks or 0, self.calibration_blocks
+        if sampled > count - bool(self.calibration):
+            beside = ", and some are for the `calibration` text" if self.calibration else ""
+            raise ValueError(
+                f"`sampled_blocks` {sampled} of {count} sequences are too many{beside}"
+            )
+        if self.moments is not None and self.save_moments is not None:
+            raise ValueError("moments are there already: leave out `save_moments`")
+        return self
+
 
 class ConvertOptions(CalibrationOptions, KeyOptions):
     """How to convert: exactly one budget, what a cached number is, the method, the text."""
@@ -306,29 +318,8 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
 
     @model_validator(mode="after")
     def _check_moments(self) -> ConvertOptions:
-        refuse_moments_twice(self)
-        refuse_too_many_sampled(self)
         if self.save_moments is not None and not self.whiten and self.form != "linear":
             raise ValueError("without `whiten` no moments are measured: leave out `save_moments`")
         if self.moments is not None and self.calibration and not (self.refit or self.refine):
             raise ValueError("`moments` replaces the calibration: leave out `calibration`")
         return self
-
-
-def refuse_too_many_sampled(options: CalibrationOptions) -> None:
-    """Raises: ValueError if more sequences are to be sampled than there are, or all of them beside
-    a text that is given."""
-    sampled, count = options.sampled_blocks or 0, options.calibration_blocks
-    if sampled > count - bool(options.calibration):
-        beside = ", and some are for the `calibration` text" if options.calibration else ""
-        raise ValueError(f"`sampled_blocks` {sampled} of {count} sequences are too many{beside}")
-
-
-def refuse_moments_twice(options: CalibrationOptions) -> None:
-    """Refuses to save moments that were read from a file.
-
-    Raises:
-        ValueError: both are asked for.
-    """
-    if options.moments is not None and options.save_moments is not None:
-        raise ValueError("moments are there already: leave out `save_moments`")

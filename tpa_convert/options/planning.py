@@ -6,12 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from tpa_convert.options.conversion import (
-    CalibrationOptions,
-    KeyOptions,
-    refuse_moments_twice,
-    refuse_too_many_sampled,
-)
+from tpa_convert.options.conversion import CalibrationOptions, KeyOptions
 from tpa_convert.options.declaration import METHOD, PLANNING, option
 
 Objective = Literal["bytes", "speed"]
@@ -75,6 +70,4 @@ class PlanOptions(CalibrationOptions, KeyOptions):
         if self.calibration_blocks < 2:
             raise ValueError("a plan needs `calibration_blocks` of at least 2: one is held out")
         self.refuse_codes_elsewhere()
-        refuse_moments_twice(self)
-        refuse_too_many_sampled(self)
         return self

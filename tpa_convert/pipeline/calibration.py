@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from tpa_convert.text.read import default_calibration_documents, load_documents,
 # Parameters of a source that samples text unasked: smaller ones write none worth measuring on, and
 # larger ones would have to be in memory meanwhile.
 SAMPLED_FROM, SAMPLED_UP_TO = 50e6, 2e9
+# Tokens of a sampled text; several fill a block, as in packed training text. Sampled side by side
+# they take as many steps as one of them has tokens.
+SAMPLED_LENGTH = 128
 
 
 def sampled_blocks(options: CalibrationOptions, parameters: int) -> int:
@@ -45,7 +49,7 @@ def text_blocks(source: Source, options: CalibrationOptions) -> Tensor:
     Raises:
         UserError: no such text, or too little of it.
     """
-    count = options.calibration_blocks - _samples(source, options)
+    count = options.calibration_blocks - samples(source, options)
     if count == 0:
         return torch.empty(0, options.block_length, dtype=torch.int64)
     if options.calibration:
@@ -70,7 +74,7 @@ def with_sampled(
     Raises:
         UserError: the source is asked to sample and has no token to start from.
     """
-    count = _samples(source, options)
+    count = samples(source, options)
     if count == 0:
         return text
     blocks = torch.cat((text, _sampled(source, options, count, track, kept)))
@@ -78,8 +82,9 @@ def with_sampled(
     return blocks[order]
 
 
-def _samples(source: Source, options: CalibrationOptions) -> int:
-    """`sampled_blocks`, none unasked where the source has nothing to start from."""
+def samples(source: Source, options: CalibrationOptions) -> int:
+    """How many blocks `with_sampled` samples: `sampled_blocks`, none unasked where the source has
+    nothing to start from."""
     asked = options.sampled_blocks is not None
     if not asked and not can_sample(source.tokenizer, options.block_length):
         return 0
@@ -91,15 +96,19 @@ def _sampled(
 ) -> Tensor:
     if kept is not None and kept.is_file():
         return torch.from_numpy(np.load(kept))
+    length = options.block_length
+    texts = math.ceil(length / SAMPLED_LENGTH)  # in a block
+    each = math.ceil(length / texts)
     with in_memory(source.model):
-        blocks = sample_blocks(
+        sampled = sample_blocks(
             source.model,
             source.tokenizer,
-            count * options.block_length,
-            options.block_length,
+            count * texts * each,
+            each,
             seed=options.seed,
             track=track,
         )
+    blocks = sampled.view(count, texts * each)[:, :length].contiguous()
     if kept is not None:
         with atomic_file(kept) as path, open(path, "wb") as file:
             np.save(file, blocks.numpy())

@@ -25,7 +25,13 @@ from tpa_convert.export.shards import ShardedWeights
 from tpa_convert.modeling import LayerShape
 from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.source import SourceOptions
-from tpa_convert.pipeline.calibration import kept_moments, moments_of, text_blocks, with_sampled
+from tpa_convert.pipeline.calibration import (
+    kept_moments,
+    moments_of,
+    samples,
+    text_blocks,
+    with_sampled,
+)
 from tpa_convert.pipeline.prediction import Prediction, predict
 from tpa_convert.pipeline.selection import load, refuse_other_than_llama, source_options
 from tpa_convert.plans import Plan
@@ -125,8 +131,8 @@ def convert(
     text = text_blocks(opened, options) if calibrated else None
     identity = _identity(opened, text, options)
     with resumable_directory(out, overwrite, identity) as made:
-        blocks = None
-        if text is not None:
+        blocks = text
+        if text is not None and samples(opened, options):
             with stages("sampling text"):
                 kept = made.work / "sampled.npy"
                 blocks = with_sampled(opened, options, text, track, kept)

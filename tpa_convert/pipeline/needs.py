@@ -18,7 +18,7 @@ from tpa_convert.calibration.cache_moments import MOST_LOGITS
 from tpa_convert.conversion.coded import ROUNDS
 from tpa_convert.families import experts_of
 from tpa_convert.options.conversion import ConvertOptions
-from tpa_convert.pipeline.calibration import sampled_blocks
+from tpa_convert.pipeline.calibration import SAMPLED_LENGTH, sampled_blocks
 from tpa_convert.plans import Plan
 from tpa_convert.refinement.least_squares import BATCH_SIZE
 from tpa_convert.refinement.regression import RefinementSettings
@@ -139,9 +139,11 @@ def needs_of(
         parameters = sum(p.numel() for p in model.parameters())
         if count := sampled_blocks(options, parameters):
             memory = max(memory, 4 * parameters)
-            # A step reads all weights, and computes with them for every sequence.
-            computing = 2 * sizes.used * count / (2 * PRODUCT**3) * product
-            seconds += options.block_length * (4 * parameters / MEMORY_RATE + computing)
+            # A step reads all weights, and computes with them for every text.
+            steps = min(options.block_length, SAMPLED_LENGTH)
+            flops_of_all = 2 * sizes.used * count * options.block_length
+            seconds += 4 * parameters / MEMORY_RATE * steps
+            seconds += flops_of_all / (2 * PRODUCT**3) * product
         moments = 8 * (6 * n * n if plan.is_coded else 3 * n * n)
         disk += layers * moments + (layers + 1 if plan.is_coded else 1) * states
     if plan.coded is not None:

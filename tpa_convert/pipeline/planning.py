@@ -148,8 +148,7 @@ def plan(
         wanted, plans = _coded_plans(sizes, options)
     else:
         kv_floats, curve = _budgets(sizes, options)
-    # Sensitivities run the rest of the model for each layer, and want it in memory.
-    loaded = load(where, device, on_demand=options.coded)
+    loaded = load(where, device, on_demand=True)
     kept = kept_moments(loaded, options, coded=options.coded)
     held_out, blocks = _split(calibration_blocks(loaded, options, track))
     with scratch(_kept_bytes(sizes, blocks)) as store:

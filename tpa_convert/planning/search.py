@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.model import convert_model
+from tpa_convert.conversion.model import Conversion
 from tpa_convert.conversion.shared_pairs import share_pairs
 from tpa_convert.errors import UserError
-from tpa_convert.forward.comparison import compare
 from tpa_convert.modeling import Form, KeyCache
 from tpa_convert.options.planning import PlanOptions
 from tpa_convert.planning.sensitivity import LayerSensitivity, measure_sensitivity
+from tpa_convert.planning.variants import Variant, compare_variants
 from tpa_convert.plans import Budget, Plan, plan_uniform, plan_widths
 from tpa_convert.plans.allocation import allocate
 from tpa_convert.plans.cost import Cost, plan_cost, source_cost
 from tpa_convert.plans.plan import norm_floats, smallest_budget
 from tpa_convert.plans.speed import AS_FAST, H100, DecodeTime, Rates
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.refinement.regression import RefinementSettings, refine
+from tpa_convert.refinement.adaptation import AdaptedConversion
+from tpa_convert.refinement.regression import RefinementSettings, refinement
 from tpa_convert.sources import Source
 
 Split = Literal["uniform", "halfway", "measured", "coded"]
@@ -234,12 +235,34 @@ def search(
     ]
     refined_on = refinement_text if options.refine else None
     times = DecodeTime(sizes, options.context, options.batch_size, rates)
-    candidates, source_perplexity = [], math.nan
-    for proposal in track(proposals, "measuring plans"):
-        candidate, source_perplexity = _measure(
-            proposal, source, moments, blocks, sensitivity, options, refined_on, times
+    plans = [
+        share_pairs(proposal.plan, moments) if options.target == "llama" else proposal.plan
+        for proposal in proposals
+    ]
+    # Side by side, but one by one where each has to keep what enters its layers on the whole text.
+    groups = [plans] if refined_on is None else [[plan] for plan in plans]
+    outer, inner = (no_tracking, track) if refined_on is None else (track, no_tracking)
+    source_perplexity, losses = math.nan, list[tuple[float, float]]()
+    for group in outer(groups, "measuring plans"):
+        variants = [_variant(source, plan, moments, options, refined_on) for plan in group]
+        (source_perplexity, _), *found = compare_variants(source, blocks, variants, track=inner)
+        losses += found
+    candidates = [
+        Candidate(
+            proposal.budget,
+            plan,
+            proposal.form,
+            proposal.split,
+            predicted_loss(plan, sensitivity)
+            if sensitivity and proposal.form == "static"
+            else None,
+            kl,
+            perplexity / source_perplexity,
+            plan_cost(plan, sizes, options.context),
+            times.of(plan),
         )
-        candidates.append(candidate)
+        for proposal, plan, (perplexity, kl) in zip(proposals, plans, losses, strict=True)
+    ]
     return PlanReport(
         tuple(candidates),
         choose(
@@ -292,39 +315,19 @@ def _proposals(
             yield _Proposal(floats, plan, form, "uniform")
 
 
-def _measure(
-    proposal: _Proposal,
+def _variant(
     source: Source,
+    plan: Plan,
     moments: Moments,
-    blocks: Tensor,
-    sensitivity: Sequence[LayerSensitivity],
     options: PlanOptions,
     refined_on: Tensor | None,
-    times: DecodeTime,
-) -> tuple[Candidate, float]:
-    """A proposal with what it does to the model, and the perplexity of the source."""
-    plan = proposal.plan
-    if options.target == "llama":
-        plan = share_pairs(plan, moments)
-    model = convert_model(source, plan, moments).to(source.model.device)
-    if refined_on is not None:
-        settings = RefinementSettings(steps=options.refine_steps, seed=options.seed)
-        refine(source.model, model, refined_on, settings)
-    scores, agreements = compare({"source": source.model, "model": model}, blocks)
-    source_perplexity = scores["source"].perplexity
-    sizes = source.family.attention_sizes(source.model.config)
-    candidate = Candidate(
-        proposal.budget,
-        plan,
-        proposal.form,
-        proposal.split,
-        predicted_loss(plan, sensitivity) if sensitivity and proposal.form == "static" else None,
-        agreements["model"].kl,
-        scores["model"].perplexity / source_perplexity,
-        plan_cost(plan, sizes, options.context),
-        times.of(plan),
-    )
-    return candidate, source_perplexity
+) -> Variant:
+    """The source converted by a plan, and refined if there is a text for it."""
+    conversion = Conversion(source, plan, moments)
+    if refined_on is None:
+        return conversion.in_place
+    way = refinement(RefinementSettings(steps=options.refine_steps, seed=options.seed))
+    return AdaptedConversion(conversion, way, refined_on, {}).in_place
 
 
 def choose(

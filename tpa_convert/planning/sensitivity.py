@@ -1,21 +1,20 @@
 """How much a model minds narrower keys or values: measured, one layer and one of the two at a time.
 
 Everything but the part in question is the source itself, so that what is measured is that part's
-own share of the loss.
+own share of the loss. All narrowed models pass the layers side by side, so that each layer is read
+once and none has to stay in memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from tpa_convert.calibration.moments import Moments
-from tpa_convert.conversion.layer import attention_module, convert_layer
-from tpa_convert.decomposition import LayerMoments
+from tpa_convert.conversion.model import Conversion
 from tpa_convert.decomposition.gauge import (
     key_components,
     truncation_errors,
@@ -30,8 +29,9 @@ from tpa_convert.modeling import KeyCache
 from tpa_convert.plans import plan_widths
 from tpa_convert.plans.allocation import interpolate_loss
 from tpa_convert.progress import Track, no_tracking
-from tpa_convert.sources import Source
+from tpa_convert.sources import Source, held
 from tpa_convert.sources.attention import attention_weights
+from tpa_convert.storage import scratch
 
 SHARES = (0.25, 0.5, 0.75)  # of the source's width, where the loss is measured
 BATCH_TOKENS = 8192
@@ -72,47 +72,6 @@ class LayerSensitivity:
     values: PartSensitivity
 
 
-class _Losses:
-    """Divergence from the source where another attention stands in for that of one of its layers.
-
-    Its walk's states enter the layer in question.
-    """
-
-    def __init__(self, source: PreTrainedModel, blocks: Tensor, attention: str):
-        size = max(1, BATCH_TOKENS // blocks.shape[1])
-        self.walk = DecoderWalk(source, blocks, size, attention)
-        self.head, self.finish = source.get_output_embeddings().weight, logit_finish(source)
-        self.final = [self.run(self.walk.states[batch], 0) for batch in self.walk.batches]
-
-    def run(self, hidden: Tensor, start: int) -> Tensor:
-        """What the output head sees at some positions where [b, L, D] enters layer `start`."""
-        for index in range(start, len(self.walk.layers)):
-            hidden = self.walk.run(index, hidden)
-        return self.walk.final(hidden[:, ::POSITION_STRIDE])
-
-    def with_attention(self, attention: nn.Module, index: int) -> float:
-        """KL from the source when `attention` stands in for that of layer `index`."""
-        layer, name = self.walk.layers[index], self.walk.attention_name
-        original = self.walk.attention(index)
-        setattr(layer, name, attention.to(self.head.device))
-        try:
-            total = 0.0
-            for batch, final in zip(self.walk.batches, self.final, strict=True):
-                hidden = self.run(self.walk.states[batch], index)
-                mean = chunked_divergence(
-                    hidden,
-                    self.head,
-                    final,
-                    self.head,
-                    student_finish=self.finish,
-                    teacher_finish=self.finish,
-                ).item()
-                total += mean * len(hidden)
-        finally:
-            setattr(layer, name, original)
-        return total / len(self.walk.states)
-
-
 @torch.no_grad()
 def measure_sensitivity(
     source: Source,
@@ -134,58 +93,73 @@ def measure_sensitivity(
         key_cache: which kind of keys is narrowed.
         track: shows progress over the layers.
     """
-    sizes = source.family.attention_sizes(source.model.config)
-    width = sizes["num_key_value_heads"] * sizes["head_dim"]
-    widths = tuple(max(2, round(share * width / 2) * 2) for share in SHARES)
+    names, model = source.family.names, source.model
+    sizes = source.family.attention_sizes(model.config)
+    full = sizes["num_key_value_heads"] * sizes["head_dim"]
+    widths = tuple(max(2, round(share * full / 2) * 2) for share in SHARES)
+    pairs = [*((width, full) for width in widths), *((full, width) for width in widths)]
+    plans = [plan_widths([p] * len(moments.layers), sizes, key_cache=key_cache) for p in pairs]
+    narrowed = [Conversion(source, plan, moments) for plan in plans]
+    latent = key_cache == "latent"
+    components = latent_components if latent else key_components
+    errors = []
+    walk = DecoderWalk(model, blocks, max(1, BATCH_TOKENS // blocks.shape[1]), names.attention)
 
-    family, model = source.family, source.model
+    def passed(index: int, states: Tensor) -> Tensor:
+        """States [N, L, D] behind a layer."""
+        states = states.to(walk.states.device)
+        return torch.cat([walk.run(index, states[batch]) for batch in walk.batches])
 
-    def config(width_k: int, width_v: int) -> Any:
-        plan = plan_widths([(width_k, width_v)] * len(layers), sizes, key_cache=key_cache)
-        return family.tpa_config(model.config, [asdict(shape) for shape in plan.layers])
-
-    layers = moments.layers
-    narrow_keys = [config(narrow, width) for narrow in widths]
-    narrow_values = [config(width, narrow) for narrow in widths]
-    losses = _Losses(model, blocks, family.names.attention)
-    report = []
-    for i in track(range(len(layers)), "measuring sensitivity"):
-        original, layer_moments = losses.walk.attention(i), layers[i]
-        weights = attention_weights(original, family.names, model.config, i, device="cpu")
-
-        key_losses, value_losses = (
-            tuple(
-                losses.with_attention(_narrowed(source, original, c, i, layer_moments), i)
-                for c in configs
-            )
-            for configs in (narrow_keys, narrow_values)
+    with scratch(len(narrowed) * len(walk.layers) * walk.states.nbytes) as store:
+        for index in track(range(len(walk.layers)), "measuring sensitivity"):
+            with held(walk.layers[index]):
+                for below in list(store):
+                    store[below] = {"states": passed(index, store[below]["states"])}
+                for number, conversion in enumerate(narrowed):
+                    with conversion.in_place(index):
+                        store[f"{index:05}-{number}"] = {"states": passed(index, walk.states)}
+                weights = attention_weights(
+                    walk.attention(index), names, model.config, index, device="cpu"
+                )
+                layer = moments.layers[index]
+                keys, values = components(layer), value_components(layer, value_metric(weights))
+                errors.append((truncation_errors(keys[0]), truncation_errors(values[0])))
+                walk.advance(index)
+        losses = _losses(walk, (store[name]["states"] for name in store))
+    found = [tuple(losses[i : i + len(widths)]) for i in range(0, len(losses), len(widths))]
+    return [
+        LayerSensitivity(
+            PartSensitivity(key_error, 1 if latent else 2, widths, key_losses),
+            PartSensitivity(value_error, 1, widths, value_losses),
         )
-        latent = key_cache == "latent"
-        components = latent_components if latent else key_components
-        key_error = truncation_errors(components(layer_moments)[0])
-        value_error = truncation_errors(value_components(layer_moments, value_metric(weights))[0])
-        report.append(
-            LayerSensitivity(
-                PartSensitivity(key_error, 1 if latent else 2, widths, key_losses),
-                PartSensitivity(value_error, 1, widths, value_losses),
-            )
+        for (key_error, value_error), key_losses, value_losses in zip(
+            errors, found[::2], found[1::2], strict=True
         )
-        losses.walk.advance(i)
-    return report
+    ]
 
 
-def _narrowed(
-    source: Source, original: nn.Module, config: Any, index: int, moments: LayerMoments
-) -> nn.Module:
-    """The converted attention of layer `index`, in fp32.
+def _losses(walk: DecoderWalk, narrowed: Iterable[Tensor]) -> list[float]:
+    """KL from the source at some positions, nats per token.
 
     Args:
-        original: the source's attention of that layer.
-        config: of the converted model; learns the rotary pairs of the layer's components.
+        walk: whose states [N, L, D] have left the last layer.
+        narrowed: such states of other models.
     """
-    names = source.family.names
-    weights = attention_weights(original, names, source.model.config, index, device="cpu")
-    shape = config.layer_shape(index)
-    parameters, shape = convert_layer(weights, moments, shape, method="gauge", whiten=True)
-    config.tpa_layers[index] = asdict(shape)
-    return attention_module(original, names, config, index, parameters)
+
+    def final(states: Tensor) -> Tensor:
+        return walk.final(states[:, ::POSITION_STRIDE].to(walk.states.device))
+
+    head, finish = walk.model.get_output_embeddings(), logit_finish(walk.model)
+    with held(head):
+        expected = final(walk.states)
+        return [
+            chunked_divergence(
+                final(states),
+                head.weight,
+                expected,
+                head.weight,
+                student_finish=finish,
+                teacher_finish=finish,
+            ).item()
+            for states in narrowed
+        ]

@@ -21,7 +21,7 @@ Variant = Callable[[int], AbstractContextManager[Any]]
 """Makes the source's decoder layer of an index that of the variant, until its context is left."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare_variants(
     source: Source,
     blocks: Tensor,

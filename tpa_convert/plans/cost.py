@@ -135,12 +135,8 @@ def _times(cost: Cost, count: int) -> Cost:
 
 
 def rebuilding_per_byte(plan: Plan) -> float:
-    """Operations that rebuild latent keys at every step, for each byte that the source caches; 0
-    without them.
-
-    A GPU hides them behind its reading while they stay well below its own ratio of arithmetic to
-    bandwidth, about 300 for bfloat16 on an H100.
-    """
+    """Additions and multiplications that rebuild latent keys at every step, for each byte that the
+    source caches; 0 without them."""
     head_width = plan.num_key_value_heads * plan.head_dim
     rebuilt = sum(
         2 * head_width * shape.width_k / (plan.coded.key_blocks if plan.coded else shape.key_blocks)

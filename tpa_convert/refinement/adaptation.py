@@ -5,7 +5,8 @@ Layers go in order, and inputs come from the adapted layers below. Only the atte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from tpa_convert.conversion.model import Conversion, Part
 from tpa_convert.errors import UserError
 from tpa_convert.forward.passes import block_forward
 from tpa_convert.forward.walk import DecoderWalk, attention_modules
+from tpa_convert.modeling import LayerShape, TPAAttention
 from tpa_convert.progress import Track, no_tracking
 from tpa_convert.refinement.streams import StreamPair, Target
 from tpa_convert.sources import held
@@ -140,20 +142,31 @@ class AdaptedConversion:
         asked for having been made by another run with the same store."""
         if not 0 < index < len(self) - 1:
             return self.conversion.part(index)
-        layer = index - 1
+        with self.in_place(index - 1) as (module, shape):
+            pass
+        return self.conversion.layer(index - 1, module.state_dict(), shape)
+
+    @contextmanager
+    def in_place(self, index: int) -> Iterator[tuple[TPAAttention, LayerShape]]:
+        """As `Conversion.in_place`, of the adapted attention. Layers are asked for as `part` asks
+        for them."""
         model, plan = self.conversion.source.model, self.conversion.plan
         alike = len({replace(x, key_pairs=None) for x in plan.layers}) == 1
-        with block_forward(model):
-            streams = self._at(layer)
-            with held(streams.model.layers[layer]):
-                target = streams.target(layer)
+        with ExitStack() as stack:
+            with block_forward(model):
+                streams = self._at(index)
+                stack.enter_context(held(streams.model.layers[index]))
+                target = streams.target(index)
+                module, shape = stack.enter_context(self.conversion.in_place(index))
                 compiles = self.adaptation.compiles and alike and target.output.is_cuda
-                with (
-                    self.conversion.in_place(layer) as (module, shape),
-                    block_forward(model, [module] if compiles else []),
-                ):
-                    errors = self.adaptation.layer(streams.model, layer, target)
-                    streams.model.advance(layer)
+                with block_forward(model, [module] if compiles else []):
+                    errors = self.adaptation.layer(streams.model, index, target)
+                    streams.model.advance(index)
+            self._keep(index, streams, errors)
+            yield module, shape
+
+    def _keep(self, layer: int, streams: StreamPair, errors: LayerError) -> None:
+        """Stores what a run that goes on behind a layer needs."""
         self._layer, generator = layer + 1, self.adaptation.generator
         error = torch.tensor([[errors.before, errors.after]], dtype=torch.float64)
         below = [self.store[_entering(layer)]["errors"]] if layer else []
@@ -164,7 +177,6 @@ class AdaptedConversion:
             **({} if generator is None else {"generator": generator.get_state()}),
         }
         self.store.pop(_entering(layer - 1), None)
-        return self.conversion.layer(layer, module.state_dict(), shape)
 
     def _at(self, layer: int) -> StreamPair:
         """Both streams, about to enter a layer."""

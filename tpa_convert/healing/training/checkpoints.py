@@ -44,15 +44,15 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def checkpoint_bytes(student: PreTrainedModel) -> int:
-    """Disk that a run needs at most: fp32 weights and Adam's moments, twice, since the old
-    checkpoint goes when the new one is complete."""
-    return 24 * student.num_parameters()
+def checkpoint_bytes(saved: int, trained: int) -> int:
+    """Disk that a run needs at most for so many parameters: fp32 weights and Adam's moments, twice,
+    since the old checkpoint goes when the new one is complete."""
+    return 2 * (4 * saved + 8 * trained)
 
 
-def check_disk(student: PreTrainedModel, output_dir: Path, checkpoint: Path | None) -> None:
-    """Refuse to start what could not save its checkpoints beside the one that is there."""
-    needed = checkpoint_bytes(student)
+def check_disk(needed: int, output_dir: Path, checkpoint: Path | None) -> None:
+    """Refuse to start what could not save its checkpoints, of `needed` bytes in all, beside the one
+    that is there."""
     if checkpoint is not None:
         needed -= sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     output_dir.mkdir(parents=True, exist_ok=True)

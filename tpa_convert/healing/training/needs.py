@@ -84,7 +84,8 @@ def healing_needs(
         gpu=held // shards + beside + head + CHUNK_BYTES + sequence,
         sequence=sequence,
         memory=WEIGHT * parameters + teacher_bytes,
-        disk=checkpoint_bytes(student),
+        # Frozen weights are in no checkpoint, but in those of sharded models.
+        disk=checkpoint_bytes(trained if shards == 1 else parameters, trained),
         flops=flops_per_token(student, teacher, settings.block_length) * settings.tokens,
     )
 

@@ -43,6 +43,7 @@ from tpa_convert.healing.training.checks import (
     quiet_transformers,
 )
 from tpa_convert.healing.training.distributed import processes, refuse_difference, sharding
+from tpa_convert.healing.training.needs import healing_needs
 from tpa_convert.healing.training.preparation import CHECKPOINTS, Run, prepare
 from tpa_convert.healing.training.trainer import modules_to_compile, restore_offloaded
 from tpa_convert.healing.training.widths import even_widths
@@ -113,7 +114,9 @@ def heal(
             check_ids(student, found)
     this_run = fingerprint(settings, teacher, blocks, valid_blocks, sharded=sharding())
     output_dir = Path(output_dir)
-    checkpoint = _claim_checkpoints(output_dir, this_run, student, resume)
+    shards = processes().num_processes if sharding() else 1
+    disk = healing_needs(student, teacher, settings, shards=shards).disk
+    checkpoint = _claim_checkpoints(output_dir, this_run, disk, resume)
     student.float()
     lora = settings.trainable == "lora"
     adapters = mlp_adapters(student, settings.lora_rank, settings.seed) if lora else nullcontext()
@@ -152,16 +155,17 @@ def _prepared_settings(
 
 
 def _claim_checkpoints(
-    output_dir: Path, this_run: dict[str, Any], student: PreTrainedModel, resume: bool
+    output_dir: Path, this_run: dict[str, Any], disk: int, resume: bool
 ) -> Path | None:
-    """The newest checkpoint of this run, once it is sure that the directory is this run's."""
+    """The newest checkpoint of this run, once it is sure that the directory is this run's and has
+    room for `disk` bytes."""
     checkpoints = output_dir / CHECKPOINTS
     refuse_difference(this_run, "text or settings")
     if processes().is_main_process:
         if not resume and checkpoints.exists():
             shutil.rmtree(checkpoints)
         newest = newest_checkpoint(checkpoints)
-        check_disk(student, output_dir, newest)
+        check_disk(disk, output_dir, newest)
         check_run(output_dir / "healing.json", this_run, newest)
     processes().wait_for_everyone()
     return newest_checkpoint(checkpoints)

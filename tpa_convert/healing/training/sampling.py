@@ -27,7 +27,7 @@ from tpa_convert.modeling import source_head_dim, source_key_value_heads
 from tpa_convert.progress import Track, no_tracking
 
 GPU_BATCH = 1024  # sampling is bound by launches and weights, so many sequences cost little more
-CPU_BATCH = 16
+CPU_TOKENS = 16_384  # cached at once: a step reads all weights, for however many sequences
 GROUPED_SDPA = "tpa_convert_grouped_sdpa"
 
 
@@ -111,7 +111,9 @@ def sample_blocks(
     device = model.device
     cuda = device.type == "cuda"
     count = math.ceil(tokens / block_length)
-    batch_size = batch_size or (_gpu_batch(model, block_length) if cuda else CPU_BATCH)
+    batch_size = batch_size or (
+        _gpu_batch(model, block_length) if cuda else max(1, CPU_TOKENS // block_length)
+    )
     sizes = [min(batch_size, count - done) for done in range(0, count, batch_size)]
     if cuda:  # batches of one shape, for one graph
         sizes = [math.ceil(count / len(sizes))] * len(sizes)

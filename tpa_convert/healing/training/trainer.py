@@ -291,6 +291,18 @@ class DistillationTrainer(Trainer):
         floor = CHANNEL_FLOOR * variances.mean(-1, keepdim=True)
         self.channel_variances = list(variances.maximum(floor))
 
+    def _save(self, output_dir: Any = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Leaves frozen weights out of checkpoints: a resumed run has them from its student."""
+        if not self.is_fsdp_enabled:
+            frozen = {
+                name
+                for name, parameter in self.model.named_parameters(remove_duplicate=False)
+                if not parameter.requires_grad
+            }
+            whole = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: x for name, x in whole.items() if name not in frozen}
+        super()._save(output_dir, state_dict)
+
     def remove_hooks(self) -> None:
         """Leave the models as they were."""
         for outputs in self.layer_outputs:
