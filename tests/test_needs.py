@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from tests.command_line import tpa_convert
 from tests.conftest import make_tiny_llama, make_tiny_tokenizer
+from tests.tiny_models import CONFIGS, WINDOW
 from tpa_convert import pipeline
 from tpa_convert.pipeline import needs as measured
 from tpa_convert.pipeline.needs import Needs, sizes_of
+from tpa_convert.pipeline.prediction import predict
 from tpa_convert.recipe import ConvertOptions
 
 LARGE: dict[str, Any] = {
@@ -98,6 +100,23 @@ def test_a_dry_run_says_so(source: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x").read_text())["needs"].keys() == {
         "memory", "disk", "seconds"
     }  # fmt: skip
+
+
+def test_bytes_of_layers_with_windows_are_told_at_two_lengths(source: Path, tmp_path: Path) -> None:
+    """Short of a window all tokens are cached; beyond it, only those of the other layers grow."""
+    config = CONFIGS["cwm"]()
+    for options in (ConvertOptions(kv_ratio=0.5), ConvertOptions(kv_ratio=0.5, cache_bits="16")):
+        prediction = predict(config, options)
+        assert prediction.windows == (WINDOW, None, WINDOW)
+        bytes_of_all = prediction.source_kv_bytes, prediction.kv_bytes
+        assert prediction.cached_at(WINDOW) == pytest.approx([WINDOW * x for x in bytes_of_all])
+        tokens = 2 * WINDOW + 1000
+        assert prediction.cached_at(1000) == pytest.approx([tokens * x / 3 for x in bytes_of_all])
+    config.save_pretrained(tmp_path / "windows")
+    for folder, told in ((tmp_path / "windows", True), (source, False)):
+        result = tpa_convert("convert", folder, "--kv-ratio", 0.5, "--dry-run")
+        for tokens in ("2,048", "32,768"):
+            assert (f"cache bytes of {tokens} tokens" in result.stdout) == told, result.output
 
 
 def test_weights_that_grow_are_told(source: Path) -> None:

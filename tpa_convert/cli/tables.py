@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tpa_convert.plans.speed import DecodeTime
 
 NOTABLE_GROWTH = 0.02  # of the source's parameters
+WINDOW_CONTEXTS = 2048, 32_768  # tokens that a model with windows is shown at
 LAYERS_ACROSS = 10  # in the table of an uneven plan
 
 
@@ -33,16 +34,18 @@ def show_plan(prediction: Prediction) -> None:
     table.add_column("")
     for column in ("source", "converted", "kept"):
         table.add_column(column, justify="right")
+    windowed = WINDOW_CONTEXTS if any(prediction.windows) else ()
     for name, before, after in (
         ("cache bytes per token", prediction.source_kv_bytes, prediction.kv_bytes),
         ("  of them per layer", plan.source_kv_bytes / layers, plan.kv_bytes / layers),
+        *((f"cache bytes of {n:,} tokens", *prediction.cached_at(n)) for n in windowed),
         ("parameters", prediction.source_parameters, prediction.parameters),
     ):
         about = "about " if name == "parameters" and prediction.approximate else ""
         table.add_row(
             name,
             f"{before:,.0f}",
-            about + (f"{after:,.6g}" if after < 1e6 else f"{after:,}"),
+            about + (f"{after:,.6g}" if after < 1e6 else f"{after:,.0f}"),
             f"{after / before:.1%}",
         )
     console.print(table)

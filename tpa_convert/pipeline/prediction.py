@@ -13,6 +13,7 @@ from tpa_convert.decomposition.tensor import tucker_ranks
 from tpa_convert.dtypes import dtype_name, named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.families import family_of
+from tpa_convert.modeling import sliding_window
 from tpa_convert.options.conversion import BUDGETS, RANKS, ConvertOptions
 from tpa_convert.pipeline.needs import Needs, needs_of
 from tpa_convert.plans import Budget, Plan, load_plan, plan_coded, plan_uniform
@@ -34,6 +35,7 @@ class Prediction:
             still to be chosen, those after are approximate: they count layers of full width.
         source_decode_seconds, decode_seconds: that attention layers on an H100 need at least for
             one token after `DECODE_CONTEXT` cached ones, before and after.
+        windows: tokens that each layer attends to, None for all.
         needs: memory, disk and time that the conversion takes; None unless they were asked for.
     """
 
@@ -45,12 +47,26 @@ class Prediction:
     parameters: int
     source_decode_seconds: float
     decode_seconds: float
+    windows: tuple[int | None, ...] = ()
     needs: Needs | None = None
 
     @property
     def approximate(self) -> bool:
         """Whether `parameters` is only about right."""
         return self.plan.coded is not None
+
+    def cached_at(self, context: int) -> tuple[float, float]:
+        """Bytes of one sequence of `context` tokens, before and after. Layers with a window keep no
+        more tokens than that; while codes are still to be chosen, all get the same share."""
+        plan, count = self.plan, len(self.plan.layers)
+        before, after = [plan.source_kv_bytes / count] * count, [plan.kv_bytes / count] * count
+        if plan.coded is None:
+            after = [x.cached_bytes(plan.num_key_value_heads) for x in plan.layers]
+        tokens = [min(context, window or context) for window in self.windows]
+        return (
+            sum(n * x for n, x in zip(tokens, before, strict=True)),
+            sum(n * x for n, x in zip(tokens, after, strict=True)),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `layers` has one entry per layer, with its codes if these are chosen, and
@@ -64,6 +80,7 @@ class Prediction:
             "source_parameters": self.source_parameters,
             "parameters": self.parameters,
             "parameters_approximate": self.approximate,
+            "windows": list(self.windows),
             "source_decode_seconds": self.source_decode_seconds,
             "decode_seconds": self.decode_seconds,
             "coded": self.plan.coded and asdict(self.plan.coded),
@@ -142,6 +159,7 @@ def predict(
             "it again"
         ) from error
     times, needs = DecodeTime(sizes, DECODE_CONTEXT), None
+    text = config.get_text_config()
     if with_needs:
         attention, parameters = family.names.attention, converted.num_parameters()
         needs = needs_of(source, attention, plan, parameters, options, dtype)
@@ -154,5 +172,6 @@ def predict(
         parameters=converted.num_parameters(),
         source_decode_seconds=times.of_source,
         decode_seconds=times.of(plan),
+        windows=tuple(sliding_window(None, text, i) for i in range(len(plan.layers))),
         needs=needs,
     )
