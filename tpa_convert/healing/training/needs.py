@@ -58,13 +58,7 @@ def healing_needs(
         UserError: settings that do not go with these models.
     """
     weight = hidden_weight_for(student, teacher, settings.hidden_weight)
-    with even_widths(student):
-        choose_trained(student, settings)
-        parameters = student.num_parameters()
-        trained = student.num_parameters(only_trainable=True)
-    if settings.trainable == "lora":
-        adapters = adapter_parameters(student, settings.lora_rank)
-        parameters, trained = parameters + adapters, trained + adapters
+    parameters, trained = _parameters(student, settings)
     teacher_bytes = HALF * teacher.num_parameters()
     on_gpu = teacher_bytes
     if settings.offload_teacher:
@@ -84,10 +78,27 @@ def healing_needs(
         gpu=held // shards + beside + head + CHUNK_BYTES + sequence,
         sequence=sequence,
         memory=WEIGHT * parameters + teacher_bytes,
-        # Frozen weights are in no checkpoint, but in those of sharded models.
-        disk=checkpoint_bytes(trained if shards == 1 else parameters, trained),
+        disk=disk_needed(student, settings, shards=shards),
         flops=flops_per_token(student, teacher, settings.block_length) * settings.tokens,
     )
+
+
+def disk_needed(student: PreTrainedModel, settings: HealingSettings, *, shards: int = 1) -> int:
+    """Bytes for checkpoints, at most. Frozen weights are in none but those of sharded models."""
+    parameters, trained = _parameters(student, settings)
+    return checkpoint_bytes(trained if shards == 1 else parameters, trained)
+
+
+def _parameters(student: PreTrainedModel, settings: HealingSettings) -> tuple[int, int]:
+    """All parameters and those that are trained, adapters among them."""
+    with even_widths(student):
+        choose_trained(student, settings)
+        parameters = student.num_parameters()
+        trained = student.num_parameters(only_trainable=True)
+    if settings.trainable == "lora":
+        adapters = adapter_parameters(student, settings.lora_rank)
+        parameters, trained = parameters + adapters, trained + adapters
+    return parameters, trained
 
 
 def _count(module: object) -> int:

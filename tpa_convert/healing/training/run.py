@@ -43,7 +43,7 @@ from tpa_convert.healing.training.checks import (
     quiet_transformers,
 )
 from tpa_convert.healing.training.distributed import processes, refuse_difference, sharding
-from tpa_convert.healing.training.needs import healing_needs
+from tpa_convert.healing.training.needs import disk_needed
 from tpa_convert.healing.training.preparation import CHECKPOINTS, Run, prepare
 from tpa_convert.healing.training.trainer import modules_to_compile, restore_offloaded
 from tpa_convert.healing.training.widths import even_widths
@@ -115,7 +115,7 @@ def heal(
     this_run = fingerprint(settings, teacher, blocks, valid_blocks, sharded=sharding())
     output_dir = Path(output_dir)
     shards = processes().num_processes if sharding() else 1
-    disk = healing_needs(student, teacher, settings, shards=shards).disk
+    disk = disk_needed(student, settings, shards=shards)
     checkpoint = _claim_checkpoints(output_dir, this_run, disk, resume)
     student.float()
     lora = settings.trainable == "lora"
