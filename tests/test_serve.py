@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.conftest import make_tiny_llama, make_tiny_tokenizer
 from tests.test_chat import TEMPLATE
 from tests.test_generation import SPEAKING
 from tpa_convert.options.usage import ServeOptions
+from tpa_convert.pipeline import serving
 from tpa_convert.pipeline.serving import paged_sizes
 
 REQUESTS = 32
@@ -205,3 +207,20 @@ def test_the_paged_cache_holds_what_is_asked_for(converted: Path) -> None:
     default = ServeOptions(continuous_batching=True)
     assert paged_sizes(converted, default, "cuda") == {}
     assert paged_sizes(converted, default, "cpu")["cb_num_blocks"] == 32
+
+
+def test_what_cannot_be_served_is_told_before_it_is_asked_for(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "serve", stopped)
+    bare = tmp_path / "bare"
+    shutil.copytree(converted, bare)
+    (bare / "chat_template.jinja").unlink()
+    for folder, told in ((bare, True), (converted, False)):
+        result = tpa_convert("serve", folder)
+        assert ("no chat template" in result.output) == told
+        assert "interrupted: the server has stopped" in result.output
+    assert "error: " in tpa_convert("serve", tmp_path / "nowhere").output

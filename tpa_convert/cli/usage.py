@@ -88,8 +88,14 @@ def serve(files: ServeFiles, options: ServeOptions, where: DeviceOptions) -> Non
     from tpa_convert.pipeline import serving
 
     url = f"http://{options.host}:{options.port}/v1"
+    chats = serving.has_chat_template(files.directory)
     console.print(f"Loading {files.directory} for {url}; Ctrl-C stops the server.", soft_wrap=True)
-    serving.serve(files.directory, options, device=where.device)
+    if not chats:
+        console.print("The model has no chat template: /v1/chat/completions will not answer.")
+    try:
+        serving.serve(files.directory, options, device=where.device)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the server has stopped") from None
 
 
 @command("report small --out small.html")

@@ -71,13 +71,13 @@ def making(provenance: Mapping[str, Any]) -> list[str]:
     sentences = []
     if chosen.get("whiten", True) and "calibration_blocks" in chosen:
         texts = chosen.get("calibration") or ["the short text that comes with tpa-convert"]
-        if chosen.get("moments"):
-            texts = [chosen["moments"]]
         sampled = provenance["convert"].get("sampled_blocks")
         among = f", {sampled} of them sampled from the source" if sampled else ""
         sentences.append(
-            f"Calibrated on {', '.join(without_folders(texts))}, {chosen['calibration_blocks']} "
-            f"sequences of {chosen['block_length']} tokens{among}."
+            f"Calibrated by moments that were measured before ({without_folders(moments)})."
+            if (moments := chosen.get("moments"))
+            else f"Calibrated on {', '.join(without_folders(texts))}, "
+            f"{chosen['calibration_blocks']} sequences of {chosen['block_length']} tokens{among}."
         )
     if "heal" in provenance:
         settings = provenance["heal"]["settings"]

@@ -81,7 +81,12 @@ def register_classes() -> None:
 
 
 def has_chat_template(directory: str | Path) -> bool:
-    """Whether chats can be served, or only plain completions."""
+    """Whether chats can be served, or only plain completions.
+
+    Raises:
+        UserError: no converted model in `directory`.
+    """
+    check_converted(directory)
     return getattr(AutoTokenizer.from_pretrained(directory), "chat_template", None) is not None
 
 
