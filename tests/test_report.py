@@ -15,7 +15,7 @@ from tests.command_line import error_of, save_source, save_text, tpa_convert
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.evaluation.report import Row
 from tpa_convert.evaluation.sweep import SpeedPoint, SpeedReport
-from tpa_convert.export.card import own_column, quality
+from tpa_convert.export.card import making, own_column, quality
 from tpa_convert.export.inspection import inspect
 from tpa_convert.pipeline.healing import KEPT_POINTS, thinned
 from tpa_convert.reporting.figures import front, healing_curves, pictures
@@ -216,3 +216,14 @@ def test_long_curves_are_thinned() -> None:
     assert (kept[0], kept[-1]) == (points[0], points[-1])
     assert thinned(points[:3]) == points[:3]
     assert thinned([]) == []
+
+
+def test_a_card_does_not_count_the_text_of_moments_from_a_file() -> None:
+    settings = {"calibration_blocks": 16, "block_length": 512}
+    assert making({"convert": {"settings": settings}}) == [
+        "Calibrated on the short text that comes with tpa-convert, 16 sequences of 512 tokens."
+    ]
+    settings = settings | {"moments": "measured.safetensors"}
+    [said] = making({"convert": {"settings": settings}})
+    assert "measured.safetensors" in said
+    assert "16" not in said

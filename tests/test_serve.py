@@ -223,4 +223,7 @@ def test_what_cannot_be_served_is_told_before_it_is_asked_for(
         result = tpa_convert("serve", folder)
         assert ("no chat template" in result.output) == told
         assert "interrupted: the server has stopped" in result.output
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    assert "holds no tokenizer" in tpa_convert("serve", bare).output
     assert "error: " in tpa_convert("serve", tmp_path / "nowhere").output

@@ -73,12 +73,14 @@ def making(provenance: Mapping[str, Any]) -> list[str]:
         texts = chosen.get("calibration") or ["the short text that comes with tpa-convert"]
         sampled = provenance["convert"].get("sampled_blocks")
         among = f", {sampled} of them sampled from the source" if sampled else ""
-        sentences.append(
-            f"Calibrated by moments that were measured before ({without_folders(moments)})."
-            if (moments := chosen.get("moments"))
-            else f"Calibrated on {', '.join(without_folders(texts))}, "
-            f"{chosen['calibration_blocks']} sequences of {chosen['block_length']} tokens{among}."
+        calibrated = (
+            f"on {', '.join(without_folders(texts))}, {chosen['calibration_blocks']} sequences of "
+            f"{chosen['block_length']} tokens{among}"
         )
+        if chosen.get("moments"):  # whose text is not told by these settings
+            moments = without_folders(chosen["moments"])
+            calibrated = f"by moments that were measured before ({moments})"
+        sentences.append(f"Calibrated {calibrated}.")
     if "heal" in provenance:
         settings = provenance["heal"]["settings"]
         texts = without_folders(list(settings.get("text") or []))

@@ -10,14 +10,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.export.inspection import cached_bytes
 from tpa_convert.export.inspection import inspect as inspect_directory
-from tpa_convert.export.save import check_converted
+from tpa_convert.export.save import check_converted, load_tokenizer
 from tpa_convert.families import FAMILIES
 from tpa_convert.modeling.legacy import TPAForCausalLM
 from tpa_convert.options.usage import ServeOptions
@@ -84,10 +83,10 @@ def has_chat_template(directory: str | Path) -> bool:
     """Whether chats can be served, or only plain completions.
 
     Raises:
-        UserError: no converted model in `directory`.
+        UserError: no converted model in `directory`, or none with a tokenizer.
     """
     check_converted(directory)
-    return getattr(AutoTokenizer.from_pretrained(directory), "chat_template", None) is not None
+    return getattr(load_tokenizer(directory), "chat_template", None) is not None
 
 
 def paged_sizes(directory: str | Path, options: ServeOptions, device: str) -> dict[str, Any]:
