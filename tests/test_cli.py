@@ -146,13 +146,13 @@ def test_output_dtype(source: Path, tmp_path: Path, dtype: str) -> None:
     [
         ([], "exactly one budget: --kv-floats, --kv-bytes, --kv-ratio"),
         (["--kv-ratio", 0.5, "--kv-floats", 16], "got --kv-floats and --kv-ratio"),
-        (["--kv-ratio", 1.5], "--kv-ratio must be above 0 and at most 1, not 1.5"),
+        (["--kv-ratio", 1.5], "--kv-ratio must be above 0 and at most 1, such as 0.125"),
         (["--kv-floats", 1000], "above the source's 32"),
         (["--kv-floats", 1], "at least"),
         (["--kv-ratio", 0.5, "--rank-q", 2], "--rank-q needs --form linear"),
         (["--kv-ratio", 0.5, "--no-whiten", "--save-moments", "m"], "leave out --save-moments"),
         (["--kv-ratio", 0.5, "--calibration", "nowhere.txt"], "no such file: nowhere.txt"),
-        (["--kv-ratio", 0.5, "--moments", "nowhere"], "no moments file at nowhere"),
+        (["--kv-ratio", 0.5, "--moments", "nowhere"], "--moments: no such file: nowhere"),
         (["--kv-ratio", 0.5, "--device", "abacus"], "device abacus cannot be used here"),
     ],
 )
@@ -384,7 +384,7 @@ def test_heal_refuses_a_changed_source(source: Path, text: Path, tmp_path: Path)
 
 def test_heal_of_something_else(source: Path, text: Path, tmp_path: Path) -> None:
     result = tpa_convert("heal", source, "--text", text, "--out", tmp_path / "out")
-    assert "not an output of tpa-convert" in error_of(result)
+    assert "is not a converted model" in error_of(result)
 
 
 def test_only_option_names_are_spelt_as_options(tmp_path: Path) -> None:
@@ -432,8 +432,8 @@ def test_generate_with_an_empty_prompt(converted: Path) -> None:
     [
         ("--max-new-tokens", 0, "at least 1"),
         ("--temperature", -1.0, "zero or more"),
-        ("--top-p", 0.0, "above 0 and at most 1"),
-        ("--top-p", 1.5, "above 0 and at most 1"),
+        ("--top-p", 0.0, "above 0 and at most 1, such as 0.125 or 12.5%"),
+        ("--top-p", 1.5, "above 0 and at most 1, such as 0.125 or 12.5%"),
         ("--seed", -1, "zero or more and below 4294967296"),
         ("--seed", 2**32, "zero or more and below 4294967296"),
     ],

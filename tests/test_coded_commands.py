@@ -48,7 +48,7 @@ def test_a_dry_run_says_what_is_known_of_the_codes(folder, tmp_path) -> None:
     assert all(layer["key_codes"] and layer["value_codes"] for layer in planned["layers"])
     assert planned["coded"] is None
     assert not planned["parameters_approximate"]
-    rough = r"parameters +[\d,]+ +about [\d,]+ "
+    rough = r"parameters +[\d,]+ +at most [\d,]+ "
     assert not re.search(rough, shown)
     budget, shown = dry_run("--kv-ratio", 0.25, "--key-blocks", 2)
     assert budget["coded"]["total_bytes"] == budget["kv_bytes"] == 128 / 4

@@ -242,6 +242,7 @@ def test_a_recipe_is_started(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     if not Path(recipe.source.model).exists():
         assert recipe.source.model.removesuffix("-Instruct") == "HuggingFaceTB/SmolLM2-135M"
         monkeypatch.setattr("tpa_convert.pipeline.conversion.read_source_config", smollm2_config)
+        monkeypatch.setattr("tpa_convert.options.named.check_model", lambda *_: None)
     result = tpa_convert("run", path, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "cache bytes per token" in result.stdout

@@ -146,7 +146,7 @@ def test_without_its_description_the_page_is_named(checkpoint: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "no Python file to import"),
+        (None, "--import: no such file"),
         ("1 / 0", "cannot be imported (ZeroDivisionError: division by zero)"),
         ("def f(:", "cannot be imported (SyntaxError"),
         (
@@ -158,7 +158,8 @@ def test_without_its_description_the_page_is_named(checkpoint: Path, tmp_path: P
 def test_files_that_cannot_be_imported(tmp_path: Path, content: str | None, words: str) -> None:
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
-    result = tpa_convert("generate", tmp_path, "words", "--import", tmp_path / "mine.py")
+    arguments = ["--kv-ratio", 0.5, "--dry-run", "--import", tmp_path / "mine.py"]
+    result = tpa_convert("convert", tmp_path, *arguments)
     assert words in error_of(result)
 
 

@@ -175,10 +175,12 @@ def test_an_earlier_model_is_replaced_if_asked(fake_hub: FakeHub, tmp_path: Path
 def test_what_is_in_the_way_is_told_before_any_work(
     fake_hub: FakeHub, tmp_path: Path, command: str, user: Any, name: str, words: str
 ) -> None:
-    """Neither model is there: work on it would end in another error."""
+    """Both models lack their files: work on them would end in another error."""
     fake_hub.user = user
-    options = {"convert": CONVERT, "heal": ["--text", tmp_path / "none.txt"]}[command]
-    arguments = [command, tmp_path / "none", *options, "--out", tmp_path / "out"]
+    (tmp_path / "config.json").write_text('{"tpa_layers": []}')
+    (tmp_path / "empty.txt").touch()
+    options = {"convert": CONVERT, "heal": ["--text", tmp_path / "empty.txt"]}[command]
+    arguments = [command, tmp_path, *options, "--out", tmp_path / "out"]
     said = error_of(tpa_convert(*arguments, "--push-to", name))
     assert words in said
     assert fake_hub.files == {}
@@ -190,7 +192,7 @@ def test_finer_tokens_may_write_elsewhere(fake_hub: FakeHub) -> None:
 
 
 def test_a_private_repository_has_a_name(tmp_path: Path) -> None:
-    arguments = ["convert", tmp_path / "none", *CONVERT, "--out", tmp_path / "out", "--private"]
+    arguments = ["convert", tmp_path, *CONVERT, "--out", tmp_path / "out", "--private"]
     said = error_of(tpa_convert(*arguments))
     assert "--private is for the repository that --push-to makes" in said
 

@@ -175,7 +175,7 @@ def test_a_plan_for_a_llama_is_one_width_and_measures_the_shared_table(
     arguments = [*CONVERT, "--calibration-blocks", "4", "--target", "llama", "--multiple-of", "2"]
     planned = tpa_convert("plan", source, *arguments, "--out", file, "--json", found)
     assert planned.exit_code == 0, planned.output
-    assert f"convert {source} --plan {file} --target llama" in " ".join(planned.output.split())
+    assert f"--target llama --plan {file} --out" in " ".join(planned.output.split())
     candidates = json.loads(found.read_text())["candidates"]
     assert {candidate["split"] for candidate in candidates} == {"uniform"}
     for candidate in candidates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import typer.testing
 
 from tests.command_line import error_of, tpa_convert
 from tpa_convert.cli.commands import app
-from tpa_convert.cli.signature import of_sections
+from tpa_convert.cli.help import Command, with_percent_signs
+from tpa_convert.cli.signature import of_sections, spelled
 from tpa_convert.cli.terminal import fitted
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingSettings
@@ -21,6 +23,7 @@ from tpa_convert.options.conversion import ConvertOptions
 from tpa_convert.options.declaration import (
     MEASURE,
     PANELS,
+    Picture,
     Section,
     Texts,
     how_shown,
@@ -29,6 +32,8 @@ from tpa_convert.options.declaration import (
 )
 from tpa_convert.options.evaluation import EvaluateOptions, GenerateOptions
 from tpa_convert.options.healing import HealOptions
+from tpa_convert.options.messages import expectation
+from tpa_convert.options.numbers import Share
 from tpa_convert.options.planning import PlanOptions
 from tpa_convert.options.recipe import Recipe
 from tpa_convert.options.source import DeviceOptions, SourceOptions
@@ -94,6 +99,8 @@ class Example(Section):
     kept: bool = option(True, "Kept.", MEASURE)
     several: Texts = option((), "Names.", MEASURE, flags="--each -e")
     where: Path | None = option(None, "A place.", MEASURE)
+    part: Share = option(0.5, "A part.", MEASURE, gt=0, le=1)
+    picture: Picture | None = option(None, "A picture.", MEASURE)
 
 
 def run_example(*arguments: str) -> Any:
@@ -104,7 +111,7 @@ def run_example(*arguments: str) -> Any:
         made.append(example)
 
     application = typer.Typer(add_completion=False)
-    application.command()(of_sections(command))
+    application.command(cls=Command)(of_sections(command))
     result = typer.testing.CliRunner().invoke(application, list(arguments))
     assert result.exit_code == 0, result.output or result.exception
     return made[0]
@@ -116,6 +123,34 @@ def test_a_command_is_made_of_a_section() -> None:
     assert run_example(*given, "--each", "a", "-e", "b") == Example(
         count=4, share=0.5, switch=True, kept=False, several=("a", "b"), where=Path("x")
     )
+
+
+@pytest.mark.parametrize("words", [["12.5%"], ["12.5 %"], ["12.5", "%"], ["0.125"]])
+def test_a_share_may_be_given_in_percent(words: list[str]) -> None:
+    assert run_example("--part", *words).part == 0.125
+    assert Example(part="12.5%").part == 0.125  # in a recipe
+    assert with_percent_signs(["generate", "small", "%"]) == ["generate", "small", "%"]
+
+
+def test_every_option_that_is_a_share_takes_percent() -> None:
+    """As their help says: no help calls a plain number a share."""
+    shares = {
+        (section.__name__, name)
+        for section, name in FIELDS
+        if (field := section.model_fields[name]).description
+        and re.search(r"\b[Ss]hare of|this share|total share|percent", field.description)
+        and expectation(field) != "a share, such as 0.125 or 12.5%"
+    }
+    assert {name for _, name in shares} <= {"text"}
+    assert expectation(HealOptions.model_fields["stop_at"]) == "a share, such as 0.125 or 12.5%"
+
+
+def test_options_are_spelt_as_they_were_given() -> None:
+    given = ["--count", "4", "--switch", "--no-kept", "--each", "a b", "--each", "c"]
+    example = run_example(*given, "--where", "x")
+    assert spelled(example, Example.model_fields) == [*given, "--where", "x"]
+    assert spelled(example, ["where"]) == ["--where", "x"]
+    assert spelled(Example(), Example.model_fields) == []
 
 
 def test_two_sections_of_a_command_share_no_name() -> None:
@@ -138,6 +173,10 @@ def test_two_sections_of_a_command_share_no_name() -> None:
         ({"count": 1.5}, "count must be a whole number, not 1.5"),
         ({"count": None}, "count must be a whole number, not nothing"),
         ({"share": 0}, "share must be above 0 and at most 1, not 0"),
+        ({"part": 12.5}, "part must be above 0 and at most 1, such as 0.125 or 12.5%, not 12.5"),
+        ({"part": "12.5%%"}, "part must be a share, such as 0.125 or 12.5%, not 12.5%%"),
+        ({"part": "200%"}, "part must be above 0 and at most 1, such as 0.125 or 12.5%, not 2.0"),
+        ({"picture": "x.gif"}, "picture: a picture ends in .png, .svg, .pdf, not x.gif"),
         ({"share": "half"}, "share must be a number, not half"),
         ({"share": ""}, "share must be a number, not ''"),
         ({"share": float("nan")}, "share must be above 0 and at most 1, not nan"),
@@ -225,6 +264,10 @@ def test_words_of_pydantic_would_be_seen() -> None:
     ("arguments", "message"),
     [
         (["eval", ".", "--task", "piqa", "--limit", "0"], "--limit must be at least 1, not 0"),
+        (["convert", "x", "--kv-bytes", "many"], "--kv-bytes must be a whole number, not many"),
+        (["serve", ".", "--port", "http"], "--port must be a whole number, not http"),
+        (["plan", "x", "--memory", "24GB"], "--memory must be a number, not 24GB"),
+        (["convert", "x", "--kv-ratio", "a half"], "--kv-ratio must be a share, such as 0.125"),
         (["convert", "x", "--kv-bytes", "0"], "--kv-bytes must be at least 1, not 0"),
         (["heal", ".", "--out", "x"], "there is no text to heal on: give --text, --sampled-tokens"),
         (["plan", "x", "--max-increase", "nan"], "--max-increase must be a positive number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -367,7 +368,7 @@ def last_line(result) -> str:
         (("--kv-floats", 15), "multiples of 8 need a budget of at least 16"),
         (("--multiple-of", 16), "multiples of 16 need a budget of at least 32"),
         (("--multiple-of", 6), "widths cannot be multiples of 6"),
-        (("--chart", "plan.gif"), "a chart ends in .png, .svg, .pdf"),
+        (("--chart", "plan.gif"), "--chart: a picture ends in .png, .svg, .pdf"),
         (("--calibration-blocks", 1), "--calibration-blocks of at least 2"),
         (("--moments", "missing.st", "--save-moments", "other.st"), "leave out --save-moments"),
     ],
@@ -460,6 +461,27 @@ def test_results_are_saved_before_they_are_shown(tmp_path, text, monkeypatch) ->
     assert [path.is_file() for path in files] == [True, False, True]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_next_command_makes_what_was_planned(tmp_path, text, monkeypatch, kept: bool) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    source, plan = save_source(tmp_path / "a source"), tmp_path / "p.yaml"
+    moments = tmp_path / "m.safetensors"
+    options = ("--out", plan, "--gauge", "applied", "--seed", 3)
+    result = planned(source, text, *options, *(("--save-moments", moments) if kept else ()))
+    last = result.stdout.splitlines()[-1].strip()
+    measured = ["--calibration", text, "--calibration-blocks", 8, "--block-length", 32, "--seed", 3]
+    expected = [
+        *("tpa-convert", "convert", source, *(("--moments", moments) if kept else measured)),
+        *("--gauge", "applied", "--plan", plan, "--out", "small"),
+    ]
+    assert shlex.split(last) == [str(word) for word in expected]
+    monkeypatch.chdir(tmp_path)
+    if kept:  # nothing is measured again
+        monkeypatch.setattr("tpa_convert.pipeline.calibration.collect_moments", None)
+    made = tpa_convert(*shlex.split(last)[1:])
+    assert made.exit_code == 0, made.output
+
+
 def test_a_plan_is_not_overwritten(tmp_path, text) -> None:
     source = save_source(tmp_path / "source")
     plan = tmp_path / "plan.yaml"
@@ -477,7 +499,7 @@ def test_a_plan_and_another_budget_exclude_each_other(tmp_path) -> None:
     latent = ("convert", source, "--kv-floats", 8, "--dry-run", "--key-cache", "latent")
     for wrong in (("--form", "affine"), ("--method", "svd")):
         assert "leave out --form and --method" in error_of(tpa_convert(*latent, *wrong))
-    assert "make one with tpa-convert plan" in error_of(tpa_convert(*command))
+    assert "--plan: no such file: plan.yaml" in error_of(tpa_convert(*command))
 
 
 def test_agreement_of_the_exact_plan(measured) -> None:

@@ -103,9 +103,12 @@ def test_unknown_key_unlike_any_lists_the_valid_ones(tmp_path: Path) -> None:
     [
         (
             "source: m\nconvert: {kv_ratio: 1.5}\n",
-            "convert.kv_ratio must be above 0 and at most 1, not 1.5",
+            "convert.kv_ratio must be above 0 and at most 1, such as 0.125 or 12.5%, not 1.5",
         ),
-        ("source: m\nconvert: {kv_ratio: half}\n", "convert.kv_ratio must be a number, not half"),
+        (
+            "source: m\nconvert: {kv_ratio: half}\n",
+            "convert.kv_ratio must be a share, such as",
+        ),
         (
             "source: m\nconvert: {form: quadratic, kv_ratio: 0.5}\n",
             "convert.form must be static, affine or linear, not quadratic",
@@ -185,7 +188,10 @@ def test_another_split_of_a_dataset_may_measure() -> None:
         ({"text": {"a.txt": 2}, "valid_text": "a.txt"}, "a.txt is training text"),
         ({}, "no text to heal on"),
         ({"text": "a.txt", "stop_at": 0.1}, "`stop_at` needs held-out text"),
-        ({"text": "a.txt", "stop_at": 0}, "stop_at must be a positive number, not 0"),
+        (
+            {"text": "a.txt", "stop_at": 0},
+            "stop_at must be a positive number, such as 0.125",
+        ),
     ],
 )
 def test_held_out_text_of_healing(options, message) -> None:

@@ -138,7 +138,7 @@ def test_unknown_key_and_missing_output(recipe: Path, tmp_path: Path) -> None:
     change(recipe, "evaluate", sped=True)
     message = error_of(tpa_convert("run", recipe))
     assert message == f"error: {recipe}: unknown key evaluate.sped; did you mean speed?"
-    recipe.write_text("source: x\nconvert: {kv_ratio: 0.5}\n")
+    recipe.write_text(f"source: {tmp_path}\nconvert: {{kv_ratio: 0.5}}\n")
     assert "pass --out DIR" in error_of(tpa_convert("run", recipe))
 
 

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from tests.conftest import make_tiny_llama
 from tpa_convert.errors import UserError
+from tpa_convert.places import models as places
 from tpa_convert.sources import checkpoint as checkpoint_module
 from tpa_convert.sources import load as load_module
 from tpa_convert.sources import load_source, read_source_config
@@ -242,21 +243,21 @@ class TestHub:
         def refuse(*args: Any, **kwargs: Any) -> str:
             raise error.__new__(error)  # their constructors want an HTTP response
 
-        monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
+        monkeypatch.setattr(places, "snapshot_download", refuse)
         fails("some-org/model", *words, revision="v9")
 
     def test_no_connection(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*args: Any, **kwargs: Any) -> str:
             raise OSError("network is unreachable")
 
-        monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
+        monkeypatch.setattr(places, "snapshot_download", refuse)
         fails("some-org/model", "the Hub cannot be reached", "connection")
 
     def test_no_room_for_the_download(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*args: Any, **kwargs: Any) -> str:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
+        monkeypatch.setattr(places, "snapshot_download", refuse)
         fails("some-org/model", "the Hub's cache (No space left on device)", "HF_HOME")
 
     def test_a_cached_snapshot_is_used_as_far_as_it_is_there(
@@ -269,7 +270,7 @@ class TestHub:
         def offline(*args: Any, **kwargs: Any) -> str:
             raise IncompleteSnapshotError("2 files are missing", str(directory))
 
-        monkeypatch.setattr(checkpoint_module, "snapshot_download", offline)
+        monkeypatch.setattr(places, "snapshot_download", offline)
         assert load_source("some-org/model").reference.revision == "0123abc"
         (directory / "model.safetensors").unlink()
         assert read_source_config("some-org/model").model_type == "llama"
@@ -305,7 +306,7 @@ class TestHub:
             asked.append({"repo_id": repo_id, **options})
             return str(directory)
 
-        monkeypatch.setattr(checkpoint_module, "snapshot_download", download)
+        monkeypatch.setattr(places, "snapshot_download", download)
         source = load_source("some-org/model", revision="main")
         assert source.reference.id == "some-org/model"
         assert source.reference.revision == "0123abc"

@@ -7,6 +7,7 @@ Heavy imports happen inside the commands, so that `--help` is immediate.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import typer
 from tpa_convert import __version__
 from tpa_convert.cli.files import write_json, write_text
 from tpa_convert.cli.help import Command, example
-from tpa_convert.cli.signature import of_sections
+from tpa_convert.cli.signature import of_sections, spelled
 from tpa_convert.cli.tables import (
     duration,
     show_expected_loss,
@@ -38,7 +39,7 @@ from tpa_convert.cli.terminal import (
     track,
 )
 from tpa_convert.errors import UserError
-from tpa_convert.export.output import check_file
+from tpa_convert.export.output import check_file, check_output
 from tpa_convert.options.bench import BenchOptions
 from tpa_convert.options.command_line import (
     BenchFiles,
@@ -52,12 +53,12 @@ from tpa_convert.options.command_line import (
     RunFiles,
     Teacher,
 )
-from tpa_convert.options.conversion import ConvertOptions
+from tpa_convert.options.conversion import CalibrationOptions, ConvertOptions
 from tpa_convert.options.evaluation import EvaluateOptions, GenerateOptions
 from tpa_convert.options.healing import HealOptions
 from tpa_convert.options.planning import PlanOptions
 from tpa_convert.options.recipe import load_recipe
-from tpa_convert.options.source import DeviceOptions, SourceOptions
+from tpa_convert.options.source import DeviceOptions, SourceAccess, SourceOptions
 
 if TYPE_CHECKING:
     from tpa_convert.export.hub import Repository
@@ -79,6 +80,10 @@ def command(*words: str, name: str | None = None) -> Callable[[Callable], Callab
     def register(function: Callable) -> Callable:
         @wraps(function)
         def started(own: OwnCode, **sections: Any) -> None:
+            from tpa_convert.options.named import check_named
+
+            for section in (own, *sections.values()):
+                check_named(section)
             quiet_libraries()  # only now, since it imports them
             if own.own_code:
                 from tpa_convert.families.own_code import import_file
@@ -133,13 +138,11 @@ def plan(
     --cache-bits 16 it measures what narrower keys and values cost and spreads widths instead. With
     --target llama all layers are as wide, since a Llama has one size of heads.
     """
-    from tpa_convert import pipeline
-    from tpa_convert.reporting.charts import check_chart, planning_chart
-
-    if files.chart is not None:
-        check_chart(files.chart)
     for path in (files.out, files.chart, options.save_moments, files.json_file):
         check_file(path, files.overwrite)
+    from tpa_convert import pipeline
+    from tpa_convert.reporting.charts import planning_chart
+
     result = pipeline.plan(source, options, device=where.device, track=track)
     # Files come before what is printed, since a closed pipe ends the command.
     if files.out is not None:
@@ -149,10 +152,10 @@ def plan(
         planning_chart(result.report, files.chart, refined=result.refined)
     show_planning(result)
     if files.out is not None:
-        target = f" --target {options.target}" if options.target else ""
+        words = ["tpa-convert", "convert", source.model, *_as_planned(source, options, where)]
         show_next(
             f"Wrote {files.out} in {duration(result.seconds)}. Next:",
-            f"tpa-convert convert {source.model} --plan {files.out}{target} --out small",
+            shlex.join([*words, "--plan", str(files.out), "--out", "small"]),
         )
 
 
@@ -167,9 +170,7 @@ def convert(
     little in fewer or none. The result is an ordinary transformers model; heal it to get back what
     was lost.
     """
-    if files.out is None and not files.dry_run:
-        raise UserError("say where to write the model with --out DIR (or look first: --dry-run)")
-    check_file(files.json_file, files.overwrite)
+    _check_outputs(files)
     from tpa_convert import pipeline
 
     if files.dry_run:
@@ -205,9 +206,7 @@ def heal(files: HealFiles, options: HealOptions, teacher: Teacher) -> None:
     of `heal`. Ctrl-C stops it at a checkpoint beside the output directory, and the same command
     continues from there.
     """
-    if files.out is None and not files.dry_run:
-        raise UserError("say where to write the model with --out DIR (or look first: --dry-run)")
-    check_file(files.json_file, files.overwrite)
+    _check_outputs(files)
     from accelerate import PartialState
 
     from tpa_convert import pipeline
@@ -273,14 +272,11 @@ def bench(
     Prefill and decoding, and how near a decoding step comes to the time that the device takes to
     read weights and cache.
     """
-    from tpa_convert import pipeline
-    from tpa_convert.reporting.charts import check_chart
-    from tpa_convert.reporting.speed import speed_chart
-
-    if files.chart is not None:
-        check_chart(files.chart)
     for path in (files.chart, files.json_file):
         check_file(path, files.overwrite)
+    from tpa_convert import pipeline
+    from tpa_convert.reporting.speed import speed_chart
+
     report = pipeline.bench(
         files.models, options, against=reference.model, device=where.device, track=track
     )
@@ -309,7 +305,11 @@ def run(files: RunFiles) -> None:
     Finished steps are kept: after Ctrl-C, the same command continues where it was.
     """
     steps = load_recipe(files.recipe)
+    from tpa_convert.options.named import check_named
+
+    check_named(steps)
     check_file(files.json_file, overwrite=True)
+    out = files.out if files.dry_run else steps.results(files.out)
     from tpa_convert import pipeline
     from tpa_convert.pipeline.run import run as run_recipe
 
@@ -319,7 +319,7 @@ def run(files: RunFiles) -> None:
         show_plan(prediction)
         return
     with _continued_without("--overwrite", files.overwrite):
-        result = run_recipe(steps, files.out, overwrite=files.overwrite, track=track)
+        result = run_recipe(steps, out, overwrite=files.overwrite, track=track)
     write_json(files.json_file, result)
     if result.conversion is not None:
         show_plan(result.conversion.prediction)
@@ -336,6 +336,30 @@ def main() -> None:
     """Entry point. A polite kill cleans up like Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()
+
+
+def _check_outputs(files: ConvertFiles | HealFiles) -> None:
+    """Whether all that is to be written can be: asked before anything slow is imported."""
+    check_file(files.json_file, files.overwrite)
+    if files.dry_run:
+        return
+    if files.out is None:
+        raise UserError("say where to write the model with --out DIR (or look first: --dry-run)")
+    check_output(files.out, files.overwrite)
+
+
+def _as_planned(source: SourceOptions, options: PlanOptions, where: DeviceOptions) -> list[str]:
+    """What `convert` needs beside a plan to make the model that was planned."""
+    moments = options.moments or options.save_moments
+    measured = ["moments"]
+    if moments is None or options.refine:  # a refinement reads the text again
+        measured += [name for name in CalibrationOptions.model_fields if name != "moments"]
+    beside = options.model_copy(update={"moments": moments, "save_moments": None})
+    return [
+        *spelled(source, SourceAccess.model_fields),
+        *spelled(beside, [*measured, "gauge", "target", "refine"]),
+        *spelled(where, DeviceOptions.model_fields),
+    ]
 
 
 def _repository(files: ConvertFiles | HealFiles) -> Repository | None:

@@ -5,6 +5,8 @@ The options of a command stand in panels, in the order of `PANELS`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -16,6 +18,9 @@ OTHER = "Help"
 
 class Command(TyperCommand):
     """A command whose help groups the options by their panels."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_percent_signs(args))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS]", *(p.metavar or "" for p in self.params if _is_argument(p))]
@@ -46,6 +51,17 @@ class Group(TyperGroup):
 def example(command: str) -> str:
     """The end of a help text: a command to copy, in a line of its own."""
     return f"\b\nExample:\n  {command}"
+
+
+def with_percent_signs(words: Sequence[str]) -> list[str]:
+    """A per cent sign behind a blank goes to the number before it: `25 %` is `25%`."""
+    joined: list[str] = []
+    for word in words:
+        if word == "%" and joined and re.fullmatch(r"[\d.]+", joined[-1]):
+            joined[-1] += word
+        else:
+            joined.append(word)
+    return joined
 
 
 def _is_argument(parameter: Any) -> bool:

@@ -7,7 +7,7 @@ its signature holds the fields of all sections, and calling it fills the section
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -55,7 +55,9 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     shown = how_shown(field)
     kind, several = _type_of(field)
     default = inspect.Parameter.empty if field.is_required() else field.get_default()
-    plain: Any = kind if get_origin(kind) is not Literal or not several else str
+    # What is no number is told by the section, in words of ours; so is a choice among several.
+    told_by_section = kind in (int, float) or (several and get_origin(kind) is Literal)
+    plain: Any = str if told_by_section else kind
     annotation: Any = list[plain] if several else plain
     if not field.is_required() and (several or default is None):
         annotation, default = annotation | None, None
@@ -78,6 +80,27 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         annotation=Annotated[annotation, declared],
         default=default,
     )
+
+
+def spelled(section: Section, names: Iterable[str]) -> list[str]:
+    """The words of a command line that say those fields of a section which are not as by default.
+
+    Args:
+        names: of fields of the section.
+    """
+    words: list[str] = []
+    for name in names:
+        field, value = type(section).model_fields[name], getattr(section, name)
+        kind, _ = _type_of(field)
+        if value is None or value == field.get_default():
+            continue
+        flag = (how_shown(field)["flags"] or f"--{name.replace('_', '-')}").split()[0]
+        if kind is bool:
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [flag, str(one)]
+    return words
 
 
 def _type_of(field: FieldInfo) -> tuple[Any, bool]:

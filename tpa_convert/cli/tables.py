@@ -41,11 +41,11 @@ def show_plan(prediction: Prediction) -> None:
         *((f"cache bytes of {n:,} tokens", *prediction.cached_at(n)) for n in windowed),
         ("parameters", prediction.source_parameters, prediction.parameters),
     ):
-        about = "about " if name == "parameters" and prediction.approximate else ""
+        bound = "at most " if name == "parameters" and prediction.approximate else ""
         table.add_row(
             name,
             f"{before:,.0f}",
-            about + (f"{after:,.6g}" if after < 1e6 else f"{after:,.0f}"),
+            bound + (f"{after:,.6g}" if after < 1e6 else f"{after:,.0f}"),
             f"{after / before:.1%}",
         )
     console.print(table)

@@ -33,7 +33,7 @@ from tpa_convert.errors import UserError
 from tpa_convert.export.output import is_disk_full
 
 PROGRAM = "tpa-convert "
-WORD = r'(?:"[^"]*"|\S)+'  # perhaps with blanks between quotes
+WORD = r"""(?:"[^"]*"|'[^']*'|\S)+"""  # perhaps with blanks between quotes
 INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"

@@ -15,9 +15,10 @@ from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import EvaluationReport
 from tpa_convert.export.output import PROVENANCE_FILE
-from tpa_convert.export.save import Provenance, check_converted, read_provenance
+from tpa_convert.export.save import Provenance, read_provenance
 from tpa_convert.modeling import LayerShape, source_head_dim
 from tpa_convert.modeling.legacy import TPAConfig
+from tpa_convert.places.models import check_converted
 from tpa_convert.sources.checkpoint import Checkpoint
 
 

@@ -32,6 +32,7 @@ from tpa_convert.export.card import render_card
 from tpa_convert.export.code import write_own_code
 from tpa_convert.export.output import PROVENANCE_FILE, atomic_file
 from tpa_convert.families.family import CUSTOM_PAGE
+from tpa_convert.places.models import check_converted
 from tpa_convert.sources.checkpoint import LICENCES
 
 PACKAGES = ("torch", "transformers", "safetensors", "tensorly", "datasets", "accelerate")
@@ -137,33 +138,6 @@ def auto_map(causal_lm: Any) -> dict[str, str]:
     return {
         auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()
     }
-
-
-def is_converted(directory: str | Path) -> bool:
-    """Whether a directory holds a converted model, saved by whomever: its config says so."""
-    try:
-        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    # As `families.is_tpa`, without the code that such a config may want to run.
-    return isinstance(config, dict) and (
-        config.get("model_type") == "tpa" or config.get("tpa_layers") is not None
-    )
-
-
-def check_converted(directory: str | Path) -> None:
-    """Refuses what is no converted model.
-
-    Raises:
-        UserError: no such directory, or another model.
-    """
-    if not Path(directory).is_dir():
-        raise UserError(f"no such directory: {directory}")
-    if not is_converted(directory):
-        raise UserError(
-            f"{directory} is not a converted model (its config.json describes no TPA layers): make "
-            "one with `tpa-convert convert`"
-        )
 
 
 def load_converted(

@@ -10,6 +10,7 @@ from tpa_convert.options.declaration import (
     REQUIRED,
     SOURCE,
     TRAINING,
+    Picture,
     Section,
     Texts,
     option,
@@ -18,7 +19,11 @@ from tpa_convert.options.source import SourceAccess, SourceOptions
 
 # Options of several commands.
 CONVERTED = option(
-    REQUIRED, "A converted model (output of convert or heal).", ARGUMENT, metavar="DIR"
+    REQUIRED,
+    "A converted model (output of convert or heal).",
+    ARGUMENT,
+    metavar="DIR",
+    reads="converted",
 )
 OVERWRITE = option(False, "Replace an earlier output of tpa-convert.", OUTPUT)
 DRY_RUN = option(
@@ -52,6 +57,7 @@ class OwnCode(Section):
         SOURCE,
         flags="--import",
         metavar="FILE",
+        reads="file",
     )
 
 
@@ -61,7 +67,7 @@ class PlanFiles(Section):
     out: Path | None = option(
         None, "Plan to write, for `convert --plan`.", OUTPUT, flags="--out -o"
     )
-    chart: Path | None = option(None, "Picture to draw (.png, .svg, .pdf).", OUTPUT)
+    chart: Picture | None = option(None, "Picture to draw (.png, .svg, .pdf).", OUTPUT)
     overwrite: bool = OVERWRITE
     json_file: Path | None = JSON_FILE
 
@@ -119,6 +125,7 @@ class EvalFiles(Section):
         "Hub id, directory or .gguf file.",
         ARGUMENT,
         metavar="MODEL...",
+        reads="model",
     )
     write_card: bool = option(
         False, "Put the table into the README.md (model card) of each converted model.", OUTPUT
@@ -135,8 +142,9 @@ class BenchFiles(Section):
         "directory or .gguf file.",
         ARGUMENT,
         metavar="MODEL...",
+        reads="model",
     )
-    chart: Path | None = option(None, "Picture to draw (.png, .svg, .pdf).", OUTPUT)
+    chart: Picture | None = option(None, "Picture to draw (.png, .svg, .pdf).", OUTPUT)
     overwrite: bool = OVERWRITE
     json_file: Path | None = JSON_FILE
 
@@ -173,6 +181,7 @@ class Teacher(SourceAccess):
         "The model to learn from: Hub id, local directory or .gguf file.",
         SOURCE,
         metavar="SOURCE",
+        reads="model",
         shown_default="the one that DIR was converted from",
     )
 
@@ -190,6 +199,7 @@ class Reference(SourceAccess):
         "The source to compare with: Hub id, local directory or .gguf file.",
         SOURCE,
         metavar="SOURCE",
+        reads="model",
         shown_default="the one that the models were converted from, if they say",
     )
 

@@ -19,6 +19,7 @@ from tpa_convert.options.declaration import (
     Texts,
     option,
 )
+from tpa_convert.options.numbers import Share
 
 HeadFactorForm = Literal["static", "affine", "linear"]
 Method = Literal["gauge", "svd", "tucker", "cp"]
@@ -43,9 +44,9 @@ class CacheBudget(Section):
         ge=1,
     )
     kv_bytes: int | None = option(None, "Bytes cached per token by the whole model.", BUDGET, ge=1)
-    kv_ratio: float | None = option(
+    kv_ratio: Share | None = option(
         None,
-        "Share of the source's cache to keep, at 16 bits a number: 0.125 keeps an eighth.",
+        "Share of the source's cache to keep, at 16 bits a number: 0.125 or 12.5% keeps an eighth.",
         BUDGET,
         gt=0,
         le=1,
@@ -150,6 +151,7 @@ class CalibrationOptions(Section):
         "be repeated.",
         CALIBRATION,
         metavar="PATH|DATASET",
+        reads="text",
         shown_default="a short text in this package",
     )
     text_column: str = option(
@@ -175,6 +177,7 @@ class CalibrationOptions(Section):
         None,
         "Use moments saved before from the same source instead of calibrating.",
         CALIBRATION,
+        reads="file",
     )
     seed: Seed = option(
         0, "Chooses the calibration documents; the same seed gives the same result.", SOURCE
@@ -200,6 +203,7 @@ class ConvertOptions(CalibrationOptions, KeyOptions):
         None,
         "Widths and bits of every layer, from a file that `tpa-convert plan` wrote.",
         BUDGET,
+        reads="file",
     )
     rank_k: int | None = option(
         None, "Components of the keys that share one head factor each.", BUDGET, ge=1

@@ -11,12 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 
 from tpa_convert.errors import UserError
 from tpa_convert.options.messages import one_line
 
+Reads = Literal["model", "converted", "file", "text"]
 FloatType = Literal["float32", "bfloat16", "float16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -60,6 +68,7 @@ def option(
     flags: str = "",
     metavar: str = "",
     shown_default: str = "",
+    reads: Reads | None = None,
     **checks: Any,
 ) -> Any:
     """A field of a section.
@@ -71,10 +80,13 @@ def option(
         flags: spellings on the command line, separated by blanks.
         metavar: what the help puts in the place of a value; by default it follows from the type.
         shown_default: in words, where the default itself (None) says nothing.
+        reads: what the value names, which has to be there (`named.check_named`): a model by its
+            path or Hub id, the directory of a converted model, a file, or text.
         **checks: pydantic's: ge, gt, le, lt, default_factory, ...
     """
     shown: Any = {"panel": panel, "flags": flags, "metavar": metavar, "default": shown_default}
-    return Field(default, description=help_text, json_schema_extra={"option": shown}, **checks)
+    extra: Any = {"option": shown, "reads": reads}
+    return Field(default, description=help_text, json_schema_extra=extra, **checks)
 
 
 def how_shown(field: FieldInfo) -> dict[str, str]:
@@ -82,6 +94,13 @@ def how_shown(field: FieldInfo) -> dict[str, str]:
     extra = field.json_schema_extra
     assert isinstance(extra, dict), "declare fields of sections with `option`"
     return cast(dict[str, str], extra["option"])
+
+
+def what_it_reads(field: FieldInfo) -> Reads | None:
+    """What `option` was told that the value of a field names."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict), "declare fields of sections with `option`"
+    return cast(Reads | None, extra["reads"])
 
 
 class Section(BaseModel):
@@ -135,6 +154,19 @@ def as_tuple(value: Any) -> Any:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 """One text file, directory, glob or dataset, or several."""
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def _drawable(path: Path) -> Path:
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"a picture ends in {', '.join(PICTURES)}, not {path.name}")
+    return path
+
+
+Picture = Annotated[Path, AfterValidator(_drawable)]
+"""A file to draw."""
 
 
 def _several(value: Any) -> Any:

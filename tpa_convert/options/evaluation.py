@@ -13,6 +13,7 @@ from tpa_convert.options.declaration import (
     Texts,
     option,
 )
+from tpa_convert.options.numbers import Share
 
 
 class EvaluationSettings(Section):
@@ -23,6 +24,7 @@ class EvaluationSettings(Section):
         "Multiple choice, one JSON object {query, choices, gold} a line. May be repeated.",
         MEASURE,
         metavar="FILE",
+        reads="file",
     )
     tasks: Texts = option(
         (),
@@ -63,6 +65,7 @@ class EvaluateOptions(EvaluationSettings):
         "Text file, directory, glob or Hub dataset for perplexity. May be repeated.",
         TEXT,
         metavar="PATH|DATASET",
+        reads="text",
     )
     text_column: str = option("text", "Column of the text in jsonl, parquet and datasets.", TEXT)
     split: str = option("train", "Split of a Hub dataset; local files have only one.", TEXT)
@@ -75,7 +78,7 @@ class GenerateOptions(Section):
     temperature: float = option(
         0.0, "0 always takes the likeliest token; 1 samples.", SAMPLING, ge=0
     )
-    top_p: float = option(
+    top_p: Share = option(
         1.0, "Sample from the likeliest tokens of this total share.", SAMPLING, gt=0, le=1
     )
     seed: Seed = option(0, "The same seed gives the same result.", SOURCE)

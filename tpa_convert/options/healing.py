@@ -21,6 +21,7 @@ from tpa_convert.options.declaration import (
     as_tuple,
     option,
 )
+from tpa_convert.options.numbers import Share
 from tpa_convert.options.shares import join_shares, split_share
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -88,7 +89,7 @@ class HealingSettings(Section):
         TRAINING,
     )
     lora_rank: int = option(16, "Rank of the adapters.", TRAINING, ge=1)
-    skew: float = option(
+    skew: Share = option(
         0.1,
         "Share of the source's distribution mixed into the model's before they are compared; 0 is "
         "the plain divergence.",
@@ -133,10 +134,10 @@ class HealingSettings(Section):
         100, "Steps between measurements on the held-out text.", TRAINING, ge=1
     )
     # Judged by the divergence, which no luck with the held-out text can lower.
-    stop_at: float | None = option(
+    stop_at: Share | None = option(
         None,
         "Stop early once the divergence on the held-out text stands for at most this rise of "
-        "perplexity, exp(KL) − 1: 0.02 is two percent.",
+        "perplexity, exp(KL) − 1: 0.02, or 2%, is two percent.",
         TRAINING,
         gt=0,
     )
@@ -175,6 +176,7 @@ class HealOptions(HealingSettings):
         "all count the same.",
         TEXT,
         metavar="PATH|DATASET",
+        reads="text",
     )
     sampled_tokens: int = option(
         0,
@@ -193,9 +195,10 @@ class HealOptions(HealingSettings):
         "Held-out text, for the perplexity and divergence shown during healing. May be repeated.",
         TEXT,
         metavar="PATH|DATASET",
+        reads="text",
     )
     text_column: str = option("text", "Column of the text in jsonl, parquet and datasets.", TEXT)
-    kv_ratio: float | None = option(
+    kv_ratio: Share | None = option(
         None,
         "Of a model that caches plain numbers: code its cache in bits first, in this share of the "
         "source's bytes. Needs keys that are latent, or a gauge that is applied.",

@@ -17,6 +17,8 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from tpa_convert.options.numbers import PERCENT
+
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
 BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
@@ -54,6 +56,8 @@ def expectation(field: FieldInfo, bounds_only: bool = False) -> str:
         return "a name or a list of names"
     if isinstance(inner, type) and issubclass(inner, BaseModel):
         return f"a mapping with the keys {', '.join(inner.model_fields)}"
+    if PERCENT in constraints:
+        return f"{bounds if bounds_only and bounds else 'a share'}, such as 0.125 or 12.5%"
     if bounds_only:
         return bounds or "a finite number"
     return NAMES.get(inner, "text") if isinstance(inner, type) else "text"

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from tpa_convert.options.conversion import CalibrationOptions, KeyOptions
 from tpa_convert.options.declaration import METHOD, PLANNING, option
+from tpa_convert.options.numbers import Share
 
 Objective = Literal["bytes", "speed"]
 
@@ -15,10 +16,10 @@ Objective = Literal["bytes", "speed"]
 class PlanOptions(CalibrationOptions, KeyOptions):
     """How to choose a plan: a budget, or what may be lost."""
 
-    max_increase: float = option(
+    max_increase: Share = option(
         0.1,
         "Without a budget: take the smallest cache whose perplexity, before refinement and "
-        "healing, rises by at most this share.",
+        "healing, rises by at most this share (10% is 0.1).",
         PLANNING,
         gt=0,
     )

@@ -53,6 +53,22 @@ class Recipe(Section):
             refuse_overlap(train, test, "evaluate.text")
         return self
 
+    def results(self, out: str | Path | None = None) -> Path:
+        """The directory for the results.
+
+        Args:
+            out: takes precedence over that of the recipe.
+
+        Raises:
+            UserError: neither is given.
+        """
+        directory = out or self.out
+        if directory is None:
+            raise UserError(
+                "the recipe names no output directory: add `out: DIR` or pass --out DIR"
+            )
+        return Path(directory)
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a YAML recipe.

@@ -20,7 +20,11 @@ class SourceOptions(SourceAccess):
     """A source model."""
 
     model: str = option(
-        REQUIRED, "Hub id, local directory or .gguf file.", ARGUMENT, metavar="SOURCE"
+        REQUIRED,
+        "Hub id, local directory or .gguf file.",
+        ARGUMENT,
+        metavar="SOURCE",
+        reads="model",
     )
 
 

@@ -148,5 +148,6 @@ class ReportFiles(Section):
         "repeated.",
         MEASURE,
         metavar="FILE",
+        reads="file",
     )
     overwrite: bool = option(False, "Replace the file.", OUTPUT)

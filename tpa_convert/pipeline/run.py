@@ -68,10 +68,7 @@ def run(
         UserError: a step failed, an earlier run in `out` had other settings, or documents of the
             evaluation are in the training text.
     """
-    directory = out or recipe.out
-    if directory is None:
-        raise UserError("the recipe names no output directory: add `out: DIR` or pass --out DIR")
-    base = Path(directory)
+    base = recipe.results(out)
     converted, healed = base / "converted", base / "healed" if recipe.heal else None
     sections: dict[str, Section] = {"convert": recipe.convert}
 

@@ -16,11 +16,12 @@ from tpa_convert.dtypes import named_dtype
 from tpa_convert.errors import UserError
 from tpa_convert.export.inspection import cached_bytes
 from tpa_convert.export.inspection import inspect as inspect_directory
-from tpa_convert.export.save import check_converted, load_tokenizer
+from tpa_convert.export.save import load_tokenizer
 from tpa_convert.families import FAMILIES
 from tpa_convert.modeling.legacy import TPAForCausalLM
 from tpa_convert.options.usage import ServeOptions
 from tpa_convert.pipeline.selection import usable_device
+from tpa_convert.places.models import check_converted
 
 PAGE = 256  # tokens of a block, transformers' own choice
 TOKENS_ON_CPU = 32_768

@@ -17,13 +17,13 @@ from tpa_convert.errors import UserError
 from tpa_convert.export.output import PROVENANCE_FILE
 from tpa_convert.export.save import (
     Provenance,
-    is_converted,
     load_model,
     load_tokenizer,
     read_provenance,
 )
 from tpa_convert.options.source import SourceOptions
 from tpa_convert.pipeline.selection import load
+from tpa_convert.places.models import is_converted
 from tpa_convert.sources import Source, read_source_config
 
 

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tpa_convert.errors import UserError
 from tpa_convert.export.output import atomic_file
 from tpa_convert.healing import HealingReport
 from tpa_convert.planning.search import Candidate, PlanReport
 from tpa_convert.plans import Plan
 
 LEAST_KL, MOST_KL = 1e-4, 3.0  # that a chart of plans shows
-FORMATS = (".png", ".svg", ".pdf")
 LABELS = {
     "uniform": "uniform widths",
     "halfway": "halfway",
@@ -33,16 +31,6 @@ COLORS = {
     "held-out": "#1f77b4",
     "source": "#7f7f7f",
 }
-
-
-def check_chart(path: Path) -> None:
-    """Refuses a file that could not be drawn, before any work is done.
-
-    Raises:
-        UserError: an unknown ending.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"a chart ends in {', '.join(FORMATS)}, not {path.name}")
 
 
 def planning_chart(report: PlanReport, path: Path, *, refined: bool) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -13,20 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from transformers.utils import is_gguf_available
 
 from tpa_convert.dtypes import is_finite
 from tpa_convert.errors import UserError
+from tpa_convert.places.models import model_path, snapshot
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Files with the terms of a model."""
@@ -51,9 +41,7 @@ _PACKED = (
     ".weight_scale",
     ".weight_scale_inv",
 )
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -276,75 +264,14 @@ def find_checkpoint(
         UserError: there is no such path, model or revision, or no connection to the Hub.
     """
     spec = str(spec)
-    path = Path(spec).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise UserError(f"{spec}: a revision goes with a Hub id, not with a path; leave it out")
-        return _local_checkpoint(spec, path.resolve())
-    if _looks_like_path(spec, path):
-        raise UserError(f"{spec}: no such file or directory; give an existing path or a Hub id")
+    path = model_path(spec, revision)
+    if path is not None:
+        if path.is_dir():
+            return Checkpoint(spec, str(path), path)
+        return Checkpoint(spec, str(path), path.parent, gguf_file=path.name)
     patterns = _HUB_FILES if weights else ("config.json",)
     code = ("*.py",) if trust_remote_code else ()
-    return Checkpoint(spec, spec, *_download(spec, revision, [*patterns, *code]))
-
-
-def _local_checkpoint(spec: str, path: Path) -> Checkpoint:
-    if path.is_dir():
-        return Checkpoint(spec, str(path), path)
-    if path.suffix.lower() == ".gguf":
-        return Checkpoint(spec, str(path), path.parent, gguf_file=path.name)
-    raise UserError(
-        f"{spec}: this is a file; give the directory of a checkpoint, a .gguf file or a Hub id"
-    )
-
-
-def _looks_like_path(spec: str, path: Path) -> bool:
-    return (
-        _HUB_ID.fullmatch(spec) is None
-        or spec.startswith((".", "~"))
-        or path.suffix.lower() in {".gguf", ".safetensors"}
-        # "models/llama" beside an existing directory "models" is a slip in a path
-        or ("/" in spec and path.parent.is_dir())
-    )
-
-
-def _download(spec: str, revision: str | None, patterns: list[str]) -> tuple[Path, str]:
-    """Directory of the snapshot and its commit."""
-    named = f"{spec} at revision {revision}" if revision else spec
-    try:
-        directory = snapshot_download(
-            spec, revision=revision, allow_patterns=patterns, ignore_patterns=list(_HUB_NOT)
-        )
-    except GatedRepoError as error:
-        raise UserError(
-            f"{named}: the Hub grants access on request only; ask for it on the model's page, "
-            "then run `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{named}: the Hub has the model but no such revision") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{spec}: no such path here and no such model on the Hub; check the name, and for a "
-            "private model run `hf auth login`"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        # Without the Hub, what is on disk is taken even if not all of the snapshot is: whatever
-        # is missing and needed will be told by name.
-        cached = getattr(error, "snapshot_path", None)
-        if cached and (Path(cached) / "config.json").is_file():
-            return Path(cached), Path(cached).name
-        number = getattr(error, "errno", None)
-        if number in _UNWRITABLE:
-            raise UserError(
-                f"{named}: cannot be written to the Hub's cache ({os.strerror(number)}); make "
-                "room there, or set HF_HOME to another place"
-            ) from error
-        raise UserError(
-            f"{named}: no such path here, not in the Hub's cache on this disk, and the Hub cannot "
-            "be reached; check the name and the connection (HF_HUB_OFFLINE must not be set), or "
-            "give a local directory"
-        ) from error
-    return Path(directory), Path(directory).name
+    return Checkpoint(spec, spec, *snapshot(spec, revision, [*patterns, *code], _HUB_NOT))
 
 
 def _quantized_message(method: Any) -> str:

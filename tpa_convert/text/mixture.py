@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
-from tpa_convert.text.files import local_files
+from tpa_convert.places.texts import local_files
 from tpa_convert.text.packing import packed_blocks
 from tpa_convert.text.read import load_documents
 from tpa_convert.text.tokens import Documents

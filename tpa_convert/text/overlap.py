@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datasets import IterableDataset
 
 from tpa_convert.errors import UserError
-from tpa_convert.text.files import local_files
+from tpa_convert.places.texts import local_files
 from tpa_convert.text.read import load_documents
 from tpa_convert.text.tokens import Documents, texts_of
 

@@ -25,8 +25,9 @@ from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
+from tpa_convert.places.texts import builder_of, local_files
 from tpa_convert.text.chat import CHAT_COLUMNS, as_chat, packed_chat, plain
-from tpa_convert.text.files import builder_of, local_files, no_progress_bars, read_files
+from tpa_convert.text.files import no_progress_bars, read_files
 from tpa_convert.text.tokens import Documents, begin, token_documents
 
 BYTE_ORDER_MARK = "\ufeff"  # as editors of Windows begin a file
