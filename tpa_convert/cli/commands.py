@@ -23,7 +23,6 @@ from tpa_convert.cli.files import write_json, write_text
 from tpa_convert.cli.help import Command, example
 from tpa_convert.cli.signature import of_sections, spelled
 from tpa_convert.cli.tables import (
-    duration,
     show_expected_loss,
     show_healing,
     show_healing_needs,
@@ -34,6 +33,7 @@ from tpa_convert.cli.tables import (
 from tpa_convert.cli.terminal import (
     Commands,
     console,
+    duration,
     quiet_libraries,
     show_next,
     track,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tpa_convert.cli.terminal import console
+from tpa_convert.cli.terminal import console, duration
 
 if TYPE_CHECKING:
     from tpa_convert.modeling import LayerShape
@@ -345,9 +345,3 @@ def show_healing_needs(preview: HealingPreview) -> None:
         console.print("There is no GPU here.")
     else:
         console.print(f"{preview.device} has {preview.capacity / 1e9:.3g} GB.")
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 4 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -36,6 +36,8 @@ PROGRAM = "tpa-convert "
 WORD = r"""(?:"[^"]*"|'[^']*'|\S)+"""  # perhaps with blanks between quotes
 INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
+SECONDS_BETWEEN_LINES = 30.0  # of progress where no terminal is
+
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 """Whether to show results; the other processes that a launcher started show nothing but errors."""
 
@@ -159,13 +161,7 @@ def track(items: Iterable[Any], description: str, *, tokens: int = 0) -> Iterato
         tokens: of each item, if their speed is to be shown.
     """
     if not err_console.is_terminal:
-        err_console.print(f"{description} ...")
-        start, done = time.perf_counter(), 0
-        for item in items:
-            yield item
-            done += tokens
-        if done:
-            err_console.print(f"{description}: {_speed(done, time.perf_counter() - start)}")
+        yield from _track_in_lines(items, description, tokens)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -177,8 +173,40 @@ def track(items: Iterable[Any], description: str, *, tokens: int = 0) -> Iterato
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err_console) as progress:
-        total = len(items) if isinstance(items, Sized) else None
-        yield from progress.track(items, total=total, description=description)
+        yield from progress.track(items, total=_length(items), description=description)
+
+
+def _track_in_lines(items: Iterable[Any], description: str, tokens: int) -> Iterator[Any]:
+    """A line at the beginning, and one now and then of what takes long."""
+    err_console.print(f"{description} ...", soft_wrap=True)
+    start = last = time.perf_counter()
+    total = _length(items)
+    done = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.perf_counter()
+        if now - last >= SECONDS_BETWEEN_LINES and done != total:
+            last = now
+            of = f" of {total}" if total is not None else ""
+            left = ""
+            if total is not None:
+                left = f", about {duration((now - start) * (total - done) / done)} left"
+            err_console.print(
+                f"{description}: {done}{of} after {duration(now - start)}{left}", soft_wrap=True
+            )
+    if tokens and done:
+        speed = _speed(done * tokens, time.perf_counter() - start)
+        err_console.print(f"{description}: {speed}", soft_wrap=True)
+
+
+def _length(items: Iterable[Any]) -> int | None:
+    return len(items) if isinstance(items, Sized) else None
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 4 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def show_next(headline: str, *lines: str) -> None:

@@ -29,10 +29,11 @@ def text_rows(
 ) -> list[Row]:
     """Perplexity of each text, and how far the other models' predictions are from the first's."""
     source = next(iter(models))
+    what = "Perplexity and KL" if len(models) > 1 else "Perplexity"
     rows, kl, top1 = [], dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     for name, part in blocks.items():
         texts, agreements = compare(
-            models, part, batch_size=batch_size, track=track, description=f"Perplexity of {name}"
+            models, part, batch_size=batch_size, track=track, description=f"{what} on {name}"
         )
         values: dict[str, float | None] = {m: p.perplexity for m, p in texts.items()}
         rows.append(Row("Perplexity", name, "perplexity", values, False, recovers=True))
@@ -73,7 +74,7 @@ def choice_rows(
                 asked,
                 batch_size=batch_size,
                 track=track,
-                description=f"{task}, {name}",
+                description=f"Questions of {task}, {name}",
             )
             found[name].append(accuracy)
             errors.append(100 * accuracy.standard_error)

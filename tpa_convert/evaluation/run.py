@@ -56,7 +56,8 @@ def evaluate(
     inputs = _prepare(models, tokenizer, settings or EvaluationSettings(), texts)
     timing = timing or SpeedSettings()
     measured = _measure(inputs, timing, include_path, track)
-    return _report(inputs, measured, _notes(inputs, measured, timing))
+    samples = _samples(inputs, track)
+    return _report(inputs, measured, samples, _notes(inputs, measured, timing))
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,9 @@ def _notes(inputs: _Inputs, measured: _Measured, timing: SpeedSettings) -> list[
         tokens = sum(part.numel() for part in inputs.blocks.values())
         agreement = ", also for the agreement" if len(models) > 1 else ""
         notes.append(f"text: {tokens:,} tokens in sequences of {settings.block_length}{agreement}")
+    else:
+        lost = "perplexity and agreement were" if len(models) > 1 else "perplexity was"
+        notes.append(f"text: none was given (--text), so {lost} not measured")
     if inputs.questions:
         count = sum(map(len, inputs.questions.values()))
         notes.append(
@@ -178,14 +182,26 @@ def _notes(inputs: _Inputs, measured: _Measured, timing: SpeedSettings) -> list[
     return notes
 
 
-def _report(inputs: _Inputs, measured: _Measured, notes: list[str]) -> EvaluationReport:
-    models, settings = inputs.models, inputs.settings
-    prompt = settings.prompt
+def _samples(inputs: _Inputs, track: Track) -> tuple[str | None, dict[str, str]]:
+    """The prompt, and how each model goes on; none where no prompt is wanted."""
+    prompt = inputs.settings.prompt
     if prompt is None:
         prompt = _first_words(inputs.tokenizer, inputs.blocks) if inputs.blocks else DEFAULT_PROMPT
-    samples = {}
-    if prompt:
-        samples = {name: _sample(m, inputs.tokenizer, prompt) for name, m in models.items()}
+    if not prompt:
+        return None, {}
+    named = list(inputs.models.items())
+    return prompt, {
+        name: _sample(model, inputs.tokenizer, prompt) for name, model in track(named, "Samples")
+    }
+
+
+def _report(
+    inputs: _Inputs,
+    measured: _Measured,
+    samples: tuple[str | None, dict[str, str]],
+    notes: list[str],
+) -> EvaluationReport:
+    models, settings = inputs.models, inputs.settings
     conditions = {
         "block_length": settings.block_length,
         "max_blocks": settings.max_blocks,
@@ -198,8 +214,7 @@ def _report(inputs: _Inputs, measured: _Measured, notes: list[str]) -> Evaluatio
     return EvaluationReport(
         (*models, *quantised_names(settings.quantised)),
         tuple(measured.rows),
-        prompt or None,
-        samples,
+        *samples,
         conditions,
     )
 

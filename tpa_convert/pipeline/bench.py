@@ -31,7 +31,7 @@ def bench(
         UserError: see `evaluate`.
     """
     options = options or BenchOptions()
-    columns, _ = load_side_by_side(subjects(models), against, device)
+    columns, _ = load_side_by_side(subjects(models), against, device, track)
     return sweep_speed(
         columns,
         options.batches,

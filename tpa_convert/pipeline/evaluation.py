@@ -64,7 +64,7 @@ def evaluate(
     texts = None
     if options.text:
         texts = load_texts(options.text, text_column=options.text_column, split=options.split)
-    columns, tokenizer = load_side_by_side(measured, against, device)
+    columns, tokenizer = load_side_by_side(measured, against, device, track)
     report = evaluate_models(columns, tokenizer, options, texts=texts, track=track)
     if write_card:
         _write_cards(measured, options, report)
@@ -72,10 +72,15 @@ def evaluate(
 
 
 def load_side_by_side(
-    measured: Sequence[Subject], against: str | SourceOptions | None, device: str
+    measured: Sequence[Subject],
+    against: str | SourceOptions | None,
+    device: str,
+    track: Track = no_tracking,
 ) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
     """Models by the names of their columns, the source first if there is one, and the tokenizer
     of the first.
+
+    The source is there once, whether or not the user names it among the models.
 
     Raises:
         UserError: see `evaluate`.
@@ -84,9 +89,27 @@ def load_side_by_side(
     saved = next((s for s in measured if s.directory is not None), measured[0]).saved_dtype
     # Half precision is what a GPU serves in, and what a CPU is slow in.
     dtype = saved if place.startswith("cuda") else torch.float32
-    source = _source(measured, against, place, dtype)
-    columns, tokenizer = _columns(measured, source, place, dtype)
-    return columns, tokenizer
+    source: Source | None = None
+    found: list[tuple[Subject, PreTrainedModel]] = []
+    tokenizer = None
+    for subject in track([None, *measured], "Loading models"):
+        if subject is None:
+            source = _source(measured, against, place, dtype)
+            tokenizer = source.tokenizer if source else None
+            continue
+        loaded = subject.load(dtype, place)
+        if not isinstance(loaded, Source):
+            found.append((subject, loaded))
+            tokenizer = tokenizer or subject.tokenizer()
+        elif source is None or loaded.reference.sha256 != source.reference.sha256:
+            found.append((subject, loaded.model))
+            tokenizer = tokenizer or loaded.tokenizer
+    models: dict[str, PreTrainedModel] = {SOURCE: source.model} if source else {}
+    names = column_names([subject for subject, _ in found], taken=list(models))
+    models |= {name: model for name, (_, model) in zip(names, found, strict=True)}
+    refuse_other_vocabularies(models)
+    assert tokenizer is not None
+    return models, tokenizer
 
 
 def _source(
@@ -114,31 +137,6 @@ def _source(
             )
     assert first.provenance is not None
     return recorded_source(first.place, first.provenance, device=device, dtype=dtype)
-
-
-def _columns(
-    measured: Sequence[Subject], source: Source | None, device: str, dtype: torch.dtype
-) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
-    """All models by the names of their columns, the source first, and the tokenizer of the first.
-
-    The source is there once, whether or not the user names it among the models.
-    """
-    found: list[tuple[Subject, PreTrainedModel]] = []
-    tokenizer = source.tokenizer if source else None
-    for subject in measured:
-        loaded = subject.load(dtype, device)
-        if not isinstance(loaded, Source):
-            found.append((subject, loaded))
-            tokenizer = tokenizer or subject.tokenizer()
-        elif source is None or loaded.reference.sha256 != source.reference.sha256:
-            found.append((subject, loaded.model))
-            tokenizer = tokenizer or loaded.tokenizer
-    models: dict[str, PreTrainedModel] = {SOURCE: source.model} if source else {}
-    names = column_names([subject for subject, _ in found], taken=list(models))
-    models |= {name: model for name, (_, model) in zip(names, found, strict=True)}
-    refuse_other_vocabularies(models)
-    assert tokenizer is not None
-    return models, tokenizer
 
 
 def _refuse_missing_records(measured: Sequence[Subject]) -> None:

@@ -62,11 +62,11 @@ def measure_speed(
     prompt = fitting_prompt(models, settings)
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
     time_once = _time_static if settings.static else _time_once
-    for repeat in track(range(settings.repeats + 1), "Speed"):
-        for name, model in models.items():
-            measured = time_once(model.eval(), settings.batch, prompt, settings.new_tokens)
-            if repeat > 0:
-                times[name].append(measured)
+    turns = [(repeat, name) for repeat in range(settings.repeats + 1) for name in models]
+    for repeat, name in track(turns, "Speed"):
+        measured = time_once(models[name].eval(), settings.batch, prompt, settings.new_tokens)
+        if repeat > 0:
+            times[name].append(measured)
     return {
         name: Speed(
             prefill=settings.batch * prompt / median(t for t, _, _ in runs),
