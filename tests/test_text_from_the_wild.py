@@ -110,6 +110,6 @@ def test_the_file_of_a_directory_that_cannot_be_read_is_named(tmp_path, name, co
             (tmp_path / f"{stem}.jsonl").write_text('{"text": "some text"}\n')
     assert len(load_documents(tmp_path)) == 2
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"cannot read .*/{name} as ") as raised:
+    with pytest.raises(UserError, match=rf"/{name}(, line 1, column 9: | as )") as raised:
         load_documents(tmp_path)
     assert "\n" not in str(raised.value)

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def read_files(
     except Exception as error:  # the builders raise many kinds; all mean: this file cannot be read
         for file in files:
             _refuse_other_encodings(builder, file)
-        table = _read_json(files, columns) if builder == "json" and columns else None
+        table = _read_json(files, columns) if builder == "json" else None
         if table is None:
             name, error = _unreadable(builder, files, spec, error)
             reason = str(error.__cause__ or error).strip().split("\n")[0]
@@ -127,33 +128,79 @@ def _read_json(files: Sequence[str], columns: Sequence[str]) -> pa.Table | None:
     """The wanted columns of json files, row by row; None where they are no table either.
 
     Values that are lists or objects become their JSON.
+
+    Raises:
+        UserError: a line that is no JSON object, or whose value is of another type than others.
     """
     values: dict[str, list[Any]] = {name: [] for name in columns}
+    places: list[str] = []
     found: set[str] = set()
     try:
         for file in files:
-            for row in _json_rows(file):
+            for place, value in _json_values(file):
+                row = _row(place, value)
                 found |= row.keys()
+                places.append(place)
                 for name, column in values.items():
                     value = row.get(name)
                     if isinstance(value, list | dict):
                         value = json.dumps(value, ensure_ascii=False)
                     column.append(value)
-        return pa.table({name: pa.array(values[name]) for name in columns if name in found})
-    except (ValueError, AttributeError, OSError, pa.ArrowException):
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError):
         return None
+    arrays = {name: _one_type(name, values[name], places) for name in columns if name in found}
+    return pa.table(arrays) if arrays else None
 
 
-def _json_rows(file: str) -> Iterator[dict[str, Any]]:
+def _one_type(name: str, values: list[Any], places: Sequence[str]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except pa.ArrowException as error:
+        known = [(type(v), place) for v, place in zip(values, places, strict=True) if v is not None]
+        (first, _), *others = known
+        place = next((place for kind, place in others if kind is not first), known[0][1])
+        raise UserError(
+            f"{place}: {name!r} is of another type than before: make it the same in every line"
+        ) from error
+
+
+def _json_values(file: str) -> Iterator[tuple[str, Any]]:
+    """What stands in a file with a value a line, or with one list of values, each with its place.
+
+    Raises:
+        UserError: a line that is not JSON.
+    """
     with io.TextIOWrapper(_opened(file), encoding=ENCODING) as lines:  # type: ignore[type-var]
-        text = next(lines, "")
+        number, text = 1, next(lines, "")
         if text.lstrip().startswith("["):
-            yield from json.loads(text + lines.read())
+            for row, value in enumerate(_parsed(file, 1, text + lines.read()), start=1):
+                yield f"{file}, row {row}", value
             return
         while text:
             if text.strip():
-                yield json.loads(text)
-            text = next(lines, "")
+                yield f"{file}, line {number}", _parsed(file, number, text)
+            number, text = number + 1, next(lines, "")
+
+
+def _parsed(file: str, number: int, text: str) -> Any:
+    """The JSON of a text that begins in this line of a file."""
+    try:
+        return json.loads(text.rstrip())
+    except json.JSONDecodeError as error:
+        what = re.sub(r"( starting)? at$", "", error.msg)
+        raise UserError(
+            f"{file}, line {number + error.lineno - 1}, column {error.colno}: this is not JSON "
+            f"({what}): correct the line, or leave it out"
+        ) from error
+
+
+def _row(place: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise UserError(
+        f'{place}: this is not a JSON object, such as {{"text": "Once upon a time"}}: '
+        "correct it, or leave it out"
+    )
 
 
 def _opened(file: str) -> IO[bytes]:
