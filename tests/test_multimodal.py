@@ -10,16 +10,23 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Idefics3Config,
+    InternVLConfig,
     LlavaConfig,
+    LlavaNextConfig,
     Mistral3Config,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
 )
 
+from tests.command_line import error_of, tpa_convert
 from tests.conftest import make_tiny_tokenizer
 from tests.conversions import convert_tiny, random_blocks
 from tests.tiny_models import CONFIGS, SIZES
 from tpa_convert.errors import UserError
-from tpa_convert.sources import load_source, read_source_config
+from tpa_convert.sources import load_source, open_source, read_source_config
 
 VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -40,6 +47,19 @@ MULTIMODAL = {
         vision_config={"model_type": "clip_vision_model", **VISION},
         image_token_index=5,
     ),
+    "llava_next": lambda: LlavaNextConfig(
+        text_config={"model_type": "llama", **SIZES},
+        vision_config={"model_type": "clip_vision_model", **VISION},
+        image_token_index=5,
+    ),
+    "idefics3": lambda: Idefics3Config(
+        text_config={"model_type": "llama", **SIZES}, vision_config=VISION, image_token_id=5
+    ),
+    "internvl": lambda: InternVLConfig(
+        text_config={"model_type": "qwen2", **SIZES},
+        vision_config=VISION | {"image_size": [28, 28], "patch_size": [14, 14]},
+        image_token_id=5,
+    ),
     "mistral3": lambda: Mistral3Config(
         text_config=CONFIGS["mistral"](),
         vision_config={"model_type": "pixtral", **VISION},
@@ -58,18 +78,25 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def test_the_language_model_is_converted(model: PreTrainedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     make_tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="multimodal model; only its language model is converted"):
+    with pytest.warns(
+        UserWarning, match="is a multimodal model .*: its language model is converted"
+    ):
         source = load_source(tmp_path)
+    with pytest.warns(UserWarning) as said:  # and nothing of tensors without a place
+        open_source(tmp_path)
+    assert len(said) == 1
     kind = model.config.text_config.model_type
     assert source.family.model_type == kind == read_source_config(tmp_path).model_type
     tokens = random_blocks(count=2, length=20) + 0
     tokens[tokens == 5] = 6  # the image's
-    expected = model(input_ids=tokens, token_type_ids=torch.zeros_like(tokens)).logits
+    with_types = model.config.model_type == "gemma3"
+    more = {"token_type_ids": torch.zeros_like(tokens)} if with_types else {}
+    expected = model(input_ids=tokens, **more).logits
     converted = convert_tiny(source.model)
     torch.testing.assert_close(converted(tokens).logits, expected, atol=1e-4, rtol=0)
     with torch.no_grad():
         model.get_input_embeddings().weight[10:] = 0
-    other = model(input_ids=tokens, token_type_ids=torch.zeros_like(tokens)).logits
+    other = model(input_ids=tokens, **more).logits
     assert (converted(tokens).logits - other).abs().max() > 1e-2
 
 
@@ -79,3 +106,15 @@ def test_a_checkpoint_without_its_language_model_is_refused(model, tmp_path: Pat
     make_tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="not in the weight files"):
         load_source(tmp_path)
+
+
+@pytest.mark.parametrize("config", [Qwen2_5_VLConfig(), Qwen3VLConfig()])
+def test_a_language_model_of_no_known_family_is_refused(
+    config: PreTrainedConfig, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    kind = config.model_type
+    assert error_of(tpa_convert("convert", tmp_path, "--kv-ratio", 0.5, "--dry-run")) == (
+        f"error: {tmp_path}: {kind} is a multimodal model whose language model ({kind}_text) is of "
+        "no known family, so it cannot be converted"
+    )

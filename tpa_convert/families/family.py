@@ -260,7 +260,8 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
     if getattr(config, "text_config", None) is not None:
         text = config.text_config.model_type
         return (
-            f"{kind} is a multimodal model, and its language model ({text}) is of no known family"
+            f"{kind} is a multimodal model whose language model ({text}) is of no known family, so "
+            "it cannot be converted"
         )
     others = set(getattr(config, "layer_types", None) or ()) - _SOFTMAX_LAYERS
     if others:

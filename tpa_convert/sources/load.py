@@ -37,7 +37,10 @@ from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
 from tpa_convert.sources.weights import StoredWeights
 
 # Where multimodal checkpoints keep the language model, and the rest.
-LANGUAGE_MODEL = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+LANGUAGE_MODEL = {
+    r"^language_model\.": "",
+    r"^model\.(language|text)_model\.": "model.",
+}
 _OTHER_SENSES = (
     "vision_tower.",
     "multi_modal_projector.",
@@ -49,6 +52,10 @@ _OTHER_SENSES = (
     "model.visual.",
     "model.vision_model.",
     "model.audio_tower.",
+    "connector.",
+    "model.connector.",
+    "image_newline",
+    "model.image_newline",
 )
 
 
@@ -170,7 +177,13 @@ def checkpoint_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTra
         raise checkpoint.error(str(error)) from error
     if language.num_hidden_layers < 1:
         raise checkpoint.error("config.json says that the model has no layers")
-    if language is not config:  # the head is the outer model's
+    if language is not config:
+        warnings.warn(
+            f"{checkpoint.spec} is a multimodal model ({config.model_type}): its language model is "
+            "converted, which reads text only; what is for images or sound is left out",
+            stacklevel=1,  # one place, so that it is said once
+        )
+        # The head is the outer model's.
         language.tie_word_embeddings = config.tie_word_embeddings
     if language.dtype is None:
         language.dtype = config.dtype or checkpoint.stored_dtype()
@@ -243,12 +256,8 @@ def check_names(checkpoint: Checkpoint, missing: list[str], unexpected: list[str
             f"{len(missing)} of the model's tensors are not in the weight files (the first: "
             f"{missing[0]}); download them again, or check that config.json belongs to them"
         )
-    if unexpected and all(name.startswith(_OTHER_SENSES) for name in unexpected):
-        warnings.warn(
-            f"{checkpoint.spec}: this is a multimodal model; only its language model is converted",
-            stacklevel=4,
-        )
-    elif unexpected:
+    unexpected = [name for name in unexpected if not name.startswith(_OTHER_SENSES)]
+    if unexpected:
         warnings.warn(
             f"{checkpoint.spec}: {len(unexpected)} tensors in the weight files have no place in "
             f"the model and are left out (the first: {unexpected[0]})",
