@@ -265,6 +265,15 @@ def test_words_of_pydantic_would_be_seen() -> None:
     [
         (["eval", ".", "--task", "piqa", "--limit", "0"], "--limit must be at least 1, not 0"),
         (["convert", "x", "--kv-bytes", "many"], "--kv-bytes must be a whole number, not many"),
+        (["convert", "x", "--cache-bits", "5"], "--cache-bits must be auto, 16, 8, 4, 3, 2 or 1"),
+        (["convert", "x", "--target", "gguf"], "--target must be llama, not gguf"),
+        (["bench", ".", "--batch", "0"], "--batch must be whole numbers, each at least 1, not 0"),
+        (["eval", ".", "--quantised", "4"], "--quantised is measured on a text: give --text"),
+        (["eval", ".", "--revision", "v1"], "--revision is for a source that is named: give --ag"),
+        (
+            ["heal", ".", "--text", "x", "--out", "x", "--trust-remote-code"],
+            "--trust-remote-code is for a source that is named: give --source",
+        ),
         (["serve", ".", "--port", "http"], "--port must be a whole number, not http"),
         (["plan", "x", "--memory", "24GB"], "--memory must be a number, not 24GB"),
         (["convert", "x", "--kv-ratio", "a half"], "--kv-ratio must be a share, such as 0.125"),

@@ -15,6 +15,11 @@ from tpa_convert.options.recipe import Recipe, load_recipe
 MINIMAL = "source: some/model\nconvert: {kv_ratio: 0.5}\n"
 
 
+def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^cannot read the recipe {tmp_path}: Is a directory$"):
+        load_recipe(tmp_path)
+
+
 def recipe_error(tmp_path: Path, text: str) -> str:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -98,6 +98,8 @@ def test_a_card_needs_a_record(models: Path) -> None:
     message = error_of(tpa_convert("eval", models / "again", *EVAL, "--write-card"))
     assert "does not say how it was converted" in message
     assert "leave out --write-card" in message
+    message = error_of(tpa_convert("eval", models / "origin", *EVAL, "--write-card"))
+    assert "none of these models is a converted one: leave out --write-card" in message
 
 
 def test_a_tokenizer_is_missed_in_one_line(models: Path, tmp_path: Path) -> None:

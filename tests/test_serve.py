@@ -175,6 +175,15 @@ def test_wrong_requests_and_clients_that_leave_do_not_stop_it(
     assert [model.id for model in client.models.list()] == [server.model]
 
 
+def test_an_attention_that_is_none_is_told(converted: Path) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
+    message = error_of(
+        tpa_convert("serve", converted, "--attention", "fast", "--port", free_port())
+    )
+    assert re.search("--attention must be one of eager, .*sdpa.*, not fast", message)
+
+
 def test_a_port_that_is_taken_is_told(converted: Path) -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")

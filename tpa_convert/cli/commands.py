@@ -165,10 +165,10 @@ def convert(
 ) -> None:
     """Convert a pretrained model, so that it caches less per token.
 
-    Say how much with one budget. The model runs over a calibration text once, which shows what an
-    error of every cached number costs. What matters is then cached in more bits, what matters
-    little in fewer or none. The result is an ordinary transformers model; heal it to get back what
-    was lost.
+    Say how much to cache in one way: a ratio, bytes, floats, a plan, or ranks and widths. The model
+    runs over a calibration text once, which shows what an error of every cached number costs. What
+    matters is then cached in more bits, what matters little in fewer or none. The result is an
+    ordinary transformers model; heal it to get back what was lost.
     """
     _check_outputs(files)
     from tpa_convert import pipeline
@@ -245,8 +245,9 @@ def evaluate(
 ) -> None:
     """Measure models side by side, in one table: a source and the models made from it.
 
-    Cache bytes (measured on the live cache) and speed always; perplexity with --text, accuracy with
-    --choices and --task.
+    With --text: perplexity, and how far each model's predictions are from its source's. With
+    --choices and --task: accuracy. Always: bytes of the live cache, speed and a sample, unless
+    --no-speed and --prompt "" turn these two off.
     """
     check_file(files.json_file, overwrite=True)
     from tpa_convert import pipeline

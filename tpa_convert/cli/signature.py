@@ -55,9 +55,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     shown = how_shown(field)
     kind, several = _type_of(field)
     default = inspect.Parameter.empty if field.is_required() else field.get_default()
-    # What is no number is told by the section, in words of ours; so is a choice among several.
-    told_by_section = kind in (int, float) or (several and get_origin(kind) is Literal)
-    plain: Any = str if told_by_section else kind
+    # What is no number, or none of the choices, the section tells in words of ours.
+    plain: Any = str if kind in (int, float) or get_origin(kind) is Literal else kind
     annotation: Any = list[plain] if several else plain
     if not field.is_required() and (several or default is None):
         annotation, default = annotation | None, None

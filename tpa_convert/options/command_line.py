@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import model_validator
+
 from tpa_convert.options.declaration import (
     ARGUMENT,
     OUTPUT,
@@ -185,6 +187,11 @@ class Teacher(SourceAccess):
         shown_default="the one that DIR was converted from",
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Teacher:
+        _refuse_access_to_none(self, "source")
+        return self
+
     @property
     def model(self) -> SourceOptions | None:
         """None for the recorded one."""
@@ -203,10 +210,24 @@ class Reference(SourceAccess):
         shown_default="the one that the models were converted from, if they say",
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Reference:
+        _refuse_access_to_none(self, "against")
+        return self
+
     @property
     def model(self) -> SourceOptions | None:
         """None for the recorded one."""
         return _named(self.against, self)
+
+
+def _refuse_access_to_none(section: SourceAccess, name: str) -> None:
+    """Options of a source that is not named would do nothing."""
+    if getattr(section, name) is not None:
+        return
+    for field in SourceAccess.model_fields:
+        if getattr(section, field):
+            raise ValueError(f"`{field}` is for a source that is named: give `{name}`")
 
 
 def _named(model: str | None, access: SourceAccess) -> SourceOptions | None:

@@ -157,12 +157,12 @@ class CalibrationOptions(Section):
     text_column: str = option(
         "text", "Column of the text in jsonl, parquet and datasets.", CALIBRATION
     )
-    calibration_blocks: int = option(16, "Number of sequences.", CALIBRATION, ge=1)
-    block_length: int = option(512, "Tokens per sequence.", CALIBRATION, ge=2)
+    calibration_blocks: int = option(16, "Sequences of calibration text.", CALIBRATION, ge=1)
+    block_length: int = option(512, "Tokens of each of these sequences.", CALIBRATION, ge=2)
     sampled_blocks: int | None = option(
         None,
-        "How many of these sequences are text that the source itself writes, which is of all kinds "
-        "that it knows.",
+        "How many of these sequences the source writes itself: such text is of all the kinds that "
+        "it knows.",
         CALIBRATION,
         ge=0,
         shown_default="half for sources of 50 million to 2 billion parameters without "

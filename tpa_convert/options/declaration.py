@@ -32,7 +32,7 @@ REQUIRED: Any = ...
 """The default of an option that has none."""
 
 ARGUMENT = "Arguments"
-BUDGET = "Budget (one of: floats, bytes, a ratio, a plan, ranks and widths)"
+BUDGET = "How much to cache"
 PLANNING = "Planning"
 METHOD = "Method"
 CALIBRATION = "Calibration"

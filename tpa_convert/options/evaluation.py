@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from tpa_convert.options.declaration import (
     MEASURE,
     SAMPLING,
@@ -28,7 +30,8 @@ class EvaluationSettings(Section):
     )
     tasks: Texts = option(
         (),
-        "Task of lm-evaluation-harness by name. May be repeated. Needs the extra eval.",
+        "Task of lm-evaluation-harness by name. May be repeated. Needs pip install "
+        "'tpa-convert[eval]'.",
         MEASURE,
         flags="--task",
     )
@@ -69,6 +72,12 @@ class EvaluateOptions(EvaluationSettings):
     )
     text_column: str = option("text", "Column of the text in jsonl, parquet and datasets.", TEXT)
     split: str = option("train", "Split of a Hub dataset; local files have only one.", TEXT)
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateOptions:
+        if self.quantised and not self.text:
+            raise ValueError("`quantised` is measured on a text: give `text`")
+        return self
 
 
 class GenerateOptions(Section):

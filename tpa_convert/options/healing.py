@@ -137,7 +137,7 @@ class HealingSettings(Section):
     stop_at: Share | None = option(
         None,
         "Stop early once the divergence on the held-out text stands for at most this rise of "
-        "perplexity, exp(KL) − 1: 0.02, or 2%, is two percent.",
+        "perplexity, exp(KL) − 1, such as 0.02 or 2%.",
         TRAINING,
         gt=0,
     )

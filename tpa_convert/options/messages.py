@@ -53,6 +53,8 @@ def expectation(field: FieldInfo, bounds_only: bool = False) -> str:
         item = get_args(inner)[0]
         if get_origin(item) is Literal:
             return _one_of(get_args(item))
+        if int in (item, *get_args(item)):
+            return "whole numbers, each at least 1"
         return "a name or a list of names"
     if isinstance(inner, type) and issubclass(inner, BaseModel):
         return f"a mapping with the keys {', '.join(inner.model_fields)}"

@@ -19,7 +19,7 @@ class PlanOptions(CalibrationOptions, KeyOptions):
     max_increase: Share = option(
         0.1,
         "Without a budget: take the smallest cache whose perplexity, before refinement and "
-        "healing, rises by at most this share (10% is 0.1).",
+        "healing, rises by at most this share (0.1 or 10%).",
         PLANNING,
         gt=0,
     )

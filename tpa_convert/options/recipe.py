@@ -81,7 +81,8 @@ def load_recipe(path: str | Path) -> Recipe:
     except FileNotFoundError:
         raise UserError(f"no such recipe: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the recipe {path}: {reason}") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""

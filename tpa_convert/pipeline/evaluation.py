@@ -140,6 +140,8 @@ def _source(
 
 
 def _refuse_missing_records(measured: Sequence[Subject]) -> None:
+    if all(subject.directory is None for subject in measured):
+        raise UserError("none of these models is a converted one: leave out --write-card")
     for subject in measured:
         if subject.directory is not None and subject.provenance is None:
             raise UserError(

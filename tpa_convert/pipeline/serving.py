@@ -10,6 +10,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_serve_available
 
 from tpa_convert.dtypes import named_dtype
@@ -32,12 +33,14 @@ def serve(directory: str | Path, options: ServeOptions, *, device: str = "auto")
     """Answers requests of OpenAI's kind until it is stopped.
 
     Raises:
-        UserError: no converted model in `directory`, packages missing, or the port is taken.
+        UserError: no converted model in `directory`, packages missing, the port is taken, or no
+            such attention.
     """
     check_converted(directory)
     if not is_serve_available():
         raise UserError("a server needs some packages: pip install 'tpa-convert[serve]'")
     _check_port(options.host, options.port)
+    _check_attention(options.attention)
     server = importlib.import_module("transformers.cli.serve").Serve
     register_classes()
     place = usable_device(device)
@@ -111,6 +114,13 @@ def paged_sizes(directory: str | Path, options: ServeOptions, device: str) -> di
     if batch is not None:
         sizes["cb_max_batch_tokens"] = batch
     return sizes
+
+
+def _check_attention(name: str | None) -> None:
+    """Of transformers, or a kernel on the Hub (OWNER/NAME)."""
+    known = {"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)}
+    if name is not None and name not in known and "/" not in name:
+        raise UserError(f"`attention` must be one of {', '.join(sorted(known))}, not {name}")
 
 
 def _check_port(host: str, port: int) -> None:

@@ -38,7 +38,8 @@ def device_name(device: torch.device) -> str:
     """Of a GPU, or how many threads a CPU computes on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -42,8 +42,8 @@ def plan_coded(
     floats = floats_of_budget(budget, layers, source_floats)
     if floats > source_floats:
         raise UserError(
-            f"a budget of {floats:g} numbers of 16 bits per token and layer is above the source's "
-            f"{source_floats}: nothing to convert"
+            f"a budget of {floats:,.10g} numbers of 16 bits per token and layer is above the "
+            f"source's {source_floats}: nothing to convert"
         )
     total = int(2 * floats * layers)
     align = ALIGN_WIDE if total / (2 * layers) >= WIDE_ROW else ALIGN

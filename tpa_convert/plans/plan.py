@@ -192,7 +192,7 @@ def plan_uniform(
         floats = floats_of_budget(budget, num_layers, source_floats)
         if floats > source_floats:
             raise UserError(
-                f"a budget of {floats:g} numbers per token and layer is above the source's "
+                f"a budget of {floats:,.10g} numbers per token and layer is above the source's "
                 f"{source_floats}: nothing to convert"
             )
         if key_cache == "latent":

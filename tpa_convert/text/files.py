@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import re
 import tempfile
@@ -72,7 +73,7 @@ def _read_with_builder(builder: str, files: Sequence[str]) -> list[pa.Table]:
         "json": STRICT_JSON,
     }
     # Streaming keeps the data out of the disk cache; only lock files go to the directory.
-    with no_progress_bars(), tempfile.TemporaryDirectory() as scratch:
+    with quiet_datasets(), tempfile.TemporaryDirectory() as scratch:
         stream = load_dataset(
             builder,
             # data_files are patterns to `datasets`: a "[" in a file name must not act as one.
@@ -218,12 +219,15 @@ def _opened(file: str) -> IO[bytes]:
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Silences the bars of `datasets`."""
+def quiet_datasets() -> Iterator[None]:
+    """Silences the bars and the log of `datasets`: what it cannot read is raised, and told here."""
     enabled = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if enabled:
             datasets.enable_progress_bars()

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from tpa_convert.errors import UserError
 from tpa_convert.places.texts import builder_of, local_files
 from tpa_convert.text.chat import CHAT_COLUMNS, as_chat, packed_chat, plain
-from tpa_convert.text.files import no_progress_bars, read_files
+from tpa_convert.text.files import quiet_datasets, read_files
 from tpa_convert.text.tokens import Documents, begin, token_documents
 
 BYTE_ORDER_MARK = "\ufeff"  # as editors of Windows begin a file
@@ -236,7 +236,7 @@ def _load_hub(spec: str, text_column: str, split: str) -> IterableDataset:
     try:
         # One quick request first: without a network `datasets` retries for half a minute.
         HfApi().dataset_info(name, timeout=20)
-        with no_progress_bars():
+        with quiet_datasets():
             stream = load_dataset(name, config or None, split=split, streaming=True)
             columns = stream.column_names or list(next(iter(stream)))
     except Exception as error:
