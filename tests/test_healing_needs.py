@@ -91,6 +91,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tpa_convert("convert", folder / "source", *options).exit_code == 0
     for path in folder.rglob("*.safetensors"):
         path.unlink()  # no weight is read
+    (folder / "empty.txt").touch()  # and no text
     return folder / "small"
 
 
@@ -103,7 +104,7 @@ def dry_run(small: Path, *options: object) -> tuple[dict[str, Any], str]:
 
 
 def test_a_dry_run_says_what_other_options_need(small: Path) -> None:
-    found, shown = dry_run(small, "--text", "none.txt", "--tokens", 1_000_000)
+    found, shown = dry_run(small, "--text", small.parent / "empty.txt", "--tokens", 1_000_000)
     assert list(found["ways"]) == [
         "as asked",
         "--gradient-checkpointing",
@@ -115,17 +116,17 @@ def test_a_dry_run_says_what_other_options_need(small: Path) -> None:
     assert "There is no GPU here." in shown
     assert "31 steps of 32,768 tokens need up to" in shown
     asked = ["--gradient-checkpointing", "--trainable", "attention"]
-    found, _ = dry_run(small, "--text", "none.txt", *asked)
+    found, _ = dry_run(small, "--text", small.parent / "empty.txt", *asked)
     assert list(found["ways"]) == ["as asked", "--offload-teacher", "FSDP on 8 GPUs"]
 
 
 def test_a_dry_run_says_what_fits(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = dry_run(small, "--text", "none.txt")
+    found, _ = dry_run(small, "--text", small.parent / "empty.txt")
     sizes = sorted(way["gpu"] for way in found["ways"].values())
     device = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=sizes[-1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    found, shown = dry_run(small, "--text", "none.txt")
+    found, shown = dry_run(small, "--text", small.parent / "empty.txt")
     assert found["seconds"] == found["ways"]["as asked"]["flops"] / (0.4 * 989e12)
     fitting = sum(size < sizes[-1] for size in sizes)
     assert (shown.count(" yes "), shown.count(" no ")) == (fitting, 5 - fitting)
@@ -136,5 +137,5 @@ def test_a_dry_run_says_what_fits(small: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_a_dry_run_cannot_know(small: Path, tmp_path: Path) -> None:
     said = error_of(tpa_convert("heal", tmp_path / "none", "--text", "x.txt", "--dry-run"))
     assert "no such directory" in said
-    said = error_of(tpa_convert("heal", small, "--text", "x.txt"))
+    said = error_of(tpa_convert("heal", small, "--text", small.parent / "empty.txt"))
     assert "say where to write the model with --out DIR" in said
