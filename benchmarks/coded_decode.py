@@ -39,7 +39,7 @@ from tpa_convert.kernels import launch, launch_encode, launch_latent  # noqa: E4
 
 KERNELS = {
     launch: ("split_kernel", "join_kernel"),
-    launch_encode: ("encode_kernel", "pack_kernel"),
+    launch_encode: ("encode_kernel",),
     launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
 }
 LAUNCHES: Counter[str] = Counter()
