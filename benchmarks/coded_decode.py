@@ -30,6 +30,8 @@ if not GPU:
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 
 import tpa_convert.modeling  # noqa: E402, F401  (the Auto classes then know converted models)
 from common.machine import device_name, versions  # noqa: E402
@@ -45,17 +47,31 @@ KERNELS = {
 LAUNCHES: Counter[str] = Counter()
 
 
-class Void:
-    """Stands for a kernel where there is no GPU; counts its launches."""
+class Void(CompiledKernel):
+    """Stands for a kernel where there is no GPU, and for what Triton compiles of it; counts its
+    launches."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.module, self.src, self.kernel = name, None, None, ()
+        self.function = self.packed_metadata = None
+        self._run = self.count
+
+    def count(self, *arguments: Any) -> None:
+        LAUNCHES[self.name] += 1
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self
 
-    def __call__(self, *arguments: Any, **named: Any) -> None:
-        LAUNCHES[self.name] += 1
+    def __call__(self, *arguments: Any, **named: Any) -> "Void":
+        self.count()
+        return self
+
+
+class NoDriver:
+    """Of a GPU that is not there."""
+
+    def get_current_stream(self, device: int | None) -> int:
+        return 0
 
 
 class Operators(TorchDispatchMode):
@@ -96,6 +112,14 @@ class Decoder:
         next(iter(self.cache.values())).crop(-1)
 
 
+def launch_into_the_void() -> None:
+    """Puts what does nothing in the place of all kernels, and of Triton's driver."""
+    driver.set_active(NoDriver())
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, Void(name))
+
+
 def seconds(run: Any) -> float:
     if GPU:
         torch.cuda.synchronize()
@@ -125,9 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["TPA_CONVERT_BACKEND"] = arguments.backend
     if not GPU:
-        for module, names in KERNELS.items():
-            for name in names:
-                setattr(module, name, Void(name))
+        launch_into_the_void()
     device, dtype = ("cuda" if GPU else "cpu"), getattr(torch, arguments.dtype)
     decoders = [Decoder(name, arguments.context, dtype, device) for name in arguments.models]
     print(f"{device_name()}, {versions()}, {arguments.dtype}, {arguments.context} tokens")

@@ -60,7 +60,9 @@ def decode_latent(
     )
     if choose_backend(case) == "reference":
         return None
+    cached = query, keys, values, cosine, sine
+    call = scale, start, end, window, softcap, mask, pages
+    if torch.compiler.is_compiling():
+        return ops.decode_latent(*cached, list(layout), *tables[1:], *call)
     # As an operator it costs the host as much again; only compilers need one.
-    run = ops.decode_latent if torch.compiler.is_compiling() else ops.run_latent
-    arguments = query, keys, values, cosine, sine, list(layout), *tables[1:]
-    return run(*arguments, scale, start, end, window, softcap, mask, pages)
+    return ops.run_latent(*cached, tables, *call)

@@ -100,11 +100,12 @@ class Sources:
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are they, not changed in place since."""
-        same = self.round == Sources.rounds and len(self.seen) == len(tensors)
-        return same and all(
-            a is b and place == b.data_ptr() and changes == changes_of(b)
-            for (a, place, changes), b in zip(self.seen, tensors, strict=True)
-        )
+        if self.round != Sources.rounds or len(self.seen) != len(tensors):
+            return False
+        for (a, place, changes), b in zip(self.seen, tensors, strict=True):  # every layer asks
+            if a is not b or place != b.data_ptr() or changes != changes_of(b):
+                return False
+        return True
 
 
 class Kept:
@@ -176,12 +177,13 @@ def decode_components(
     known, mask = mask_of_slots(attention_mask)
     if not known:
         return None
-    return kernel(
-        query,
-        packed_key[..., key_factors:],
-        packed_value[..., value_factors:],
-        key_heads=packed_key[..., :key_factors] if key_factors else None,
-        value_heads=packed_value[..., :value_factors] if value_factors else None,
-        mask=mask,
-        **settings,
-    )
+    key_heads = value_heads = None
+    if key_factors:
+        key_heads, packed_key = packed_key[..., :key_factors], packed_key[..., key_factors:]
+    if value_factors:
+        value_heads, packed_value = (
+            packed_value[..., :value_factors],
+            packed_value[..., value_factors:],
+        )
+    heads = {"key_heads": key_heads, "value_heads": value_heads}
+    return kernel(query, packed_key, packed_value, mask=mask, **heads, **settings)
