@@ -42,8 +42,8 @@ def decode_latent(
         scale, start, end, window, softcap, pages: see `decode.decode_attention`. With pages,
             `cosine` and `sine` are still those of the slots in order.
 
-    Returns: features as the tables order them, [b, h, s, n] in the type of `query`; zeros where
-        nothing is attended to.
+    Returns: features as the tables order them, [b, h, s, n] in the type of `query`, n being a
+        multiple of 8 with zeros behind; zeros where nothing is attended to.
 
     Raises:
         BackendError: the environment asks for a backend that cannot run this.
