@@ -52,7 +52,7 @@ def decode_latent(
     case = Case(
         "latent",
         WORD * layout.key_items,
-        WORD * (len(tables.items) - layout.key_items),
+        WORD * (tables.items.shape[0] - layout.key_items),
         query.dtype,
         query.device,
         paged=pages is not None,

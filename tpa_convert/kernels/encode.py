@@ -42,7 +42,7 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
         header, codes, scaled, _, label = encode_components(flat, tables)
         packed, said = pack(codes, header, rows), torch.cat((scaled, label[:, None].to(x.dtype)), 1)
     leading = x.shape[:-1]
-    return packed.view(*leading, len(rows.bits)), said.view(*leading, x.shape[-1] + 1)
+    return packed.view(*leading, packed.shape[-1]), said.view(*leading, said.shape[-1])
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:

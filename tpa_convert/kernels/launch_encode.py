@@ -36,7 +36,7 @@ def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     """Rows of bytes, uint8 [n, bytes], and scaled codes with the class behind them, [n, c + 1]."""
     count, width = x.shape
     features = x.new_empty((count, width + 1))
-    packed = x.new_empty((count, len(rows.bits)), dtype=torch.uint8)
+    packed = x.new_empty((count, rows.bits.shape[0]), dtype=torch.uint8)
     codes = x.new_empty((count, width), dtype=torch.uint8)
     _launch(x, tables, codes=codes, scaled=features, packed=packed, rows=rows)
     return packed, features
@@ -59,7 +59,7 @@ def _launch(
         return
     *places, header_at = rows or (None, None, None, 0)
     row_bytes = 0 if packed is None else packed.shape[1]
-    constants = encode_constants(x.device, width, len(tables.mean), tables.scale_bits, row_bytes)
+    constants = encode_constants(x.device, width, tables.mean.shape[0], tables.scale_bits, row_bytes)
     arguments = (
         x,
         *tables[:5],

@@ -151,6 +151,7 @@ class TPAAttention(nn.Module):
             bias=names.projection(source, "value").bias is not None,
         )
         self.q_norm = getattr(source, names.query_norm, None)
+        self.query_norm_width = 0 if self.q_norm is None else norm_width(self.q_norm)
         self.table_order = names.table_order(source)
         # What tables follow from beside positions: layers that agree in it share them.
         self.table_kind = self.table_order, self.keys.absorbed, shape.width_k, shape.key_pairs
@@ -187,6 +188,8 @@ class TPAAttention(nn.Module):
         Returns: output [b, s, D], and the attention weights if the function gives them.
         """
         cache = given_cache(kwargs, pop=True)
+        keys, (batch, length, _) = self.keys, hidden_states.shape
+        latent, stock = isinstance(keys, LatentKeys), isinstance(cache, Cache)
         if self.rotary_emb is None:
             tables = self.tables(position_embeddings)
         else:
@@ -196,13 +199,12 @@ class TPAAttention(nn.Module):
         table, query_table, key_table = tables
         query = self.q_proj(hidden_states)
         if self.q_norm is not None:
-            together = (-1, norm_width(self.q_norm))
-            query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
-        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
+        query = query.view(batch, length, self.num_heads, -1).transpose(1, 2)
         query = rotate(query, query_table)
         key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
+        constants = None  # of kernels
         if cache is not None:
-            latent, stock = isinstance(self.keys, LatentKeys), isinstance(cache, Cache)
             of_slots = None
             if latent and stock:  # before the cache counts the new tokens
                 given = hidden_states, position_embeddings, attention_mask
@@ -211,17 +213,21 @@ class TPAAttention(nn.Module):
             if latent and not stock:
                 of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
             table = of_slots or table
-            if key.shape[2] != hidden_states.shape[1]:  # something was cached before
+            if key.shape[2] != length:  # something was cached before
                 features = None
-            if isinstance(self.keys, LatentKeys):
-                self.latent_decoder.prepare(query, self.keys, self.values)
+            if latent:
+                constants = self.latent_decoder.prepare(query, keys, self.values)
         if self.rotary_emb is not None:
             self.rotary_emb.done()
         implementation = self.config._attn_implementation
-        one = query.shape[2] == 1 and (cache is None or isinstance(cache, Cache))
+        one = length == 1 and (cache is None or stock)
         output = weights = None
-        if one and features is None:
-            output = self.decode_latent(query, key, value, attention_mask, table)
+        if one and features is None and constants is not None:
+            # Who hooks into this module may want weights, which only eager attention gives.
+            eager = implementation == "eager" and self.softcap and not self._forward_hooks
+            if eager or (implementation == "sdpa" and not self.softcap):
+                cached = query, key, value, attention_mask, table
+                output = self.decode_latent(*cached, constants)
         if output is None:
             key, value = features or self.unpack(key, value, query.dtype)
         if output is None and one and implementation == "sdpa" and not self.softcap:
@@ -249,7 +255,7 @@ class TPAAttention(nn.Module):
                 **kwargs,
             )
             output = output[..., : self.values.output_width]
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def train(self, mode: bool = True) -> "TPAAttention":
         """What decoding keeps of the parameters is made anew after training."""
@@ -277,17 +283,18 @@ class TPAAttention(nn.Module):
         Returns: keys, values, and the features that `unpack` would give for them if they are coded
             and there are several tokens: all that attention needs where nothing was cached before.
         """
-        key = self.keys.pack(hidden_states, table)
-        key_coder, value_coder = self.keys.coder, self.values.coder
+        keys, values = self.keys, self.values
+        key_coder, value_coder = keys.coder, values.coder
+        key = keys.pack(hidden_states, table)
         if key_coder is None or value_coder is None:
-            return key, self.values.pack(hidden_states), None
+            return key, values.pack(hidden_states), None
         if not cached:
             key = key_coder(key)
-            value = value_coder(self.values.pack(hidden_states, key))
+            value = value_coder(values.pack(hidden_states, key))
             return key, value, (key, value)
         several = key.shape[2] > 1
         key, key_features = key_coder(key, rows=True, features=several or self.shape.predict_values)
-        value = self.values.pack(hidden_states, key_features)
+        value = values.pack(hidden_states, key_features)
         value, value_features = value_coder(value, rows=True, features=several)
         return key, value, (key_features, value_features) if several else None
 
@@ -376,20 +383,21 @@ class TPAAttention(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         table: Table,
+        constants: Any,
     ) -> torch.Tensor | None:
-        """What `decode` gives of latent keys, from the cache as it is: rows of codes, or numbers.
+        """What `decode` gives of latent keys, from rows of codes as they are cached.
+
+        Args:
+            constants: see `LatentDecoder.prepare`.
 
         Returns: None where no kernel runs it.
         """
-        keys, values, implementation = self.keys, self.values, self.config._attn_implementation
-        # Who hooks into this module may want weights, which only eager attention gives.
-        eager = implementation == "eager" and self.softcap and not self._forward_hooks
-        plain = implementation == "sdpa" and not self.softcap
-        if not isinstance(keys, LatentKeys) or not (eager or plain):
+        gauge = self.keys.gauge.weight
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, gauge)):
             return None
-        arguments = query, key, value, attention_mask, table, keys, values
-        mixed = self.latent_decoder(*arguments, self.scaling, self.softcap)
-        return None if mixed is None else values.output(mixed).transpose(1, 2)
+        cached = query, key, value, attention_mask, table
+        mixed = self.latent_decoder.decode(*cached, constants, self.scaling, self.softcap)
+        return None if mixed is None else self.values.output(mixed).transpose(1, 2)
 
     def decode(
         self,

@@ -50,15 +50,14 @@ class LatentDecoder:
             self.made_of, self.dtype = Sources(parts), query.dtype
         return self.tables
 
-    def __call__(
+    def decode(
         self,
         query: Tensor,
         packed_key: Tensor,
         packed_value: Tensor,
         attention_mask: Tensor | None,
         table: Table,
-        keys: LatentKeys,
-        values: StaticValues,
+        constants: Any,
         scaling: float,
         softcap: float | None = None,
     ) -> Tensor | None:
@@ -69,14 +68,10 @@ class LatentDecoder:
             packed_key, packed_value: the cache of this layer, [b, 1, t, ...].
             attention_mask: as the attention function takes it.
             table: of the features at the cached positions, [b or 1, 1, t, d].
+            constants: what `prepare` gave.
         """
-        if torch.is_grad_enabled() and any(
-            x.requires_grad for x in (query, packed_key, packed_value, keys.gauge.weight)
-        ):
-            return None
         known, mask = mask_of_slots(attention_mask, added=True)
-        tables = self.prepare(query, keys, values) if known else None
-        if tables is None or self.kernels is None:
+        if not known or self.kernels is None:
             return None
         pairs = table[0].shape[-1] // 2
         cosine, sine = (x[:, 0, :, pairs:] for x in table)
@@ -86,7 +81,7 @@ class LatentDecoder:
             packed_value,
             cosine,
             sine,
-            tables,
+            constants,
             scale=scaling,
             softcap=softcap,
             mask=mask,

@@ -113,23 +113,24 @@ class Kept:
 
     def __init__(self) -> None:
         self.made_of, self.made = Sources(), None
+        self.kind: Any = None
 
     def __reduce__(self) -> Any:
         """A copy makes its own."""
         return Kept, ()
 
-    def of(self, tensors: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
-        """What `make` makes of `tensors`; always made where gradients or a compiler need to see
-        how."""
+    def of(self, tensors: Sequence[torch.Tensor], make: Callable[[], Any], kind: Any = None) -> Any:
+        """What `make` makes of `tensors` and a `kind`; always made where gradients or a compiler
+        need to see how."""
         if torch.compiler.is_compiling():
             return make()
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             Sources.trained()
             return make()
-        if not self.made_of.are(tensors):
+        if self.kind != kind or not self.made_of.are(tensors):
             with torch.inference_mode(False), torch.no_grad():
                 self.made = make()
-            self.made_of = Sources(tensors)
+            self.made_of, self.kind = Sources(tensors), kind
         return self.made
 
 
@@ -172,7 +173,8 @@ def decode_components(
 
     Returns: mixed components [b, h, 1, width_v].
     """
-    if kernel is None or any(x.requires_grad for x in (query, packed_key, packed_value)):
+    wanted = torch.is_grad_enabled()
+    if kernel is None or wanted and any(x.requires_grad for x in (query, packed_key, packed_value)):
         return None
     known, mask = mask_of_slots(attention_mask)
     if not known:

@@ -184,9 +184,13 @@ class KeyNorm(nn.Module):
         self.all_heads = heads is not None
         self.weight = nn.Parameter(torch.ones(*(() if heads is None else (heads,)), head_dim))
         self.eps = eps
+        self.kept = Kept()
 
     def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """γ and γ', [d] each, or [j, d] of all heads together."""
+        return self.kept.of((self.weight,), lambda: self._weights(dtype), dtype)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.weight.to(dtype)
         least = self.least * weight.abs().max()
         return weight, torch.where(weight.abs() < least, least, weight)
