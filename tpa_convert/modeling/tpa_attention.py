@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .tpa_cache import cache_grid, fold, refuse_quantised, unfold
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated, masked_softmax
-from .tpa_kernels import Sources, find_kernel
+from .tpa_kernels import Sources, find_kernel, wants_gradients
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_prefill import rebuilt_attention
 from .tpa_rotary import (
@@ -215,7 +215,7 @@ class TPAAttention(nn.Module):
             table = of_slots or table
             if key.shape[2] != length:  # something was cached before
                 features = None
-            if latent:
+            if isinstance(keys, LatentKeys) and not wants_gradients(query, keys.gauge.weight):
                 constants = self.latent_decoder.prepare(query, keys, self.values)
         if self.rotary_emb is not None:
             self.rotary_emb.done()
@@ -392,9 +392,6 @@ class TPAAttention(nn.Module):
 
         Returns: None where no kernel runs it.
         """
-        gauge = self.keys.gauge.weight
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, gauge)):
-            return None
         cached = query, key, value, attention_mask, table
         mixed = self.latent_decoder.decode(*cached, constants, self.scaling, self.softcap)
         return None if mixed is None else self.values.output(mixed).transpose(1, 2)
