@@ -62,7 +62,7 @@ class Void(CompiledKernel):
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self
 
-    def __call__(self, *arguments: Any, **named: Any) -> "Void":
+    def __call__(self, *arguments: Any, **named: Any) -> Void:
         self.count()
         return self
 

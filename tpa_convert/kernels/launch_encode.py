@@ -59,7 +59,8 @@ def _launch(
         return
     *places, header_at = rows or (None, None, None, 0)
     row_bytes = 0 if packed is None else packed.shape[1]
-    constants = encode_constants(x.device, width, tables.mean.shape[0], tables.scale_bits, row_bytes)
+    classes = tables.mean.shape[0]
+    constants = encode_constants(x.device, width, classes, tables.scale_bits, row_bytes)
     arguments = (
         x,
         *tables[:5],

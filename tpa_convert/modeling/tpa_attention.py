@@ -4,24 +4,22 @@ Shape suffixes and einsum letters are those of `tpa_keys`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tpa_cache import cache_grid, fold, refuse_quantised, unfold
+from .tpa_cache import cache_grid, fold, given_cache, refuse_quantised, unfold
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
-from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated, masked_softmax
-from .tpa_kernels import Sources, find_kernel
+from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated
+from .tpa_kernels import Sources, find_kernel, wants_gradients
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
-from .tpa_prefill import rebuilt_attention
+from .tpa_prefill import eager_attention_forward, rebuilt_attention
 from .tpa_rotary import (
     LayerRotary,
-    PairOrder,
     Table,
     feature_table,
     paged_positions,
@@ -29,60 +27,14 @@ from .tpa_rotary import (
     rotate,
     slot_positions,
 )
+from .tpa_source import (
+    AttentionNames,
+    norm_epsilon,
+    norm_width,
+    normalised_together,
+    sliding_window,
+)
 from .tpa_values import ContextualValues, StaticValues
-
-# transformers renamed it in 5.24; layers of GPT-NeoX have a name of their own
-CACHE_NAMES = ("past_key_values", "cache", "layer_past")
-
-
-@dataclass(frozen=True)
-class AttentionNames:
-    """Where a family keeps its attention, and how to read it; the defaults are those of most.
-
-    Args:
-        attention: the attention module of a decoder layer.
-        query, key, value: its projections.
-        fused: one projection that stacks queries, keys and values, instead of these.
-        fused_by_head: whether it stacks them for each key head, after the queries that share it.
-        output: the output projection.
-        query_norm, key_norm: norms before rotation, of each head or of all heads together, for
-            modules that have them.
-        pairs: which two features of a head are rotated together.
-        table: which two columns of the position embeddings belong to one pair.
-        rotated_if: attribute of the attention module that is false or None where a layer rotates
-            nothing; None if all layers rotate.
-        layers, rotary: the layers of the decoder, and its rotary embedding.
-    """
-
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    fused: str | None = None
-    fused_by_head: bool = False
-    output: str = "o_proj"
-    query_norm: str = "q_norm"
-    key_norm: str = "k_norm"
-    pairs: PairOrder = "halves"
-    table: PairOrder = "halves"
-    rotated_if: str | None = None
-    layers: str = "layers"
-    rotary: str = "rotary_emb"
-
-    def projection(self, attention: nn.Module, part: str) -> nn.Module:
-        """The projection of the source's attention that makes its `query`, `key` or `value`."""
-        return getattr(attention, self.fused or getattr(self, part))
-
-    def table_order(self, attention: nn.Module) -> PairOrder | None:
-        """`order` for `pair_table`, of an attention module of the source."""
-        rotated = self.rotated_if is None or getattr(attention, self.rotated_if)
-        return self.table if rotated else None
-
-
-def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
-    """The cache among keyword arguments, whatever it is called there; `pop` takes it out."""
-    found = [arguments.pop(n, None) if pop else arguments.get(n) for n in CACHE_NAMES]
-    return next((cache for cache in found if cache is not None), None)
 
 
 class FactorizedQuery(nn.Module):
@@ -215,7 +167,7 @@ class TPAAttention(nn.Module):
             table = of_slots or table
             if key.shape[2] != length:  # something was cached before
                 features = None
-            if latent:
+            if isinstance(keys, LatentKeys) and not wants_gradients(query, keys.gauge.weight):
                 constants = self.latent_decoder.prepare(query, keys, self.values)
         if self.rotary_emb is not None:
             self.rotary_emb.done()
@@ -392,9 +344,6 @@ class TPAAttention(nn.Module):
 
         Returns: None where no kernel runs it.
         """
-        gauge = self.keys.gauge.weight
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, gauge)):
-            return None
         cached = query, key, value, attention_mask, table
         mixed = self.latent_decoder.decode(*cached, constants, self.scaling, self.softcap)
         return None if mixed is None else self.values.output(mixed).transpose(1, 2)
@@ -446,49 +395,3 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
             attention, "rotary_emb", LayerRotary(rotary, kind, kept, i + 1 == len(layers))
         )
         setattr(layer, names.attention, attention)
-
-
-def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
-    """Tokens that a layer of the source attends to, None for all."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[layer_idx] != "sliding_attention":
-        return None
-    return getattr(source if hasattr(source, "sliding_window") else config, "sliding_window", None)
-
-
-def norm_width(norm: nn.Module) -> int:
-    """How many features a norm of the source normalises together."""
-    return next(norm.parameters()).numel()
-
-
-def normalised_together(norm: nn.Module | None, head_dim: int, heads: int) -> bool | Literal["all"]:
-    """What `LayerShape.key_norm` has to say of a norm of the source."""
-    if norm is None:
-        return False
-    return "all" if norm_width(norm) == heads * head_dim != head_dim else True
-
-
-def norm_epsilon(norm: Any) -> float:
-    """What a norm of the source adds to the mean square; families call it one of two names."""
-    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-
-
-def eager_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain products, as transformers' own: output [b, s, h, d] and weights."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.mT * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = masked_softmax(scores, attention_mask)
-    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (dropped @ value).transpose(1, 2).contiguous(), weights

@@ -124,7 +124,7 @@ class Kept:
         need to see how."""
         if torch.compiler.is_compiling():
             return make()
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if wants_gradients(*tensors):
             Sources.trained()
             return make()
         if self.kind != kind or not self.made_of.are(tensors):
@@ -132,6 +132,11 @@ class Kept:
                 self.made = make()
             self.made_of, self.kind = Sources(tensors), kind
         return self.made
+
+
+def wants_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether what is made of these has to lead back to them, which kernels of decoding do not."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def changes_of(x: torch.Tensor) -> int:
@@ -173,8 +178,7 @@ def decode_components(
 
     Returns: mixed components [b, h, 1, width_v].
     """
-    wanted = torch.is_grad_enabled()
-    if kernel is None or wanted and any(x.requires_grad for x in (query, packed_key, packed_value)):
+    if kernel is None or wants_gradients(query, packed_key, packed_value):
         return None
     known, mask = mask_of_slots(attention_mask)
     if not known:
