@@ -45,6 +45,16 @@ SHAPES = {
         "num_hidden_layers": 8,
         "head_dim": 64,
     },
+    "tiny": {  # and where a CPU does the work of the device
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1 << 18,
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 8,
+        "head_dim": 32,
+    },
 }
 
 

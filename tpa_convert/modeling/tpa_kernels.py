@@ -113,24 +113,23 @@ class Kept:
 
     def __init__(self) -> None:
         self.made_of, self.made = Sources(), None
-        self.kind: Any = None
 
     def __reduce__(self) -> Any:
         """A copy makes its own."""
         return Kept, ()
 
-    def of(self, tensors: Sequence[torch.Tensor], make: Callable[[], Any], kind: Any = None) -> Any:
-        """What `make` makes of `tensors` and a `kind`; always made where gradients or a compiler
-        need to see how."""
+    def of(self, tensors: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
+        """What `make` makes of `tensors`; always made where gradients or a compiler need to see
+        how."""
         if torch.compiler.is_compiling():
             return make()
         if wants_gradients(*tensors):
             Sources.trained()
             return make()
-        if self.kind != kind or not self.made_of.are(tensors):
+        if not self.made_of.are(tensors):
             with torch.inference_mode(False), torch.no_grad():
                 self.made = make()
-            self.made_of, self.kind = Sources(tensors), kind
+            self.made_of = Sources(tensors)
         return self.made
 
 

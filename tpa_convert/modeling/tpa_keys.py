@@ -70,7 +70,7 @@ def each_head(
     """
     features = as_wide_as(features, weight)
     batch, heads, length, width = features.shape
-    groups, one = len(weight), batch == 1
+    groups, one = weight.shape[0], batch == 1
     if not one:
         features = features.unflatten(1, (groups, -1)).transpose(0, 1)
     together = features.reshape(groups, -1, width)
@@ -184,16 +184,13 @@ class KeyNorm(nn.Module):
         self.all_heads = heads is not None
         self.weight = nn.Parameter(torch.ones(*(() if heads is None else (heads,)), head_dim))
         self.eps = eps
-        self.kept = Kept()
 
     def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """γ and γ', [d] each, or [j, d] of all heads together."""
-        return self.kept.of((self.weight,), lambda: self._weights(dtype), dtype)
-
-    def _weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.weight.to(dtype)
-        least = self.least * weight.abs().max()
-        return weight, torch.where(weight.abs() < least, least, weight)
+        size = weight.abs()
+        least = self.least * size.max()
+        return weight, torch.where(size < least, least, weight)
 
     def forward(self, keys: torch.Tensor, hide: bool = False) -> torch.Tensor:
         """Scales [b, j or 1, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32 at
