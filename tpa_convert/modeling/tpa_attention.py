@@ -210,8 +210,10 @@ class TPAAttention(nn.Module):
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def train(self, mode: bool = True) -> "TPAAttention":
-        """What decoding keeps of the parameters is made anew after training."""
-        Sources.trained()
+        """What decoding keeps of the parameters is made anew after training, but not where nothing
+        changes: many call `eval` before every use."""
+        if mode or self.training:
+            Sources.trained()
         return super().train(mode)
 
     def tables(self, position_embeddings: Table) -> tuple[Table, Table, Table]:
