@@ -20,7 +20,7 @@ from tpa_convert.kernels import ops
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 # On a GPU kernels for latent keys are for 16 bits; the interpreter takes fp32, which is sharper.
 NEW = 1  # token: the interpreter is slow
-STEPS = 2  # where what a step has left matters
+STEPS = 1 if GPU else 2  # what a step has left matters, but rows of 16 bits are others then
 DTYPE, TOLERANCE = (torch.float16, 1e-2) if GPU else (torch.float32, 2e-5)
 CODED = {
     "one block": ("llama", {"key_blocks": 1}),
