@@ -5,7 +5,8 @@ side by side.
     python benchmarks/coded_decode.py source absorbed:64 applied:256 latent:256 affine:1 coded:12.5
 
 Models are directories, or kinds of random weights as in common/random_models.py, in the shape
-`small`: a GPU's work is next to nothing in it. Operators are those that PyTorch dispatches, views
+`small`: a GPU's work is next to nothing in it. In `tiny`, in float32 and with few tokens, so is a
+CPU's. Operators are those that PyTorch dispatches, views
 counted apart: on a GPU, about the launches. Without a GPU the kernels of tpa-convert are launched
 into the void, so that all that the host does for them is counted and timed but the driver's part;
 with --backend reference they are not launched. The models take turns in one process, so that what
@@ -30,32 +31,48 @@ if not GPU:
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 
 import tpa_convert.modeling  # noqa: E402, F401  (the Auto classes then know converted models)
 from common.machine import device_name, versions  # noqa: E402
-from common.random_models import build  # noqa: E402
+from common.random_models import SHAPES, build  # noqa: E402
 from tpa_convert.forward.cached import cache_argument  # noqa: E402
 from tpa_convert.kernels import launch, launch_encode, launch_latent  # noqa: E402
 
 KERNELS = {
     launch: ("split_kernel", "join_kernel"),
-    launch_encode: ("encode_kernel", "pack_kernel"),
+    launch_encode: ("encode_kernel",),
     launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
 }
 LAUNCHES: Counter[str] = Counter()
 
 
-class Void:
-    """Stands for a kernel where there is no GPU; counts its launches."""
+class Void(CompiledKernel):
+    """Stands for a kernel where there is no GPU, and for what Triton compiles of it; counts its
+    launches."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.module, self.src, self.kernel = name, None, None, ()
+        self.function = self.packed_metadata = None
+        self._run = self.count
+
+    def count(self, *arguments: Any) -> None:
+        LAUNCHES[self.name] += 1
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self
 
-    def __call__(self, *arguments: Any, **named: Any) -> None:
-        LAUNCHES[self.name] += 1
+    def __call__(self, *arguments: Any, **named: Any) -> Void:
+        self.count()
+        return self
+
+
+class NoDriver:
+    """Of a GPU that is not there."""
+
+    def get_current_stream(self, device: int | None) -> int:
+        return 0
 
 
 class Operators(TorchDispatchMode):
@@ -74,11 +91,11 @@ class Operators(TorchDispatchMode):
 class Decoder:
     """A model with a cache of `context` tokens."""
 
-    def __init__(self, name: str, context: int, dtype: torch.dtype, device: str):
+    def __init__(self, name: str, context: int, dtype: torch.dtype, device: str, shape: str):
         if Path(name).is_dir():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
         else:
-            model = build("small", name, device).to(dtype)
+            model = build(shape, name, device).to(dtype)
         self.model = model
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, model.config.vocab_size, (1, context), generator=generator)
@@ -94,6 +111,14 @@ class Decoder:
         token = self.tokens[:, -1:]
         self.model(input_ids=token, use_cache=True, **self.cache)
         next(iter(self.cache.values())).crop(-1)
+
+
+def launch_into_the_void() -> None:
+    """Puts what does nothing in the place of all kernels, and of Triton's driver."""
+    driver.set_active(NoDriver())
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, Void(name))
 
 
 def seconds(run: Any) -> float:
@@ -118,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("models", nargs="+", help="the source, and what is made of it")
     parser.add_argument("--context", type=int, default=512, help="tokens of the cache")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="of random weights")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--backend", choices=("triton", "reference"), default="triton")
@@ -125,11 +151,10 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["TPA_CONVERT_BACKEND"] = arguments.backend
     if not GPU:
-        for module, names in KERNELS.items():
-            for name in names:
-                setattr(module, name, Void(name))
+        launch_into_the_void()
     device, dtype = ("cuda" if GPU else "cpu"), getattr(torch, arguments.dtype)
-    decoders = [Decoder(name, arguments.context, dtype, device) for name in arguments.models]
+    given = arguments.context, dtype, device, arguments.shape
+    decoders = [Decoder(name, *given) for name in arguments.models]
     print(f"{device_name()}, {versions()}, {arguments.dtype}, {arguments.context} tokens")
     for part in ("prefill", "step"):
         runs = [getattr(decoder, part) for decoder in decoders]

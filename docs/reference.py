@@ -26,7 +26,7 @@ ROOMS = {
     "Commands as functions": ("pipeline", "pipeline.run", "pipeline.export", "pipeline.report"),
     "Options": ("recipe",),
     "Models": ("export.save", "export.dense", "export.llama", "export.inspection"),
-    "Families and architectures of your own": ("families", "modeling.tpa_attention:AttentionNames"),
+    "Families and architectures of your own": ("families", "modeling.tpa_source:AttentionNames"),
     "Converting a model in memory": (
         "sources",
         "calibration.cache_moments:collect_cache_moments",

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tpa_convert.kernels.latent_reference import decode_latent
-from tpa_convert.kernels.latent_tables import KeyMap, LatentTables, Rows, latent_tables
+from tpa_convert.kernels.latent_tables import FEATURES, KeyMap, LatentTables, Rows, latent_tables
 from tpa_convert.kernels.rows import CodedRows
 
 from .kernel_cases import bounds, exact, random_layout, random_rows
@@ -37,13 +38,13 @@ class LatentCase(NamedTuple):
         return self[:6]
 
     def truth(self, **settings: Any) -> Tensor:
-        """In fp64, between the bounds unless others are given."""
+        """In fp64, between the bounds unless others are given, with the zeros behind."""
         components, classes = [], []
         for layout, rows in zip(self.coded, (self.keys, self.values), strict=True):
             components.append(exact(layout).numbers(rows[:, 0]))
             classes.append((rows[:, 0, :, layout.header] >> layout.scale_bits).double())
         bounds = {"start": self.start, "end": self.end}
-        return decode_latent(
+        found = decode_latent(
             self.query.double(),
             tuple(components),
             tuple(classes),
@@ -53,6 +54,7 @@ class LatentCase(NamedTuple):
             predicted=self.predicted,
             **bounds | settings,
         )
+        return pad(found, (0, -found.shape[-1] % FEATURES))
 
 
 def random_case(

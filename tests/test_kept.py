@@ -38,3 +38,20 @@ def test_a_fused_optimizer_is_noticed(toggled) -> None:
     Sources.trained()
     assert torch.equal(found, logits(fresh))
     assert not torch.allclose(found, before, atol=1e-2)
+
+
+def test_what_is_kept_outlives_eval_but_not_training() -> None:
+    model = convert_tiny(MODELS["llama"](), width_k=16, width_v=8, gauge="applied").eval()
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    kept = model.model.layers[0].self_attn.keys.gauge.kept
+
+    def made():
+        with torch.no_grad():
+            model(ids)
+        return kept.made
+
+    first = made()
+    model.eval()
+    assert made() is first
+    model.train().eval()
+    assert made() is not first

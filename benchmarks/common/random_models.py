@@ -2,19 +2,20 @@
 
 Kinds of conversions are written as form:width, halves for keys and values: `absorbed:64`,
 `applied:256`, `latent:256`, `affine:1` and `linear:2` (ranks); `coded:12.5` has rows of codes in
-that percentage of the source's bytes.
+that percentage of the source's bytes. `qwen3-` in front, also of `source`, makes them of Qwen 3's
+family, which normalises keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
-from tpa_convert.modeling import LayerShape
+from tpa_convert.modeling import CAUSAL_LMS, LayerShape
 from tpa_convert.modeling.tpa_configuration import codes_of
-from tpa_convert.modeling.tpa_llama import TPALlamaConfig, TPALlamaForCausalLM
 from tpa_convert.plans.coded import ALIGN, ALIGN_WIDE, WIDE_ROW, default_blocks
 
 SHARED = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 18}
@@ -44,8 +45,24 @@ SHAPES = {
         "num_hidden_layers": 8,
         "head_dim": 64,
     },
+    "tiny": {  # and where a CPU does the work of the device
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1 << 18,
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 8,
+        "head_dim": 32,
+    },
 }
 
+
+NORMALISED = "qwen3-"
+FAMILIES: dict[bool, Any] = {
+    False: (LlamaForCausalLM, CAUSAL_LMS["llama"]),
+    True: (Qwen3ForCausalLM, CAUSAL_LMS["qwen3"]),
+}
 
 # Of the numbers of keys and values, the share of components that have so many bits at 12.5 %, much
 # as conversions choose them: 1.5 bits for each number of the keys, 2.5 for each of the values.
@@ -108,12 +125,15 @@ def layer_shape(kind: str, groups: int, head_dim: int) -> LayerShape:
 
 def build(shape: str, kind: str, device: str) -> PreTrainedModel:
     sizes = SHAPES[shape]
+    normalised = kind.startswith(NORMALISED)
+    kind = kind.removeprefix(NORMALISED)
+    source, converted = FAMILIES[normalised]
     if kind == "source":
-        config, family = LlamaConfig(**sizes), LlamaForCausalLM
+        family, config = source, source.config_class(**sizes)
     else:
         heads = int(sizes["num_key_value_heads"]), int(sizes["head_dim"])
-        layers = asdict(layer_shape(kind, *heads))
-        config, family = TPALlamaConfig(**sizes, tpa_layers=layers), TPALlamaForCausalLM
+        layers = asdict(replace(layer_shape(kind, *heads), key_norm=normalised))
+        family, config = converted, converted.config_class(**sizes, tpa_layers=layers)
     config.dtype = torch.bfloat16
     with torch.device(device):
         model = family(config).to(torch.bfloat16)

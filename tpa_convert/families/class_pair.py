@@ -25,9 +25,9 @@ TEMPLATE = '''"""{title} with Tensor Product Attention (arXiv 2501.06425)."""
 
 {source_imports}
 
-{names_import}from .tpa_configuration import TPAConfigMixin
+from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
-
+{names_import}
 
 class TPA{title}Config(TPAConfigMixin, {config}):
     """[`{config}`] with the shapes of the TPA layers."""
@@ -106,7 +106,7 @@ def class_pair_source(
         source_imports="\n".join(
             f"from {module} import {', '.join(sorted(found))}" for module, found in modules.items()
         ),
-        names_import="from .tpa_attention import AttentionNames\n" if changed else "",
+        names_import="from .tpa_source import AttentionNames\n" if changed else "",
         names=_call("    attention_names = AttentionNames", changed) if changed else "",
         exported=_list("__all__", [f'"TPA{title}{kind}"' for kind in KINDS]),
     )

@@ -129,7 +129,9 @@ def choose_backend(case: Case) -> str:
     """
     # A cache that `torch.compile` would warn of spares the host what every layer asks again.
     choose = _choose if torch.compiler.is_compiling() else _choose_once
-    return choose(case, forced_backend(), os.environ.get("TRITON_INTERPRET") == "1")
+    forced = forced_backend()
+    interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return choose(case, forced, interpreted)
 
 
 def _choose(case: Case, forced: str, interpreted: bool) -> str:
@@ -139,7 +141,7 @@ def _choose(case: Case, forced: str, interpreted: bool) -> str:
     reasons = []
     for backend in BACKENDS:
         if forced in ("auto", backend.name):
-            reason = backend.can_use(case, interpreted and forced == "triton")
+            reason = backend.can_use(case, interpreted)
             if reason is None:
                 return backend.name
             reasons.append(f"{backend.name}: {reason}")

@@ -42,8 +42,8 @@ def decode_latent(
         scale, start, end, window, softcap, pages: see `decode.decode_attention`. With pages,
             `cosine` and `sine` are still those of the slots in order.
 
-    Returns: features as the tables order them, [b, h, s, n] in the type of `query`; zeros where
-        nothing is attended to.
+    Returns: features as the tables order them, [b, h, s, n] in the type of `query`, n being a
+        multiple of 8 with zeros behind; zeros where nothing is attended to.
 
     Raises:
         BackendError: the environment asks for a backend that cannot run this.
@@ -52,7 +52,7 @@ def decode_latent(
     case = Case(
         "latent",
         WORD * layout.key_items,
-        WORD * (len(tables.items) - layout.key_items),
+        WORD * (tables.items.shape[0] - layout.key_items),
         query.dtype,
         query.device,
         paged=pages is not None,
@@ -60,7 +60,9 @@ def decode_latent(
     )
     if choose_backend(case) == "reference":
         return None
+    cached = query, keys, values, cosine, sine
+    call = scale, start, end, window, softcap, mask, pages
+    if torch.compiler.is_compiling():
+        return ops.decode_latent(*cached, list(layout), *tables[1:], *call)
     # As an operator it costs the host as much again; only compilers need one.
-    run = ops.decode_latent if torch.compiler.is_compiling() else ops.run_latent
-    arguments = query, keys, values, cosine, sine, list(layout), *tables[1:]
-    return run(*arguments, scale, start, end, window, softcap, mask, pages)
+    return ops.run_latent(*cached, tables, *call)

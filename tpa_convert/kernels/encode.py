@@ -22,8 +22,8 @@ def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """Headers uint8 [...] and codes uint8 [..., c] of components [..., c]; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _backend(x) == "triton":
-        run = ops.encode if torch.compiler.is_compiling() else ops.run_encode
-        header, codes = run(flat, *tables)
+        compiling = torch.compiler.is_compiling()
+        header, codes = ops.encode(flat, *tables) if compiling else ops.run_encode(flat, tables)
     else:
         header, codes, *_ = encode_components(flat, tables)
     return header.view(x.shape[:-1]), codes.view(x.shape)
@@ -34,13 +34,15 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     `straight_through` gives, with the class as a number behind the codes; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _backend(x) == "triton":
-        run = ops.encode_rows if torch.compiler.is_compiling() else ops.run_rows
-        packed, said = run(flat, *tables, *rows)
+        if torch.compiler.is_compiling():
+            packed, said = ops.encode_rows(flat, *tables, *rows)
+        else:
+            packed, said = ops.run_rows(flat, tables, rows)
     else:
         header, codes, scaled, _, label = encode_components(flat, tables)
         packed, said = pack(codes, header, rows), torch.cat((scaled, label[:, None].to(x.dtype)), 1)
     leading = x.shape[:-1]
-    return packed.view(*leading, len(rows.bits)), said.view(*leading, x.shape[-1] + 1)
+    return packed.view(*leading, packed.shape[-1]), said.view(*leading, said.shape[-1])
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
@@ -69,9 +71,10 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
         named = CodeTables(*tables)
         if _backend(x) == "triton":
-            compiling = torch.compiler.is_compiling()
-            run = ops.encode_straight if compiling else ops.run_straight
-            scaled, inside, label = run(x, *tables)
+            if torch.compiler.is_compiling():
+                scaled, inside, label = ops.encode_straight(x, *tables)
+            else:
+                scaled, inside, label = ops.run_straight(x, named)
         else:
             _, _, scaled, inside, label = encode_components(x, named)
         ctx.mark_non_differentiable(label)

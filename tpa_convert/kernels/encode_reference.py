@@ -38,7 +38,7 @@ class CodeTables(NamedTuple):
     @property
     def scale_bits(self) -> int:
         """Bits of the header that hold the scale."""
-        return 8 - (len(self.mean) - 1).bit_length()
+        return 8 - (self.mean.shape[0] - 1).bit_length()
 
 
 class RowTables(NamedTuple):

@@ -191,39 +191,26 @@ def latent_join_kernel(
     partial_terms += batch * splits * stride + column
     partial += (batch * splits * columns + column).to(tl.int64) * places
 
-    # Splits without weights stand for nothing, whatever they are relative to.
-    highest = float("-inf")
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        terms = partial_terms + split * stride
-        shift = tl.load(terms, mask=split < splits, other=float("-inf"))
-        total = tl.load(terms + columns, mask=split < splits, other=0.0)
-        highest = tl.maximum(highest, tl.max(tl.where(total > 0, shift, float("-inf")), 0))
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-
-    place = tl.load(place_of + feature, mask=used, other=0)
-    denominator = 0.0
+    split = tl.arange(0, SPLITS)
+    terms = partial_terms + split * stride
+    total = tl.load(terms + columns, mask=split < splits, other=0.0)
+    valid = total > 0  # others stand for nothing, whatever they are relative to
+    shift = tl.load(terms, mask=valid, other=float("-inf"))
+    highest = tl.max(shift, 0)
+    factor = tl.exp2(shift - tl.where(highest == float("-inf"), 0.0, highest))
+    denominator = tl.sum(total * factor, 0)
+    of_split = (split.to(tl.int64) * columns * places)[:, None]
     result = tl.zeros([CHUNK], tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        terms = partial_terms + split * stride
-        total = tl.load(terms + columns, mask=split < splits, other=0.0)
-        valid = total > 0
-        factor = tl.exp2(tl.load(terms, mask=valid, other=float("-inf")) - highest)
-        denominator += tl.sum(total * factor, 0)
-        of_split = (split.to(tl.int64) * columns * places)[:, None]
-        for i in tl.static_range(PARTS):
-            at = tl.load(place_of + i * features + feature, mask=used, other=-1)
-            part = tl.load(
-                partial + at[None, :] + of_split,
-                mask=(at >= 0)[None, :] & valid[:, None],
-                other=0.0,
-            )
-            times = tl.load(step + i * features + feature, mask=used, other=0.0)
-            result += tl.sum(factor[:, None] * part, 0) * times
-        for i in tl.static_range(2, TERMS):  # what belongs to the second class
-            of_class = tl.sum(factor * tl.load(terms + i * columns, mask=valid, other=0.0), 0)
-            result += tl.where(used & (place == 1 - i), of_class, 0.0)
+    for i in tl.static_range(PARTS):
+        at = tl.load(place_of + i * features + feature, mask=used, other=-1)
+        known = (at >= 0)[None, :] & valid[:, None]
+        part = tl.load(partial + at[None, :] + of_split, mask=known, other=0.0)
+        times = tl.load(step + i * features + feature, mask=used, other=0.0)
+        result += tl.sum(factor[:, None] * part, 0) * times
+    place = tl.load(place_of + feature, mask=used, other=0)
+    for i in tl.static_range(2, TERMS):  # what belongs to the second class
+        of_class = tl.sum(factor * tl.load(terms + i * columns, mask=valid, other=0.0), 0)
+        result += tl.where(used & (place == 1 - i), of_class, 0.0)
     result /= tl.where(denominator == 0, 1.0, denominator)
     offset = (batch * columns + column).to(tl.int64) * features
     tl.store(output + offset + feature, result, mask=used)

@@ -21,6 +21,8 @@ from torch.nn.functional import pad
 
 from .rows import Tier
 
+FEATURES = 8  # come out in multiples of so many: products want whole words
+NOTHING = -3  # a place of features that are zero
 WORD = 4  # bytes of a row that are read at once; an item's places
 BYTES = 0, 2, 1, 3  # of a word, in the order of its places: two codes lie in one half and the other
 NIBBLE = 4  # bits of an item at most
@@ -116,7 +118,8 @@ class LatentTables(NamedTuple):
         offset: what is added to keys, and more for the second class, fp32 [2, B, spans, 2 N].
         norm: `unscale` and `gain`, fp32 [2, B, spans, 2 N], or None.
         place_of: places that each feature is summed up of, int32 [parts, features]; −1 for none. Of
-            the features of the second class the first is −1 for that of values, −2 for keys.
+            the features of the second class the first is −1 for that of values, −2 for keys. Zeros
+            behind them, up to a multiple of `FEATURES`, have `NOTHING`.
         step: what each of them is taken times, fp32 [parts, features].
     """
 
@@ -210,6 +213,8 @@ def latent_tables(
         torch.cat([pad(x, (0, 0, 0, parts - len(x)), value=v) for x in tables], 1)
         for tables, v in zip(zip(*features, strict=True), (-1, 0.0), strict=True)
     )
+    behind = 0, -place_of.shape[1] % FEATURES
+    place_of, step = pad(place_of, behind, value=NOTHING), pad(step, behind)
     layout = Layout(
         groups,
         blocks,

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from .encode_reference import CodeTables, RowTables
 from .launch import power_of_two, shares
-from .quantise import encode_kernel, pack_kernel
+from .quantise import encode_kernel
 from .start import Constants, start_kernel
 
-OUTPUTS = ("header", "codes", "scaled", "inside", "label")
-PACKED = 1024  # bytes that a program packs
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
 
 
@@ -21,7 +19,7 @@ def launch_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """Headers uint8 [n] and codes uint8 [n, c] of [n, c], any stride from token to token."""
     header = x.new_empty(x.shape[:1], dtype=torch.uint8)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
-    _launch(x, tables, {"header": header, "codes": codes})
+    _launch(x, tables, header=header, codes=codes)
     return header, codes
 
 
@@ -30,51 +28,66 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     scaled = x.new_empty(x.shape)
     inside = x.new_empty(x.shape, dtype=torch.bool)
     label = x.new_empty(x.shape[:1], dtype=torch.int64)
-    _launch(x, tables, {"scaled": scaled, "inside": inside, "label": label})
+    _launch(x, tables, scaled=scaled, inside=inside, label=label)
     return scaled, inside, label
 
 
 def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
     """Rows of bytes, uint8 [n, bytes], and scaled codes with the class behind them, [n, c + 1]."""
-    header = x.new_empty(x.shape[:1], dtype=torch.uint8)
-    codes = x.new_empty(x.shape, dtype=torch.uint8)
-    features = x.new_empty((len(x), x.shape[1] + 1))
-    _launch(x, tables, {"header": header, "codes": codes, "scaled": features})
-    count, row_bytes = len(x), len(rows.bits)
-    packed = x.new_empty((count, row_bytes), dtype=torch.uint8)
-    if count:
-        size = power_of_two(row_bytes, 1, 256)
-        at_once = power_of_two(count, 1, PACKED // size)
-        grid = (shares(count, at_once), shares(row_bytes, size), 1)
-        where = (table.contiguous() for table in rows[:3])
-        arguments = codes, header, packed, *where, rows.header, count, x.shape[1], row_bytes
-        start_kernel(pack_kernel, grid, pack_constants(x.device, at_once, size), arguments)
+    count, width = x.shape
+    features = x.new_empty((count, width + 1))
+    packed = x.new_empty((count, rows.bits.shape[0]), dtype=torch.uint8)
+    codes = x.new_empty((count, width), dtype=torch.uint8)
+    _launch(x, tables, codes=codes, scaled=features, packed=packed, rows=rows)
     return packed, features
 
 
-def _launch(x: Tensor, tables: CodeTables, outputs: dict[str, Tensor]) -> None:
+def _launch(
+    x: Tensor,
+    tables: CodeTables,
+    header: Tensor | None = None,
+    codes: Tensor | None = None,
+    scaled: Tensor | None = None,
+    inside: Tensor | None = None,
+    label: Tensor | None = None,
+    packed: Tensor | None = None,
+    rows: RowTables | None = None,
+) -> None:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    rows, width = x.shape
-    if not rows:
+    count, width = x.shape
+    if not count:
         return
-    constants = encode_constants(x.device, width, len(tables.mean), tables.scale_bits)
+    *places, header_at = rows or (None, None, None, 0)
+    row_bytes = 0 if packed is None else packed.shape[1]
+    classes = tables.mean.shape[0]
+    constants = encode_constants(x.device, width, classes, tables.scale_bits, row_bytes)
     arguments = (
         x,
-        *(table.contiguous() for table in tables[:5]),
-        *(outputs.get(name) for name in OUTPUTS),
-        rows,
+        *tables[:5],
+        header,
+        codes,
+        scaled,
+        inside,
+        label,
+        packed,
+        *places,
+        count,
         x.stride(0),
-        outputs["scaled"].shape[1] if "scaled" in outputs else width,
+        width if scaled is None else scaled.shape[1],
         width,
+        row_bytes,
+        header_at,
         float(tables.lowest_octave),
     )
-    grid = (shares(rows, constants.named["ROWS"]), 1, 1)
+    grid = (shares(count, constants.named["ROWS"]), 1, 1)
     start_kernel(encode_kernel, grid, constants, arguments)
 
 
 @functools.lru_cache(maxsize=256)
-def encode_constants(device: torch.device, width: int, classes: int, scale_bits: int) -> Constants:
-    """Of `encode_kernel`, for tokens of `width` components."""
+def encode_constants(
+    device: torch.device, width: int, classes: int, scale_bits: int, row_bytes: int
+) -> Constants:
+    """Of `encode_kernel`, for tokens of `width` components in rows of `row_bytes`, or in none."""
     padded = power_of_two(width, 1, 1 << 30)
     return Constants(
         device,
@@ -83,10 +96,5 @@ def encode_constants(device: torch.device, width: int, classes: int, scale_bits:
         SCALE_BITS=scale_bits,
         ROWS=max(1, NUMBERS // padded),
         WIDTH=padded,
+        BYTES=power_of_two(row_bytes, 1, 1 << 30),
     )
-
-
-@functools.lru_cache(maxsize=256)
-def pack_constants(device: torch.device, rows: int, size: int) -> Constants:
-    """Of `pack_kernel`, for `rows` tokens of `size` bytes a program."""
-    return Constants(device, {"num_warps": 4}, ROWS=rows, BYTES=size)

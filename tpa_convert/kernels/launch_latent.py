@@ -25,11 +25,11 @@ from .launch import (
 from .start import Constants, start_kernel
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
-SPLITS_AT_ONCE = 128  # that the joining kernel reads
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 64, 4  # slots at a time, warps
+MOST_SPLITS = 16  # joining 32 takes as long as a short text's sums
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 
 
@@ -125,9 +125,9 @@ def launch_latent(
     grid = (blocks, batch, layout.spans * tiles)
     start_kernel(latent_weights_kernel, grid, constants[0], weigh)
     pieces = (items - layout.first_item) // (PIECE // WORD)
-    splits = choose_splits(
-        shares(attended, block), batch * sum_tiles * pieces, SUMS_AT_ONCE * processors
-    )
+    sequences = batch * sum_tiles * pieces
+    splits = choose_splits(shares(attended, block), sequences, SUMS_AT_ONCE * processors)
+    splits = min(splits, MOST_SPLITS)
     partial = query.new_empty((batch, splits, columns, WORD * items), dtype=torch.float32)
     partial_terms = query.new_empty((batch, splits, 4, columns), dtype=torch.float32)
     add = (
@@ -168,7 +168,7 @@ def launch_latent(
         query.device,
         parts,
         chunk,
-        power_of_two(splits, 1, SPLITS_AT_ONCE),
+        power_of_two(splits, 1, MOST_SPLITS),
         overlapped(query.device),
     )
     grid = (columns, shares(features, chunk), batch)
@@ -239,6 +239,6 @@ def latent_constants(
 def join_constants(
     device: torch.device, parts: int, chunk: int, splits: int, overlap: bool
 ) -> Constants:
-    """Of the joining kernel, for `chunk` features and so many splits at a time."""
+    """Of the joining kernel, for `chunk` features and at most so many splits."""
     options = options_of(4, overlap)
     return Constants(device, options, PARTS=parts, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .encode_reference import CodeTables, RowTables
+from .latent_tables import LatentTables, Layout
+
 
 @torch.library.custom_op("tpa_convert::decode_rotated", mutates_args=())
 def decode_rotated(
@@ -83,19 +86,17 @@ def decode_latent(
     pages: Tensor | None = None,
 ) -> Tensor:
     """Decoding over latent keys; what is not of a call is `latent_tables.LatentTables`."""
-    tables = layout, epsilon, chunks, items, weight, offset, norm, place_of, step
+    constants = epsilon, chunks, items, weight, offset, norm, place_of, step
+    tables = LatentTables(Layout(*layout), *constants)
     cached = query, keys, values, cosine, sine
-    return run_latent(*cached, *tables, scale, start, end, window, softcap, mask, pages)
+    return run_latent(*cached, tables, scale, start, end, window, softcap, mask, pages)
 
 
 def run_latent(*arguments: Any) -> Tensor:
-    """The same, not as an operator."""
-    from .latent_tables import LatentTables, Layout
+    """The same, not as an operator, of `LatentTables`."""
     from .launch_latent import launch_latent
 
-    tables = LatentTables(Layout(*arguments[5]), *arguments[6:14])
-    inputs = *arguments[:5], tables, *arguments[14:]
-    return launch_latent(*inputs)
+    return launch_latent(*arguments)
 
 
 @decode_latent.register_fake
@@ -114,14 +115,14 @@ def encode(
     lowest_octave: int,
 ) -> tuple[Tensor, Tensor]:
     """Headers and codes of components [n, c]; see `encode_reference.CodeTables`."""
-    return run_encode(x, mean, step, spread, importance, reach, lowest_octave)
+    return run_encode(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
 
 
-def run_encode(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
+def run_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """The same, not as an operator."""
-    from .launch_encode import CodeTables, launch_encode
+    from .launch_encode import launch_encode
 
-    return launch_encode(x, CodeTables(*tables))
+    return launch_encode(x, tables)
 
 
 @encode.register_fake
@@ -145,15 +146,15 @@ def encode_rows(
 ) -> tuple[Tensor, Tensor]:
     """Rows of bytes [n, bytes] of components [n, c], and what they say, [n, c + 1]: scaled codes
     and the class; see `encode_reference.RowTables`."""
-    tables = mean, step, spread, importance, reach, lowest_octave
-    return run_rows(x, *tables, component, bits, low, header)
+    tables = CodeTables(mean, step, spread, importance, reach, lowest_octave)
+    return run_rows(x, tables, RowTables(component, bits, low, header))
 
 
-def run_rows(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
+def run_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
     """The same, not as an operator."""
-    from .launch_encode import CodeTables, RowTables, launch_rows
+    from .launch_encode import launch_rows
 
-    return launch_rows(x, CodeTables(*tables[:6]), RowTables(*tables[6:]))
+    return launch_rows(x, tables, rows)
 
 
 @encode_rows.register_fake
@@ -173,14 +174,14 @@ def encode_straight(
     lowest_octave: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled codes of components [n, c], which of them were not clipped, and classes."""
-    return run_straight(x, mean, step, spread, importance, reach, lowest_octave)
+    return run_straight(x, CodeTables(mean, step, spread, importance, reach, lowest_octave))
 
 
-def run_straight(x: Tensor, *tables: Any) -> tuple[Tensor, Tensor, Tensor]:
+def run_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tensor]:
     """The same, not as an operator."""
-    from .launch_encode import CodeTables, launch_straight
+    from .launch_encode import launch_straight
 
-    return launch_straight(x, CodeTables(*tables))
+    return launch_straight(x, tables)
 
 
 @encode_straight.register_fake

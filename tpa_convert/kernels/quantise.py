@@ -1,4 +1,5 @@
-"""The Triton kernel that makes codes of components: a few whole tokens a program, in registers."""
+"""The Triton kernel that makes codes and rows of components: a few whole tokens a program, in
+registers."""
 
 from __future__ import annotations
 
@@ -40,21 +41,28 @@ def encode_kernel(
     scaled,
     inside,
     label,
+    packed,
+    component,
+    bits,
+    low,
     rows,
     stride,
     scaled_stride,
     width,
+    bytes,
+    header_at,
     octave,
     CLASSES: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
     """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
 
-    Of the outputs those are written that are not None: `header` and `codes`, `scaled` (in rows
-    `scaled_stride` apart) and `label`, and `inside`. Without `label`, the class is written behind
-    each row of `scaled`.
+    Of the outputs those are written that are not None: `header`, `codes`, `scaled` (in rows
+    `scaled_stride` apart), `label`, `inside`, and `packed`, which is `encode_reference.pack` of
+    `codes`. Without `label`, the class is written behind each row of `scaled`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -118,37 +126,19 @@ def encode_kernel(
         tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
     if codes is not None:
         tl.store(codes + place, code.to(tl.uint8), mask=mask)
+    if header is not None:
         tl.store(header + row, head.to(tl.uint8), mask=row < rows)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def pack_kernel(
-    codes,
-    header,
-    packed,
-    component,
-    bits,
-    low,
-    header_at,
-    rows,
-    width,
-    bytes,
-    ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
-):
-    """`encode_reference.pack` of codes [rows, width]."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    mask = (row < rows)[:, None] & (byte < bytes)[None, :]
-    of_row = row.to(tl.int64)[:, None]
-    size = tl.load(bits + byte, mask=byte < bytes, other=1)
-    shift = tl.load(low + byte, mask=byte < bytes, other=0)
-    result = tl.zeros([ROWS, BYTES], tl.int32)
-    for plane in tl.static_range(AT_MOST):
-        index = tl.load(component + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
-        code = tl.load(codes + of_row * width + index, mask=mask & (index >= 0), other=0)
-        field = (code.to(tl.int32) >> shift[None, :]) & ((1 << size) - 1)[None, :]
-        result |= field << tl.minimum(plane * size, 8)[None, :]
-    head = tl.load(header + row, mask=row < rows, other=0).to(tl.int32)
-    result = tl.where((byte == header_at)[None, :], head[:, None], result)
-    tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=mask)
+    if packed is not None:
+        tl.debug_barrier()  # codes are read back, by other threads
+        byte = tl.arange(0, BYTES)
+        mask = (row < rows)[:, None] & (byte < bytes)[None, :]
+        size = tl.load(bits + byte, mask=byte < bytes, other=1)[None, :]
+        shift = tl.load(low + byte, mask=byte < bytes, other=0)[None, :]
+        result = tl.zeros([ROWS, BYTES], tl.int32)
+        for plane in tl.static_range(AT_MOST):
+            index = tl.load(component + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
+            code = tl.load(codes + of_row * width + index, mask=mask & (index >= 0), other=0)
+            field = (code.to(tl.int32) >> shift) & ((1 << size) - 1)
+            result |= field << tl.minimum(plane * size, 8)
+        result = tl.where((byte == header_at)[None, :], head[:, None], result)
+        tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=mask)

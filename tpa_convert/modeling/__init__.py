@@ -55,15 +55,8 @@ from . import (
     tpa_stablelm,
     tpa_starcoder2,
 )
-from .tpa_attention import (
-    AttentionNames,
-    TPAAttention,
-    given_cache,
-    norm_epsilon,
-    norm_width,
-    normalised_together,
-    sliding_window,
-)
+from .tpa_attention import TPAAttention
+from .tpa_cache import given_cache
 from .tpa_codes import CLASSES, RowLayout
 from .tpa_configuration import (
     Form,
@@ -78,6 +71,13 @@ from .tpa_configuration import (
 )
 from .tpa_model import TPAModelMixin
 from .tpa_rotary import PairOrder, pair_table
+from .tpa_source import (
+    AttentionNames,
+    norm_epsilon,
+    norm_width,
+    normalised_together,
+    sliding_window,
+)
 
 
 def register(causal_lm: Any, with_code: bool = True) -> None:

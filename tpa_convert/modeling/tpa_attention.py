@@ -4,24 +4,22 @@ Shape suffixes and einsum letters are those of `tpa_keys`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tpa_cache import cache_grid, fold, refuse_quantised, unfold
+from .tpa_cache import cache_grid, fold, given_cache, refuse_quantised, unfold
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
-from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated, masked_softmax
-from .tpa_kernels import Sources, find_kernel
+from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated
+from .tpa_kernels import Sources, find_kernel, wants_gradients
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
-from .tpa_prefill import rebuilt_attention
+from .tpa_prefill import eager_attention_forward, rebuilt_attention
 from .tpa_rotary import (
     LayerRotary,
-    PairOrder,
     Table,
     feature_table,
     paged_positions,
@@ -29,60 +27,14 @@ from .tpa_rotary import (
     rotate,
     slot_positions,
 )
+from .tpa_source import (
+    AttentionNames,
+    norm_epsilon,
+    norm_width,
+    normalised_together,
+    sliding_window,
+)
 from .tpa_values import ContextualValues, StaticValues
-
-# transformers renamed it in 5.24; layers of GPT-NeoX have a name of their own
-CACHE_NAMES = ("past_key_values", "cache", "layer_past")
-
-
-@dataclass(frozen=True)
-class AttentionNames:
-    """Where a family keeps its attention, and how to read it; the defaults are those of most.
-
-    Args:
-        attention: the attention module of a decoder layer.
-        query, key, value: its projections.
-        fused: one projection that stacks queries, keys and values, instead of these.
-        fused_by_head: whether it stacks them for each key head, after the queries that share it.
-        output: the output projection.
-        query_norm, key_norm: norms before rotation, of each head or of all heads together, for
-            modules that have them.
-        pairs: which two features of a head are rotated together.
-        table: which two columns of the position embeddings belong to one pair.
-        rotated_if: attribute of the attention module that is false or None where a layer rotates
-            nothing; None if all layers rotate.
-        layers, rotary: the layers of the decoder, and its rotary embedding.
-    """
-
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    fused: str | None = None
-    fused_by_head: bool = False
-    output: str = "o_proj"
-    query_norm: str = "q_norm"
-    key_norm: str = "k_norm"
-    pairs: PairOrder = "halves"
-    table: PairOrder = "halves"
-    rotated_if: str | None = None
-    layers: str = "layers"
-    rotary: str = "rotary_emb"
-
-    def projection(self, attention: nn.Module, part: str) -> nn.Module:
-        """The projection of the source's attention that makes its `query`, `key` or `value`."""
-        return getattr(attention, self.fused or getattr(self, part))
-
-    def table_order(self, attention: nn.Module) -> PairOrder | None:
-        """`order` for `pair_table`, of an attention module of the source."""
-        rotated = self.rotated_if is None or getattr(attention, self.rotated_if)
-        return self.table if rotated else None
-
-
-def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
-    """The cache among keyword arguments, whatever it is called there; `pop` takes it out."""
-    found = [arguments.pop(n, None) if pop else arguments.get(n) for n in CACHE_NAMES]
-    return next((cache for cache in found if cache is not None), None)
 
 
 class FactorizedQuery(nn.Module):
@@ -151,6 +103,7 @@ class TPAAttention(nn.Module):
             bias=names.projection(source, "value").bias is not None,
         )
         self.q_norm = getattr(source, names.query_norm, None)
+        self.query_norm_width = 0 if self.q_norm is None else norm_width(self.q_norm)
         self.table_order = names.table_order(source)
         # What tables follow from beside positions: layers that agree in it share them.
         self.table_kind = self.table_order, self.keys.absorbed, shape.width_k, shape.key_pairs
@@ -187,6 +140,8 @@ class TPAAttention(nn.Module):
         Returns: output [b, s, D], and the attention weights if the function gives them.
         """
         cache = given_cache(kwargs, pop=True)
+        keys, (batch, length, _) = self.keys, hidden_states.shape
+        latent, stock = isinstance(keys, LatentKeys), isinstance(cache, Cache)
         if self.rotary_emb is None:
             tables = self.tables(position_embeddings)
         else:
@@ -196,13 +151,12 @@ class TPAAttention(nn.Module):
         table, query_table, key_table = tables
         query = self.q_proj(hidden_states)
         if self.q_norm is not None:
-            together = (-1, norm_width(self.q_norm))
-            query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
-        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
+        query = query.view(batch, length, self.num_heads, -1).transpose(1, 2)
         query = rotate(query, query_table)
         key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
+        constants = None  # of kernels
         if cache is not None:
-            latent, stock = isinstance(self.keys, LatentKeys), isinstance(cache, Cache)
             of_slots = None
             if latent and stock:  # before the cache counts the new tokens
                 given = hidden_states, position_embeddings, attention_mask
@@ -211,17 +165,21 @@ class TPAAttention(nn.Module):
             if latent and not stock:
                 of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
             table = of_slots or table
-            if key.shape[2] != hidden_states.shape[1]:  # something was cached before
+            if key.shape[2] != length:  # something was cached before
                 features = None
-            if isinstance(self.keys, LatentKeys):
-                self.latent_decoder.prepare(query, self.keys, self.values)
+            if isinstance(keys, LatentKeys) and not wants_gradients(query, keys.gauge.weight):
+                constants = self.latent_decoder.prepare(query, keys, self.values)
         if self.rotary_emb is not None:
             self.rotary_emb.done()
         implementation = self.config._attn_implementation
-        one = query.shape[2] == 1 and (cache is None or isinstance(cache, Cache))
+        one = length == 1 and (cache is None or stock)
         output = weights = None
-        if one and features is None:
-            output = self.decode_latent(query, key, value, attention_mask, table)
+        if one and features is None and constants is not None:
+            # Who hooks into this module may want weights, which only eager attention gives.
+            eager = implementation == "eager" and self.softcap and not self._forward_hooks
+            if eager or (implementation == "sdpa" and not self.softcap):
+                cached = query, key, value, attention_mask, table
+                output = self.decode_latent(*cached, constants)
         if output is None:
             key, value = features or self.unpack(key, value, query.dtype)
         if output is None and one and implementation == "sdpa" and not self.softcap:
@@ -249,11 +207,13 @@ class TPAAttention(nn.Module):
                 **kwargs,
             )
             output = output[..., : self.values.output_width]
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def train(self, mode: bool = True) -> "TPAAttention":
-        """What decoding keeps of the parameters is made anew after training."""
-        Sources.trained()
+        """What decoding keeps of the parameters is made anew after training, but not where nothing
+        changes: many call `eval` before every use."""
+        if mode or self.training:
+            Sources.trained()
         return super().train(mode)
 
     def tables(self, position_embeddings: Table) -> tuple[Table, Table, Table]:
@@ -277,17 +237,18 @@ class TPAAttention(nn.Module):
         Returns: keys, values, and the features that `unpack` would give for them if they are coded
             and there are several tokens: all that attention needs where nothing was cached before.
         """
-        key = self.keys.pack(hidden_states, table)
-        key_coder, value_coder = self.keys.coder, self.values.coder
+        keys, values = self.keys, self.values
+        key_coder, value_coder = keys.coder, values.coder
+        key = keys.pack(hidden_states, table)
         if key_coder is None or value_coder is None:
-            return key, self.values.pack(hidden_states), None
+            return key, values.pack(hidden_states), None
         if not cached:
             key = key_coder(key)
-            value = value_coder(self.values.pack(hidden_states, key))
+            value = value_coder(values.pack(hidden_states, key))
             return key, value, (key, value)
         several = key.shape[2] > 1
         key, key_features = key_coder(key, rows=True, features=several or self.shape.predict_values)
-        value = self.values.pack(hidden_states, key_features)
+        value = values.pack(hidden_states, key_features)
         value, value_features = value_coder(value, rows=True, features=several)
         return key, value, (key_features, value_features) if several else None
 
@@ -376,20 +337,18 @@ class TPAAttention(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         table: Table,
+        constants: Any,
     ) -> torch.Tensor | None:
-        """What `decode` gives of latent keys, from the cache as it is: rows of codes, or numbers.
+        """What `decode` gives of latent keys, from rows of codes as they are cached.
+
+        Args:
+            constants: see `LatentDecoder.prepare`.
 
         Returns: None where no kernel runs it.
         """
-        keys, values, implementation = self.keys, self.values, self.config._attn_implementation
-        # Who hooks into this module may want weights, which only eager attention gives.
-        eager = implementation == "eager" and self.softcap and not self._forward_hooks
-        plain = implementation == "sdpa" and not self.softcap
-        if not isinstance(keys, LatentKeys) or not (eager or plain):
-            return None
-        arguments = query, key, value, attention_mask, table, keys, values
-        mixed = self.latent_decoder(*arguments, self.scaling, self.softcap)
-        return None if mixed is None else values.output(mixed).transpose(1, 2)
+        cached = query, key, value, attention_mask, table
+        mixed = self.latent_decoder.decode(*cached, constants, self.scaling, self.softcap)
+        return None if mixed is None else self.values.output(mixed).transpose(1, 2)
 
     def decode(
         self,
@@ -438,49 +397,3 @@ def replace_attention(decoder: Any, names: AttentionNames) -> None:
             attention, "rotary_emb", LayerRotary(rotary, kind, kept, i + 1 == len(layers))
         )
         setattr(layer, names.attention, attention)
-
-
-def sliding_window(source: Any, config: Any, layer_idx: int) -> int | None:
-    """Tokens that a layer of the source attends to, None for all."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[layer_idx] != "sliding_attention":
-        return None
-    return getattr(source if hasattr(source, "sliding_window") else config, "sliding_window", None)
-
-
-def norm_width(norm: nn.Module) -> int:
-    """How many features a norm of the source normalises together."""
-    return next(norm.parameters()).numel()
-
-
-def normalised_together(norm: nn.Module | None, head_dim: int, heads: int) -> bool | Literal["all"]:
-    """What `LayerShape.key_norm` has to say of a norm of the source."""
-    if norm is None:
-        return False
-    return "all" if norm_width(norm) == heads * head_dim != head_dim else True
-
-
-def norm_epsilon(norm: Any) -> float:
-    """What a norm of the source adds to the mean square; families call it one of two names."""
-    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-
-
-def eager_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain products, as transformers' own: output [b, s, h, d] and weights."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.mT * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = masked_softmax(scores, attention_mask)
-    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (dropped @ value).transpose(1, 2).contiguous(), weights

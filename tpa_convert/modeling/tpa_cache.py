@@ -1,4 +1,5 @@
-"""Packed rows in caches that transformers makes for heads, and caches that rows are not for."""
+"""The cache that attention is given: packed rows in those that transformers makes for heads, and
+caches that rows are not for."""
 
 from typing import Any
 
@@ -8,12 +9,21 @@ from transformers.cache_utils import Cache, QuantizedLayer
 
 from .tpa_paged import holds_rows
 
+# transformers renamed it in 5.24; layers of GPT-NeoX have a name of their own
+CACHE_NAMES = ("past_key_values", "cache", "layer_past")
+
+
+def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
+    """The cache among keyword arguments, whatever it is called there; `pop` takes it out."""
+    found = [arguments.pop(n, None) if pop else arguments.get(n) for n in CACHE_NAMES]
+    return next((cache for cache in found if cache is not None), None)
+
 
 def refuse_quantised(cache: Cache, layer_idx: int) -> None:
     """Raises `ValueError` if a layer of the cache would quantise the codes it is given."""
-    layers = cache.layers[layer_idx : layer_idx + 1] or [cache.layer_class_to_replicate]
-    kind = layers[0] if isinstance(layers[0], type) else type(layers[0])
-    if kind is not None and issubclass(kind, QuantizedLayer):
+    made = layer_idx < len(cache.layers)
+    kind = type(cache.layers[layer_idx]) if made else cache.layer_class_to_replicate
+    if isinstance(kind, type) and issubclass(kind, QuantizedLayer):
         raise ValueError(
             "the cache of this model is coded in bits already: use a dynamic or static cache, not "
             "a quantized one"
@@ -39,10 +49,11 @@ def cache_grid(
         return None
     layer = cache.layers[layer_idx]
     held: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
-    if not all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.numel() for x in held):
-        return None
-    found = [(x.shape[1], x.shape[3]) for x in held]
-    return grid if found == [grid, grid] and found != [(1, w) for w in widths] else None
+    for x in held:  # in most caches the first one tells
+        if not isinstance(x, torch.Tensor) or x.ndim != 4 or (x.shape[1], x.shape[3]) != grid:
+            return None
+    packed = [grid, grid] == [(1, width) for width in widths]
+    return None if packed or not all(x.numel() for x in held) else grid
 
 
 def fold(row: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

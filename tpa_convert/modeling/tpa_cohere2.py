@@ -2,9 +2,9 @@
 
 from transformers import Cohere2Config, Cohere2ForCausalLM, Cohere2Model
 
-from .tpa_attention import AttentionNames
 from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
+from .tpa_source import AttentionNames
 
 
 class TPACohere2Config(TPAConfigMixin, Cohere2Config):

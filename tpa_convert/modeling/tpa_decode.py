@@ -39,26 +39,26 @@ class LatentDecoder:
         if self.kernels is None or keys.coder is None or not self.kernels.wanted(query.device):
             return None
         parts = parameters_of(keys, values)
+        if self.dtype == query.dtype and self.made_of.are(parts):
+            return self.tables
         if any(x.device != query.device for x in parts):  # offloaded
             return None
-        if self.dtype != query.dtype or not self.made_of.are(parts):
-            with torch.inference_mode(False), torch.no_grad():
-                self.tables = tables_of(self.kernels, keys, values, query.dtype)
-            for table in self.tables:
-                if isinstance(table, Tensor) and table.is_cuda:  # graphs need not copy it
-                    torch._dynamo.mark_static_address(table)
-            self.made_of, self.dtype = Sources(parts), query.dtype
+        with torch.inference_mode(False), torch.no_grad():
+            self.tables = tables_of(self.kernels, keys, values, query.dtype)
+        for table in self.tables:
+            if isinstance(table, Tensor) and table.is_cuda:  # graphs need not copy it
+                torch._dynamo.mark_static_address(table)
+        self.made_of, self.dtype = Sources(parts), query.dtype
         return self.tables
 
-    def __call__(
+    def decode(
         self,
         query: Tensor,
         packed_key: Tensor,
         packed_value: Tensor,
         attention_mask: Tensor | None,
         table: Table,
-        keys: LatentKeys,
-        values: StaticValues,
+        constants: Any,
         scaling: float,
         softcap: float | None = None,
     ) -> Tensor | None:
@@ -69,14 +69,10 @@ class LatentDecoder:
             packed_key, packed_value: the cache of this layer, [b, 1, t, ...].
             attention_mask: as the attention function takes it.
             table: of the features at the cached positions, [b or 1, 1, t, d].
+            constants: what `prepare` gave.
         """
-        if torch.is_grad_enabled() and any(
-            x.requires_grad for x in (query, packed_key, packed_value, keys.gauge.weight)
-        ):
-            return None
         known, mask = mask_of_slots(attention_mask, added=True)
-        tables = self.prepare(query, keys, values) if known else None
-        if tables is None or self.kernels is None:
+        if not known or self.kernels is None:
             return None
         pairs = table[0].shape[-1] // 2
         cosine, sine = (x[:, 0, :, pairs:] for x in table)
@@ -86,7 +82,7 @@ class LatentDecoder:
             packed_value,
             cosine,
             sine,
-            tables,
+            constants,
             scale=scaling,
             softcap=softcap,
             mask=mask,

@@ -2,9 +2,9 @@
 
 from transformers import Ernie4_5Config, Ernie4_5ForCausalLM, Ernie4_5Model
 
-from .tpa_attention import AttentionNames
 from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
+from .tpa_source import AttentionNames
 
 
 class TPAErnie4_5Config(TPAConfigMixin, Ernie4_5Config):

@@ -2,9 +2,9 @@
 
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5_MoeModel
 
-from .tpa_attention import AttentionNames
 from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
+from .tpa_source import AttentionNames
 
 
 class TPAErnie4_5_MoeConfig(TPAConfigMixin, Ernie4_5_MoeConfig):

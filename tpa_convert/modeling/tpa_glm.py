@@ -2,9 +2,9 @@
 
 from transformers import GlmConfig, GlmForCausalLM, GlmModel
 
-from .tpa_attention import AttentionNames
 from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
+from .tpa_source import AttentionNames
 
 
 class TPAGlmConfig(TPAConfigMixin, GlmConfig):

@@ -2,9 +2,9 @@
 
 from transformers import Glm4Config, Glm4ForCausalLM, Glm4Model
 
-from .tpa_attention import AttentionNames
 from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
+from .tpa_source import AttentionNames
 
 
 class TPAGlm4Config(TPAConfigMixin, Glm4Config):

@@ -100,11 +100,12 @@ class Sources:
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are they, not changed in place since."""
-        same = self.round == Sources.rounds and len(self.seen) == len(tensors)
-        return same and all(
-            a is b and place == b.data_ptr() and changes == changes_of(b)
-            for (a, place, changes), b in zip(self.seen, tensors, strict=True)
-        )
+        if self.round != Sources.rounds or len(self.seen) != len(tensors):
+            return False
+        for (a, place, changes), b in zip(self.seen, tensors, strict=True):  # every layer asks
+            if a is not b or place != b.data_ptr() or changes != changes_of(b):
+                return False
+        return True
 
 
 class Kept:
@@ -122,7 +123,7 @@ class Kept:
         how."""
         if torch.compiler.is_compiling():
             return make()
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if wants_gradients(*tensors):
             Sources.trained()
             return make()
         if not self.made_of.are(tensors):
@@ -130,6 +131,11 @@ class Kept:
                 self.made = make()
             self.made_of = Sources(tensors)
         return self.made
+
+
+def wants_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether what is made of these has to lead back to them, which kernels of decoding do not."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def changes_of(x: torch.Tensor) -> int:
@@ -171,17 +177,18 @@ def decode_components(
 
     Returns: mixed components [b, h, 1, width_v].
     """
-    if kernel is None or any(x.requires_grad for x in (query, packed_key, packed_value)):
+    if kernel is None or wants_gradients(query, packed_key, packed_value):
         return None
     known, mask = mask_of_slots(attention_mask)
     if not known:
         return None
-    return kernel(
-        query,
-        packed_key[..., key_factors:],
-        packed_value[..., value_factors:],
-        key_heads=packed_key[..., :key_factors] if key_factors else None,
-        value_heads=packed_value[..., :value_factors] if value_factors else None,
-        mask=mask,
-        **settings,
-    )
+    key_heads = value_heads = None
+    if key_factors:
+        key_heads, packed_key = packed_key[..., :key_factors], packed_key[..., key_factors:]
+    if value_factors:
+        value_heads, packed_value = (
+            packed_value[..., :value_factors],
+            packed_value[..., value_factors:],
+        )
+    heads = {"key_heads": key_heads, "value_heads": value_heads}
+    return kernel(query, packed_key, packed_value, mask=mask, **heads, **settings)

@@ -32,6 +32,20 @@ def of_heads(x: torch.Tensor | None, heads: Heads, dim: int = 0) -> Any:
     return x if x is None or heads is None else x[(slice(None),) * dim + (heads,)]
 
 
+def as_wide_as(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Features with zeros behind them for the columns of a weight that they have not, or without
+    the zeros that it has no columns for."""
+    behind = weight.shape[-1] - features.shape[-1]
+    return nn.functional.pad(features, (0, behind)) if behind else features
+
+
+def in_whole_words(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [..., w] on a GPU with zeros behind its rows up to a multiple of 16 bytes: products
+    with rows of other lengths take several times as long."""
+    behind = -weight.shape[-1] % (16 // weight.element_size()) if weight.is_cuda else 0
+    return nn.functional.pad(weight, (0, behind)) if behind else weight
+
+
 def heads_of(
     features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -40,6 +54,7 @@ def heads_of(
 
     As a single product: a batched one would copy the features for every head.
     """
+    features = as_wide_as(features, weight)
     bias = None if offset is None else offset.flatten()
     heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1), bias)
     return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
@@ -53,8 +68,9 @@ def each_head(
 
     As one product a group: `matmul` would copy the matrices for every sequence.
     """
+    features = as_wide_as(features, weight)
     batch, heads, length, width = features.shape
-    groups, one = len(weight), batch == 1
+    groups, one = weight.shape[0], batch == 1
     if not one:
         features = features.unflatten(1, (groups, -1)).transpose(0, 1)
     together = features.reshape(groups, -1, width)
@@ -95,6 +111,7 @@ class HeadGauge(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, head_dim, width))
         self.offset = nn.Parameter(torch.zeros(heads, head_dim)) if offset else None
+        self.kept = Kept()
 
     def forward(
         self,
@@ -109,10 +126,15 @@ class HeadGauge(nn.Module):
             before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
             heads: those of the features and of the result; `before` has all.
         """
-        weight = self.weight if before is None else torch.cat((before, self.weight), -1)
+        made_of = (self.weight,) if before is None else (before, self.weight)
+        weight = self.kept.of(made_of, lambda: self._matrix(before))
         weight, offset = of_heads(weight, heads), of_heads(self.offset, heads)
         product = heads_of if features.shape[1] == 1 else each_head
         return product(features, weight, offset)
+
+    def _matrix(self, before: torch.Tensor | None) -> torch.Tensor:
+        weight = self.weight if before is None else torch.cat((before, self.weight), -1)
+        return in_whole_words(weight)
 
 
 class BlockGauge(nn.Module):
@@ -130,6 +152,7 @@ class BlockGauge(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, head_dim // len(widths), sum(widths)))
         self.widths = widths
+        self.kept = Kept()
         self.shared = HeadGauge(heads, head_dim, shared, offset=True)
 
     def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
@@ -137,10 +160,13 @@ class BlockGauge(nn.Module):
         if len(self.widths) == 1:  # a single product
             return self.shared(features, self.weight, heads=heads)
         *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
-        weights = of_heads(self.weight, heads).split(self.widths, dim=-1)
-        parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
+        weights = self.kept.of((self.weight,), self._blocks)
+        parts = [heads_of(x, of_heads(w, heads)) for x, w in zip(blocks, weights, strict=True)]
         halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
         return halves.transpose(-3, -2).flatten(-3) + self.shared(rest, heads=heads)
+
+    def _blocks(self) -> list[torch.Tensor]:
+        return [in_whole_words(weight) for weight in self.weight.split(self.widths, -1)]
 
 
 class KeyNorm(nn.Module):
@@ -162,8 +188,9 @@ class KeyNorm(nn.Module):
     def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """γ and γ', [d] each, or [j, d] of all heads together."""
         weight = self.weight.to(dtype)
-        least = self.least * weight.abs().max()
-        return weight, torch.where(weight.abs() < least, least, weight)
+        size = weight.abs()
+        least = self.least * size.max()
+        return weight, torch.where(size < least, least, weight)
 
     def forward(self, keys: torch.Tensor, hide: bool = False) -> torch.Tensor:
         """Scales [b, j or 1, s, 1] of keys before rotation, z [b, j, s, d]; computed in fp32 at

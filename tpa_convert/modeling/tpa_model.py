@@ -6,10 +6,11 @@ from torch import nn
 from transformers import initialization as init
 
 from .tpa_adapters import tell_peft
-from .tpa_attention import AttentionNames, TPAAttention, replace_attention
+from .tpa_attention import TPAAttention, replace_attention
 from .tpa_coder import RowCoder
 from .tpa_keys import BlockGauge, HeadGauge, KeyNorm, PairGauge, RotatedKeys
 from .tpa_paged import pack_paged_cache
+from .tpa_source import AttentionNames
 
 
 class TPAModelMixin:

@@ -2,9 +2,9 @@
 
 from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 
-from .tpa_attention import AttentionNames
 from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
+from .tpa_source import AttentionNames
 
 
 class TPAPhi3Config(TPAConfigMixin, Phi3Config):

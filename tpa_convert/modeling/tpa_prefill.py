@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from .tpa_decode import masked_softmax
 from .tpa_kernels import of_one_width
 from .tpa_keys import Heads
 from .tpa_rotary import Table
@@ -77,3 +79,24 @@ def runs_of_heads(attention: Any, query: torch.Tensor, packed: torch.Tensor) -> 
     if at_once >= count:
         return [None]
     return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain products, as transformers' own: output [b, s, h, d] and weights."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = masked_softmax(scores, attention_mask)
+    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (dropped @ value).transpose(1, 2).contiguous(), weights

@@ -2,9 +2,9 @@
 
 from transformers import SmolLM3Config, SmolLM3ForCausalLM, SmolLM3Model
 
-from .tpa_attention import AttentionNames
 from .tpa_configuration import TPAConfigMixin
 from .tpa_model import TPAModelMixin
+from .tpa_source import AttentionNames
 
 
 class TPASmolLM3Config(TPAConfigMixin, SmolLM3Config):
