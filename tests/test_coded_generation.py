@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from tests.conversions import convert_coded, random_blocks
 from tests.generated import generated, make_caches_forget, telling
 from tests.test_generation import MODES, PADDINGS, SPEAKING, WAYS, padded_prompt
+from tpa_convert.modeling.tpa_attention import TPAAttention
 
 NEW = 10
 
@@ -160,3 +161,23 @@ def test_cache_offload(coded, implementation) -> None:
     expected = telling(model, tokens, NEW, use_cache=False)
     out = generated(model, tokens, NEW, cache_implementation=implementation, disable_compile=True)
     assert torch.equal(out, expected)
+
+
+def test_the_first_prompt_of_a_static_cache_is_not_read_back(coded, monkeypatch) -> None:
+    """Neither its rows nor the free slots behind them; a second prompt has to."""
+    unpacked: list[int] = []
+    real = TPAAttention.unpack
+
+    def unpack(self: Any, key: torch.Tensor, *rest: Any) -> Any:
+        unpacked.append(key.shape[2])
+        return real(self, key, *rest)
+
+    monkeypatch.setattr(TPAAttention, "unpack", unpack)
+    tokens, cache = prompt(), StaticCache(config=coded.config, max_cache_len=16)
+    with torch.no_grad():
+        expected = coded(tokens, use_cache=False).logits
+        first = coded(tokens[:, :5], past_key_values=cache).logits
+        assert not unpacked
+        second = coded(tokens[:, 5:], past_key_values=cache).logits
+    assert set(unpacked) == {16}
+    assert torch.allclose(torch.cat((first, second), 1), expected, atol=1e-9)

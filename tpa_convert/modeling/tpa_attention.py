@@ -12,7 +12,14 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tpa_cache import cache_grid, fold, given_cache, refuse_quantised, unfold
+from .tpa_cache import (
+    cache_grid,
+    fold,
+    given_cache,
+    holds_nothing,
+    refuse_quantised,
+    unfold,
+)
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated
 from .tpa_kernels import Sources, find_kernel, wants_gradients
@@ -158,10 +165,15 @@ class TPAAttention(nn.Module):
         constants = None  # of kernels
         if cache is not None:
             of_slots = None
-            if latent and stock:  # before the cache counts the new tokens
+            prompt = stock and length > 1 and holds_nothing(cache, self.layer_idx)
+            if latent and stock and not prompt:  # before the cache counts the new tokens
                 given = hidden_states, position_embeddings, attention_mask
                 of_slots = self.table_of_slots(cache, *given, kwargs)
             key, value = self.update(cache, key, value, hidden_states.dtype, kwargs)
+            if prompt and key.shape[2] > length:  # free slots lie behind it
+                key, value = key[:, :, :length], value[:, :, :length]
+                if isinstance(attention_mask, torch.Tensor):
+                    attention_mask = attention_mask[..., :length]
             if latent and not stock:
                 of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
             table = of_slots or table

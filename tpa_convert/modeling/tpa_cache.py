@@ -19,6 +19,12 @@ def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
     return next((cache for cache in found if cache is not None), None)
 
 
+def holds_nothing(cache: Cache, layer_idx: int) -> bool:
+    """Whether a layer of a cache is known to be empty, without asking a GPU."""
+    held = cache.get_seq_length(layer_idx)
+    return isinstance(held, int) and held == 0
+
+
 def refuse_quantised(cache: Cache, layer_idx: int) -> None:
     """Raises `ValueError` if a layer of the cache would quantise the codes it is given."""
     made = layer_idx < len(cache.layers)
