@@ -151,7 +151,11 @@ def test_texts_know_of_how_many_files_they_are(tmp_path: Path) -> None:
         ),
         ("a.jsonl", b'{"text": true}\n{"text": "x"}\n', r"line 2: 'text' is of another type"),
         ("a.json", b'[{"text": "x"}, {"text": 1}]', r"a\.json, row 2: 'text' is of another type"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n\n{"text": 1}', mtime=0), "gz, line 3: 'text' is of"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n\n{"text": 1}', mtime=0),
+            "gz, line 3: 'text' is of",
+        ),
         (
             "a.jsonl",
             b"not json\n",
