@@ -15,9 +15,9 @@ the cache with latent keys, in 135m-coded to 12.5 %, coded; in 1b a Llama of 1.1
 (TinyLlama's shape) teaches its conversion at a third of the cache, in 1b-coded that at 12.5 %,
 coded; in 8b one of Llama-3-8B's shape teaches its conversion at 12.5 %, coded.
 
-With --memory it prints too what each process had of main memory before healing and at most in it,
-and what healing took of its GPU at most: in tensors while it trained, and from the driver in all.
-With FSDP the models are made in the first process only, as `tpa-convert heal` loads them.
+With --memory it prints too what each process had of main memory without models and at most, and
+what it took of its GPU: in tensors while it trained, and from the driver since before models were
+made. With FSDP they are made in the first process only, as `tpa-convert heal` loads them.
 """
 
 from __future__ import annotations
@@ -186,13 +186,14 @@ def time_loss(chunk_tokens: int, compiled: bool, shape: str) -> tuple[float, flo
 
 
 @contextmanager
-def peaks(found: list[str]) -> Iterator[None]:
-    """Adds to `found` a line for each process: its memory inside of this."""
+def peaks() -> Iterator[list[str]]:
+    """Lines, when it ends, on the memory that each process had inside of this."""
+    found: list[str] = []
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = forget_peak()
-    yield
+    yield found
     _, peak = main_memory()
     line = f"main memory {before / 1e9:.2f} GB before, {peak / 1e9:.2f} at most"
     if torch.cuda.is_available():
@@ -208,21 +209,16 @@ def whole_decoder(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 def time_healing(
     shape: str, batch_size: int, compiled: str, steps: int, changes: dict[str, Any]
-) -> tuple[healing_run.HealingReport, float, list[str]]:
-    """The report, the share of the GPUs' peak arithmetic that was used, and memory in lines."""
-    memory = [f"main memory of the first process without models: {main_memory()[0] / 1e9:.2f} GB"]
+) -> tuple[healing_run.HealingReport, float]:
+    """The report, and the share of the GPUs' peak arithmetic that was used."""
     student, teacher = shared_models(shape)
-    memory += [
-        f"the {name} as a whole: {sum(p.nbytes for p in model.parameters()) / 1e9:.2f} GB"
-        for name, model in (("student", student), ("source", teacher))
-    ]
     vocab, size = SHAPES[shape]["vocab_size"], (BLOCKS * steps, LENGTH)
     blocks = torch.randint(vocab, size, generator=torch.Generator().manual_seed(0))
     layers = healing_run.modules_to_compile
     healing_run.modules_to_compile = whole_decoder if compiled == "decoder" else layers
     torch.compiler.reset()
     try:
-        with shared_folder() as directory, peaks(memory):
+        with shared_folder() as directory:
             report = heal(
                 student,
                 teacher,
@@ -241,7 +237,7 @@ def time_healing(
             )
     finally:
         healing_run.modules_to_compile = layers
-    return report, mfu_of(student, teacher, report, LENGTH), memory
+    return report, mfu_of(student, teacher, report, LENGTH)
 
 
 @contextmanager
@@ -282,9 +278,10 @@ def main() -> None:
             show(f"| {name} {settings}: left out, time is up |")
             continue
         batch_size, compiled_part = VARIANTS[name]
-        report, mfu, memory = time_healing(
-            options.shape, batch_size, compiled_part, options.steps, given_settings(settings)
-        )
+        with peaks() as memory:
+            report, mfu = time_healing(
+                options.shape, batch_size, compiled_part, options.steps, given_settings(settings)
+            )
         losses = ", ".join(f"{step}: {loss:.5f}" for step, loss in report.losses)
         show(
             f"| {report.batch_size} | {compiled_part} | {settings} "
