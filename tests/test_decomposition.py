@@ -14,10 +14,10 @@ from torch import Tensor
 from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,
+    DataFreeMoments,
     KeyFactors,
     LayerMoments,
     ValueFactors,
-    data_free_moments,
     decompose_latent_keys,
 )
 from tpa_convert.decomposition.factors import (
@@ -374,7 +374,7 @@ def test_damping_makes_the_functional_of_few_inputs_finite() -> None:
 
 def test_data_free_moments_are_those_of_white_inputs(layer) -> None:
     """Inputs whose second moment is the identity give the same covariances."""
-    moments = data_free_moments(layer.weights)
+    moments = DataFreeMoments(layer.weights)
     key = layer.weights.key
     white = to_complex_pairs(key, 1)
     for f in range(4):
