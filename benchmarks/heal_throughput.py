@@ -11,8 +11,13 @@ second, peak memory of a GPU, share of its peak arithmetic (MFU) and losses of w
 once --seconds are spent; --variants picks some, in their order.
 
 In the shape 135m both models are SmolLM2-135M, in 135m-third the student is converted to a third of
-the cache with latent keys; in 1b a Llama of 1.1 B parameters (TinyLlama's shape) teaches its
-conversion at a third of the cache; in 8b one of Llama-3-8B's shape its conversion at 12.5 %, coded.
+the cache with latent keys, in 135m-coded to 12.5 %, coded; in 1b a Llama of 1.1 B parameters
+(TinyLlama's shape) teaches its conversion at a third of the cache, in 1b-coded that at 12.5 %,
+coded; in 8b one of Llama-3-8B's shape teaches its conversion at 12.5 %, coded.
+
+With --memory it prints too what each process had of main memory without models and at most, and
+what it took of its GPU: in tensors while it trained, and from the driver since before models were
+made. With FSDP they are made in the first process only, as `tpa-convert heal` loads them.
 """
 
 from __future__ import annotations
@@ -29,17 +34,23 @@ from itertools import product
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from common.arguments import given_settings
 from common.healing import mfu_of
-from common.machine import device_name, versions
+from common.machine import device_name, forget_peak, main_memory, versions
 from common.random_models import coded_shape
 from tpa_convert.families import family_of
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal, skewed_kl
 from tpa_convert.healing.training import run as healing_run
-from tpa_convert.healing.training.distributed import processes, smallest
+from tpa_convert.healing.training.distributed import (
+    from_first,
+    outline,
+    processes,
+    sharding,
+    smallest,
+)
 from tpa_convert.plans import plan_widths
 
 DEVICE = "cuda"
@@ -55,18 +66,21 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+TINYLLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": SMOLLM2,
     "135m-third": SMOLLM2,
-    "1b": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
+    "135m-coded": SMOLLM2,
+    "1b": TINYLLAMA,
+    "1b-coded": TINYLLAMA,
     "8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,
@@ -81,7 +95,7 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "135m-third": {"widths": (48, 80), "gauge": "absorbed", "key_cache": "latent"},
     "1b": {"widths": (88, 88), "gauge": "absorbed"},
 }
-CODED = {"8b": 12.5}  # percent of the source's bytes
+CODED = {"135m-coded": 12.5, "1b-coded": 12.5, "8b": 12.5}  # percent of the source's bytes
 
 # name -> (batch size, what to compile: nothing, equal layers once, the whole decoder)
 VARIANTS = {
@@ -94,9 +108,19 @@ VARIANTS = {
 DEFAULT_VARIANTS = {
     "135m": list(VARIANTS),
     "135m-third": ["b32-layers"],
+    "135m-coded": ["b32-layers"],
     "1b": ["b16-layers", "b8-layers"],
+    "1b-coded": ["b16-layers", "b8-layers"],
     "8b": ["b8-layers"],
 }
+
+
+def shared_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """`random_models`. With FSDP all processes but the first have outlines of them."""
+    make = partial(random_models, shape)
+    if not sharding():
+        return make()
+    return from_first(make, lambda pair: (outline(pair[0]), outline(pair[1])))
 
 
 def random_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -161,6 +185,24 @@ def time_loss(chunk_tokens: int, compiled: bool, shape: str) -> tuple[float, flo
     return milliseconds, (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
+@contextmanager
+def peaks() -> Iterator[list[str]]:
+    """Lines, when it ends, on the memory that each process had inside of this."""
+    found: list[str] = []
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = forget_peak()
+    yield found
+    _, peak = main_memory()
+    line = f"main memory {before / 1e9:.2f} GB before, {peak / 1e9:.2f} at most"
+    if torch.cuda.is_available():
+        # The allocator keeps what it once had, also from before healing forgets its own peak.
+        tensors, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        line += f"; GPU {tensors / 1e9:.2f} GB in tensors, {reserved / 1e9:.2f} in all"
+    found += [f"process {i}: {line}" for i, line in enumerate(gather_object([line]))]
+
+
 def whole_decoder(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [model.get_decoder()]
 
@@ -169,7 +211,7 @@ def time_healing(
     shape: str, batch_size: int, compiled: str, steps: int, changes: dict[str, Any]
 ) -> tuple[healing_run.HealingReport, float]:
     """The report, and the share of the GPUs' peak arithmetic that was used."""
-    student, teacher = random_models(shape)
+    student, teacher = shared_models(shape)
     vocab, size = SHAPES[shape]["vocab_size"], (BLOCKS * steps, LENGTH)
     blocks = torch.randint(vocab, size, generator=torch.Generator().manual_seed(0))
     layers = healing_run.modules_to_compile
@@ -213,6 +255,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=75, help="start no variant after these")
     parser.add_argument("--no-loss", action="store_true", help="leave out the table of the loss")
+    parser.add_argument("--memory", action="store_true", help="of every process")
     parser.add_argument("--settings", nargs="+", default=[""], help="hidden_weight=0,skew=0")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -235,15 +278,18 @@ def main() -> None:
             show(f"| {name} {settings}: left out, time is up |")
             continue
         batch_size, compiled_part = VARIANTS[name]
-        report, mfu = time_healing(
-            options.shape, batch_size, compiled_part, options.steps, given_settings(settings)
-        )
+        with peaks() as memory:
+            report, mfu = time_healing(
+                options.shape, batch_size, compiled_part, options.steps, given_settings(settings)
+            )
         losses = ", ".join(f"{step}: {loss:.5f}" for step, loss in report.losses)
         show(
             f"| {report.batch_size} | {compiled_part} | {settings} "
             f"| {report.tokens_per_second or 0:,.0f} | {mfu:.1%} "
             f"| {(report.peak_memory_bytes or 0) / 1e9:.1f} | {report.seconds:.0f} | {losses} |"
         )
+        if options.memory:
+            show("\n".join(memory))
     processes().destroy_process_group()
 
 

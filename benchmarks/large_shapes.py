@@ -163,6 +163,21 @@ def plan_command(source: Path, device: str) -> list[str]:
     return [sys.executable, "-c", CHILD, "plan", str(source), "--device", device, *PLANNED, *text]
 
 
+def measured(line: list[str]) -> list[str]:
+    """Runs a conversion, showing what it prints as it comes; returns what it used."""
+    found: list[str] = []
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for text in process.stderr:
+            if text.startswith("MEASURED"):
+                found = text.split()[1:]
+            else:
+                print(text, end="", flush=True)
+    if process.returncode:
+        sys.exit(f"the conversion ended with {process.returncode}")
+    return found
+
+
 def digest(directory: Path) -> str:
     found = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
@@ -225,12 +240,8 @@ def main() -> None:
         if given.cold:
             forget(source)
         start = time.perf_counter()
-        run = subprocess.run(line, check=False, capture_output=True, text=True)
+        peak, cpu, gpu = measured(line)
         seconds = time.perf_counter() - start
-        print(run.stdout)
-        if run.returncode:
-            sys.exit(run.stderr[-3000:])
-        peak, cpu, gpu = next(x.split()[1:] for x in run.stderr.splitlines() if "MEASURED" in x)
         print(
             f"wall {seconds:.0f} s, CPU {float(cpu):.0f} s, "
             f"peak memory {int(peak) / 2**20:.2f} GiB, of the GPU {int(gpu) / 2**30:.2f} GiB, "

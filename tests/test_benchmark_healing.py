@@ -17,6 +17,7 @@ from tpa_convert.healing import HealingReport, HealingSettings, heal
 from tpa_convert.healing.training import preparation
 from tpa_convert.healing.training.flops import flops_per_token
 from tpa_convert.healing.training.hardware import peak_flops
+from tpa_convert.modeling import LayerShape
 
 
 @pytest.fixture
@@ -165,7 +166,8 @@ SMALL = {"intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
 def throughput(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script with small models and steps, on a CPU."""
     script = benchmark("heal_throughput")
-    for shape, hidden_size in (("135m", 72), ("135m-third", 576), ("1b", 256)):
+    sizes = {"135m": 72, "135m-third": 576, "135m-coded": 576, "1b": 256}
+    for shape, hidden_size in sizes.items():
         small = script.SHAPES[shape] | SMALL | {"hidden_size": hidden_size}
         monkeypatch.setitem(script.SHAPES, shape, small)
     monkeypatch.setattr(script, "LENGTH", 8)
@@ -173,7 +175,7 @@ def throughput(monkeypatch: pytest.MonkeyPatch) -> Any:
     return script
 
 
-@pytest.mark.parametrize("shape", ["135m", "135m-third", "1b"])
+@pytest.mark.parametrize("shape", ["135m", "135m-third", "135m-coded", "1b"])
 def test_models_of_a_shape(throughput, shape: str) -> None:
     student, teacher = throughput.random_models(shape)
     for key, value in throughput.SHAPES[shape].items():
@@ -182,6 +184,12 @@ def test_models_of_a_shape(throughput, shape: str) -> None:
     if shape == "135m":
         for one, other in zip(student.parameters(), teacher.parameters(), strict=True):
             assert torch.equal(one.to(torch.bfloat16), other)
+    elif shape in throughput.CODED:
+        groups = teacher.config.num_key_value_heads
+        source_bytes = 2 * 2 * groups * teacher.config.head_dim
+        for layer in student.config.tpa_layers:
+            cached = LayerShape(**layer).cached_bytes(groups)
+            assert 0.9 * source_bytes / 8 <= cached <= source_bytes / 8
     else:
         floats = sum(throughput.CONVERTED[shape]["widths"])
         assert student.config.cached_floats == [floats] * 2

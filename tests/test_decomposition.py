@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,
+    DataFreeMoments,
     KeyFactors,
     LayerMoments,
     ValueFactors,
-    data_free_moments,
     decompose_latent_keys,
 )
 from tpa_convert.decomposition.factors import (
@@ -374,7 +376,7 @@ def test_damping_makes_the_functional_of_few_inputs_finite() -> None:
 
 def test_data_free_moments_are_those_of_white_inputs(layer) -> None:
     """Inputs whose second moment is the identity give the same covariances."""
-    moments = data_free_moments(layer.weights)
+    moments = DataFreeMoments(layer.weights)
     key = layer.weights.key
     white = to_complex_pairs(key, 1)
     for f in range(4):
@@ -389,3 +391,40 @@ def test_complex_pairs_are_halves_not_neighbours() -> None:
     x = torch.arange(8.0).view(2, 4)
     assert to_complex_pairs(x, 1).tolist() == [[0 + 2j, 1 + 3j], [4 + 6j, 5 + 7j]]
     assert torch.equal(to_half_split(to_complex_pairs(x, 1), 1), x)
+
+
+# Memory
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made inside of this."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [one.nbytes for one in tree_leaves(made) if isinstance(one, Tensor)]
+        self.nbytes = max(self.nbytes, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_nothing_is_larger_than_a_projection(latent: bool) -> None:
+    """Also with as many key heads as query heads, where a copy of the keys for each component is
+    half as many times a projection as there are heads."""
+    heads, head_dim = 8, 4
+    size = (heads, head_dim, heads * head_dim + 1)
+    projections = [normal(*size, seed=seed) for seed in range(3)]
+    output = normal(heads * head_dim, heads, head_dim, seed=3)
+    weights = AttentionWeights(*projections, output, None, head_dim**-0.5)
+    moments, width = DataFreeMoments(weights), heads * head_dim // 2
+    decompose = decompose_latent_keys if latent else METHODS["gauge"].decompose_keys
+    metric = value_metric(weights)
+    with Largest() as largest:
+        keys = decompose(weights, moments, width)
+        METHODS["gauge"].decompose_values(weights, moments, width, metric)
+    assert largest.nbytes <= weights.key.nbytes
+    assert keys.feature.nbytes < weights.key.nbytes
+    with Largest() as largest:  # negative control: heads side by side for each component
+        weights.key[:, torch.zeros(width, dtype=torch.long)].clone()
+    assert largest.nbytes > weights.key.nbytes

@@ -19,6 +19,7 @@ from tpa_convert.decomposition import AttentionWeights, KeyFactors, ValueFactors
 from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split
 from tpa_convert.decomposition.gauge import (
     allocate_components,
+    by_head,
     decompose_keys,
     decompose_values,
     key_components,
@@ -78,7 +79,8 @@ def value_constant(
     result = closed_form(weights, centred, width_k, width_v)
     _, vectors, root, inverse = value_components(centred, value_metric(weights))
     kept = vectors[:, -width_v:]
-    lost = mean - inverse @ kept @ kept.mT @ root @ mean
+    inside = kept @ (kept.mT @ by_head(root, mean[:, None]))
+    lost = mean - by_head(inverse, inside)[:, 0]
     heads = lost.view(weights.value.shape[:2]).repeat_interleave(weights.heads_per_group, 0)
     return replace(result, output_bias=torch.einsum("xhd,hd->x", weights.output, heads))
 

@@ -95,7 +95,8 @@ def full_width(source: Source, index: int) -> Iterator[TPAAttention]:
         before = getattr(layer, names.attention)
         weights = attention_weights(before, names, model.config, index, dtype=torch.float32)
         groups, head_dim, _ = weights.key.shape
-        gauge = torch.eye(groups * head_dim).to(weights.key).unflatten(0, (groups, head_dim))
+        identity = torch.eye(groups * head_dim, device=weights.key.device)
+        gauge = identity.unflatten(0, (groups, head_dim))
         keys = LatentKeyFactors(weights.key.flatten(0, 1), gauge, gauge[..., 0] * 0)
         values = ValueFactors(weights.value.flatten(0, 1), gauge)
         parameters = attention_parameters(
@@ -103,7 +104,7 @@ def full_width(source: Source, index: int) -> Iterator[TPAAttention]:
         )
         module = attention_module(before, names, config, index, parameters)
         module = module.to(weights.key.device, model.dtype).requires_grad_(False)
-        del weights, keys, values, parameters
+        del weights, identity, gauge, keys, values, parameters
         setattr(layer, names.attention, module)
         try:
             yield module

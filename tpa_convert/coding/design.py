@@ -130,8 +130,9 @@ def predict_values(
     moment = components @ covariance[:n, :n] @ components.mT + (error * kept * variance).diag()
     shared = components @ covariance[:n, n:]  # [c, n]
     mean = moment.diagonal().mean().clamp_min(1e-30)  # 0 of keys that never vary
-    damping = ridge * mean * torch.eye(len(moment)).to(moment)
-    weight = torch.linalg.solve(moment + damping, shared).mT
+    damped = moment.clone()
+    damped.diagonal().add_(ridge * mean)
+    weight = torch.linalg.solve(damped, shared).mT
     explained = weight @ shared
     residual = covariance[n:, n:] - explained - explained.mT + weight @ moment @ weight.mT
     return Prediction(weight, residual)

@@ -14,11 +14,11 @@ from tpa_convert.conversion.coded import coded_parameters
 from tpa_convert.decomposition import (
     METHODS,
     AttentionWeights,
+    DataFreeMoments,
     KeyFactors,
     LatentKeyFactors,
     LayerMoments,
     ValueFactors,
-    data_free_moments,
     decompose_latent_keys,
 )
 from tpa_convert.decomposition.factors import to_complex_pairs, to_half_split, with_unit_gauge
@@ -163,11 +163,12 @@ def convert_layer(
     """Parameters of one converted attention layer, and its shape with what the factors decided:
     the rotary pairs of the key components, and of `static` layers the most on one pair."""
     decompose = METHODS[method]
-    metric = value_metric(weights)
-    basis = moments
-    if basis is None or not whiten:
-        basis = data_free_moments(weights)
-        metric = torch.eye(metric.shape[-1], dtype=metric.dtype).expand_as(metric)
+    if moments is None or not whiten:
+        basis: LayerMoments = DataFreeMoments(weights)
+        groups, head_dim, _ = weights.value.shape
+        metric = torch.eye(head_dim).to(weights.value).expand(groups, -1, -1)
+    else:
+        basis, metric = moments, value_metric(weights)
     functional = (moments or basis).constant_functional
     values = with_unit_gauge(decompose.decompose_values(weights, basis, shape.width_v, metric))
     if shape.latent_keys:

@@ -14,7 +14,7 @@ from tpa_convert.decomposition.factors import (
     ValueFactors,
 )
 from tpa_convert.decomposition.latent import decompose_latent_keys
-from tpa_convert.decomposition.moments import LayerMoments, data_free_moments
+from tpa_convert.decomposition.moments import DataFreeMoments, LayerMoments
 
 
 class Method(NamedTuple):
@@ -35,12 +35,12 @@ METHODS = {
 __all__ = [
     "METHODS",
     "AttentionWeights",
+    "DataFreeMoments",
     "HeadNorm",
     "KeyFactors",
     "LatentKeyFactors",
     "LayerMoments",
     "Method",
     "ValueFactors",
-    "data_free_moments",
     "decompose_latent_keys",
 ]

@@ -77,8 +77,11 @@ def decompose_keys(
     rotary_pair, component = allocate_components(eigenvalues, width // 2, rank)
     vector_pg = vectors[rotary_pair, :, component]
     weight_pg = score_weights(moments.query_energy).mT[rotary_pair]
-    key_pairs = to_complex_pairs(weights.key, 1)[:, rotary_pair]  # [g, p, D + 1]
-    feature = torch.einsum("pg,gpx->px", vector_pg.conj() * weight_pg, key_pairs)
+    pairs = to_complex_pairs(weights.key, 1).unbind(1)  # [g, D + 1] each
+    # Pair by pair: the keys of each component, side by side, are several times the layer.
+    counts = rotary_pair.bincount(minlength=len(pairs)).tolist()
+    encode = (vector_pg.conj() * weight_pg).split(counts)
+    feature = torch.cat([own @ pair for own, pair in zip(encode, pairs, strict=True)])
     return KeyFactors(feature, (vector_pg / weight_pg).mT.contiguous(), rotary_pair)
 
 
@@ -91,11 +94,17 @@ def value_metric(weights: AttentionWeights) -> Tensor:
 def value_components(
     moments: LayerMoments, metric: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eigenvalues [g d], ascending, and eigenvectors of M^½ C_v M^½, with M^½ and M^{−½}."""
-    root = torch.block_diag(*symmetric_power(metric, 0.5))
-    inverse_root = torch.block_diag(*symmetric_power(metric, -0.5))
-    eigenvalues, vectors = torch.linalg.eigh(root @ moments.value_covariance @ root)
+    """Eigenvalues [g d], ascending, and eigenvectors of M^½ C_v M^½, with M^½ and M^{−½} of each
+    head."""
+    root, inverse_root = (symmetric_power(metric, exponent) for exponent in (0.5, -0.5))
+    half = by_head(root, moments.value_covariance)
+    eigenvalues, vectors = torch.linalg.eigh(by_head(root, half.mT))
     return eigenvalues.clamp_min(0), vectors, root, inverse_root
+
+
+def by_head(matrices: Tensor, stacked: Tensor) -> Tensor:
+    """One matrix for each head, [g, d, d], times what all heads have, [g d, n]."""
+    return (matrices @ stacked.unflatten(0, matrices.shape[:2])).flatten(0, 1)
 
 
 def truncation_errors(eigenvalues: Tensor) -> Tensor:
@@ -124,5 +133,6 @@ def decompose_values(
     groups, head_dim, _ = weights.value.shape
     _, vectors, root, inverse_root = value_components(moments, metric)
     vectors = vectors[:, -width:].flip(-1)
-    feature = vectors.mT @ root @ weights.value.flatten(0, 1)
-    return ValueFactors(feature, (inverse_root @ vectors).unflatten(0, (groups, head_dim)))
+    feature = by_head(root, vectors).mT @ weights.value.flatten(0, 1)
+    gauge = by_head(inverse_root, vectors).unflatten(0, (groups, head_dim))
+    return ValueFactors(feature, gauge)

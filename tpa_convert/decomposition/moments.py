@@ -56,21 +56,50 @@ def constant_functional(second_moment: Tensor, mean: Tensor, damping: float = 1e
     return functional, residual
 
 
-def data_free_moments(weights: AttentionWeights) -> LayerMoments:
+class DataFreeMoments(LayerMoments):
     """Moments as if inputs were white, queries equally strong and the mean input zero.
 
-    With these the decompositions approximate the weights themselves, not what attention does.
+    With these the decompositions approximate the weights themselves, not what attention does. Each
+    is computed whenever it is asked for: of a large layer they are as large as its weights, and no
+    decomposition needs them all.
+
+    Args:
+        weights: of the layer.
     """
-    groups, _, columns = weights.key.shape
-    pairs = to_complex_pairs(weights.key, 1)
-    key = weights.key.flatten(0, 1)
-    value = weights.value.flatten(0, 1)
-    return LayerMoments(
-        pair_covariance=torch.einsum("gfx,hfx->fgh", pairs, pairs.conj()),
-        query_energy=torch.ones(groups, pairs.shape[1], dtype=key.dtype, device=key.device),
-        key_covariance=key @ key.mT,
-        key_mean=key.new_zeros(len(key)),
-        value_covariance=value @ value.mT,
-        constant_functional=key.new_zeros(columns - 1),
-        constant_residual=key.new_ones(()),
-    )
+
+    weights: AttentionWeights
+
+    def __init__(self, weights: AttentionWeights):
+        vars(self)["weights"] = weights  # the class is frozen
+
+    @property
+    def pair_covariance(self) -> Tensor:  # type: ignore[override]
+        pairs = to_complex_pairs(self.weights.key, 1)
+        return torch.einsum("gfx,hfx->fgh", pairs, pairs.conj())
+
+    @property
+    def query_energy(self) -> Tensor:  # type: ignore[override]
+        groups, head_dim, _ = self.weights.key.shape
+        return self.weights.key.new_ones(groups, head_dim // 2)
+
+    @property
+    def key_covariance(self) -> Tensor:  # type: ignore[override]
+        key = self.weights.key.flatten(0, 1)
+        return key @ key.mT
+
+    @property
+    def key_mean(self) -> Tensor:  # type: ignore[override]
+        return self.weights.key.new_zeros(self.weights.key[..., 0].numel())
+
+    @property
+    def value_covariance(self) -> Tensor:  # type: ignore[override]
+        value = self.weights.value.flatten(0, 1)
+        return value @ value.mT
+
+    @property
+    def constant_functional(self) -> Tensor:  # type: ignore[override]
+        return self.weights.key.new_zeros(self.weights.key.shape[-1] - 1)
+
+    @property
+    def constant_residual(self) -> Tensor:  # type: ignore[override]
+        return self.weights.key.new_ones(())
