@@ -21,15 +21,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.utils import logging
 
 from tests.conftest import make_tiny_llama
 from tpa_convert.errors import UserError
 from tpa_convert.places import models as places
 from tpa_convert.sources import checkpoint as checkpoint_module
-from tpa_convert.sources import load as load_module
 from tpa_convert.sources import load_source, read_source_config
+from tpa_convert.sources import tokenizer as tokenizer_module
+from tpa_convert.sources.tokenizer import puts_bos
 
 
 @pytest.fixture(autouse=True)
@@ -202,9 +203,9 @@ class TestPaths:
     ) -> None:
         make_tiny_llama().save_pretrained(tmp_path)
         (tmp_path / "tokenizer.model").write_bytes(content)
-        monkeypatch.setattr(load_module, "_is_installed", lambda module: module != package)
+        monkeypatch.setattr(tokenizer_module, "_is_installed", lambda module: module != package)
         fails(tmp_path, f"needs {package}: pip install {package}", "tokenizer.json")
-        monkeypatch.setattr(load_module, "_is_installed", lambda module: True)
+        monkeypatch.setattr(tokenizer_module, "_is_installed", lambda module: True)
         fails(tmp_path, "the tokenizer cannot be loaded")
 
     def test_missing_tokenizer(self, tmp_path: Path) -> None:
@@ -516,6 +517,17 @@ class TestGGUF:
         saved = load_source(tmp_path / "saved")
         assert torch.equal(saved.model(tokens).logits, source.model(tokens).logits)
 
+    @pytest.mark.parametrize("begins", [True, False])
+    def test_texts_begin_as_the_file_says(self, tmp_path: Path, begins: bool) -> None:
+        """Releases of transformers differ in what they make of it."""
+        path = tmp_path / "tiny.gguf"
+        write_gguf(make_tiny_llama(), path, begins=begins)
+        tokenizer = load_source(path).tokenizer
+        assert (tokenizer("a text")["input_ids"][0] == tokenizer.bos_token_id) == begins
+        assert puts_bos(tokenizer) == begins
+        tokenizer.save_pretrained(tmp_path / "saved")
+        assert puts_bos(AutoTokenizer.from_pretrained(tmp_path / "saved")) == begins
+
     def test_loading_is_silent(self, gguf_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
         load_source(gguf_file)
         assert capfd.readouterr() == ("", "")
@@ -558,7 +570,9 @@ class TestGGUF:
         fails(gguf_file, "pip install 'tpa-convert[gguf]'")
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path, rope_factors: bool = False) -> None:
+def write_gguf(
+    model: LlamaForCausalLM, path: Path, rope_factors: bool = False, begins: bool | None = None
+) -> None:
     """Writes an fp32 GGUF as llama.cpp would: its names, and its order of rows in q and k."""
     gguf = pytest.importorskip("gguf")
     config = model.config
@@ -585,6 +599,8 @@ def write_gguf(model: LlamaForCausalLM, path: Path, rope_factors: bool = False) 
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    if begins is not None:
+        writer.add_add_bos_token(begins)
     names = {
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",

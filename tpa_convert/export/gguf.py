@@ -18,6 +18,7 @@ from transformers.utils import is_gguf_available
 
 from tpa_convert.errors import UserError
 from tpa_convert.export.save import Provenance
+from tpa_convert.sources.tokenizer import puts_bos
 
 ROPE_FREQS = "rope_freqs.weight"
 BYTE_LEVEL = "ByteLevel"
@@ -190,8 +191,7 @@ def _add_tokenizer(
     ):
         if special_id is not None:
             add(special_id)
-    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id  # type: ignore[index]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and begins)
+    writer.add_add_bos_token(puts_bos(tokenizer))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 

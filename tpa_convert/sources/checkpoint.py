@@ -28,6 +28,7 @@ _HUB_NOT = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.py")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A GGUF file begins with its names. Llama 3's RoPE scaling is a tensor, linear's and YaRN's a key.
 _GGUF_HEADER_BYTES = 32 << 20
+_GGUF_BEGINS = re.compile(rb"tokenizer\.ggml\.add_bos_token\x07\0\0\0(.)", re.DOTALL)  # 7: bool
 _GGUF_ROPE_SCALING = (b"rope_freqs.weight", b".rope.scaling.factor")
 _GGUF_PARTS = re.compile(rb"split\.(no|count)\x02\0\0\0(..)", re.DOTALL)  # 2: a 16-bit number
 # What quantisers keep beside weights or instead of them: GPTQ and AWQ, bitsandbytes,
@@ -177,6 +178,15 @@ class Checkpoint:
         with safe_open(self.weight_files()[0], framework="pt") as file:
             name = next(iter(file.keys()))
             return file.get_slice(name)[:0].dtype
+
+    def begins_texts(self) -> bool | None:
+        """Whether a GGUF file says that texts begin with the begin-of-text token; None if it says
+        nothing."""
+        if self.gguf_file is None:
+            return None
+        with (self.directory / self.gguf_file).open("rb") as file:
+            found = _GGUF_BEGINS.search(file.read(_GGUF_HEADER_BYTES))
+        return None if found is None else found[1] != b"\0"
 
     def _check_gguf(self, path: Path) -> None:
         if not is_gguf_available():

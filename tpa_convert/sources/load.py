@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import logging
 
 from tpa_convert.errors import UserError
 from tpa_convert.families.family import (
@@ -34,6 +30,8 @@ from tpa_convert.families.family import (
     language_config,
 )
 from tpa_convert.sources.checkpoint import Checkpoint, find_checkpoint
+from tpa_convert.sources.quiet import quiet
+from tpa_convert.sources.tokenizer import tokenizer_of
 from tpa_convert.sources.weights import StoredWeights
 
 # Where multimodal checkpoints keep the language model, and the rest.
@@ -274,55 +272,6 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             delattr(model, name)
 
 
-def tokenizer_of(
-    checkpoint: Checkpoint, config: PreTrainedConfig, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    location = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.directory, trust_remote_code=trust_remote_code, **location
-            )
-    except Exception as error:
-        packages = _missing_packages(checkpoint.directory)
-        if packages:
-            raise checkpoint.error(
-                f"reading tokenizer.model needs {' and '.join(packages)}: pip install "
-                f"{' '.join(packages)}; or put a tokenizer.json beside it"
-            ) from error
-        raise checkpoint.error(
-            "the tokenizer cannot be loaded; put the tokenizer's files (tokenizer.json, "
-            f"tokenizer_config.json) beside the weights ({type(error).__name__})"
-        ) from error
-    if location:
-        # Some releases of transformers (5.17) take the first special token of a GGUF for the last.
-        for name in ("bos", "eos", "pad"):
-            index = getattr(config, f"{name}_token_id", None)
-            if isinstance(index, int):
-                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
-    return tokenizer
-
-
-def _missing_packages(directory: Path) -> list[str]:
-    """Packages that a directory's only tokenizer file needs to be read, and that are not here."""
-    path = directory / "tokenizer.model"
-    if not path.is_file() or (directory / "tokenizer.json").is_file():
-        return []
-    with path.open("rb") as file:
-        is_protobuf = file.read(1) == b"\n"  # the tag of the first piece; tiktoken's is base64
-    needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-    if not is_protobuf:
-        needed = {"tiktoken": "tiktoken"}
-    return [package for package, module in needed.items() if not _is_installed(module)]
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package around it
-        return False
-
-
 @contextlib.contextmanager
 def transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Whatever transformers raises over a bad checkpoint, as one line that names the checkpoint."""
@@ -339,19 +288,3 @@ def transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
             f"transformers cannot load this {what} ({reason}); check that it is complete and that "
             "its config fits its weights"
         ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences transformers' log and bars: what matters in them is raised or warned about here."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # The GGUF reader draws its bar past transformers' switch.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

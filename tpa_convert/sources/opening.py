@@ -20,11 +20,11 @@ from tpa_convert.sources.load import (
     check_names,
     checkpoint_config,
     load_source,
-    quiet,
-    tokenizer_of,
     transformers_errors,
 )
 from tpa_convert.sources.on_demand import read_on_demand
+from tpa_convert.sources.quiet import quiet
+from tpa_convert.sources.tokenizer import tokenizer_of
 from tpa_convert.sources.weights import StoredWeights
 
 

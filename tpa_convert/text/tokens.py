@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tpa_convert.errors import UserError
+from tpa_convert.sources.tokenizer import puts_bos
 from tpa_convert.text.chat import rendered
 
 Documents: TypeAlias = Dataset | IterableDataset
@@ -65,9 +66,8 @@ def token_documents(
 def begin(blocks: Array, tokenizer: PreTrainedTokenizerBase) -> Array:
     """Blocks [N, L] with the begin-of-text token in the place of their first, if the tokenizer puts
     one before a text: some models predict several times worse without it (Gemma)."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        blocks[:, 0] = bos
+    if puts_bos(tokenizer):
+        blocks[:, 0] = tokenizer.bos_token_id
     return blocks
 
 
