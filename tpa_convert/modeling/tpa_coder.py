@@ -17,12 +17,14 @@ from .tpa_codes import (
     numbers_of,
     pack_rows,
     quantise,
+    round_up,
     row_tables,
     straight_through,
 )
 from .tpa_kernels import Coding, Sources, find_coding
 
 AT_ONCE = 1 << 24  # numbers that rows are unpacked to side by side
+FEATURES = 8  # come in multiples of so many: a GPU wants rows of whole words of 16 bytes
 
 
 class RowCoder(nn.Module):
@@ -30,7 +32,7 @@ class RowCoder(nn.Module):
 
     The features of a token are what its codes add to the mean of its class, and after them, for
     each class but the first, 1 if the token is of it and 0 if not. What maps features to keys or
-    values thus knows the class as one column more.
+    values thus knows the class as one column more. Behind them are zeros, up to whole words.
     """
 
     mean: Tensor
@@ -67,8 +69,8 @@ class RowCoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Features of a token."""
-        return self.layout.components + CLASSES - 1
+        """Features of a token, with the zeros behind them."""
+        return round_up(self.layout.components + CLASSES - 1, FEATURES)
 
     def reset_constants(self) -> None:
         """Fills what follows from the config again."""
@@ -120,8 +122,8 @@ class RowCoder(nn.Module):
             dtype: of features that are made of rows.
             features: make them too where rows are made; on kernels they cost nothing.
 
-        Returns: features [..., c + classes − 1]; or rows, uint8 [..., row_bytes], and features in
-            the type of x or None.
+        Returns: features [..., width]; or rows, uint8 [..., row_bytes], and features in the type of
+            x or None.
         """
         if dtype is not None:
             return self._features(x, dtype)
@@ -168,6 +170,7 @@ class RowCoder(nn.Module):
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a token's codes say [..., c], and its class [...], side by side."""
+    """What a token's codes say [..., c], its class [...], and zeros, side by side."""
     # Of two classes, the label is what tells the second one from the first.
-    return torch.cat((numbers.to(dtype), label[..., None].to(dtype)), dim=-1)
+    said = torch.cat((numbers.to(dtype), label[..., None].to(dtype)), dim=-1)
+    return nn.functional.pad(said, (0, -said.shape[-1] % FEATURES))

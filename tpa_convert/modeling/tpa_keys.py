@@ -13,12 +13,14 @@ Shape suffixes and einsum letters:
     P  rotary pairs of all components, width = 2 P           c  real or imaginary part (2)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .tpa_coder import RowCoder
+from .tpa_coder import FEATURES, RowCoder
+from .tpa_codes import CLASSES
 from .tpa_configuration import LayerShape
 from .tpa_kernels import Kept
 from .tpa_rotary import Table, rotate
@@ -33,17 +35,17 @@ def of_heads(x: torch.Tensor | None, heads: Heads, dim: int = 0) -> Any:
 
 
 def as_wide_as(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Features with zeros behind them for the columns of a weight that they have not, or without
-    the zeros that it has no columns for."""
+    """Features with zeros behind them for the columns of a weight that they have not."""
     behind = weight.shape[-1] - features.shape[-1]
     return nn.functional.pad(features, (0, behind)) if behind else features
 
 
-def in_whole_words(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [..., w] on a GPU with zeros behind its rows up to a multiple of 16 bytes: products
-    with rows of other lengths take several times as long."""
-    behind = -weight.shape[-1] % (16 // weight.element_size()) if weight.is_cuda else 0
-    return nn.functional.pad(weight, (0, behind)) if behind else weight
+def in_whole_words(weight: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """A weight [..., w] with zeros behind each run of so many of its columns, as features have
+    them: up to a multiple of `FEATURES`."""
+    runs = weight.split(list(widths), -1)
+    padded = [nn.functional.pad(run, (0, -run.shape[-1] % FEATURES)) for run in runs]
+    return torch.cat(padded, -1) if len(padded) > 1 else padded[0]
 
 
 def heads_of(
@@ -105,68 +107,78 @@ class PairGauge(nn.Module):
 
 
 class HeadGauge(nn.Module):
-    """A real matrix for each head, weight [j, d, width], and perhaps an offset [j, d]."""
+    """A real matrix for each head, weight [j, d, width], and perhaps an offset [j, d].
 
-    def __init__(self, heads: int, head_dim: int, width: int, offset: bool = False):
+    Args:
+        widths: of runs of features, each with zeros behind it up to whole words.
+    """
+
+    def __init__(self, heads: int, head_dim: int, widths: list[int], offset: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, head_dim, width))
+        self.widths = widths
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim, sum(widths)))
         self.offset = nn.Parameter(torch.zeros(heads, head_dim)) if offset else None
         self.kept = Kept()
 
-    def forward(
-        self,
-        features: torch.Tensor,
-        before: torch.Tensor | None = None,
-        heads: Heads = None,
-    ) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, 1, s, width], or [b, h, s, d] of those of each of the
         h heads that share the j matrices.
 
         Args:
-            before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
-            heads: those of the features and of the result; `before` has all.
+            features: in whole words; a single run may come without zeros behind it.
+            heads: those of the features and of the result.
         """
-        made_of = (self.weight,) if before is None else (before, self.weight)
-        weight = self.kept.of(made_of, lambda: self._matrix(before))
+        weight = self.kept.of((self.weight,), lambda: in_whole_words(self.weight, self.widths))
         weight, offset = of_heads(weight, heads), of_heads(self.offset, heads)
         product = heads_of if features.shape[1] == 1 else each_head
         return product(features, weight, offset)
-
-    def _matrix(self, before: torch.Tensor | None) -> torch.Tensor:
-        weight = self.weight if before is None else torch.cat((before, self.weight), -1)
-        return in_whole_words(weight)
 
 
 class BlockGauge(nn.Module):
     """As `HeadGauge`, with features that make heads on blocks of rotary pairs: weight [j, d / B,
     width].
 
-    Features that belong to no block come last and have a gauge of their own, `shared`.
+    Features that belong to no block come last and have a gauge of their own, `shared`. All of them
+    are one run.
 
     Args:
         widths: features of each of the B blocks.
         shared: features of none.
     """
 
+    at_once = 1024  # features that a GPU multiplies in one launch, with zeros between blocks
+
     def __init__(self, heads: int, head_dim: int, widths: list[int], shared: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, head_dim // len(widths), sum(widths)))
         self.widths = widths
         self.kept = Kept()
-        self.shared = HeadGauge(heads, head_dim, shared, offset=True)
+        self.shared = HeadGauge(heads, head_dim, [shared], offset=True)
 
     def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
-        """Heads [b, j, s, d] of features [b, 1, s, all widths]."""
-        if len(self.widths) == 1:  # a single product
-            return self.shared(features, self.weight, heads=heads)
-        *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
-        weights = self.kept.of((self.weight,), self._blocks)
-        parts = [heads_of(x, of_heads(w, heads)) for x, w in zip(blocks, weights, strict=True)]
+        """Heads [b, j, s, d] of features [b, 1, s, all widths], in whole words."""
+        whole = self.shared
+        offset = of_heads(whole.offset, heads)
+        if len(self.widths) == 1 or (features.is_cuda and sum(self.widths) <= self.at_once):
+            weight = self.kept.of((self.weight, whole.weight), self._matrix)
+            return heads_of(features, of_heads(weight, heads), offset)
+        known = *self.widths, whole.weight.shape[-1]
+        *blocks, rest = features[..., : sum(known)].split(known, dim=-1)
+        weights = of_heads(self.weight, heads).split(self.widths, -1)
+        parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
         halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
-        return halves.transpose(-3, -2).flatten(-3) + self.shared(rest, heads=heads)
+        of_blocks = halves.transpose(-3, -2).flatten(-3)
+        return of_blocks + heads_of(rest, of_heads(whole.weight, heads), offset)
 
-    def _blocks(self) -> list[torch.Tensor]:
-        return [in_whole_words(weight) for weight in self.weight.split(self.widths, -1)]
+    def _matrix(self) -> torch.Tensor:
+        """Of all features, [j, d, width in whole words]."""
+        last = len(self.widths) - 1
+        blocks = [
+            nn.functional.pad(x.unflatten(1, (2, 1, -1)), (0, 0, 0, 0, i, last - i))
+            for i, x in enumerate(self.weight.split(self.widths, -1))
+        ]  # [j, 2, B, f / B, w] each
+        matrix = torch.cat((torch.cat(blocks, -1).flatten(1, 3), self.shared.weight), -1)
+        return in_whole_words(matrix, [matrix.shape[-1]])
 
 
 class KeyNorm(nn.Module):
@@ -396,10 +408,9 @@ class LatentKeys(KeyLayout):
         self.coder = RowCoder(shape.key_layout) if shape.coded else None
         self.gauge: HeadGauge | BlockGauge
         if self.coder is None:
-            self.gauge = HeadGauge(heads, head_dim, shape.width_k, offset=True)
+            self.gauge = HeadGauge(heads, head_dim, [shape.width_k], offset=True)
         else:
-            classes = self.coder.width - shape.width_k
-            self.gauge = BlockGauge(heads, head_dim, shape.key_block_widths, classes)
+            self.gauge = BlockGauge(heads, head_dim, shape.key_block_widths, CLASSES - 1)
 
     def tables(self, table: Table) -> tuple[Table, Table]:
         """As `RotatedKeys.tables`: queries have the source's size, and keys are cached as such."""
