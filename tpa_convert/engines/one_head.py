@@ -177,7 +177,7 @@ class OneHeadAttention(nn.Module):
             together = (-1, norm_width(self.q_norm))
             query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query = self.keys.component_queries(rotate(query, query_table))
+        query = self.keys.component_queries(rotate(query, query_table, self.keys.rotation))
         scale, key = self.keys.unpack(self.keys.pack(hidden_states, key_table))
         if scale is not None:  # the norm of a single head
             key = key * scale[:, :, 0].mT[..., None]

@@ -79,6 +79,19 @@ def find_latent() -> LatentKernels | None:
     return None if found is None else LatentKernels(*found)
 
 
+class Rotation(NamedTuple):
+    """`tpa_convert.kernels`' own way to rotate pairs."""
+
+    rotate: Callable[..., torch.Tensor | None]
+    wanted: Callable[..., bool]
+
+
+def find_rotation() -> Rotation | None:
+    """What rotates pairs on a GPU, None where no package has it; see `find_kernel`."""
+    found = _of_kernels("rotate", "wanted")
+    return None if found is None else Rotation(*found)
+
+
 class Sources:
     """The tensors that something was made of, to see whether they are still the same.
 

@@ -22,7 +22,7 @@ from torch import nn
 from .tpa_coder import FEATURES, RowCoder
 from .tpa_codes import CLASSES
 from .tpa_configuration import LayerShape
-from .tpa_kernels import Kept
+from .tpa_kernels import Kept, find_rotation
 from .tpa_rotary import Table, rotate
 
 Heads = slice | None
@@ -235,6 +235,7 @@ class KeyLayout(nn.Module):
         super().__init__()
         self.shape, self.heads, self.head_dim = shape, heads, head_dim
         self.coder: RowCoder | None = None
+        self.rotation = find_rotation()
         self.feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
         self.norm = None
         if norm_eps is not None:
@@ -291,7 +292,7 @@ class RotatedKeys(KeyLayout):
             else:
                 scale = scale.permute(0, 2, 3, 1)
                 head = scale if head is None else head * scale
-        rotated = rotate(feature, table)
+        rotated = rotate(feature, table, self.rotation)
         if head is None:
             return rotated
         return torch.cat((head.flatten(2).unsqueeze(1), rotated), dim=-1)
@@ -438,4 +439,4 @@ class LatentKeys(KeyLayout):
         keys = self.gauge(packed, heads=heads)
         if self.norm is not None:
             keys = keys * self.norm(keys, hide=True)
-        return rotate(keys, table)
+        return rotate(keys, table, self.rotation)
