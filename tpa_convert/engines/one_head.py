@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tpa_convert.export.absorption import component_output, component_queries
 from tpa_convert.modeling import AttentionNames, LayerShape, TPAAttention, norm_width, pair_table
 from tpa_convert.modeling.tpa_codes import round_up
-from tpa_convert.modeling.tpa_keys import PairGauge, RotatedKeys
+from tpa_convert.modeling.tpa_gauges import PairGauge
+from tpa_convert.modeling.tpa_keys import RotatedKeys
 from tpa_convert.modeling.tpa_prefill import eager_attention_forward
 from tpa_convert.modeling.tpa_rotary import Table, feature_table, rotate
 

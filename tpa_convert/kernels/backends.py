@@ -1,4 +1,5 @@
-"""Which implementation decodes, encodes or rotates: each says what it can run, the first that can is taken.
+"""Which implementation decodes, encodes or rotates: each says what it can run, the first that can
+is taken.
 
 `TPA_CONVERT_BACKEND` names one to force it: `reference` or `triton`.
 """

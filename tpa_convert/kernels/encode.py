@@ -32,8 +32,8 @@ def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
 
 def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
     """Rows of bytes, uint8 [..., n], of components [..., c], and what they say, [...,
-    `whole_words(c + 1)`]: what `straight_through` gives, with the class as a number behind the codes,
-    and zeros; without gradients."""
+    `whole_words(c + 1)`]: what `straight_through` gives, behind it the class as a number, and
+    zeros; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _backend(x) == "triton":
         if torch.compiler.is_compiling():

@@ -9,8 +9,8 @@ from torch import nn
 from .tpa_coder import RowCoder
 from .tpa_codes import CLASSES
 from .tpa_configuration import LayerShape
+from .tpa_gauges import HeadGauge, Heads, in_whole_words, of_heads
 from .tpa_kernels import Kept
-from .tpa_keys import HeadGauge, Heads, in_whole_words, of_heads
 
 
 class KeyPrediction(nn.Linear):

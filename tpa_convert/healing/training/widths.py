@@ -14,7 +14,8 @@ from tpa_convert.forward.walk import attention_modules
 from tpa_convert.modeling import CLASSES, TPAAttention
 from tpa_convert.modeling.tpa_coder import RowCoder
 from tpa_convert.modeling.tpa_codes import round_up
-from tpa_convert.modeling.tpa_keys import BlockGauge, LatentKeys
+from tpa_convert.modeling.tpa_gauges import BlockGauge
+from tpa_convert.modeling.tpa_keys import LatentKeys
 
 MULTIPLE_OF = 16
 
