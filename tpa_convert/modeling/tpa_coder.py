@@ -94,7 +94,7 @@ class RowCoder(nn.Module):
         asks."""
         if torch.compiler.is_compiling():
             return make()
-        given = [self._buffers[source] for source in CODED_BY]
+        given: list[Any] = [self._buffers[source] for source in CODED_BY]
         if not self.made_of.are(given):
             self.made_of, self.kept = Sources(given), {}
         if name not in self.kept:
