@@ -38,11 +38,17 @@ import tpa_convert.modeling  # noqa: E402, F401  (the Auto classes then know con
 from common.machine import device_name, versions  # noqa: E402
 from common.random_models import SHAPES, build  # noqa: E402
 from tpa_convert.forward.cached import cache_argument  # noqa: E402
-from tpa_convert.kernels import launch, launch_encode, launch_latent  # noqa: E402
+from tpa_convert.kernels import (  # noqa: E402
+    launch,
+    launch_encode,
+    launch_latent,
+    launch_rotation,
+)
 
 KERNELS = {
     launch: ("split_kernel", "join_kernel"),
     launch_encode: ("encode_kernel",),
+    launch_rotation: ("rotate_kernel",),
     launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
 }
 LAUNCHES: Counter[str] = Counter()

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tpa_convert.kernels.latent_reference import decode_latent
-from tpa_convert.kernels.latent_tables import FEATURES, KeyMap, LatentTables, Rows, latent_tables
+from tpa_convert.kernels.latent_tables import KeyMap, LatentTables, Rows, latent_tables
 from tpa_convert.kernels.rows import CodedRows
 
 from .kernel_cases import bounds, exact, random_layout, random_rows
@@ -38,13 +37,13 @@ class LatentCase(NamedTuple):
         return self[:6]
 
     def truth(self, **settings: Any) -> Tensor:
-        """In fp64, between the bounds unless others are given, with the zeros behind."""
+        """In fp64, between the bounds unless others are given."""
         components, classes = [], []
         for layout, rows in zip(self.coded, (self.keys, self.values), strict=True):
             components.append(exact(layout).numbers(rows[:, 0]))
             classes.append((rows[:, 0, :, layout.header] >> layout.scale_bits).double())
         bounds = {"start": self.start, "end": self.end}
-        found = decode_latent(
+        return decode_latent(
             self.query.double(),
             tuple(components),
             tuple(classes),
@@ -54,7 +53,6 @@ class LatentCase(NamedTuple):
             predicted=self.predicted,
             **bounds | settings,
         )
-        return pad(found, (0, -found.shape[-1] % FEATURES))
 
 
 def random_case(

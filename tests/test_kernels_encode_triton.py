@@ -118,7 +118,10 @@ def test_rows_of_bytes_hold_the_codes(rows, groups, classes, align, seed):
     packed, said = encode_rows(x, tables, there)
     assert torch.equal(packed.cpu(), pack(codes.cpu(), header.cpu(), where))
     scaled, label = straight_through(x, tables)
-    assert torch.equal(said, torch.cat((scaled, label[:, None].to(x.dtype)), 1))
+    behind = torch.zeros(len(x), said.shape[1] - layout.width - 1, device=DEVICE)
+    assert torch.equal(said, torch.cat((scaled, label[:, None].to(x.dtype), behind), 1))
+    assert said.shape[1] % 8 == 0
+    assert behind.shape[1] < 8
 
 
 def test_rows_inside_a_wider_tensor() -> None:

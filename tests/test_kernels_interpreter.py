@@ -17,6 +17,7 @@ TESTS = [
         "test_kernels_triton.py",
         "test_kernels_encode_triton.py",
         "test_kernels_latent_triton.py",
+        "test_kernels_rotation_triton.py",
         "test_kernels_model.py",
         "test_kernels_latent_model.py",
     )

@@ -65,8 +65,13 @@ def calls(monkeypatch):
 
 def both(monkeypatch, model, inputs, new, static=False):
     """Logits of `new` tokens by the kernels and without them, on the same rows of the prompt: of
-    rows that are made twice a code on an edge may fall to either side, which shows in 16 bits."""
+    rows that are made twice a code on an edge may fall to either side, which shows in 16 bits.
+    Therefore new rows are made, and queries rotated, without kernels in both cases."""
     config = model.config
+    for module in model.modules():
+        for name in ("coding", "rotation"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, None)
     cache = StaticCache(config, max_cache_len=32) if static else DynamicCache(config=config)
     ids, mask = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
     monkeypatch.setenv("TPA_CONVERT_BACKEND", "reference")

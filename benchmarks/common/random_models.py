@@ -74,12 +74,14 @@ def coded_shape(percent: float, groups: int, head_dim: int) -> LayerShape:
     """Rows in the blocks of rotary pairs that conversions take, values predicted from keys."""
     width, scale = groups * head_dim, percent / 12.5
     blocks = default_blocks({"num_key_value_heads": groups, "head_dim": head_dim})
+    align = ALIGN_WIDE if percent / 100 * 2 * width >= WIDE_ROW else ALIGN
+    together = 2 * align  # codes of 4 bits in bytes that are not padded, as conversions choose them
     while True:  # padding and headers are part of the bytes
         keys, values = (
-            [(bits, round(scale * share * of)) for bits, share in shares.items()]
+            [(n, together * round(scale * share * of / together)) for n, share in shares.items()]
             for shares, of in ((KEY_BITS, width // blocks), (VALUE_BITS, width))
         )
-        shape = _coded_shape(groups, blocks, keys, values, percent / 100 * 2 * width)
+        shape = _coded_shape(groups, blocks, keys, values, align)
         if shape.cached_bytes(groups) <= percent / 100 * 4 * width:
             return shape
         scale *= 0.98
@@ -90,7 +92,7 @@ def _coded_shape(
     blocks: int,
     keys: list[tuple[int, int]],
     values: list[tuple[int, int]],
-    row_bytes: float,
+    align: int,
 ) -> LayerShape:
     return LayerShape(
         form="static",
@@ -103,7 +105,7 @@ def _coded_shape(
         key_cache="latent",
         key_codes=codes_of([keys] * blocks),
         value_codes=codes_of([values]),
-        row_align=ALIGN_WIDE if row_bytes >= WIDE_ROW else ALIGN,
+        row_align=align,
         predict_values=True,
     )
 

@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tpa_convert.export.absorption import component_output, component_queries
 from tpa_convert.modeling import AttentionNames, LayerShape, TPAAttention, norm_width, pair_table
 from tpa_convert.modeling.tpa_codes import round_up
-from tpa_convert.modeling.tpa_keys import PairGauge, RotatedKeys
+from tpa_convert.modeling.tpa_gauges import PairGauge
+from tpa_convert.modeling.tpa_keys import RotatedKeys
 from tpa_convert.modeling.tpa_prefill import eager_attention_forward
 from tpa_convert.modeling.tpa_rotary import Table, feature_table, rotate
 
@@ -177,7 +178,7 @@ class OneHeadAttention(nn.Module):
             together = (-1, norm_width(self.q_norm))
             query = self.q_norm(query.unflatten(-1, together)).flatten(-2)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query = self.keys.component_queries(rotate(query, query_table))
+        query = self.keys.component_queries(rotate(query, query_table, self.keys.rotation))
         scale, key = self.keys.unpack(self.keys.pack(hidden_states, key_table))
         if scale is not None:  # the norm of a single head
             key = key * scale[:, :, 0].mT[..., None]

@@ -1,4 +1,5 @@
-"""Kernels that decode attention and code components, and the PyTorch references they agree with."""
+"""Kernels that decode attention, code components and rotate pairs, and the PyTorch references that
+they agree with."""
 
 from .backends import BACKENDS, Backend, BackendError, Case, choose_backend, wanted
 from .decode import decode_attention, decode_on_kernel
@@ -6,6 +7,7 @@ from .decode_latent import decode_latent
 from .encode import encode, encode_rows, straight_through
 from .encode_reference import CodeTables, RowTables, row_tables
 from .latent_tables import KeyMap, LatentTables, Rows, latent_tables
+from .rotation import rotate
 from .rows import CodedRows, Tier
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "encode",
     "encode_rows",
     "latent_tables",
+    "rotate",
     "row_tables",
     "straight_through",
     "wanted",

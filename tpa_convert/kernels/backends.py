@@ -1,4 +1,5 @@
-"""Which implementation decodes or encodes: each says what it can run, the first that can is taken.
+"""Which implementation decodes, encodes or rotates: each says what it can run, the first that can
+is taken.
 
 `TPA_CONVERT_BACKEND` names one to force it: `reference` or `triton`.
 """
@@ -15,7 +16,7 @@ import torch
 
 VARIABLE = "TPA_CONVERT_BACKEND"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-LAYOUTS = ("rotated", "contextual", "latent", "components")
+LAYOUTS = ("rotated", "contextual", "latent", "components", "pairs")
 MAX_WIDTH = 8192
 MAX_SPAN = 128  # rotary pairs whose keys fit the registers
 TRITON_MISSING = importlib.util.find_spec("triton") is None
@@ -26,13 +27,14 @@ class BackendError(RuntimeError):
 
 
 class Case(NamedTuple):
-    """What is to be decoded, or encoded.
+    """What is to be decoded, encoded or rotated.
 
     Attributes:
         layout: of the cache: `rotated` (numbers), `contextual` (numbers with head factors) or
-            `latent` (rows of bytes, of which keys are rebuilt); `components` are to be encoded.
-        width_k, width_v: components of keys and of values; of components the first alone.
-        dtype, device: of the queries or components.
+            `latent` (rows of bytes, of which keys are rebuilt); `components` are to be encoded, and
+            `pairs` to be rotated.
+        width_k, width_v: components of keys and of values; of what is not cached the first alone.
+        dtype, device: of the queries, components or pairs.
         cached: types of keys and values that are numbers.
         ranks: of contextual keys and values, 0 without head factors.
         paged: whether the cache is a pool of pages.
@@ -81,7 +83,7 @@ def _triton(case: Case, interpreted: bool = False) -> str | None:
         return f"no kernel for numbers in {str(case.dtype).removeprefix('torch.')}"
     if max(case.width_k, case.width_v) > MAX_WIDTH:
         return f"widths above {MAX_WIDTH}"
-    if case.layout == "components":
+    if case.layout in ("components", "pairs"):
         return None
     if case.layout == "latent":
         return _latent(case, interpreted)

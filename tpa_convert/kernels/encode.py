@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .backends import Case, choose_backend
 from .encode_reference import CodeTables, RowTables, encode_components, pack
+from .rows import whole_words
 
 
 def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
@@ -30,8 +31,9 @@ def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
 
 
 def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
-    """Rows of bytes, uint8 [..., n], of components [..., c], and what they say, [..., c + 1]: what
-    `straight_through` gives, with the class as a number behind the codes; without gradients."""
+    """Rows of bytes, uint8 [..., n], of components [..., c], and what they say, [...,
+    `whole_words(c + 1)`]: what `straight_through` gives, behind it the class as a number, and
+    zeros; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _backend(x) == "triton":
         if torch.compiler.is_compiling():
@@ -41,6 +43,7 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     else:
         header, codes, scaled, _, label = encode_components(flat, tables)
         packed, said = pack(codes, header, rows), torch.cat((scaled, label[:, None].to(x.dtype)), 1)
+        said = torch.nn.functional.pad(said, (0, whole_words(said.shape[1]) - said.shape[1]))
     leading = x.shape[:-1]
     return packed.view(*leading, packed.shape[-1]), said.view(*leading, said.shape[-1])
 

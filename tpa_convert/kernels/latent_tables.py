@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .rows import Tier
+from .rows import Tier, whole_words
 
-FEATURES = 8  # come out in multiples of so many: products want whole words
 NOTHING = -3  # a place of features that are zero
 WORD = 4  # bytes of a row that are read at once; an item's places
 BYTES = 0, 2, 1, 3  # of a word, in the order of its places: two codes lie in one half and the other
@@ -119,7 +118,7 @@ class LatentTables(NamedTuple):
         norm: `unscale` and `gain`, fp32 [2, B, spans, 2 N], or None.
         place_of: places that each feature is summed up of, int32 [parts, features]; −1 for none. Of
             the features of the second class the first is −1 for that of values, −2 for keys. Zeros
-            behind them, up to a multiple of `FEATURES`, have `NOTHING`.
+            behind those of values and of keys, up to whole words, have `NOTHING`.
         step: what each of them is taken times, fp32 [parts, features].
     """
 
@@ -165,7 +164,7 @@ def latent_tables(
 
     Args:
         predicted: whether values follow from key components too: the features that come out are
-            then [values, their class, keys, their class], else the first two alone.
+            then [values, their class, zeros, keys, their class, zeros], else the first half.
     """
     groups, size, _ = key_map.weight.shape
     device, blocks = key_map.weight.device, len(key_map.widths)
@@ -213,8 +212,6 @@ def latent_tables(
         torch.cat([pad(x, (0, 0, 0, parts - len(x)), value=v) for x in tables], 1)
         for tables, v in zip(zip(*features, strict=True), (-1, 0.0), strict=True)
     )
-    behind = 0, -place_of.shape[1] % FEATURES
-    place_of, step = pad(place_of, behind, value=NOTHING), pad(step, behind)
     layout = Layout(
         groups,
         blocks,
@@ -284,9 +281,11 @@ def _parts_of(places: _Places, step: Tensor, first: int, of_class: int) -> tuple
     component, shift = component[place], shift[place]
     start = torch.searchsorted(component, component)
     part = torch.arange(len(place)) - start
-    place_of = torch.full((int(part.max()) + 1, len(step) + 1), -1)
+    count = len(step)
+    place_of = torch.full((int(part.max()) + 1, whole_words(count + 1)), -1)
     place_of[part, component] = first + place
-    place_of[0, -1] = of_class
+    place_of[0, count] = of_class
+    place_of[0, count + 1 :] = NOTHING
     steps = torch.zeros(place_of.shape)
     steps[part, component] = step.float().cpu()[component] * torch.exp2(shift.float())
     return place_of, steps

@@ -10,6 +10,7 @@ from torch import Tensor
 from .encode_reference import CodeTables, RowTables
 from .launch import power_of_two, shares
 from .quantise import encode_kernel
+from .rows import FEATURES, whole_words
 from .start import Constants, start_kernel
 
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
@@ -33,9 +34,10 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
 
 
 def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
-    """Rows of bytes, uint8 [n, bytes], and scaled codes with the class behind them, [n, c + 1]."""
+    """Rows of bytes, uint8 [n, bytes], and scaled codes with the class behind them, in whole words:
+    [n, `whole_words(c + 1)`]."""
     count, width = x.shape
-    features = x.new_empty((count, width + 1))
+    features = x.new_empty((count, whole_words(width + 1)))
     packed = x.new_empty((count, rows.bits.shape[0]), dtype=torch.uint8)
     codes = x.new_empty((count, width), dtype=torch.uint8)
     _launch(x, tables, codes=codes, scaled=features, packed=packed, rows=rows)
@@ -97,4 +99,5 @@ def encode_constants(
         ROWS=max(1, NUMBERS // padded),
         WIDTH=padded,
         BYTES=power_of_two(row_bytes, 1, 1 << 30),
+        FEATURES=FEATURES,
     )

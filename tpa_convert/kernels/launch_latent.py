@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -55,44 +56,25 @@ def launch_latent(
     length, page = keys.shape[2], 0
     if pages is not None:
         page, length = length, length * pages.shape[1]
-    columns, items = heads * positions, len(tables.items)
     keys, values = keys.view(torch.int32), values.view(torch.int32)
     mask, mask_stride = in_rows(mask)
-    processors = multiprocessors(query.device)
-    exact = query.dtype == torch.float32
     if sine.stride() != cosine.stride():
         cosine, sine = cosine.contiguous(), sine.contiguous()
-
-    per_span = layout.heads * (heads // layout.groups) * positions
-    per_program = power_of_two(per_span, 16, MAX_COLUMNS)
-    tiles = shares(per_span, per_program)
-    per_sum = power_of_two(columns, 16, MAX_COLUMNS)
-    sum_tiles = shares(columns, per_sum)
-    attended = longest(length, positions, window)
-    programs = batch * layout.spans * tiles
-    fitting = [x for x in SHAPES if shares(attended, x[0]) * programs >= processors]
-    block, warps = fitting[0] if fitting else SHAPES[-1]
-    blocks = shares(length, block)
-    padded_columns = per_sum * sum_tiles
-    weights = query.new_empty(
-        (batch, blocks, 2, padded_columns, block), dtype=torch.float32 if exact else torch.float16
-    )
-    block_terms = query.new_empty((batch, blocks, 4, padded_columns), dtype=torch.float32)
-    bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
-    strides = tuple(x.stride(i) for x in (keys, values) for i in (0, 2))
-    octaves = (float(layout.octave_k), float(layout.octave_v))
-    headers = (layout.header_k, layout.header_v)
-    constants = latent_constants(
+    shape = latent_shape(
         layout,
         query.device,
         query.dtype,
-        positions > 1,
+        (batch, heads, positions),
+        length,
+        longest(length, positions, window),
         page,
-        (block, warps, STAGES),
-        (per_program, tiles),
-        (per_sum, sum_tiles),
-        overlapped(query.device),
+        (tables.items.shape[0], *tables.place_of.shape),
+        SHAPES,
     )
+    weights = query.new_empty(shape.weights, dtype=shape.weights_dtype)
+    block_terms = query.new_empty(shape.block_terms, dtype=torch.float32)
+    bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
+    strides = keys.stride(0), keys.stride(2), values.stride(0), values.stride(2)
     cached = keys, values, tables.items
     weigh = (
         query,
@@ -108,28 +90,26 @@ def launch_latent(
         *bounds,
         *query.stride()[:3],
         *strides,
-        cosine.stride(0) if len(cosine) > 1 else 0,
+        cosine.stride(0) if cosine.shape[0] > 1 else 0,
         *cosine.stride()[1:],
         heads,
         positions,
         length,
-        len(tables.chunks) - 1,
-        padded_columns,
+        tables.chunks.shape[0] - 1,
+        shape.padded_columns,
         scale,
         softcap,
         window,
-        *octaves,
-        *headers,
+        float(layout.octave_k),
+        float(layout.octave_v),
+        layout.header_k,
+        layout.header_v,
         tables.epsilon,
     )
-    grid = (blocks, batch, layout.spans * tiles)
-    start_kernel(latent_weights_kernel, grid, constants[0], weigh)
-    pieces = (items - layout.first_item) // (PIECE // WORD)
-    sequences = batch * sum_tiles * pieces
-    splits = choose_splits(shares(attended, block), sequences, SUMS_AT_ONCE * processors)
-    splits = min(splits, MOST_SPLITS)
-    partial = query.new_empty((batch, splits, columns, WORD * items), dtype=torch.float32)
-    partial_terms = query.new_empty((batch, splits, 4, columns), dtype=torch.float32)
+    start_kernel(latent_weights_kernel, shape.grids[0], shape.constants[0], weigh)
+    partial = query.new_empty(shape.partial, dtype=torch.float32)
+    partial_terms = query.new_empty(shape.partial_terms, dtype=torch.float32)
+    columns = heads * positions
     add = (
         *cached,
         weights,
@@ -141,17 +121,16 @@ def launch_latent(
         columns,
         positions,
         length,
-        items,
+        shape.items,
         layout.key_items,
         layout.first_item // (PIECE // WORD),
-        padded_columns,
+        shape.padded_columns,
         window,
-        splits,
-        blocks,
+        shape.splits,
+        shape.blocks,
     )
-    start_kernel(latent_sums_kernel, (pieces, splits, batch * sum_tiles), constants[1], add)
-    parts, features = tables.place_of.shape
-    output = query.new_empty((batch, heads, positions, features))
+    start_kernel(latent_sums_kernel, shape.grids[1], shape.constants[1], add)
+    output = query.new_empty(shape.output)
     join = (
         partial,
         partial_terms,
@@ -159,21 +138,106 @@ def launch_latent(
         tables.place_of,
         tables.step,
         columns,
-        WORD * items,
-        features,
-        splits,
+        WORD * shape.items,
+        shape.output[-1],
+        shape.splits,
     )
-    chunk = power_of_two(features, 16, 64)
-    joined = join_constants(
-        query.device,
-        parts,
-        chunk,
-        power_of_two(splits, 1, MOST_SPLITS),
-        overlapped(query.device),
-    )
-    grid = (columns, shares(features, chunk), batch)
-    start_kernel(latent_join_kernel, grid, joined, join)
+    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join)
     return output
+
+
+class LatentShape(NamedTuple):
+    """How a call is shared out among programs.
+
+    Attributes:
+        constants, grids: of the kernels of weights, of sums, and of what joins them.
+        weights, block_terms, partial, partial_terms, output: sizes of the tensors that they write.
+        weights_dtype: of the first.
+        padded_columns: queries, with those that fill up programs.
+        items: of the tables.
+        splits: of the slots, that are summed up by themselves.
+        blocks: of slots.
+    """
+
+    constants: tuple[Constants, Constants, Constants]
+    grids: tuple[tuple[int, int, int], ...]
+    weights: tuple[int, ...]
+    block_terms: tuple[int, ...]
+    partial: tuple[int, ...]
+    partial_terms: tuple[int, ...]
+    output: tuple[int, ...]
+    weights_dtype: torch.dtype
+    padded_columns: int
+    items: int
+    splits: int
+    blocks: int
+
+
+@functools.lru_cache(maxsize=512)  # all layers of a step ask for the same
+def latent_shape(
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    queries: tuple[int, int, int],
+    length: int,
+    attended: int,
+    page: int,
+    tables: tuple[int, int, int],
+    shapes: tuple[tuple[int, int], ...],
+) -> LatentShape:
+    """Of `queries` [b, h, s] on `length` slots, of which each attends to so many at most.
+
+    Args:
+        tables: items, parts and features.
+        shapes: as `SHAPES`.
+    """
+    (batch, heads, positions), (items, parts, features) = queries, tables
+    columns, processors = heads * positions, multiprocessors(device)
+    per_span = layout.heads * (heads // layout.groups) * positions
+    per_program = power_of_two(per_span, 16, MAX_COLUMNS)
+    tiles = shares(per_span, per_program)
+    per_sum = power_of_two(columns, 16, MAX_COLUMNS)
+    sum_tiles = shares(columns, per_sum)
+    programs = batch * layout.spans * tiles
+    fitting = [x for x in shapes if shares(attended, x[0]) * programs >= processors]
+    block, warps = fitting[0] if fitting else shapes[-1]
+    blocks, padded_columns = shares(length, block), per_sum * sum_tiles
+    pieces = (items - layout.first_item) // (PIECE // WORD)
+    sequences = batch * sum_tiles * pieces
+    splits = choose_splits(shares(attended, block), sequences, SUMS_AT_ONCE * processors)
+    splits = min(splits, MOST_SPLITS)
+    chunk = power_of_two(features, 16, 64)
+    overlap = overlapped(device)
+    weigh, add = latent_constants(
+        layout,
+        device,
+        dtype,
+        positions > 1,
+        page,
+        (block, warps, STAGES),
+        (per_program, tiles),
+        (per_sum, sum_tiles),
+        overlap,
+    )
+    joined = join_constants(device, parts, chunk, power_of_two(splits, 1, MOST_SPLITS), overlap)
+    return LatentShape(
+        constants=(weigh, add, joined),
+        grids=(
+            (blocks, batch, layout.spans * tiles),
+            (pieces, splits, batch * sum_tiles),
+            (columns, shares(features, chunk), batch),
+        ),
+        weights=(batch, blocks, 2, padded_columns, block),
+        block_terms=(batch, blocks, 4, padded_columns),
+        partial=(batch, splits, columns, WORD * items),
+        partial_terms=(batch, splits, 4, columns),
+        output=(batch, heads, positions, features),
+        weights_dtype=torch.float32 if dtype == torch.float32 else torch.float16,
+        padded_columns=padded_columns,
+        items=items,
+        splits=splits,
+        blocks=blocks,
+    )
 
 
 @functools.lru_cache(maxsize=512)

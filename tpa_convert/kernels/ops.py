@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .encode_reference import CodeTables, RowTables
 from .latent_tables import LatentTables, Layout
+from .rows import whole_words
 
 
 @torch.library.custom_op("tpa_convert::decode_rotated", mutates_args=())
@@ -144,8 +145,8 @@ def encode_rows(
     low: Tensor,
     header: int,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of bytes [n, bytes] of components [n, c], and what they say, [n, c + 1]: scaled codes
-    and the class; see `encode_reference.RowTables`."""
+    """Rows of bytes [n, bytes] of components [n, c], and what they say, [n,
+    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowTables`."""
     tables = CodeTables(mean, step, spread, importance, reach, lowest_octave)
     return run_rows(x, tables, RowTables(component, bits, low, header))
 
@@ -160,7 +161,7 @@ def run_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Te
 @encode_rows.register_fake
 def _(x, *tables):
     rows = x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
-    return rows, x.new_empty((len(x), x.shape[1] + 1))
+    return rows, x.new_empty((len(x), whole_words(x.shape[1] + 1)))
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())

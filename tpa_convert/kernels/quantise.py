@@ -57,12 +57,14 @@ def encode_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BYTES: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
     """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
 
     Of the outputs those are written that are not None: `header`, `codes`, `scaled` (in rows
     `scaled_stride` apart), `label`, `inside`, and `packed`, which is `encode_reference.pack` of
-    `codes`. Without `label`, the class is written behind each row of `scaled`.
+    `codes`. Without `label`, the class is written behind each row of `scaled`, and zeros behind it
+    up to the next row: fewer than FEATURES.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -120,8 +122,10 @@ def encode_kernel(
         if label is not None:
             tl.store(label + row, kind.to(tl.int64), mask=row < rows)
         else:
-            behind = scaled + row.to(tl.int64) * scaled_stride + width
-            tl.store(behind, kind.to(number), mask=row < rows)
+            at = width + tl.arange(0, FEATURES)[None, :]
+            behind = tl.where(at == width, kind[:, None], 0).to(number)
+            there = (row < rows)[:, None] & (at < scaled_stride)
+            tl.store(scaled + of_row * scaled_stride + at, behind, mask=there)
     if inside is not None:
         tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)
     if codes is not None:

@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 
 SCALES_PER_OCTAVE = 8
+FEATURES = 8  # come in multiples of so many: products want rows of whole words of 16 bytes
+
+
+def whole_words(count: int) -> int:
+    """So many features and the zeros behind them."""
+    return -(-count // FEATURES) * FEATURES
 
 
 class Tier(NamedTuple):

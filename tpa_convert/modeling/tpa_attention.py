@@ -160,7 +160,7 @@ class TPAAttention(nn.Module):
         if self.q_norm is not None:
             query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
         query = query.view(batch, length, self.num_heads, -1).transpose(1, 2)
-        query = rotate(query, query_table)
+        query = rotate(query, query_table, self.keys.rotation)
         key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
         constants = None  # of kernels
         if cache is not None:

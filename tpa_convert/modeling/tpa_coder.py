@@ -1,5 +1,6 @@
 """What codes the components of a layer's keys or values where attention runs: `RowCoder`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from .tpa_codes import (
     numbers_of,
     pack_rows,
     quantise,
+    round_up,
     row_tables,
     straight_through,
 )
 from .tpa_kernels import Coding, Sources, find_coding
 
+CODED_BY = "mean", "step", "spread", "importance", "highest"
 AT_ONCE = 1 << 24  # numbers that rows are unpacked to side by side
+FEATURES = 8  # come in multiples of so many: a GPU wants rows of whole words of 16 bytes
 
 
 class RowCoder(nn.Module):
@@ -30,7 +34,7 @@ class RowCoder(nn.Module):
 
     The features of a token are what its codes add to the mean of its class, and after them, for
     each class but the first, 1 if the token is of it and 0 if not. What maps features to keys or
-    values thus knows the class as one column more.
+    values thus knows the class as one column more. Behind them are zeros, up to whole words.
     """
 
     mean: Tensor
@@ -51,9 +55,8 @@ class RowCoder(nn.Module):
         for name in ("step", "spread", "importance"):
             self.register_buffer(name, torch.ones(count))
         self.coding = find_coding()
-        self.places: Any = None  # of codes in rows, for kernels
         self.made_of = Sources()
-        self.kept: dict[bool, Quantiser] = {}
+        self.kept: dict[str, Any] = {}
         # Follows from the config: what loading leaves out, `init_weights` makes again.
         for name, table in self._constants().items():
             self.register_buffer(name, table, persistent=False)
@@ -67,8 +70,8 @@ class RowCoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Features of a token."""
-        return self.layout.components + CLASSES - 1
+        """Features of a token, with the zeros behind them."""
+        return round_up(self.layout.components + CLASSES - 1, FEATURES)
 
     def reset_constants(self) -> None:
         """Fills what follows from the config again."""
@@ -76,21 +79,28 @@ class RowCoder(nn.Module):
             getattr(self, name).copy_(table)
 
     def quantiser(self, layout: RowLayout = NO_ROWS) -> Quantiser:
-        """The tables; with the layout, if there are rows to be made or read.
-
-        Kept until a buffer is another one or has changed: every token and layer asks.
-        """
+        """The tables; with the layout, if there are rows to be made or read."""
         if torch.compiler.is_compiling():
             return self._quantiser(layout)
-        given = self.mean, self.step, self.spread, self.importance, self.highest
+
+        def make() -> Quantiser:
+            made = self._quantiser(layout)
+            return made._replace(followed=made.header_tables)
+
+        return self._keep("rows" if layout is not NO_ROWS else "no rows", make)
+
+    def _keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` makes of buffers, until one is another or has changed: every token and layer
+        asks."""
+        if torch.compiler.is_compiling():
+            return make()
+        given: list[Any] = [self._buffers[source] for source in CODED_BY]
         if not self.made_of.are(given):
             self.made_of, self.kept = Sources(given), {}
-        rows = layout is not NO_ROWS
-        if rows not in self.kept:
+        if name not in self.kept:
             with torch.inference_mode(False), torch.no_grad():
-                made = self._quantiser(layout)
-                self.kept[rows] = made._replace(followed=made.header_tables)
-        return self.kept[rows]
+                self.kept[name] = make()
+        return self.kept[name]
 
     def _quantiser(self, layout: RowLayout) -> Quantiser:
         rows = () if layout is NO_ROWS else (self.row_places, self.row_fields)
@@ -120,8 +130,8 @@ class RowCoder(nn.Module):
             dtype: of features that are made of rows.
             features: make them too where rows are made; on kernels they cost nothing.
 
-        Returns: features [..., c + classes − 1]; or rows, uint8 [..., row_bytes], and features in
-            the type of x or None.
+        Returns: features [..., width]; or rows, uint8 [..., row_bytes], and features in the type of
+            x or None.
         """
         if dtype is not None:
             return self._features(x, dtype)
@@ -151,23 +161,26 @@ class RowCoder(nn.Module):
 
     def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Any:
         """As `forward`, of components, in one launch or two; features come with rows always."""
-        quantiser = self.quantiser()
-        tables = coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
         if not rows:
-            numbers, label = coding.straight_through(x, tables)
+            numbers, label = coding.straight_through(x, self._code_tables(coding))
             return features_of(numbers, label, x.dtype)
-        if self.places is None or self.places[0].device != x.device:
-            layout = self.layout
+
+        def make() -> tuple[Any, Any]:
+            layout, device = self.layout, self.mean.device
             places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
-            self.places = places._replace(
-                component=places.component.to(x.device),
-                bits=places.bits.to(x.device),
-                low=places.low.to(x.device),
-            )
-        return coding.encode_rows(x, tables, self.places)
+            *on_device, header = places
+            on_device = [x.to(device) for x in on_device]
+            return self._code_tables(coding), type(places)(*on_device, header)
+
+        return coding.encode_rows(x, *self._keep("on kernels", make))
+
+    def _code_tables(self, coding: Coding) -> Any:
+        quantiser = self.quantiser()
+        return coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a token's codes say [..., c], and its class [...], side by side."""
+    """What a token's codes say [..., c], its class [...], and zeros, side by side."""
     # Of two classes, the label is what tells the second one from the first.
-    return torch.cat((numbers.to(dtype), label[..., None].to(dtype)), dim=-1)
+    said = torch.cat((numbers.to(dtype), label[..., None].to(dtype)), dim=-1)
+    return nn.functional.pad(said, (0, -said.shape[-1] % FEATURES))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .tpa_coder import RowCoder
 from .tpa_codes import LOWEST_OCTAVE
+from .tpa_gauges import BlockGauge
 from .tpa_kernels import LatentKernels, Sources, decode_components, find_latent, mask_of_slots
-from .tpa_keys import BlockGauge, LatentKeys, RotatedKeys
+from .tpa_keys import LatentKeys, RotatedKeys
 from .tpa_rotary import Table
 from .tpa_values import StaticValues
 

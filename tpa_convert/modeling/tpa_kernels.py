@@ -79,6 +79,19 @@ def find_latent() -> LatentKernels | None:
     return None if found is None else LatentKernels(*found)
 
 
+class Rotation(NamedTuple):
+    """`tpa_convert.kernels`' own way to rotate pairs."""
+
+    rotate: Callable[..., torch.Tensor | None]
+    wanted: Callable[..., bool]
+
+
+def find_rotation() -> Rotation | None:
+    """What rotates pairs on a GPU, None where no package has it; see `find_kernel`."""
+    found = _of_kernels("rotate", "wanted")
+    return None if found is None else Rotation(*found)
+
+
 class Sources:
     """The tensors that something was made of, to see whether they are still the same.
 
@@ -102,8 +115,10 @@ class Sources:
         """Whether these are they, not changed in place since."""
         if self.round != Sources.rounds or len(self.seen) != len(tensors):
             return False
-        for (a, place, changes), b in zip(self.seen, tensors, strict=True):  # every layer asks
-            if a is not b or place != b.data_ptr() or changes != changes_of(b):
+        for (a, place, changes), b in zip(self.seen, tensors, strict=False):  # every layer asks
+            if a is not b or place != b.data_ptr():
+                return False
+            if changes is not None and changes != b._version:
                 return False
         return True
 
@@ -138,9 +153,9 @@ def wants_gradients(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def changes_of(x: torch.Tensor) -> int:
-    """How often a tensor has been changed in place, as far as that is counted."""
-    return 0 if x.is_inference() else x._version
+def changes_of(x: torch.Tensor) -> int | None:
+    """How often a tensor has been changed in place, None where that is not counted."""
+    return None if x.is_inference() else x._version
 
 
 def mask_of_slots(

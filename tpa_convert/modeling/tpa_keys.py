@@ -19,154 +19,11 @@ import torch
 from torch import nn
 
 from .tpa_coder import RowCoder
+from .tpa_codes import CLASSES
 from .tpa_configuration import LayerShape
-from .tpa_kernels import Kept
+from .tpa_gauges import BlockGauge, HeadGauge, Heads, PairGauge, each_head, heads_of, of_heads
+from .tpa_kernels import find_rotation
 from .tpa_rotary import Table, rotate
-
-Heads = slice | None
-"""Which key/value heads are to be rebuilt: a run of them, or None for all."""
-
-
-def of_heads(x: torch.Tensor | None, heads: Heads, dim: int = 0) -> Any:
-    """What belongs to these of all heads, which `dim` counts."""
-    return x if x is None or heads is None else x[(slice(None),) * dim + (heads,)]
-
-
-def as_wide_as(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Features with zeros behind them for the columns of a weight that they have not, or without
-    the zeros that it has no columns for."""
-    behind = weight.shape[-1] - features.shape[-1]
-    return nn.functional.pad(features, (0, behind)) if behind else features
-
-
-def in_whole_words(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [..., w] on a GPU with zeros behind its rows up to a multiple of 16 bytes: products
-    with rows of other lengths take several times as long."""
-    behind = -weight.shape[-1] % (16 // weight.element_size()) if weight.is_cuda else 0
-    return nn.functional.pad(weight, (0, behind)) if behind else weight
-
-
-def heads_of(
-    features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Products [b, j, s, d] of features [b, 1, s, w] with a matrix for each head, [j, d, w], and
-    the offset [j, d] of each.
-
-    As a single product: a batched one would copy the features for every head.
-    """
-    features = as_wide_as(features, weight)
-    bias = None if offset is None else offset.flatten()
-    heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1), bias)
-    return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
-
-
-def each_head(
-    features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Products [b, h, s, d] of the features [b, h, s, w] of each head with a matrix that the h / j
-    heads of a group share, [j, d, w], and the group's offset [j, d].
-
-    As one product a group: `matmul` would copy the matrices for every sequence.
-    """
-    features = as_wide_as(features, weight)
-    batch, heads, length, width = features.shape
-    groups, one = weight.shape[0], batch == 1
-    if not one:
-        features = features.unflatten(1, (groups, -1)).transpose(0, 1)
-    together = features.reshape(groups, -1, width)
-    if offset is None:
-        found = torch.bmm(together, weight.mT)
-    else:
-        found = torch.baddbmm(offset[:, None], together, weight.mT)
-    if not one:
-        found = found.view(groups, batch, -1, weight.shape[1]).transpose(0, 1)
-    return found.reshape(batch, heads, length, -1)
-
-
-class PairGauge(nn.Module):
-    """One complex number for each head and component, commuting with RoPE: weight [j, 2, P]."""
-
-    def __init__(self, heads: int, pairs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, 2, pairs))
-        self.kept = Kept()
-
-    def forward(self, rotary_pair: torch.Tensor, pairs: int) -> torch.Tensor:
-        """The gauge as a real matrix for each head, [j, 2 f, 2 P]: from components to heads of `f`
-        rotary pairs, where component p is on the pair `rotary_pair` [P]."""
-        return self.kept.of((self.weight, rotary_pair), lambda: self._matrix(rotary_pair, pairs))
-
-    def _matrix(self, rotary_pair: torch.Tensor, pairs: int) -> torch.Tensor:
-        pair = torch.arange(pairs, device=rotary_pair.device)[:, None]
-        spread = (pair == rotary_pair).to(self.weight.dtype)
-        real, imaginary = (x[:, None] * spread for x in self.weight.unbind(-2))
-        halves = (torch.cat(h, -1) for h in ((real, -imaginary), (imaginary, real)))
-        return torch.cat(tuple(halves), 1)
-
-
-class HeadGauge(nn.Module):
-    """A real matrix for each head, weight [j, d, width], and perhaps an offset [j, d]."""
-
-    def __init__(self, heads: int, head_dim: int, width: int, offset: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, head_dim, width))
-        self.offset = nn.Parameter(torch.zeros(heads, head_dim)) if offset else None
-        self.kept = Kept()
-
-    def forward(
-        self,
-        features: torch.Tensor,
-        before: torch.Tensor | None = None,
-        heads: Heads = None,
-    ) -> torch.Tensor:
-        """Heads [b, j, s, d] of features [b, 1, s, width], or [b, h, s, d] of those of each of the
-        h heads that share the j matrices.
-
-        Args:
-            before: the weight of another gauge [j, d, w], whose features [b, 1, s, w] come first.
-            heads: those of the features and of the result; `before` has all.
-        """
-        made_of = (self.weight,) if before is None else (before, self.weight)
-        weight = self.kept.of(made_of, lambda: self._matrix(before))
-        weight, offset = of_heads(weight, heads), of_heads(self.offset, heads)
-        product = heads_of if features.shape[1] == 1 else each_head
-        return product(features, weight, offset)
-
-    def _matrix(self, before: torch.Tensor | None) -> torch.Tensor:
-        weight = self.weight if before is None else torch.cat((before, self.weight), -1)
-        return in_whole_words(weight)
-
-
-class BlockGauge(nn.Module):
-    """As `HeadGauge`, with features that make heads on blocks of rotary pairs: weight [j, d / B,
-    width].
-
-    Features that belong to no block come last and have a gauge of their own, `shared`.
-
-    Args:
-        widths: features of each of the B blocks.
-        shared: features of none.
-    """
-
-    def __init__(self, heads: int, head_dim: int, widths: list[int], shared: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, head_dim // len(widths), sum(widths)))
-        self.widths = widths
-        self.kept = Kept()
-        self.shared = HeadGauge(heads, head_dim, shared, offset=True)
-
-    def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
-        """Heads [b, j, s, d] of features [b, 1, s, all widths]."""
-        if len(self.widths) == 1:  # a single product
-            return self.shared(features, self.weight, heads=heads)
-        *blocks, rest = features.split((*self.widths, self.shared.weight.shape[-1]), dim=-1)
-        weights = self.kept.of((self.weight,), self._blocks)
-        parts = [heads_of(x, of_heads(w, heads)) for x, w in zip(blocks, weights, strict=True)]
-        halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
-        return halves.transpose(-3, -2).flatten(-3) + self.shared(rest, heads=heads)
-
-    def _blocks(self) -> list[torch.Tensor]:
-        return [in_whole_words(weight) for weight in self.weight.split(self.widths, -1)]
 
 
 class KeyNorm(nn.Module):
@@ -223,6 +80,7 @@ class KeyLayout(nn.Module):
         super().__init__()
         self.shape, self.heads, self.head_dim = shape, heads, head_dim
         self.coder: RowCoder | None = None
+        self.rotation = find_rotation()
         self.feature_factor = nn.Linear(hidden_size, shape.width_k, bias=bias)
         self.norm = None
         if norm_eps is not None:
@@ -279,7 +137,7 @@ class RotatedKeys(KeyLayout):
             else:
                 scale = scale.permute(0, 2, 3, 1)
                 head = scale if head is None else head * scale
-        rotated = rotate(feature, table)
+        rotated = rotate(feature, table, self.rotation)
         if head is None:
             return rotated
         return torch.cat((head.flatten(2).unsqueeze(1), rotated), dim=-1)
@@ -396,10 +254,9 @@ class LatentKeys(KeyLayout):
         self.coder = RowCoder(shape.key_layout) if shape.coded else None
         self.gauge: HeadGauge | BlockGauge
         if self.coder is None:
-            self.gauge = HeadGauge(heads, head_dim, shape.width_k, offset=True)
+            self.gauge = HeadGauge(heads, head_dim, [shape.width_k], offset=True)
         else:
-            classes = self.coder.width - shape.width_k
-            self.gauge = BlockGauge(heads, head_dim, shape.key_block_widths, classes)
+            self.gauge = BlockGauge(heads, head_dim, shape.key_block_widths, CLASSES - 1)
 
     def tables(self, table: Table) -> tuple[Table, Table]:
         """As `RotatedKeys.tables`: queries have the source's size, and keys are cached as such."""
@@ -427,4 +284,4 @@ class LatentKeys(KeyLayout):
         keys = self.gauge(packed, heads=heads)
         if self.norm is not None:
             keys = keys * self.norm(keys, hide=True)
-        return rotate(keys, table)
+        return rotate(keys, table, self.rotation)

@@ -8,7 +8,8 @@ from transformers import initialization as init
 from .tpa_adapters import tell_peft
 from .tpa_attention import TPAAttention, replace_attention
 from .tpa_coder import RowCoder
-from .tpa_keys import BlockGauge, HeadGauge, KeyNorm, PairGauge, RotatedKeys
+from .tpa_gauges import BlockGauge, HeadGauge, PairGauge
+from .tpa_keys import KeyNorm, RotatedKeys
 from .tpa_paged import pack_paged_cache
 from .tpa_source import AttentionNames
 

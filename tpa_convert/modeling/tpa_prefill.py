@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .tpa_decode import masked_softmax
+from .tpa_gauges import Heads
 from .tpa_kernels import of_one_width
-from .tpa_keys import Heads
 from .tpa_rotary import Table
 
 REBUILT_BYTES = 1 << 28  # of keys and values side by side, unless a single head has more

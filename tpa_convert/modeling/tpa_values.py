@@ -9,7 +9,23 @@ from torch import nn
 from .tpa_coder import RowCoder
 from .tpa_codes import CLASSES
 from .tpa_configuration import LayerShape
-from .tpa_keys import HeadGauge, Heads, of_heads
+from .tpa_gauges import HeadGauge, Heads, in_whole_words, of_heads
+from .tpa_kernels import Kept
+
+
+class KeyPrediction(nn.Linear):
+    """What features of keys, in whole words, say of the components of values."""
+
+    def __init__(self, key_width: int, width: int):
+        super().__init__(key_width, width, bias=False)
+        self.kept = Kept()
+
+    def forward(self, key_features: torch.Tensor) -> torch.Tensor:
+        weight = self.kept.of((self.weight,), self._in_whole_words)
+        return nn.functional.linear(key_features, weight)
+
+    def _in_whole_words(self) -> torch.Tensor:
+        return in_whole_words(self.weight, [self.weight.shape[-1]])
 
 
 class StaticValues(nn.Module):
@@ -28,16 +44,15 @@ class StaticValues(nn.Module):
         self.expanded_heads = 1 if self.absorbed and not shape.contextual else heads
         self.feature_factor = nn.Linear(hidden_size, shape.width_v, bias=bias or shape.coded)
         self.coder = RowCoder(shape.value_layout) if shape.coded else None
-        width, self.key_prediction = shape.width_v, None
-        if self.coder is not None:
-            width = self.coder.width
+        widths, self.key_prediction = [shape.width_v], None
+        if shape.coded:
+            widths = [shape.width_v + CLASSES - 1]
         if shape.predict_values:
-            key_width = shape.width_k + CLASSES - 1
-            self.key_prediction = nn.Linear(key_width, shape.width_v, bias=False)
-            width += key_width
+            widths.append(shape.width_k + CLASSES - 1)
+            self.key_prediction = KeyPrediction(widths[-1], shape.width_v)
         self.gauge: HeadGauge | None = None
         if shape.value_gauge == "applied":
-            self.gauge = HeadGauge(heads, head_dim, width, offset=shape.coded)
+            self.gauge = HeadGauge(heads, head_dim, widths, offset=shape.coded)
 
     def pack(
         self, hidden_states: torch.Tensor, key_features: torch.Tensor | None = None

@@ -14,7 +14,8 @@ from tpa_convert.forward.walk import attention_modules
 from tpa_convert.modeling import CLASSES, TPAAttention
 from tpa_convert.modeling.tpa_coder import RowCoder
 from tpa_convert.modeling.tpa_codes import round_up
-from tpa_convert.modeling.tpa_keys import BlockGauge, LatentKeys
+from tpa_convert.modeling.tpa_gauges import BlockGauge
+from tpa_convert.modeling.tpa_keys import LatentKeys
 
 MULTIPLE_OF = 16
 
@@ -105,16 +106,13 @@ def _resize(
     gauge, indicators = layer.values.gauge, CLASSES - 1
     parts, changes = [gauge.weight], [values]
     if layer.values.key_prediction is not None:
-        own = gauge.weight.shape[-1] - layer.values.key_prediction.in_features
-        parts, changes = (
-            list(gauge.weight.split([own, gauge.weight.shape[-1] - own], -1)),
-            [values, keys],
-        )
+        parts, changes = list(gauge.weight.split(gauge.widths, -1)), [values, keys]
         prediction = layer.values.key_prediction
         _set(prediction, "weight", _but_last(values(prediction.weight, 0), keys, indicators))
         prediction.out_features, prediction.in_features = prediction.weight.shape
     resized = [_but_last(p, change, indicators) for p, change in zip(parts, changes, strict=True)]
     _set(gauge, "weight", torch.cat(resized, dim=-1))
+    gauge.widths = [part.shape[-1] for part in resized]
 
 
 def _but_last(x: Tensor, change: _Spread | _Gather, count: int) -> Tensor:
