@@ -102,8 +102,11 @@ def needs_of(
     n = plan.num_key_value_heads * plan.head_dim
     layers, hidden, itemsize = len(plan.layers), config.hidden_size, dtype.itemsize
     output = converted_parameters * itemsize
-    # The layer as stored and in fp32, and its attention in fp64 beside what is made of it.
-    converting = sizes.layer * (2 * itemsize + 4) + 3 * 8 * sizes.attention + 3 * 8 * n * n
+    if options.whiten or plan.is_coded:
+        # The layer as stored and in fp32, and its attention in fp64 beside what is made of it.
+        converting = sizes.layer * (2 * itemsize + 4) + 3 * 8 * sizes.attention + 3 * 8 * n * n
+    else:  # only the attention is held in fp32, and made factors of in fp64
+        converting = itemsize * sizes.layer + 12 * sizes.attention + 3 * 8 * n * n
     memory, disk = max(converting, 2 * itemsize * sizes.embedding), output
     product, eigen = _seconds_of_product(), _seconds_of_eigenproblem()
     solved = n**3 / EIGEN**3 * eigen
@@ -129,7 +132,8 @@ def needs_of(
         logits = min(MOST_LOGITS, BATCH * options.block_length * config.vocab_size)
         batch = min(BATCH, options.calibration_blocks) * options.block_length
         kept = 4 * batch * (sizes.layer // hidden + 8 * hidden)  # for the gradients of a layer
-        covariances = 8 * (6 * n * n if plan.is_coded else 4 * n * n + hidden * hidden)
+        # Sums, and that of the largest which a batch adds.
+        covariances = 8 * (10 * n * n if plan.is_coded else 4 * n * n + hidden * hidden)
         # In fp32, beside the pages of the file that it was read from.
         layer = (itemsize + 4) * sizes.layer + 4 * (2 * sizes.attention + n * n)
         head = (itemsize + 4) * sizes.embedding + 4 * 4 * logits
