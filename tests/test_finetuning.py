@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.conversions import convert_tiny, random_blocks
+from tests.conversions import convert_coded, convert_tiny, random_blocks
 from tests.generated import telling
 from tests.test_generation import LAYOUTS, SPEAKING
 from tests.tiny_models import MODELS
@@ -128,3 +128,19 @@ def test_weights_of_quanto(model) -> None:
     quanto.quantize(quantised, weights=quanto.qint8)
     quanto.freeze(quantised)
     assert_runs_like(model, quantised)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "coded"])
+def test_linear_layers_are_given_features_of_their_width(form, tiny_llama) -> None:
+    """What puts others in their places goes by what they say of themselves."""
+    source = tiny_llama("gqa", **SPEAKING)
+    model = convert_coded(source) if form == "coded" else convert_tiny(source, **LAYOUTS[form])
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda layer, given: seen.append((layer.in_features, given[0].shape[-1]))
+            )
+    model.generate(random_blocks(count=1, length=9, seed=3), max_new_tokens=3, do_sample=False)
+    assert len(seen) >= 3 * 7 * model.config.num_hidden_layers
+    assert all(declared == given for declared, given in seen)

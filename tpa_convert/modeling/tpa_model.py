@@ -12,6 +12,7 @@ from .tpa_gauges import BlockGauge, HeadGauge, PairGauge
 from .tpa_keys import KeyNorm, RotatedKeys
 from .tpa_paged import pack_paged_cache
 from .tpa_source import AttentionNames
+from .tpa_values import KeyPrediction
 
 
 class TPAModelMixin:
@@ -38,7 +39,7 @@ class TPAModelMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, PairGauge):
             init.normal_(module.weight, std=1.0)
-        elif isinstance(module, HeadGauge | BlockGauge):
+        elif isinstance(module, HeadGauge | BlockGauge | KeyPrediction):
             init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
             if isinstance(module, HeadGauge) and module.offset is not None:
                 init.zeros_(module.offset)

@@ -13,11 +13,16 @@ from .tpa_gauges import HeadGauge, Heads, in_whole_words, of_heads
 from .tpa_kernels import Kept
 
 
-class KeyPrediction(nn.Linear):
-    """What features of keys, in whole words, say of the components of values."""
+class KeyPrediction(nn.Module):
+    """What features of keys, in whole words, say of the components of values: weight [width, key
+    width].
+
+    No `nn.Linear`: what quantises or replaces these expects features of just their width.
+    """
 
     def __init__(self, key_width: int, width: int):
-        super().__init__(key_width, width, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, key_width))
         self.kept = Kept()
 
     def forward(self, key_features: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,6 @@ def _resize(
         parts, changes = list(gauge.weight.split(gauge.widths, -1)), [values, keys]
         prediction = layer.values.key_prediction
         _set(prediction, "weight", _but_last(values(prediction.weight, 0), keys, indicators))
-        prediction.out_features, prediction.in_features = prediction.weight.shape
     resized = [_but_last(p, change, indicators) for p, change in zip(parts, changes, strict=True)]
     _set(gauge, "weight", torch.cat(resized, dim=-1))
     gauge.widths = [part.shape[-1] for part in resized]
