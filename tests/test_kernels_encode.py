@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tpa_convert import kernels
 from tpa_convert.kernels import (
     CodeTables,
     Tier,
@@ -17,6 +18,7 @@ from tpa_convert.kernels import (
     straight_through,
 )
 from tpa_convert.modeling import tpa_codes as cache
+from tpa_convert.modeling import tpa_kernels
 
 from .encode_cases import double, random_components, random_tables
 
@@ -120,3 +122,13 @@ def test_it_compiles_in_one_graph_with_gradients() -> None:
         call(y).backward()
         gradients.append(y.grad)
     assert torch.equal(*gradients)
+
+
+def test_kernels_of_another_interface_are_not_taken(monkeypatch) -> None:
+    """An export has its own copy of what calls them, and finds whatever package is installed."""
+    found = [
+        getattr(tpa_kernels, f"find_{what}") for what in ("kernel", "coding", "latent", "rotation")
+    ]
+    assert all(find() is not None for find in found)
+    monkeypatch.setattr(kernels, "INTERFACE", kernels.INTERFACE + 1)
+    assert all(find() is None for find in found)

@@ -10,8 +10,13 @@ from .latent_tables import KeyMap, LatentTables, Rows, latent_tables
 from .rotation import rotate
 from .rows import CodedRows, Tier
 
+INTERFACE = 1
+"""To be raised whenever a function that exported models take from here (`modeling/tpa_kernels.py`)
+takes or gives anything else: exports of another version then do without kernels."""
+
 __all__ = [
     "BACKENDS",
+    "INTERFACE",
     "Backend",
     "BackendError",
     "Case",

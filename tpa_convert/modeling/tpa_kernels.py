@@ -10,6 +10,7 @@ from torch import nn
 
 from .tpa_codes import round_up
 
+INTERFACE = 1  # of the kernels: those of another package may take and give other things
 WIDEST_FLASH = 256  # head dim of PyTorch's flash attention
 
 
@@ -38,9 +39,12 @@ def find_kernel() -> Callable[..., torch.Tensor | None] | None:
 
 
 def _of_kernels(*names: str) -> list[Any] | None:
-    """What `tpa_convert.kernels` has by these names, None where no package has all of them."""
+    """What `tpa_convert.kernels` has by these names, None where no package has all of them as this
+    file knows them."""
     try:
         kernels = import_module("tpa_convert.kernels")
+        if kernels.INTERFACE != INTERFACE:
+            return None
         return [getattr(kernels, name) for name in names]
     except (ImportError, AttributeError):
         return None
