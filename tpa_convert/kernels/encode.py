@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .backends import Case, choose_backend
 from .encode_reference import CodeTables, RowTables, encode_components, pack
-from .rows import whole_words
+from .rows import in_whole_words
 
 
 def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,8 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
             packed, said = ops.run_rows(flat, tables, rows)
     else:
         header, codes, scaled, _, label = encode_components(flat, tables)
-        packed, said = pack(codes, header, rows), torch.cat((scaled, label[:, None].to(x.dtype)), 1)
-        said = torch.nn.functional.pad(said, (0, whole_words(said.shape[1]) - said.shape[1]))
+        packed = pack(codes, header, rows)
+        said = in_whole_words(torch.cat((scaled, label[:, None].to(x.dtype)), 1))
     leading = x.shape[:-1]
     return packed.view(*leading, packed.shape[-1]), said.view(*leading, said.shape[-1])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .latent_tables import KeyMap
-from .rows import whole_words
+from .rows import in_whole_words
 
 
 def rebuild(components: Tensor, key_class: Tensor | None, key_map: KeyMap) -> Tensor:
@@ -79,9 +79,9 @@ def decode_latent(
     real, imaginary = rebuild(of_keys, key_class, key_map).chunk(2, -1)
     cos, sin = (x.to(query.dtype)[:, None] for x in (cosine, sine))
     keys = torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), -1)
-    features = _in_whole_words(of_values, value_class)
+    features = _with_class(of_values, value_class)
     if predicted:
-        features = torch.cat((features, _in_whole_words(of_keys, key_class)), -1)
+        features = torch.cat((features, _with_class(of_keys, key_class)), -1)
     mixed = features[:, None]
     output = [
         reference.decode_attention(
@@ -100,8 +100,7 @@ def decode_latent(
     return torch.cat(output, 1)
 
 
-def _in_whole_words(components: Tensor, classes: Tensor | None) -> Tensor:
+def _with_class(components: Tensor, classes: Tensor | None) -> Tensor:
     """Components [b, t, w], whether the class is the second one, and zeros, side by side."""
     parts = (components,) if classes is None else (components, classes[..., None])
-    found = torch.cat(parts, -1)
-    return torch.nn.functional.pad(found, (0, whole_words(found.shape[-1]) - found.shape[-1]))
+    return in_whole_words(torch.cat(parts, -1))

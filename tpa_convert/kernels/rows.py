@@ -25,6 +25,12 @@ def whole_words(count: int) -> int:
     return -(-count // FEATURES) * FEATURES
 
 
+def in_whole_words(features: Tensor) -> Tensor:
+    """Features [..., n] with the zeros behind them."""
+    count = features.shape[-1]
+    return torch.nn.functional.pad(features, (0, whole_words(count) - count))
+
+
 class Tier(NamedTuple):
     """Codes of equally many bits side by side.
 

@@ -184,17 +184,15 @@ class Checkpoint:
         nothing."""
         if self.gguf_file is None:
             return None
-        with (self.directory / self.gguf_file).open("rb") as file:
-            found = _GGUF_BEGINS.search(file.read(_GGUF_HEADER_BYTES))
+        found = _GGUF_BEGINS.search(_gguf_header(self.directory / self.gguf_file))
         return None if found is None else found[1] != b"\0"
 
     def _check_gguf(self, path: Path) -> None:
         if not is_gguf_available():
             raise self.error("reading GGUF needs the gguf package: pip install 'tpa-convert[gguf]'")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise self.error("this is not a GGUF file; give a .gguf file or a directory")
-            header = file.read(_GGUF_HEADER_BYTES)
+        header = _gguf_header(path)
+        if not header.startswith(b"GGUF"):
+            raise self.error("this is not a GGUF file; give a .gguf file or a directory")
         found = {name: int.from_bytes(two, "little") for name, two in _GGUF_PARTS.findall(header)}
         if found.get(b"count", 1) > 1:
             part = f"part {found.get(b'no', 0) + 1} of {found[b'count']}"
@@ -282,6 +280,12 @@ def find_checkpoint(
     patterns = _HUB_FILES if weights else ("config.json",)
     code = ("*.py",) if trust_remote_code else ()
     return Checkpoint(spec, spec, *snapshot(spec, revision, [*patterns, *code], _HUB_NOT))
+
+
+def _gguf_header(path: Path) -> bytes:
+    """The beginning of a GGUF file, with what it says of the model."""
+    with path.open("rb") as file:
+        return file.read(_GGUF_HEADER_BYTES)
 
 
 def _quantized_message(method: Any) -> str:
