@@ -20,7 +20,7 @@ from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_co
 from tests.healing_worker import STEPS, VARIANTS, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingReport
-from tpa_convert.healing.training.distributed import hollow, outline, sharding
+from tpa_convert.healing.training.distributed import sharding
 
 
 def launch(module: str, *arguments: object, gpus: str = "") -> str:
@@ -172,31 +172,6 @@ def test_only_healing_shares_its_work(command: Command, monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = tpa_convert("eval", command.small)
     assert "only `tpa-convert heal` shares its work" in error_of(result)
-
-
-def test_a_hollow_copy_takes_no_memory() -> None:
-    with torch.device("meta"):
-        model: Any = torch.nn.Sequential(torch.nn.Linear(8192, 8192), torch.nn.Linear(8192, 8192))
-    model[0].bias = torch.nn.Parameter(torch.ones(8192))
-    model[1].weight = model[0].weight
-    before = resident_bytes()
-    copied: Any = hollow(model)
-    assert resident_bytes() - before < 0.2 * model[0].weight.nbytes
-    weight = copied[0].weight
-    assert copied[1].weight is weight
-    assert weight.device.type == "cpu"
-    assert torch.equal(copied[0].bias, model[0].bias)
-    assert not weight[::1000].any()
-    weight.data.fill_(1.0)  # negative control
-    assert resident_bytes() - before > 0.9 * weight.nbytes
-    assert outline(copied)[0].weight.is_meta
-    assert copied[0].weight is weight
-
-
-def resident_bytes() -> int:
-    """Memory that this process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_version_1_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
