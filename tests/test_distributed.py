@@ -120,6 +120,24 @@ def test_two_processes_heal_as_one_does(launched: Launch, alone) -> None:
         assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == launched.fsdp
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [True], ids=["fsdp"], indirect=True)
+def test_no_process_holds_whole_models_that_it_does_not_need(launched: Launch) -> None:
+    """As shares of the bytes of both: the teacher is sharded first."""
+    for name in VARIANTS:
+        first, second = (
+            json.loads((launched.directory / name / f"memory-{index}.json").read_text())
+            for index in range(2)
+        )
+        assert first[0] > 0.9  # negative control: both are loaded in the first process
+        before_teacher, before_student, before_training = zip(first, second, strict=True)
+        assert max(before_teacher) < 1.25, name
+        assert before_teacher[1] < 0.2, name
+        assert before_student[0] < 1.0, name
+        assert before_student[1] < 0.4, name
+        assert max(before_training) < 0.8, name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("fsdp", [False, True])
