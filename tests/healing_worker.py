@@ -25,6 +25,7 @@ from tests.conversions import convert_coded, convert_tiny
 from tests.tiny_models import MODELS
 from tpa_convert import pipeline
 from tpa_convert.cli.commands import app
+from tpa_convert.forward.passes import CAUSAL_SDPA
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
 from tpa_convert.healing.training import distributed, preparation
 from tpa_convert.healing.training.distributed import from_first, outline, sharding
@@ -104,7 +105,8 @@ def run(
 @contextmanager
 def noted_memory(directory: Path, *models: nn.Module) -> Iterator[None]:
     """Each process notes what it holds of both models, as a share of their bytes: when one of them
-    is about to be sharded, and before the first step."""
+    is about to be sharded, and before the first step. The models that are shared have to be those
+    whose passes were made fast."""
     elsewhere = tensor_bytes() - sum(p.nbytes for p in parameters(*models) if not p.is_meta)
     prepare, prepared = distributed.fsdp2_prepare_model, DistillationTrainer.create_scheduler
     held: list[int] = []
@@ -115,7 +117,9 @@ def noted_memory(directory: Path, *models: nn.Module) -> Iterator[None]:
 
     def noting_prepared(trainer: DistillationTrainer, *arguments: Any, **options: Any) -> Any:
         held.append(tensor_bytes() - elsewhere)
-        whole = sum(p.nbytes for p in parameters(trainer.model, trainer.teacher))
+        shared = trainer.model, trainer.teacher
+        assert all(model.config._attn_implementation == CAUSAL_SDPA for model in shared)
+        whole = sum(p.nbytes for p in parameters(*shared))
         path = directory / f"memory-{PartialState().process_index}.json"
         path.write_text(json.dumps([count / whole for count in held]))
         return prepared(trainer, *arguments, **options)
