@@ -20,7 +20,7 @@ from tests.command_line import CONVERT, error_of, save_source, save_text, tpa_co
 from tests.healing_worker import STEPS, VARIANTS, run
 from tpa_convert.errors import UserError
 from tpa_convert.healing import HealingReport
-from tpa_convert.healing.training.distributed import sharding
+from tpa_convert.healing.training.distributed import outline, sharding
 
 
 def launch(module: str, *arguments: object, gpus: str = "") -> str:
@@ -190,6 +190,16 @@ def test_only_healing_shares_its_work(command: Command, monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = tpa_convert("eval", command.small)
     assert "only `tpa-convert heal` shares its work" in error_of(result)
+
+
+def test_an_outline_has_biases_and_what_is_tied() -> None:
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    outlined: Any = outline(model)
+    assert outlined[0].weight.is_meta
+    assert outlined[1].weight is outlined[0].weight
+    assert torch.equal(outlined[0].bias, model[0].bias)
+    assert not model[0].weight.is_meta
 
 
 def test_version_1_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
