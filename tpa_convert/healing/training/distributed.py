@@ -116,8 +116,8 @@ def shard(
     _set_wrapping(accelerator, outlined, bf16)
     model = fsdp2_prepare_model(accelerator, outlined)
     # FSDP leaves on the meta device what is there; the rest is where it keeps its shards.
-    device = next(p.device for p in model.parameters() if not p.is_meta)
-    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
+    kept = next((p.device for p in model.parameters() if not p.is_meta), accelerator.device)
+    model._apply(lambda x: torch.empty_like(x, device=kept) if x.is_meta else x)
     state = whole.state_dict() if processes().is_main_process else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state, options=options)

@@ -10,10 +10,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-)
+from transformers import PreTrainedModel, Trainer
 
 from tpa_convert.forward.divergence import (
     Divergence,
