@@ -203,11 +203,9 @@ class DistillationTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """As the Trainer does once `accelerate` has prepared the optimiser.
-
-        Under FSDP that put shards for its parameters, which it tells apart by their addresses. They
-        are shards already, and those without a row in this process have none.
-        """
+        # Comes after accelerate, which under FSDP has put shards for the optimiser's parameters. It
+        # tells them apart by their addresses; they are shards already, and those that have no row
+        # in this process have none.
         for group, parameters in zip(self.optimizer.param_groups, self.optimized, strict=True):
             group["params"] = parameters
         return super().create_scheduler(num_training_steps, optimizer)
