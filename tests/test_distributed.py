@@ -123,19 +123,18 @@ def test_two_processes_heal_as_one_does(launched: Launch, alone) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", [True], ids=["fsdp"], indirect=True)
 def test_no_process_holds_whole_models_that_it_does_not_need(launched: Launch) -> None:
-    """As shares of the bytes of both: the teacher is sharded first."""
+    """In shares of the bytes of both, a tenth of which is a matrix on its way or no weight. The
+    teacher is shared first."""
     for name in VARIANTS:
         first, second = (
             json.loads((launched.directory / name / f"memory-{index}.json").read_text())
             for index in range(2)
         )
-        assert first[0] > 0.9  # negative control: both are loaded in the first process
-        before_teacher, before_student, before_training = zip(first, second, strict=True)
-        assert max(before_teacher) < 1.25, name
-        assert before_teacher[1] < 0.2, name
-        assert before_student[0] < 1.0, name
-        assert before_student[1] < 0.4, name
-        assert max(before_training) < 0.8, name
+        assert 0.9 < first[0] < 1.25, name  # both are loaded here
+        assert second[0] < 0.25, name
+        assert first[1] < 1.15, name  # the student, and half of the teacher
+        assert second[1] < 0.5, name
+        assert max(first[2], second[2]) < 0.95, name  # a half
 
 
 @pytest.mark.gpu
