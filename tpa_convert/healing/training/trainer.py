@@ -171,8 +171,9 @@ class DistillationTrainer(Trainer):
         distance: Callable[[Tensor, Tensor, Tensor], Tensor] = hidden_distance,
         **kwargs: Any,
     ):
-        super().__init__(model=outline(model) if sharding() else model, **kwargs)
-        whole, teacher = teacher, outline(teacher) if self.is_fsdp_enabled else teacher
+        shared = sharding()
+        super().__init__(model=outline(model) if shared else model, **kwargs)
+        whole, teacher = teacher, outline(teacher) if shared else teacher
         # Found out before either model is sharded; what they do to products is in no matrix.
         self.finishes = {
             "student_finish": logit_finish(self.model, from_first(partial(decoder_output, model))),
@@ -180,7 +181,7 @@ class DistillationTrainer(Trainer):
         }
         # Batches are of equal size, so a mean over batches is a mean over tokens.
         self.model_accepts_loss_kwargs = False
-        if self.is_fsdp_enabled:
+        if shared:
             self.teacher = shard(self.accelerator, teacher.eval(), whole, self.args.bf16)
             shard(self.accelerator, self.model, model, self.args.bf16)
         elif offload_teacher:
