@@ -128,14 +128,15 @@ def random_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     llama = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
     torch.manual_seed(0)
     with processes().device:  # one after the other: large ones do not fit it together
-        teacher = LlamaForCausalLM(llama).eval().cpu()
+        teacher = LlamaForCausalLM(llama).eval()
+        converted = shape in CODED or shape in CONVERTED
+        student = None if converted else copy.deepcopy(teacher).cpu()
+        teacher = teacher.to(torch.bfloat16).cpu()  # in main memory, too, once only
         if shape in CODED:
             student = coded_conversion(llama, CODED[shape]).cpu()
         elif shape in CONVERTED:
             student = random_conversion(llama, **CONVERTED[shape]).cpu()
-        else:
-            student = copy.deepcopy(teacher)
-    return student, teacher.to(torch.bfloat16)
+    return student, teacher
 
 
 def random_conversion(

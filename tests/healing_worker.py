@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tests.conftest import make_tiny_llama
@@ -22,9 +25,11 @@ from tests.conversions import convert_coded, convert_tiny
 from tests.tiny_models import MODELS
 from tpa_convert import pipeline
 from tpa_convert.cli.commands import app
+from tpa_convert.forward.passes import CAUSAL_SDPA
 from tpa_convert.healing import HealingInterrupted, HealingReport, HealingSettings, heal
-from tpa_convert.healing.training import preparation
+from tpa_convert.healing.training import distributed, preparation
 from tpa_convert.healing.training.distributed import from_first, outline, sharding
+from tpa_convert.healing.training.trainer import DistillationTrainer
 
 STEPS = 6
 
@@ -46,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def models(tied: bool, family: str | None, coded: bool) -> tuple[Any, Any]:
     """A teacher and its converted student; of another family than Llama, two different models."""
     if coded:
-        teacher = make_tiny_llama("gqa")
+        teacher = make_tiny_llama("mqa")  # one process has no row of what has one for each head
         return teacher, convert_coded(teacher)
     if family is not None:
         return MODELS[family](seed=1), MODELS[family](seed=2)
@@ -83,17 +88,58 @@ def run(
         torch_compile=False,
         **changes,
     )
-    report = heal(
-        student,
-        teacher,
-        None,
-        blocks(20, seed=5),
-        settings=settings,
-        output_dir=directory,
-        valid_blocks=blocks(6, seed=6),
-        progress=False,
-    )
+    with noted_memory(directory, student, teacher) if sharding() else nullcontext():
+        report = heal(
+            student,
+            teacher,
+            None,
+            blocks(20, seed=5),
+            settings=settings,
+            output_dir=directory,
+            valid_blocks=blocks(6, seed=6),
+            progress=False,
+        )
     return report, student
+
+
+@contextmanager
+def noted_memory(directory: Path, *models: nn.Module) -> Iterator[None]:
+    """Each process notes what it holds of both models, as a share of their bytes: when one of them
+    is about to be sharded, and before the first step. The models that are shared have to be those
+    whose passes were made fast."""
+    elsewhere = tensor_bytes() - sum(p.nbytes for p in parameters(*models) if not p.is_meta)
+    prepare, prepared = distributed.fsdp2_prepare_model, DistillationTrainer.create_scheduler
+    held: list[int] = []
+
+    def noting_prepare(*arguments: Any) -> nn.Module:
+        held.append(tensor_bytes() - elsewhere)
+        return prepare(*arguments)
+
+    def noting_prepared(trainer: DistillationTrainer, *arguments: Any, **options: Any) -> Any:
+        held.append(tensor_bytes() - elsewhere)
+        shared = trainer.model, trainer.teacher
+        assert all(model.config._attn_implementation == CAUSAL_SDPA for model in shared)
+        whole = sum(p.nbytes for p in parameters(*shared))
+        path = directory / f"memory-{PartialState().process_index}.json"
+        path.write_text(json.dumps([count / whole for count in held]))
+        return prepared(trainer, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "fsdp2_prepare_model", noting_prepare)
+        patch.setattr(DistillationTrainer, "create_scheduler", noting_prepared)
+        yield
+
+
+def parameters(*models: nn.Module) -> list[nn.Parameter]:
+    return [p for model in models for p in model.parameters()]
+
+
+def tensor_bytes() -> int:
+    """What all tensors of this process take."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter) and not x.is_meta]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 def use_fsdp() -> None:
@@ -154,6 +200,7 @@ def main() -> None:
         "--command", nargs=argparse.REMAINDER, help="of tpa-convert, to run after that"
     )
     options = parser.parse_args()
+    gc.freeze()  # what is imported is neither garbage nor of interest
     if options.fsdp:
         use_fsdp()
     for name, variant in VARIANTS.items():

@@ -15,7 +15,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tests.conftest import make_tiny_llama
 from tests.healing import SETTINGS, StopAt, perturbed, plain_kl, run
@@ -203,6 +209,20 @@ def test_an_offloaded_teacher_teaches_the_same(
     assert not any("forward" in vars(module) for module in teacher.modules())
 
 
+class SeenRates(TrainerCallback):
+    """Notes the learning rate of each parameter that is trained, by name."""
+
+    def __init__(self, seen: dict[str, float]):
+        self.seen = seen
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        names = {p: name for name, p in kwargs["model"].named_parameters()}
+        for group in kwargs["optimizer"].param_groups:
+            self.seen.update({names[p]: group["initial_lr"] for p in group["params"]})
+
+
 def test_lora_trains_the_attention_and_adapters_that_end_merged(
     random_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,15 +240,12 @@ def test_lora_trains_the_attention_and_adapters_that_end_merged(
         if ".mlp." in name:
             assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2
 
-    seen: dict[str, Any] = {}
+    seen: dict[str, float] = {}
     with monkeypatch.context() as patch:
         trainer = preparation.DistillationTrainer
 
         def interrupted_trainer(**kwargs: Any) -> Any:
-            kwargs["callbacks"].append(StopAt(6, signal.SIGTERM))
-            names = {id(p): name for name, p in kwargs["model"].named_parameters()}
-            for group in kwargs["optimizer_cls_and_kwargs"][1]["params"]:
-                seen.update({names[id(p)]: group["lr"] for p in group["params"]})
+            kwargs["callbacks"] += [StopAt(6, signal.SIGTERM), SeenRates(seen)]
             return trainer(**kwargs)
 
         patch.setattr(preparation, "DistillationTrainer", interrupted_trainer)

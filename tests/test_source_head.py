@@ -14,10 +14,16 @@ from torch import Tensor
 from tests.conversions import random_blocks
 from tests.tiny_models import MODELS
 from tpa_convert.forward.comparison import compare
-from tpa_convert.forward.head import final_hidden_states, logit_finish, with_head_input
+from tpa_convert.forward.head import (
+    decoder_output,
+    final_hidden_states,
+    logit_finish,
+    with_head_input,
+)
 from tpa_convert.forward.stand_in import arguments_at
 from tpa_convert.healing import HealingSettings, chunked_divergence, heal
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
+from tpa_convert.healing.training.distributed import outline
 
 BLOCKS = random_blocks(count=4, length=16, seed=3)
 FINISHED = ["gemma3", "granite", "cohere"]  # a soft cap, a divisor, a factor
@@ -29,10 +35,12 @@ def plain_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
+@pytest.mark.parametrize("outlined", [False, True])
 @pytest.mark.parametrize("family", [*FINISHED, "phi", *PLAIN])  # phi has a bias
-def test_the_finish_is_what_the_model_does(family) -> None:
+def test_the_finish_is_what_the_model_does(family, outlined) -> None:
     model = MODELS[family]()
-    finish = logit_finish(model)
+    output = decoder_output(model)
+    finish = logit_finish(outline(model), output) if outlined else logit_finish(model)
     assert (finish is None) == (family in PLAIN)
     product = F.linear(final_hidden_states(model, BLOCKS), model.lm_head.weight)
     logits = product if finish is None else finish(product)

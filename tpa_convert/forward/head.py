@@ -61,11 +61,25 @@ def final_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logit_finish(model: PreTrainedModel) -> Finish | None:
-    """What `model` makes of products of its output head's weight, None if they are its logits."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+def decoder_output(model: PreTrainedModel) -> type:
+    """The class of what the decoder returns."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
-    output = type(decoder(input_ids=token, use_cache=False))
+    return type(model.get_decoder()(input_ids=token, use_cache=False))
+
+
+@torch.no_grad()
+def logit_finish(model: PreTrainedModel, output: type | None = None) -> Finish | None:
+    """What `model` makes of products of its output head's weight, None if they are its logits.
+
+    Args:
+        output: `decoder_output` of the model. If it is given, matrices may be on the meta device.
+    """
+    output = output or decoder_output(model)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    device = device_of(model)
+    if device.type == "meta":
+        device = torch.device("cpu")
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
     forward = model.forward  # as it is now: others may stand in for it when `finish` is called
 
     def finish(product: Tensor) -> Tensor:
@@ -80,6 +94,6 @@ def logit_finish(model: PreTrainedModel) -> Finish | None:
         return logits.view(product.shape)
 
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(4, len(head.weight), generator=generator).to(device_of(model), model.dtype)
+    probe = torch.randn(4, len(head.weight), generator=generator).to(device, model.dtype)
     probe *= 4  # large enough for a soft cap to show
     return None if torch.equal(finish(probe).to(probe), probe) else finish

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
+from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import init_hf_modules
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 def processes() -> PartialState:
     """This process among those of the run, which are joined on the first call."""
-    # `fill` instead: accelerate's way fails for models with buffers in their state, as coded ones.
+    # `shard` instead: accelerate's way fails for models with buffers in their state, as coded ones.
     disable_fsdp_ram_efficient_loading()
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
 
@@ -91,7 +91,43 @@ def refuse_difference(value: Any, what: str) -> None:
         raise UserError(f"the processes of this run have different {what}")
 
 
-def set_wrapping(accelerator: Accelerator, model: PreTrainedModel, bf16: bool) -> None:
+def outline(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose matrices are nowhere (on the meta device), small enough to be sent: buffers,
+    biases and norms are there. What is tied stays tied."""
+    memo = {id(p): _nowhere(p) for p in model.parameters() if p.ndim > 1}
+    return copy.deepcopy(model, memo)
+
+
+def _nowhere(matrix: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(matrix.detach().to("meta"), requires_grad=matrix.requires_grad)
+
+
+def shard(
+    accelerator: Accelerator, outlined: PreTrainedModel, whole: PreTrainedModel, bf16: bool
+) -> PreTrainedModel:
+    """Turn the outline of a model, in place, into one that all processes share, layer by layer.
+
+    Its weights are those that `whole` has in the first process, which gives them up: it is an
+    outline afterwards, too. One matrix at a time is anywhere else as a whole.
+
+    Args:
+        bf16: whether gathered weights are bfloat16. Gradients are added up in fp32 in any case.
+    """
+    _set_wrapping(accelerator, outlined, bf16)
+    model = fsdp2_prepare_model(accelerator, outlined)
+    # FSDP leaves on the meta device what is there; the rest is where it keeps its shards.
+    kept = next((p.device for p in model.parameters() if not p.is_meta), accelerator.device)
+    model._apply(lambda x: torch.empty_like(x, device=kept) if x.is_meta else x)
+    state = whole.state_dict() if processes().is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state, options=options)
+    for parameter in whole.parameters():
+        if parameter.ndim > 1:
+            swap_tensors(parameter, _nowhere(parameter))
+    return model
+
+
+def _set_wrapping(accelerator: Accelerator, model: PreTrainedModel, bf16: bool) -> None:
     """Make FSDP shard `model` layer by layer when it is prepared next."""
     plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
@@ -105,45 +141,20 @@ def set_wrapping(accelerator: Accelerator, model: PreTrainedModel, bf16: bool) -
     )
 
 
-def shard_frozen(accelerator: Accelerator, model: PreTrainedModel, bf16: bool) -> PreTrainedModel:
-    """Shard a model that is not trained; `Accelerator.prepare` wants an optimiser."""
-    set_wrapping(accelerator, model, bf16)
-    return fsdp2_prepare_model(accelerator, model)
-
-
-def outline(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose matrices are nowhere (on the meta device), small enough to be sent: buffers,
-    biases and norms are there."""
-    return _copy(model, lambda matrix: matrix.to("meta"))
-
-
-def hollow(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on the CPU, to be sharded, whose matrices hold nothing yet. They have addresses, which
-    accelerate tells an optimiser's parameters apart by, but memory only once it is written."""
-    return _copy(model, _untouched)
-
-
-def _untouched(matrix: Tensor) -> Tensor:
-    # numpy takes zeros from the system, which gives pages when they are written; torch writes them.
-    zeros = torch.from_numpy(np.zeros(matrix.nbytes, np.uint8))
-    return zeros.view(matrix.dtype).view(matrix.shape)
-
-
-def _copy(model: PreTrainedModel, matrix: Callable[[Tensor], Tensor]) -> PreTrainedModel:
-    """A copy with other matrices; what is tied stays tied."""
-    memo = {
-        id(p): nn.Parameter(matrix(p.detach()), requires_grad=p.requires_grad)
-        for p in model.parameters()
-        if p.ndim > 1
-    }
-    return copy.deepcopy(model, memo)
-
-
-def fill(sharded: PreTrainedModel, whole: PreTrainedModel) -> None:
-    """Gives each process its share of what is whole in the first one, a tensor at a time."""
-    state = whole.state_dict() if processes().is_main_process else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(sharded, state, options=options)
+@torch.no_grad()
+def collect(sharded: PreTrainedModel, whole: PreTrainedModel) -> None:
+    """Give the first process all weights back, as they are now, in main memory: it undoes what
+    `shard` did to `whole`, a tensor at a time."""
+    wholes = whole.state_dict(keep_vars=True)
+    for name, part in sharded.state_dict().items():
+        full = gathered(part)
+        if not processes().is_main_process:
+            continue
+        if wholes[name].is_meta:
+            requires_grad = wholes[name].requires_grad
+            swap_tensors(wholes[name], nn.Parameter(full.cpu(), requires_grad=requires_grad))
+        else:
+            wholes[name].copy_(full)
 
 
 def gathered(weight: Tensor) -> Tensor:

@@ -24,11 +24,9 @@ from tpa_convert.healing.monitoring.trackers import trackers
 from tpa_convert.healing.training.adapters import is_adapter
 from tpa_convert.healing.training.arguments import training_arguments
 from tpa_convert.healing.training.data import BlockDataset, collate
-from tpa_convert.healing.training.distributed import hollow, sharding
 from tpa_convert.healing.training.flops import flops_per_token
 from tpa_convert.healing.training.trainer import (
     DistillationTrainer,
-    Filling,
     attention_parameters,
     parameter_groups,
 )
@@ -44,8 +42,9 @@ class Run:
     """A training run that is ready to start.
 
     Attributes:
-        student: what is trained: under FSDP, which changes a model for good, a copy of the other.
+        student: what is trained: under FSDP, a copy of the other that all processes share.
         whole_student: what the caller gave, and gets back healed.
+        teacher: what it learns from, under FSDP a copy, too.
         compiled: whether both models are compiled.
         use_cache: of the student's config, which the Trainer turns off.
     """
@@ -89,9 +88,7 @@ def prepare(
         UserError: the blocks of a step cannot be shared out equally.
     """
     choose_trained(student, settings)
-    whole_student, use_cache = student, student.config.use_cache
-    if sharding():
-        student = hollow(student)
+    use_cache = student.config.use_cache
     args = training_arguments(student, teacher, settings, blocks.shape[1], output_dir / CHECKPOINTS)
     compiled = settings.torch_compile
     if compiled is None:
@@ -118,9 +115,7 @@ def prepare(
         chunk_tokens=default_chunk_tokens(student.config.vocab_size, dtype, compiled),
         hidden_weight=settings.hidden_weight or 0.0,
         distance=compile_if(hidden_distance),
-        optimizer_cls_and_kwargs=_optimizer(student, settings),
         callbacks=[
-            *([Filling(whole_student)] if sharding() else []),
             Intervals(),
             speedometer,
             LossGuard(),
@@ -129,6 +124,7 @@ def prepare(
             stop,
         ],
     )
+    trainer.optimizer_cls_and_kwargs = _optimizer(trainer.model, settings)
     trainer.remove_callback(PrinterCallback)
     validation = None
     if valid_blocks is not None:
@@ -136,9 +132,9 @@ def prepare(
         trainer.add_callback(validation)
     return Run(
         settings=settings,
-        student=student,
-        whole_student=whole_student,
-        teacher=teacher,
+        student=trainer.model,
+        whole_student=student,
+        teacher=trainer.teacher,
         trainer=trainer,
         compiled=compiled,
         use_cache=use_cache,

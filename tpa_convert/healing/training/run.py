@@ -42,7 +42,12 @@ from tpa_convert.healing.training.checks import (
     memory_errors,
     quiet_transformers,
 )
-from tpa_convert.healing.training.distributed import processes, refuse_difference, sharding
+from tpa_convert.healing.training.distributed import (
+    collect,
+    processes,
+    refuse_difference,
+    sharding,
+)
 from tpa_convert.healing.training.needs import disk_needed
 from tpa_convert.healing.training.preparation import CHECKPOINTS, Run, prepare
 from tpa_convert.healing.training.trainer import modules_to_compile, restore_offloaded
@@ -82,9 +87,10 @@ def heal(
     bfloat16.
 
     Under `accelerate launch` or `torchrun`, all processes call this with the same arguments and
-    share the work. With FSDP both models stay where they are, and the student is healed in the
-    first process only; the others take all weights from there, and need no more than the
-    `distributed.outline` of both models.
+    share the work. With FSDP all weights come from the first process, and the others need no more
+    than the `distributed.outline` of both models. The first one, too, has outlines from when it has
+    given its weights away; it gets the healed student back, in main memory, but not the teacher,
+    and after an error neither.
 
     Args:
         student: any Hugging Face causal language model with a head for its logits.
@@ -198,9 +204,7 @@ def _train(run: Run, checkpoint: Path | None) -> float:
             ):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if sharding():
-            weights = trainer.accelerator.get_state_dict(run.student)  # whole in the first process
-            if processes().is_main_process:
-                run.whole_student.load_state_dict(weights)
+            collect(run.student, run.whole_student)
     finally:
         if run.dashboard:
             run.dashboard.close()

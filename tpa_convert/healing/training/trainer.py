@@ -10,14 +10,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer
 
 from tpa_convert.forward.divergence import (
     Divergence,
@@ -25,15 +18,20 @@ from tpa_convert.forward.divergence import (
     forward_kl,
     hidden_distance,
 )
-from tpa_convert.forward.head import final_hidden_states, logit_finish, with_head_input
+from tpa_convert.forward.head import (
+    decoder_output,
+    final_hidden_states,
+    logit_finish,
+    with_head_input,
+)
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.healing.loss.comparison import Comparison, chunked_comparison
 from tpa_convert.healing.training.distributed import (
-    fill,
+    from_first,
     gathered,
-    hollow,
-    set_wrapping,
-    shard_frozen,
+    outline,
+    shard,
+    sharding,
 )
 
 CHANNEL_BLOCKS = 8  # training sequences whose hidden states say how much each channel varies
@@ -136,20 +134,6 @@ class LayerOutputs:
             hook.remove()
 
 
-class Filling(TrainerCallback):
-    """Gives a sharded student the weights that the first process has as a whole, once it is
-    sharded; one that is resumed has them from its checkpoint."""
-
-    def __init__(self, whole: PreTrainedModel):
-        self.whole = whole
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            fill(kwargs["model"], self.whole)
-
-
 class DistillationTrainer(Trainer):
     """Trains `model` towards the next-token distributions of `teacher`.
 
@@ -158,8 +142,10 @@ class DistillationTrainer(Trainer):
     each layer are apart, times a weight that falls to zero along the run.
 
     Args:
-        teacher: causal language model of the same vocabulary, of any floating dtype. It is moved to
-            the training device; under FSDP, a copy of the first process's is sharded over all.
+        model: causal language model. Under FSDP, `self.model` is a copy of the first process's that
+            all share, and an outline is left of this one.
+        teacher: another of the same vocabulary, of any floating dtype. It is moved to the training
+            device; under FSDP, it becomes an outline as `model` does.
         offload_teacher: keep the teacher's layers in main memory; each goes to the training device
             for as long as it computes. `restore_offloaded` ends that.
         divergence: of a chunk's logits, see `forward.divergence.Divergence`.
@@ -176,6 +162,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         *,
+        model: PreTrainedModel,
         teacher: PreTrainedModel,
         offload_teacher: bool = False,
         divergence: Divergence = forward_kl,
@@ -184,19 +171,19 @@ class DistillationTrainer(Trainer):
         distance: Callable[[Tensor, Tensor, Tensor], Tensor] = hidden_distance,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        whole, teacher = teacher, hollow(teacher) if self.is_fsdp_enabled else teacher
+        shared = sharding()
+        super().__init__(model=outline(model) if shared else model, **kwargs)
+        whole, teacher = teacher, outline(teacher) if shared else teacher
         # Found out before either model is sharded; what they do to products is in no matrix.
         self.finishes = {
-            "student_finish": logit_finish(self.model),
-            "teacher_finish": logit_finish(teacher),
+            "student_finish": logit_finish(self.model, from_first(partial(decoder_output, model))),
+            "teacher_finish": logit_finish(teacher, from_first(partial(decoder_output, whole))),
         }
         # Batches are of equal size, so a mean over batches is a mean over tokens.
         self.model_accepts_loss_kwargs = False
-        if self.is_fsdp_enabled:
-            self.teacher = shard_frozen(self.accelerator, teacher.eval(), self.args.bf16)
-            fill(self.teacher, whole)
-            set_wrapping(self.accelerator, self.model, self.args.bf16)
+        if shared:
+            self.teacher = shard(self.accelerator, teacher.eval(), whole, self.args.bf16)
+            shard(self.accelerator, self.model, model, self.args.bf16)
         elif offload_teacher:
             self.teacher = offload_layers(teacher.eval(), self.args.device)
         else:
@@ -208,6 +195,21 @@ class DistillationTrainer(Trainer):
         models = (self.model, self.teacher) if hidden_weight else ()
         self.layer_outputs = [LayerOutputs(model) for model in models]
         self.channel_variances: list[Tensor] = []  # [D] after each layer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        self.optimized = [group["params"].copy() for group in optimizer.param_groups]
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        # Comes after accelerate, which under FSDP has put shards for the optimiser's parameters. It
+        # tells them apart by their addresses; they are shards already, and those that have no row
+        # in this process have none.
+        for group, parameters in zip(self.optimizer.param_groups, self.optimized, strict=True):
+            group["params"] = parameters
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,
