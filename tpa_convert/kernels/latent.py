@@ -117,7 +117,9 @@ def numbers_of(words, item, DTYPE: tl.constexpr):
         BITS: tl.constexpr = 0x4180 if DTYPE == tl.bfloat16 else 0x5800  # noqa: SIM300
         found = tl.join(low | BITS, high | BITS).to(tl.uint16).to(DTYPE, bitcast=True)
         centre += BASE
-    found = found - centre.to(DTYPE)[None, :, None, None]
+    centre = centre.to(DTYPE)[None, :]
+    centre = tl.join(centre, centre)  # as codes are joined, which every layout allows
+    found = found - tl.join(centre, centre)
     return tl.reshape(found, [words.shape[0], 4 * words.shape[1]])
 
 
