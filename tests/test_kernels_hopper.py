@@ -15,7 +15,7 @@ from .kernel_cases import error
 from .latent_cases import random_case
 
 pytestmark = pytest.mark.gpu
-TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 BLOCK = [(4, 20), (3, 12), (2, 60), (1, 30)]
 VALUES = [(8, 4), (4, 100), (2, 60), (1, 20)]
 LAYERS = {
@@ -86,7 +86,7 @@ def test_masks_that_leave_whole_tiles_out(used, added) -> None:
 @pytest.mark.parametrize("table", ["items", "weight", "offset", "chunks"])
 def test_everything_matters(used, table) -> None:
     """Control: with another table, the result is another."""
-    case = made("8 of 128")
+    case = made("8 of 128", dtype=torch.float16)
     wrong = getattr(case.tables, table).clone()
     if table == "chunks":
         wrong[1] += 1
@@ -94,5 +94,8 @@ def test_everything_matters(used, table) -> None:
         wrong = wrong.roll(1, -1)
     tables = case.tables._replace(**{table: wrong})
     call = *case.call()[:5], tables, 0.3, case.start, case.end, None, None
-    assert not error(launches.launch_latent(*call), case.truth(scale=0.3)) < 2e-2
+    assert (
+        not error(launches.launch_latent(*call), case.truth(scale=0.3))
+        < 2 * TOLERANCE[torch.float16]
+    )
     assert used()
