@@ -88,6 +88,26 @@ def test_warps_that_differ_compile_for_hopper(
     assert kernel.metadata.shared <= SHARED_BYTES
 
 
+@pytest.mark.parametrize(("heads", "start", "window"), [(32, False, None), (8, True, 400)])
+def test_sums_by_warps_compile_for_hopper(monkeypatch, heads, start, window) -> None:
+    """Nothing goes through shared memory."""
+    launched = Launches(launches.hopper_sums_kernel())
+    monkeypatch.setattr(launches, "hopper_sums_kernel", lambda: launched)
+    monkeypatch.setattr(launches, "hopper_sums", lambda device: True)
+    monkeypatch.setattr(launches, "overlapped", lambda device: True)
+    for name in KERNELS:
+        monkeypatch.setattr(launches, name, Launches(getattr(launches, name)))
+    launches.latent_shape.cache_clear()
+    codes = [CODES[0][0]] * 4, CODES[1]
+    made = random_case(shape=(heads, 8, 128), codes=codes, slots=512, dtype=torch.bfloat16)
+    first = made.start if start else None
+    launches.launch_latent(*made.call(), 0.3, first, made.end, window, None)
+    launches.latent_shape.cache_clear()
+    kernel = launched.compile()
+    assert matrix_products(kernel.asm["ptx"])["synchronous"]
+    assert kernel.metadata.shared == 0
+
+
 def test_a_left_side_from_registers_would_be_seen() -> None:
     """Control: the two forms of the instruction."""
     accumulators = "{%f1, %f2}"

@@ -1,4 +1,4 @@
-"""The kernel of weights in Gluon against the fp64 truth, on a GPU that can run it."""
+"""The kernels in Gluon against the fp64 truth, on a GPU that can run it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels.latent import latent_weights_kernel
+from tpa_convert.kernels.latent_sums import latent_sums_kernel
 
 from .kernel_cases import error
 from .latent_cases import random_case
@@ -29,7 +30,8 @@ LAYERS = {
 
 @pytest.fixture
 def used(monkeypatch):
-    """Kernels of weights that were launched, where four tiles are enough for the one in Gluon."""
+    """Whether both kernels in Gluon were launched, and not those that they stand for, where four
+    programs are enough for them."""
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 4)
     found = []
     start = launches.start_kernel
@@ -40,7 +42,9 @@ def used(monkeypatch):
 
     launches.latent_shape.cache_clear()
     monkeypatch.setattr(launches, "start_kernel", noted)
-    yield lambda: launches.hopper_kernel() in found and latent_weights_kernel not in found
+    ours = {launches.hopper_kernel(), launches.hopper_sums_kernel()}
+    others = {latent_weights_kernel, latent_sums_kernel}
+    yield lambda: ours <= set(found) and not others & set(found)
     launches.latent_shape.cache_clear()
 
 

@@ -212,8 +212,9 @@ def latent_weights_kernel(
     """Weights of one block of slots for the heads of one span.
 
     `weights_out` is [b, blocks, 2, columns, T]: weights times the scales of keys, and of values.
-    `block_terms` [b, blocks, 4, columns] are the maximum of the scores (base 2), the sum of the
-    weights, and those of the second class of values and of keys. Of blocks that nothing attends to
+    `block_terms` [b, blocks, 4, columns] are the maximum of the scores (base 2) rounded up, so that
+    factors between blocks are powers of two, the sum of the weights relative to it, and those of
+    the second class of values and of keys. Of blocks that nothing attends to
     these are −inf and zeros.
     """
     if OVERLAP:
@@ -354,7 +355,7 @@ def latent_weights_kernel(
             if window is not None:
                 attended = attended & (slot[None, :] > own - window)
         scores = tl.where(attended, scores, float("-inf"))
-        highest = tl.max(scores, 1)
+        highest = tl.ceil(tl.max(scores, 1))
         weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
 
         tl.store(terms, highest, mask=inside)

@@ -281,7 +281,7 @@ def write_weights(
         if window is not None:
             attended = attended & (slot[:, None] > own - window)
     scores = gl.where(attended, scores, float("-inf"))
-    highest = gl.max(scores, 0)
+    highest = gl.ceil(gl.max(scores, 0))
     weights = gl.exp2(scores - gl.where(highest == float("-inf"), 0.0, highest)[None, :])
     of_values = gl.full([4 * PER_HALF], 0.0, gl.float32, gl.SliceLayout(0, LAYOUT))
     of_keys = of_values

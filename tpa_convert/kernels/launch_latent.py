@@ -36,6 +36,8 @@ MOST_STAGES = 4  # of its ring
 SUM_SHAPE = 64, 4  # slots at a time, warps
 MOST_SPLITS = 16  # joining 32 takes as long as a short text's sums
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
+# Of Gluon's kernel of sums: warps, places of each, and programs that a multiprocessor runs.
+HOPPER_SUMS = 4, PIECE, 2
 
 
 def launch_latent(
@@ -134,7 +136,7 @@ def launch_latent(
         shape.splits,
         shape.blocks,
     )
-    start_kernel(latent_sums_kernel, shape.grids[1], shape.constants[1], add)
+    start_kernel(shape.sums_kernel, shape.grids[1], shape.constants[1], add)
     output = query.new_empty(shape.output)
     join = (
         partial,
@@ -155,7 +157,7 @@ class LatentShape(NamedTuple):
     """How a call is shared out among programs.
 
     Attributes:
-        weights_kernel: that makes the weights.
+        weights_kernel, sums_kernel: that make the weights, and sum up what they weigh.
         constants, grids: of the kernels of weights, of sums, and of what joins them.
         weights, block_terms, partial, partial_terms, output: sizes of the tensors that they write.
         weights_dtype: of the first.
@@ -166,6 +168,7 @@ class LatentShape(NamedTuple):
     """
 
     weights_kernel: Any
+    sums_kernel: Any
     constants: tuple[Constants, Constants, Constants]
     grids: tuple[tuple[int, int, int], ...]
     weights: tuple[int, ...]
@@ -217,8 +220,14 @@ def latent_shape(
         block = TILE // 2
     blocks, padded_columns = shares(length, block), per_sum * sum_tiles
     pieces = (items - layout.first_item) // (PIECE // WORD)
-    sequences = batch * sum_tiles * pieces
-    splits = choose_splits(shares(attended, block), sequences, SUMS_AT_ONCE * processors)
+    sums_kernel, sharing, at_once = latent_sums_kernel, pieces, SUMS_AT_ONCE
+    if plain and hopper_sums(device):
+        sum_warps, places, programs = HOPPER_SUMS
+        fewer = shares(pieces * PIECE, sum_warps * places)
+        if batch * sum_tiles * fewer * min(shares(attended, block), MOST_SPLITS) >= processors:
+            sums_kernel, sharing, at_once = hopper_sums_kernel(), fewer, programs
+    sequences = batch * sum_tiles * sharing
+    splits = choose_splits(shares(attended, block), sequences, at_once * processors)
     splits = min(splits, MOST_SPLITS)
     chunk = power_of_two(features, 16, 64)
     overlap = overlapped(device)
@@ -238,13 +247,16 @@ def latent_shape(
         weights_kernel, programs = hopper_kernel(), max(1, processors // batch)
         weights_grid = min(programs, shares(length, TILE)), batch, 1
         weigh = hopper_constants(layout, device, positions > 1, per_half(per_span), stages)
+    if sums_kernel is not latent_sums_kernel:
+        add = hopper_sums_constants(device, (per_sum, sum_tiles), block, HOPPER_SUMS[:2])
     joined = join_constants(device, parts, chunk, power_of_two(splits, 1, MOST_SPLITS), overlap)
     return LatentShape(
         weights_kernel=weights_kernel,
+        sums_kernel=sums_kernel,
         constants=(weigh, add, joined),
         grids=(
             weights_grid,
-            (pieces, splits, batch * sum_tiles),
+            (sharing, splits, batch * sum_tiles),
             (columns, shares(features, chunk), batch),
         ),
         weights=(batch, blocks, 2, padded_columns, block),
@@ -325,15 +337,38 @@ def per_half(per_span: int) -> int:
 
 
 @functools.cache
-def hopper_kernel() -> Any:
-    """The kernel of weights in Gluon, or None where this release of Triton is not known to have
-    what it takes: Gluon is not stable yet."""
+def gluon_known() -> bool:
+    """Whether this release of Triton is known to have what kernels in Gluon take: it is not stable
+    yet."""
     release = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    if INTERPRETED or not (3, 6) <= release <= (3, 9):
+    return not INTERPRETED and (3, 6) <= release <= (3, 9)
+
+
+@functools.cache
+def hopper_kernel() -> Any:
+    """The kernel of weights in Gluon, or None where it cannot be had."""
+    if not gluon_known():
         return None
     from .latent_hopper import latent_weights_on_hopper
 
     return latent_weights_on_hopper
+
+
+@functools.cache
+def hopper_sums_kernel() -> Any:
+    """The kernel of sums in Gluon, where it can be had."""
+    from .latent_sums_hopper import latent_sums_on_hopper
+
+    return latent_sums_on_hopper
+
+
+def on_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def hopper_sums(device: torch.device) -> bool:
+    """Whether the kernel of sums in Gluon runs on a device."""
+    return gluon_known() and on_hopper(device)
 
 
 @functools.cache
@@ -347,7 +382,7 @@ def hopper_stages(layout: Layout, per_span: int, device: torch.device) -> int:
     known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
     if not known or per_span > 32 or hopper_kernel() is None:
         return 0
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not on_hopper(device):
         return 0
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
     beside = layout.blocks * keys * (2 * per_half(per_span) + 4)  # queries, offsets
@@ -373,6 +408,24 @@ def hopper_constants(
         BLOCK=TILE // 2,
         MULTIPLE=multiple,
         STAGES=stages,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def hopper_sums_constants(
+    device: torch.device, sums: tuple[int, int], block: int, shape: tuple[int, int]
+) -> Constants:
+    """Of the kernel of sums in Gluon: `sums` as in `latent_constants`, `shape` as `HOPPER_SUMS`."""
+    warps, places = shape
+    return Constants(
+        device,
+        {"num_warps": warps},
+        COLUMNS=sums[0],
+        TILES=sums[1],
+        PIECE=PIECE,
+        PLACES=places,
+        BLOCK=block,
+        WARPS=warps,
     )
 
 
