@@ -268,7 +268,7 @@ def latent_sums_on_hopper(
     # What the next step adds up is loaded before this one's product; the first step loads only.
     words = gl.full([WARPS, SLOTS, ITEMS], 0, gl.int32, WORDS)
     weight = gl.full([WARPS, COLUMNS, SLOTS], 0.0, gl.float16, WEIGHTS)
-    of_block = gl.full([COLUMNS], 0.0, gl.float32, OF_COLUMN)
+    of_block = gl.full([COLUMNS], float("-inf"), gl.float32, OF_COLUMN)
     for step in range(begins - 1, ends):
         left = scaled(weight, gl.exp2(of_block - of_sums).to(gl.float16), SUMS)
         right = codes_of(words, item, SUMS)
