@@ -9,6 +9,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -61,7 +62,8 @@ class Launches:
                     hints[(i,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "fp32"
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=hints)
+        kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = kind(fn=self.kernel, signature=signature, constexprs=constants, attrs=hints)
         return triton.compile(source, target=HOPPER, options=options)
 
 

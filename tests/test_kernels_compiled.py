@@ -57,6 +57,57 @@ def test_compiles_for_hopper(monkeypatch, case, shape, added) -> None:
             assert products["shared"]  # the keys are rebuilt by the asynchronous unit
 
 
+@pytest.mark.parametrize(
+    ("positions", "added", "window", "softcap"),
+    [(1, None, None, None), (3, False, 400, 3.0), (1, True, 400, None)],
+)
+def test_warps_that_differ_compile_for_hopper(
+    monkeypatch, positions, added, window, softcap
+) -> None:
+    """In Triton's newest release here; the oldest is that of the GPU tests."""
+    launched = Launches(launches.hopper_kernel())
+    monkeypatch.setattr(launches, "hopper_kernel", lambda: launched)
+    monkeypatch.setattr(launches, "hopper_stages", lambda *_: 3)
+    monkeypatch.setattr(launches, "overlapped", lambda device: True)
+    for name in KERNELS:
+        monkeypatch.setattr(launches, name, Launches(getattr(launches, name)))
+    launches.latent_shape.cache_clear()
+    codes = [CODES[0][0]] * 4, CODES[1]
+    made = random_case(
+        shape=(32, 8, 128), codes=codes, slots=512, positions=positions, dtype=torch.bfloat16
+    )
+    mask = None
+    if added is not None:
+        mask = torch.ones(2, 512, dtype=torch.bfloat16 if added else torch.bool)
+    launches.launch_latent(*made.call(), 0.3, None, made.end, window, softcap, mask)
+    launches.latent_shape.cache_clear()
+    kernel = launched.compile()
+    products = matrix_products(kernel.asm["ptx"])
+    assert products["registers"] == 0
+    assert products["shared"]
+    assert kernel.metadata.shared <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(("heads", "start", "window"), [(32, False, None), (8, True, 400)])
+def test_sums_by_warps_compile_for_hopper(monkeypatch, heads, start, window) -> None:
+    """Nothing goes through shared memory."""
+    launched = Launches(launches.hopper_sums_kernel())
+    monkeypatch.setattr(launches, "hopper_sums_kernel", lambda: launched)
+    monkeypatch.setattr(launches, "hopper_sums", lambda device: True)
+    monkeypatch.setattr(launches, "overlapped", lambda device: True)
+    for name in KERNELS:
+        monkeypatch.setattr(launches, name, Launches(getattr(launches, name)))
+    launches.latent_shape.cache_clear()
+    codes = [CODES[0][0]] * 4, CODES[1]
+    made = random_case(shape=(heads, 8, 128), codes=codes, slots=512, dtype=torch.bfloat16)
+    first = made.start if start else None
+    launches.launch_latent(*made.call(), 0.3, first, made.end, window, None)
+    launches.latent_shape.cache_clear()
+    kernel = launched.compile()
+    assert matrix_products(kernel.asm["ptx"])["synchronous"]
+    assert kernel.metadata.shared == 0
+
+
 def test_a_left_side_from_registers_would_be_seen() -> None:
     """Control: the two forms of the instruction."""
     accumulators = "{%f1, %f2}"

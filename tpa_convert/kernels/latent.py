@@ -117,7 +117,9 @@ def numbers_of(words, item, DTYPE: tl.constexpr):
         BITS: tl.constexpr = 0x4180 if DTYPE == tl.bfloat16 else 0x5800  # noqa: SIM300
         found = tl.join(low | BITS, high | BITS).to(tl.uint16).to(DTYPE, bitcast=True)
         centre += BASE
-    found = found - centre.to(DTYPE)[None, :, None, None]
+    centre = centre.to(DTYPE)[None, :]
+    centre = tl.join(centre, centre)  # as codes are joined, which every layout allows
+    found = found - tl.join(centre, centre)
     return tl.reshape(found, [words.shape[0], 4 * words.shape[1]])
 
 
@@ -210,8 +212,9 @@ def latent_weights_kernel(
     """Weights of one block of slots for the heads of one span.
 
     `weights_out` is [b, blocks, 2, columns, T]: weights times the scales of keys, and of values.
-    `block_terms` [b, blocks, 4, columns] are the maximum of the scores (base 2), the sum of the
-    weights, and those of the second class of values and of keys. Of blocks that nothing attends to
+    `block_terms` [b, blocks, 4, columns] are the maximum of the scores (base 2) rounded up, so that
+    factors between blocks are powers of two, the sum of the weights relative to it, and those of
+    the second class of values and of keys. Of blocks that nothing attends to
     these are −inf and zeros.
     """
     if OVERLAP:
@@ -352,7 +355,7 @@ def latent_weights_kernel(
             if window is not None:
                 attended = attended & (slot[None, :] > own - window)
         scores = tl.where(attended, scores, float("-inf"))
-        highest = tl.max(scores, 1)
+        highest = tl.ceil(tl.max(scores, 1))
         weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
 
         tl.store(terms, highest, mask=inside)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout
+from .latent_tables import CHUNK, MAX_PAIRS, PIECE, WORD, LatentTables, Layout
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -21,6 +22,7 @@ from .launch import (
     options_of,
     overlapped,
     power_of_two,
+    shared_bytes,
     shares,
 )
 from .start import Constants, start_kernel
@@ -29,9 +31,13 @@ MAX_COLUMNS = 32  # queries of a program, all heads and positions
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
 STAGES = 2  # chunks of weights in flight
+TILE = 128  # slots of a program at a time in Gluon's kernel of weights
+MOST_STAGES = 4  # of its ring
 SUM_SHAPE = 64, 4  # slots at a time, warps
 MOST_SPLITS = 16  # joining 32 takes as long as a short text's sums
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
+# Of Gluon's kernel of sums: warps, places of each, and programs that a multiprocessor runs.
+HOPPER_SUMS = 4, PIECE, 2
 
 
 def launch_latent(
@@ -70,6 +76,7 @@ def launch_latent(
         page,
         (tables.items.shape[0], *tables.place_of.shape),
         SHAPES,
+        tables.norm is not None,
     )
     weights = query.new_empty(shape.weights, dtype=shape.weights_dtype)
     block_terms = query.new_empty(shape.block_terms, dtype=torch.float32)
@@ -106,7 +113,7 @@ def launch_latent(
         layout.header_v,
         tables.epsilon,
     )
-    start_kernel(latent_weights_kernel, shape.grids[0], shape.constants[0], weigh)
+    start_kernel(shape.weights_kernel, shape.grids[0], shape.constants[0], weigh)
     partial = query.new_empty(shape.partial, dtype=torch.float32)
     partial_terms = query.new_empty(shape.partial_terms, dtype=torch.float32)
     columns = heads * positions
@@ -129,7 +136,7 @@ def launch_latent(
         shape.splits,
         shape.blocks,
     )
-    start_kernel(latent_sums_kernel, shape.grids[1], shape.constants[1], add)
+    start_kernel(shape.sums_kernel, shape.grids[1], shape.constants[1], add)
     output = query.new_empty(shape.output)
     join = (
         partial,
@@ -150,6 +157,7 @@ class LatentShape(NamedTuple):
     """How a call is shared out among programs.
 
     Attributes:
+        weights_kernel, sums_kernel: that make the weights, and sum up what they weigh.
         constants, grids: of the kernels of weights, of sums, and of what joins them.
         weights, block_terms, partial, partial_terms, output: sizes of the tensors that they write.
         weights_dtype: of the first.
@@ -159,6 +167,8 @@ class LatentShape(NamedTuple):
         blocks: of slots.
     """
 
+    weights_kernel: Any
+    sums_kernel: Any
     constants: tuple[Constants, Constants, Constants]
     grids: tuple[tuple[int, int, int], ...]
     weights: tuple[int, ...]
@@ -184,12 +194,14 @@ def latent_shape(
     page: int,
     tables: tuple[int, int, int],
     shapes: tuple[tuple[int, int], ...],
+    normed: bool,
 ) -> LatentShape:
     """Of `queries` [b, h, s] on `length` slots, of which each attends to so many at most.
 
     Args:
         tables: items, parts and features.
         shapes: as `SHAPES`.
+        normed: whether keys have a norm.
     """
     (batch, heads, positions), (items, parts, features) = queries, tables
     columns, processors = heads * positions, multiprocessors(device)
@@ -201,10 +213,21 @@ def latent_shape(
     programs = batch * layout.spans * tiles
     fitting = [x for x in shapes if shares(attended, x[0]) * programs >= processors]
     block, warps = fitting[0] if fitting else shapes[-1]
+    plain = not (normed or page or dtype == torch.float32)
+    enough = shares(attended, TILE) * batch >= processors
+    stages = hopper_stages(layout, per_span, device) if plain and enough else 0
+    if stages:
+        block = TILE // 2
     blocks, padded_columns = shares(length, block), per_sum * sum_tiles
     pieces = (items - layout.first_item) // (PIECE // WORD)
-    sequences = batch * sum_tiles * pieces
-    splits = choose_splits(shares(attended, block), sequences, SUMS_AT_ONCE * processors)
+    sums_kernel, sharing, at_once = latent_sums_kernel, pieces, SUMS_AT_ONCE
+    if plain and hopper_sums(device):
+        sum_warps, places, programs = HOPPER_SUMS
+        fewer = shares(pieces * PIECE, sum_warps * places)
+        if batch * sum_tiles * fewer * min(shares(attended, block), MOST_SPLITS) >= processors:
+            sums_kernel, sharing, at_once = hopper_sums_kernel(), fewer, programs
+    sequences = batch * sum_tiles * sharing
+    splits = choose_splits(shares(attended, block), sequences, at_once * processors)
     splits = min(splits, MOST_SPLITS)
     chunk = power_of_two(features, 16, 64)
     overlap = overlapped(device)
@@ -219,12 +242,21 @@ def latent_shape(
         (per_sum, sum_tiles),
         overlap,
     )
+    weights_kernel, weights_grid = latent_weights_kernel, (blocks, batch, layout.spans * tiles)
+    if stages:
+        weights_kernel, programs = hopper_kernel(), max(1, processors // batch)
+        weights_grid = min(programs, shares(length, TILE)), batch, 1
+        weigh = hopper_constants(layout, device, positions > 1, per_half(per_span), stages)
+    if sums_kernel is not latent_sums_kernel:
+        add = hopper_sums_constants(device, (per_sum, sum_tiles), block, HOPPER_SUMS[:2])
     joined = join_constants(device, parts, chunk, power_of_two(splits, 1, MOST_SPLITS), overlap)
     return LatentShape(
+        weights_kernel=weights_kernel,
+        sums_kernel=sums_kernel,
         constants=(weigh, add, joined),
         grids=(
-            (blocks, batch, layout.spans * tiles),
-            (pieces, splits, batch * sum_tiles),
+            weights_grid,
+            (sharing, splits, batch * sum_tiles),
             (columns, shares(features, chunk), batch),
         ),
         weights=(batch, blocks, 2, padded_columns, block),
@@ -297,6 +329,104 @@ def latent_constants(
         OVERLAP=overlap,
     )
     return weigh, add
+
+
+def per_half(per_span: int) -> int:
+    """Queries of half of the heads of a span, padded, as `latent_hopper.py` shares them out."""
+    return power_of_two(per_span // 2, 8, 16)
+
+
+@functools.cache
+def gluon_known() -> bool:
+    """Whether this release of Triton is known to have what kernels in Gluon take: it is not stable
+    yet."""
+    release = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    return not INTERPRETED and (3, 6) <= release <= (3, 9)
+
+
+@functools.cache
+def hopper_kernel() -> Any:
+    """The kernel of weights in Gluon, or None where it cannot be had."""
+    if not gluon_known():
+        return None
+    from .latent_hopper import latent_weights_on_hopper
+
+    return latent_weights_on_hopper
+
+
+@functools.cache
+def hopper_sums_kernel() -> Any:
+    """The kernel of sums in Gluon, where it can be had."""
+    from .latent_sums_hopper import latent_sums_on_hopper
+
+    return latent_sums_on_hopper
+
+
+def on_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def hopper_sums(device: torch.device) -> bool:
+    """Whether the kernel of sums in Gluon runs on a device."""
+    return gluon_known() and on_hopper(device)
+
+
+@functools.cache
+def hopper_stages(layout: Layout, per_span: int, device: torch.device) -> int:
+    """Stages of the ring of `latent_hopper.py` that shared memory has room for; 0 if it cannot run
+    this layout on this device.
+
+    Args:
+        per_span: queries of a span.
+    """
+    known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
+    if not known or per_span > 32 or hopper_kernel() is None:
+        return 0
+    if not on_hopper(device):
+        return 0
+    keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
+    beside = layout.blocks * keys * (2 * per_half(per_span) + 4)  # queries, offsets
+    stages = (shared_bytes(device) - beside) // (2 * CHUNK * (TILE + keys))
+    return min(stages, MOST_STAGES) if stages > 1 else 0
+
+
+@functools.lru_cache(maxsize=256)
+def hopper_constants(
+    layout: Layout, device: torch.device, multiple: bool, columns: int, stages: int
+) -> Constants:
+    """Of the kernel of weights in Gluon."""
+    return Constants(
+        device,
+        {"num_warps": 4},
+        GROUPS=layout.groups,
+        BLOCKS=layout.blocks,
+        PAIRS=layout.pairs,
+        PADDED=layout.padded,
+        HEADS=layout.heads,
+        COLUMNS=columns,
+        CHUNK=CHUNK,
+        BLOCK=TILE // 2,
+        MULTIPLE=multiple,
+        STAGES=stages,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def hopper_sums_constants(
+    device: torch.device, sums: tuple[int, int], block: int, shape: tuple[int, int]
+) -> Constants:
+    """Of the kernel of sums in Gluon: `sums` as in `latent_constants`, `shape` as `HOPPER_SUMS`."""
+    warps, places = shape
+    return Constants(
+        device,
+        {"num_warps": warps},
+        COLUMNS=sums[0],
+        TILES=sums[1],
+        PIECE=PIECE,
+        PLACES=places,
+        BLOCK=block,
+        WARPS=warps,
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,105 @@
+"""The kernels in Gluon against the fp64 truth, on a GPU that can run it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels.latent import latent_weights_kernel
+from tpa_convert.kernels.latent_sums import latent_sums_kernel
+
+from .kernel_cases import error
+from .latent_cases import random_case
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
+BLOCK = [(4, 20), (3, 12), (2, 60), (1, 30)]
+VALUES = [(8, 4), (4, 100), (2, 60), (1, 20)]
+LAYERS = {
+    "8 of 128": ((32, 8, 128), [BLOCK, BLOCK[:3], [(4, 32), (2, 64), (1, 32)], BLOCK[1:]]),
+    "8 of 64": ((32, 8, 64), [BLOCK, BLOCK * 2]),
+    "3 of 64": ((9, 3, 64), [BLOCK]),
+    "32 of 128": ((32, 32, 128), [BLOCK[1:3]] * 16),
+    "8 of 96": ((24, 8, 96), [BLOCK] * 3),
+}
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Whether both kernels in Gluon were launched, and not those that they stand for, where four
+    programs are enough for them."""
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 4)
+    found = []
+    start = launches.start_kernel
+
+    def noted(kernel, *rest):
+        found.append(kernel)
+        start(kernel, *rest)
+
+    launches.latent_shape.cache_clear()
+    monkeypatch.setattr(launches, "start_kernel", noted)
+    ours = {launches.hopper_kernel(), launches.hopper_sums_kernel()}
+    others = {latent_weights_kernel, latent_sums_kernel}
+    yield lambda: ours <= set(found) and not others & set(found)
+    launches.latent_shape.cache_clear()
+
+
+def made(layer: str, **others):
+    shape, keys = LAYERS[layer]
+    settings = {"slots": 700, "dtype": torch.bfloat16, "device": "cuda"} | others
+    return random_case(shape=shape, codes=(keys, VALUES), **settings)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_layers(used, layer, dtype) -> None:
+    case = made(layer, dtype=dtype)
+    found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, None, None)
+    assert error(found, case.truth(scale=0.3)) < TOLERANCE[dtype]
+    assert used()
+
+
+@pytest.mark.parametrize(
+    ("positions", "window", "softcap", "slots"),
+    [(1, 40, None, 900), (3, None, None, 700), (3, 300, 3.0, 1000), (1, None, 3.0, 513)],
+)
+def test_what_is_attended_to(used, positions, window, softcap, slots) -> None:
+    case = made("8 of 128", positions=positions, slots=slots)
+    found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, window, softcap)
+    truth = case.truth(scale=0.3, window=window, softcap=softcap)
+    assert error(found, truth) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_masks_that_leave_whole_tiles_out(used, added) -> None:
+    case = made("8 of 128", slots=1100)
+    kept = torch.zeros(2, 1100, dtype=torch.bool, device="cuda")
+    kept[0, 300:420] = kept[1, 5] = kept[1, 1000:] = True
+    mask = torch.where(kept, 0.0, torch.finfo(torch.bfloat16).min).bfloat16() if added else kept
+    found = launches.launch_latent(*case.call(), 0.3, None, None, None, None, mask)
+    every = torch.zeros(2, dtype=torch.long, device="cuda")
+    truth = case.truth(scale=0.3, start=every, end=every + 1100, mask=kept)
+    assert error(found, truth) < TOLERANCE[torch.bfloat16]
+    assert used()
+
+
+@pytest.mark.parametrize("table", ["items", "weight", "offset", "chunks"])
+def test_everything_matters(used, table) -> None:
+    """Control: with another table, the result is another."""
+    case = made("8 of 128", dtype=torch.float16)
+    wrong = getattr(case.tables, table).clone()
+    if table == "chunks":
+        wrong[1] += 1
+    else:
+        wrong = wrong.roll(1, -1)
+    tables = case.tables._replace(**{table: wrong})
+    call = *case.call()[:5], tables, 0.3, case.start, case.end, None, None
+    assert (
+        not error(launches.launch_latent(*call), case.truth(scale=0.3))
+        < 2 * TOLERANCE[torch.float16]
+    )
+    assert used()
