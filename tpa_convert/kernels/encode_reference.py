@@ -38,7 +38,12 @@ class CodeTables(NamedTuple):
     @property
     def scale_bits(self) -> int:
         """Bits of the header that hold the scale."""
-        return 8 - (self.mean.shape[0] - 1).bit_length()
+        return scale_bits(len(self.mean))
+
+
+def scale_bits(classes: int) -> int:
+    """Bits of a header that are left for the scale beside the class."""
+    return 8 - (classes - 1).bit_length()
 
 
 class RowTables(NamedTuple):

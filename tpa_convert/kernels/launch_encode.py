@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .encode_reference import CodeTables, RowTables
-from .launch import power_of_two, shares
+from .encode_reference import CodeTables, RowTables, scale_bits
+from .launch import power_of_two, shares, types_of
 from .quantise import encode_kernel
 from .rows import FEATURES, whole_words
 from .start import Constants, start_kernel
@@ -20,7 +20,7 @@ def launch_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """Headers uint8 [n] and codes uint8 [n, c] of [n, c], any stride from token to token."""
     header = x.new_empty(x.shape[:1], dtype=torch.uint8)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
-    _launch(x, tables, header=header, codes=codes)
+    _launch(x, tables, (header, codes, None, None, None, None), x.shape[1])
     return header, codes
 
 
@@ -29,7 +29,7 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     scaled = x.new_empty(x.shape)
     inside = x.new_empty(x.shape, dtype=torch.bool)
     label = x.new_empty(x.shape[:1], dtype=torch.int64)
-    _launch(x, tables, scaled=scaled, inside=inside, label=label)
+    _launch(x, tables, (None, None, scaled, inside, label, None), x.shape[1])
     return scaled, inside, label
 
 
@@ -38,64 +38,62 @@ def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     [n, `whole_words(c + 1)`]."""
     count, width = x.shape
     features = x.new_empty((count, whole_words(width + 1)))
-    packed = x.new_empty((count, rows.bits.shape[0]), dtype=torch.uint8)
-    codes = x.new_empty((count, width), dtype=torch.uint8)
-    _launch(x, tables, codes=codes, scaled=features, packed=packed, rows=rows)
+    packed = x.new_empty((count, len(rows.bits)), dtype=torch.uint8)
+    _launch(x, tables, (None, None, features, None, None, packed), features.shape[1], rows)
     return packed, features
 
 
 def _launch(
     x: Tensor,
     tables: CodeTables,
-    header: Tensor | None = None,
-    codes: Tensor | None = None,
-    scaled: Tensor | None = None,
-    inside: Tensor | None = None,
-    label: Tensor | None = None,
-    packed: Tensor | None = None,
+    outputs: tuple[Tensor | None, ...],
+    stride: int,
     rows: RowTables | None = None,
 ) -> None:
+    """Fills the outputs of `encode_kernel`, of which what is scaled has rows `stride` apart."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     count, width = x.shape
     if not count:
         return
     *places, header_at = rows or (None, None, None, 0)
-    row_bytes = 0 if packed is None else packed.shape[1]
-    classes = tables.mean.shape[0]
-    constants = encode_constants(x.device, width, classes, tables.scale_bits, row_bytes)
-    arguments = (
-        x,
-        *tables[:5],
-        header,
-        codes,
-        scaled,
-        inside,
-        label,
-        packed,
-        *places,
-        count,
-        x.stride(0),
-        width if scaled is None else scaled.shape[1],
-        width,
-        row_bytes,
+    constants = encode_constants(
+        x.device,
+        types_of(x, *outputs),
+        (width, x.stride(0), stride),
+        len(tables.mean),
+        0 if rows is None else len(rows.bits),
         header_at,
-        float(tables.lowest_octave),
+        tables.lowest_octave,
     )
     grid = (shares(count, constants.named["ROWS"]), 1, 1)
-    start_kernel(encode_kernel, grid, constants, arguments)
+    tensors = (x, *tables[:5], *outputs, *places)
+    start_kernel(encode_kernel, grid, constants, tensors, (count,))
 
 
 @functools.lru_cache(maxsize=256)
 def encode_constants(
-    device: torch.device, width: int, classes: int, scale_bits: int, row_bytes: int
+    device: torch.device,
+    types: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, int, int],
+    classes: int,
+    row_bytes: int,
+    header_at: int,
+    lowest_octave: int,
 ) -> Constants:
-    """Of `encode_kernel`, for tokens of `width` components in rows of `row_bytes`, or in none."""
+    """Of `encode_kernel`, for rows of `row_bytes`, or for none.
+
+    Args:
+        types: of components and of all outputs.
+        sizes: components of a token, and strides of components and of what is scaled.
+    """
+    width, *strides = sizes
     padded = power_of_two(width, 1, 1 << 30)
     return Constants(
         device,
         {"num_warps": min(16, max(1, padded // NUMBERS))},
+        (*strides, width, row_bytes, header_at, float(lowest_octave)),
         CLASSES=classes,
-        SCALE_BITS=scale_bits,
+        SCALE_BITS=scale_bits(classes),
         ROWS=max(1, NUMBERS // padded),
         WIDTH=padded,
         BYTES=power_of_two(row_bytes, 1, 1 << 30),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,16 +23,19 @@ from .launch import (
     overlapped,
     power_of_two,
     shares,
+    types_of,
 )
-from .start import Constants, start_kernel
+from .start import Constants, Part, start_kernel
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
+SHORTEST = 32  # slots: what all blocks are multiples of
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 64, 4  # slots at a time, warps
 MOST_SPLITS = 16  # joining 32 takes as long as a short text's sums
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
+ALIGNED = 128  # bytes that parts of a buffer begin at multiples of
 
 
 def launch_latent(
@@ -50,35 +54,40 @@ def launch_latent(
     pages: Tensor | None = None,
 ) -> Tensor:
     """`decode_latent.decode_latent`, for any strides but the last of queries, keys and values."""
-    layout = tables.layout
     query = query if query.stride(-1) == 1 else query.contiguous()
-    batch, heads, positions, _ = query.shape
-    length, page = keys.shape[2], 0
+    length, page, pages_stride = keys.shape[2], 0, 0
     if pages is not None:
-        page, length = length, length * pages.shape[1]
+        page, length, pages_stride = length, length * pages.shape[1], pages.stride(0)
     keys, values = keys.view(torch.int32), values.view(torch.int32)
+    key_stride_b, _, key_stride_t, _ = keys.stride()
+    value_stride_b, _, value_stride_t, _ = values.stride()
     mask, mask_stride = in_rows(mask)
     if sine.stride() != cosine.stride():
         cosine, sine = cosine.contiguous(), sine.contiguous()
+    table_stride_b, *table_strides = cosine.stride()
+    attended = longest(length, query.shape[2], window)
     shape = latent_shape(
-        layout,
+        tables.layout,
+        tables.epsilon,
         query.device,
-        query.dtype,
-        (batch, heads, positions),
-        length,
-        longest(length, positions, window),
-        page,
-        (tables.items.shape[0], *tables.place_of.shape),
+        (query.dtype, cosine.dtype, *types_of(tables.norm, pages, start, end, mask)),
+        query.shape,
+        (*query.stride()[:3], key_stride_t, value_stride_t, *table_strides),
+        (shares(length, SHORTEST), shares(attended, SHORTEST), page),
+        (scale, softcap, window),
         SHAPES,
     )
-    weights = query.new_empty(shape.weights, dtype=shape.weights_dtype)
-    block_terms = query.new_empty(shape.block_terms, dtype=torch.float32)
-    bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
-    strides = keys.stride(0), keys.stride(2), values.stride(0), values.stride(2)
-    cached = keys, values, tables.items
+    scratch = query.new_empty(shape.scratch, dtype=torch.uint8)
+    address = scratch.data_ptr()
+    weights, block_terms, partial, partial_terms = [
+        Part(scratch, first, address + first, size, dtype) for first, size, dtype in shape.parts
+    ]
+    bounds = pages, start, end, mask
     weigh = (
         query,
-        *cached,
+        keys,
+        values,
+        tables.items,
         tables.chunks,
         tables.weight,
         tables.offset,
@@ -88,61 +97,17 @@ def launch_latent(
         weights,
         block_terms,
         *bounds,
-        *query.stride()[:3],
-        *strides,
-        cosine.stride(0) if cosine.shape[0] > 1 else 0,
-        *cosine.stride()[1:],
-        heads,
-        positions,
-        length,
-        tables.chunks.shape[0] - 1,
-        shape.padded_columns,
-        scale,
-        softcap,
-        window,
-        float(layout.octave_k),
-        float(layout.octave_v),
-        layout.header_k,
-        layout.header_v,
-        tables.epsilon,
     )
-    start_kernel(latent_weights_kernel, shape.grids[0], shape.constants[0], weigh)
-    partial = query.new_empty(shape.partial, dtype=torch.float32)
-    partial_terms = query.new_empty(shape.partial_terms, dtype=torch.float32)
-    columns = heads * positions
-    add = (
-        *cached,
-        weights,
-        block_terms,
-        partial,
-        partial_terms,
-        *bounds,
-        *strides,
-        columns,
-        positions,
-        length,
-        shape.items,
-        layout.key_items,
-        layout.first_item // (PIECE // WORD),
-        shape.padded_columns,
-        window,
-        shape.splits,
-        shape.blocks,
-    )
-    start_kernel(latent_sums_kernel, shape.grids[1], shape.constants[1], add)
+    strides = pages_stride, mask_stride, key_stride_b, value_stride_b
+    table_stride_b = table_stride_b if len(cosine) > 1 else 0
+    numbers: tuple[int, ...] = *strides, table_stride_b, length
+    start_kernel(latent_weights_kernel, shape.grids[0], shape.constants[0], weigh, numbers)
+    add = keys, values, tables.items, weights, block_terms, partial, partial_terms, *bounds
+    numbers = *strides, length, shape.splits, shape.blocks
+    start_kernel(latent_sums_kernel, shape.grids[1], shape.constants[1], add, numbers)
     output = query.new_empty(shape.output)
-    join = (
-        partial,
-        partial_terms,
-        output,
-        tables.place_of,
-        tables.step,
-        columns,
-        WORD * shape.items,
-        shape.output[-1],
-        shape.splits,
-    )
-    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join)
+    join = partial, partial_terms, output, tables.place_of, tables.step
+    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join, (shape.splits,))
     return output
 
 
@@ -151,47 +116,45 @@ class LatentShape(NamedTuple):
 
     Attributes:
         constants, grids: of the kernels of weights, of sums, and of what joins them.
-        weights, block_terms, partial, partial_terms, output: sizes of the tensors that they write.
-        weights_dtype: of the first.
-        padded_columns: queries, with those that fill up programs.
-        items: of the tables.
+        scratch: bytes of what one kernel writes and another reads.
+        parts: of these: first byte, size and type of weights, terms of blocks, partial sums and
+            terms of splits.
+        output: size.
         splits: of the slots, that are summed up by themselves.
         blocks: of slots.
     """
 
     constants: tuple[Constants, Constants, Constants]
     grids: tuple[tuple[int, int, int], ...]
-    weights: tuple[int, ...]
-    block_terms: tuple[int, ...]
-    partial: tuple[int, ...]
-    partial_terms: tuple[int, ...]
+    scratch: int
+    parts: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
     output: tuple[int, ...]
-    weights_dtype: torch.dtype
-    padded_columns: int
-    items: int
     splits: int
     blocks: int
 
 
-@functools.lru_cache(maxsize=512)  # all layers of a step ask for the same
+@functools.lru_cache(maxsize=1024)  # for SHORTEST steps, of which all layers ask
 def latent_shape(
     layout: Layout,
+    epsilon: float,
     device: torch.device,
-    dtype: torch.dtype,
-    queries: tuple[int, int, int],
-    length: int,
-    attended: int,
-    page: int,
-    tables: tuple[int, int, int],
+    types: tuple[torch.dtype | None, ...],
+    queries: tuple[int, int, int, int],
+    strides: tuple[int, ...],
+    lengths: tuple[int, int, int],
+    softmax: tuple[float, float | None, int | None],
     shapes: tuple[tuple[int, int], ...],
 ) -> LatentShape:
-    """Of `queries` [b, h, s] on `length` slots, of which each attends to so many at most.
+    """Of `queries` [b, h, s, d].
 
     Args:
-        tables: items, parts and features.
+        types: of queries and cosines, and of all tensors that need not be there.
+        strides: of queries, and of keys, values and cosines within a sequence.
+        lengths: slots and those that are attended to at most, in SHORTEST; slots of a page.
+        softmax: scale, cap and window.
         shapes: as `SHAPES`.
     """
-    (batch, heads, positions), (items, parts, features) = queries, tables
+    (batch, heads, positions, _), (length, attended, page) = queries, lengths
     columns, processors = heads * positions, multiprocessors(device)
     per_span = layout.heads * (heads // layout.groups) * positions
     per_program = power_of_two(per_span, 16, MAX_COLUMNS)
@@ -199,42 +162,50 @@ def latent_shape(
     per_sum = power_of_two(columns, 16, MAX_COLUMNS)
     sum_tiles = shares(columns, per_sum)
     programs = batch * layout.spans * tiles
-    fitting = [x for x in shapes if shares(attended, x[0]) * programs >= processors]
+    fitting = [x for x in shapes if shares(attended, x[0] // SHORTEST) * programs >= processors]
     block, warps = fitting[0] if fitting else shapes[-1]
-    blocks, padded_columns = shares(length, block), per_sum * sum_tiles
-    pieces = (items - layout.first_item) // (PIECE // WORD)
+    blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles
+    pieces = (layout.items - layout.first_item) // (PIECE // WORD)
     sequences = batch * sum_tiles * pieces
-    splits = choose_splits(shares(attended, block), sequences, SUMS_AT_ONCE * processors)
+    splits = shares(attended, block // SHORTEST)
+    splits = choose_splits(splits, sequences, SUMS_AT_ONCE * processors)
     splits = min(splits, MOST_SPLITS)
-    chunk = power_of_two(features, 16, 64)
-    overlap = overlapped(device)
-    weigh, add = latent_constants(
+    constants = latent_constants(
         layout,
+        epsilon,
         device,
-        dtype,
-        positions > 1,
+        types,
+        (heads, positions),
+        strides,
+        softmax,
         page,
         (block, warps, STAGES),
         (per_program, tiles),
         (per_sum, sum_tiles),
-        overlap,
+        power_of_two(splits, 1, MOST_SPLITS),
+        overlapped(device),
     )
-    joined = join_constants(device, parts, chunk, power_of_two(splits, 1, MOST_SPLITS), overlap)
+    exact = types[0] == torch.float32
+    sizes = (
+        ((batch, blocks, 2, padded_columns, block), torch.float32 if exact else torch.float16),
+        ((batch, blocks, 4, padded_columns), torch.float32),
+        ((batch, splits, columns, WORD * layout.items), torch.float32),
+        ((batch, splits, 4, columns), torch.float32),
+    )
+    parts, first = [], 0
+    for size, dtype in sizes:
+        parts.append((first, size, dtype))
+        first += shares(math.prod(size) * dtype.itemsize, ALIGNED) * ALIGNED
     return LatentShape(
-        constants=(weigh, add, joined),
+        constants=constants,
         grids=(
             (blocks, batch, layout.spans * tiles),
             (pieces, splits, batch * sum_tiles),
-            (columns, shares(features, chunk), batch),
+            (columns, shares(layout.features, constants[2].named["CHUNK"]), batch),
         ),
-        weights=(batch, blocks, 2, padded_columns, block),
-        block_terms=(batch, blocks, 4, padded_columns),
-        partial=(batch, splits, columns, WORD * items),
-        partial_terms=(batch, splits, 4, columns),
-        output=(batch, heads, positions, features),
-        weights_dtype=torch.float32 if dtype == torch.float32 else torch.float16,
-        padded_columns=padded_columns,
-        items=items,
+        scratch=first,
+        parts=tuple(parts),
+        output=(batch, heads, positions, layout.features),
         splits=splits,
         blocks=blocks,
     )
@@ -243,28 +214,46 @@ def latent_shape(
 @functools.lru_cache(maxsize=512)
 def latent_constants(
     layout: Layout,
+    epsilon: float,
     device: torch.device,
-    dtype: torch.dtype,
-    multiple: bool,
+    types: tuple[torch.dtype | None, ...],
+    queries: tuple[int, int],
+    strides: tuple[int, ...],
+    softmax: tuple[float, float | None, int | None],
     page: int,
     program: tuple[int, int, int],
     weights: tuple[int, int],
     sums: tuple[int, int],
+    splits: int,
     overlap: bool,
-) -> tuple[Constants, Constants]:
-    """Of the kernels of weights and of sums.
+) -> tuple[Constants, Constants, Constants]:
+    """Of the kernels of weights, of sums, and of what joins them.
 
     Args:
-        multiple: whether there are several query positions.
+        queries: heads and positions.
         program: slots of a block, warps and stages.
         weights, sums: queries of a program and programs that share them, of either kernel.
+        splits: at most.
     """
-    block, warps, stages = program
-    exact = dtype == torch.float32
+    (heads, positions), (block, warps, stages) = queries, program
+    exact, columns, padded_columns = types[0] == torch.float32, heads * positions, sums[0] * sums[1]
     precision = "ieee" if exact else "tf32"
     weigh = Constants(
         device,
         {"num_warps": warps, "num_stages": stages},
+        (
+            *strides,
+            heads,
+            positions,
+            layout.chunks,
+            padded_columns,
+            *softmax,
+            float(layout.octave_k),
+            float(layout.octave_v),
+            layout.header_k,
+            layout.header_v,
+            epsilon,
+        ),
         GROUPS=layout.groups,
         BLOCKS=layout.blocks,
         PAIRS=layout.pairs,
@@ -277,7 +266,7 @@ def latent_constants(
         CHUNK=CHUNK,
         PAGE=page,
         BLOCK=block,
-        MULTIPLE=multiple,
+        MULTIPLE=positions > 1,
         # Squares of fp16 numbers do not fit fp16.
         SQUARES=tl.float32 if exact or INTERPRETED else tl.bfloat16,
         PRECISION=precision,
@@ -287,6 +276,16 @@ def latent_constants(
     add = Constants(
         device,
         options_of(SUM_SHAPE[1], overlap),
+        (
+            *strides[3:5],
+            columns,
+            positions,
+            layout.items,
+            layout.key_items,
+            layout.first_item // (PIECE // WORD),
+            padded_columns,
+            softmax[-1],
+        ),
         COLUMNS=sums[0],
         TILES=sums[1],
         PIECE=PIECE,
@@ -296,13 +295,13 @@ def latent_constants(
         PRECISION=precision,
         OVERLAP=overlap,
     )
-    return weigh, add
-
-
-@functools.lru_cache(maxsize=256)
-def join_constants(
-    device: torch.device, parts: int, chunk: int, splits: int, overlap: bool
-) -> Constants:
-    """Of the joining kernel, for `chunk` features and at most so many splits."""
-    options = options_of(4, overlap)
-    return Constants(device, options, PARTS=parts, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)
+    join = Constants(
+        device,
+        options_of(4, overlap),
+        (columns, WORD * layout.items, layout.features),
+        PARTS=layout.parts,
+        CHUNK=power_of_two(layout.features, 16, 64),
+        SPLITS=splits,
+        OVERLAP=overlap,
+    )
+    return weigh, add, join

@@ -65,12 +65,8 @@ def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     rows = heads * positions
     if not x.numel():
         return output
-    constants = rotation_constants(x.device, width // 2)
-    arguments = (
-        x,
-        cosine,
-        sine,
-        output,
+    constants = rotation_constants(x.device, (x.dtype, cosine.dtype), width // 2)
+    numbers = (
         rows,
         heads,
         *x.stride()[:3],
@@ -79,13 +75,15 @@ def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         cosine.stride(2),
     )
     grid = (shares(rows, constants.named["ROWS"]), batch, 1)
-    start_kernel(rotate_kernel, grid, constants, arguments)
+    start_kernel(rotate_kernel, grid, constants, (x, cosine, sine, output), numbers)
     return output
 
 
 @functools.lru_cache(maxsize=64)
-def rotation_constants(device: torch.device, pairs: int) -> Constants:
-    """Of `rotate_kernel`, for heads of so many pairs."""
+def rotation_constants(
+    device: torch.device, types: tuple[torch.dtype, torch.dtype], pairs: int
+) -> Constants:
+    """Of `rotate_kernel`, for heads of so many pairs and cosines of these types."""
     padded = power_of_two(pairs, 1, 1 << 30)
     rows = max(1, PAIRS // padded)
     return Constants(device, {"num_warps": 4}, PAIRS=pairs, PADDED=padded, ROWS=rows)
