@@ -17,9 +17,13 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from tpa_convert.kernels import launch_encode
 from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels.encode_reference import row_tables
 
 from .compiled import Launches, matrix_products
+from .encode_cases import random_components, random_tables
+from .kernel_cases import random_layout
 from .latent_cases import random_case
 
 KERNELS = ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel")
@@ -64,3 +68,19 @@ def test_a_left_side_from_registers_would_be_seen() -> None:
     registers = f"wgmma.mma_async.sync.aligned.m64n8k16 {accumulators}, {{%r1, %r2}}, %rd2, 1, 1;"
     assert matrix_products(shared)["registers"] == 0
     assert matrix_products(shared + registers) == {"registers": 1, "shared": 1, "synchronous": 0}
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_coding_compiles_for_hopper(monkeypatch, rotated) -> None:
+    """Codes wait in the memory of numbers of 16 bits; queries are rotated by programs behind."""
+    launch = Launches(launch_encode.encode_kernel)
+    monkeypatch.setattr(launch_encode, "encode_kernel", launch)
+    generator = torch.Generator().manual_seed(0)
+    layout, row_bytes = random_layout([(4, 200), (3, 100), (1, 90)], 2, generator)
+    tables = random_tables(390, 2, generator)
+    where = row_tables(layout.tiers, layout.header, row_bytes)
+    x = random_components(3, tables, generator).bfloat16()
+    query, table = torch.zeros(1, 8, 3, 64).bfloat16(), torch.zeros(1, 1, 3, 64).bfloat16()
+    launch_encode.launch_rows(x, tables, where, (query, table, table) if rotated else None)
+    ptx = launch.compile().asm["ptx"]
+    assert "bar.sync" in ptx or "bar.warp.sync" in ptx  # between codes that are written and read

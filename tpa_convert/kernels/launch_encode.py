@@ -9,10 +9,13 @@ from torch import Tensor
 
 from .encode_reference import CodeTables, RowTables, scale_bits
 from .launch import power_of_two, shares, types_of
+from .launch_rotation import rotated_rows
 from .quantise import encode_kernel
 from .rows import FEATURES, whole_words
 from .start import Constants, start_kernel
 
+Rotation = tuple[Tensor, Tensor, Tensor]
+"""Queries [b, h, s, d] and the tables that rotate them; see `rotation.rotate`."""
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
 
 
@@ -33,14 +36,16 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     return scaled, inside, label
 
 
-def launch_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
-    """Rows of bytes, uint8 [n, bytes], and scaled codes with the class behind them, in whole words:
-    [n, `whole_words(c + 1)`]."""
+def launch_rows(
+    x: Tensor, tables: CodeTables, rows: RowTables, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of bytes, uint8 [n, bytes], scaled codes with the class behind them, in whole words:
+    [n, `whole_words(c + 1)`], and queries [b, h, s, d] that are rotated."""
     count, width = x.shape
     features = x.new_empty((count, whole_words(width + 1)))
     packed = x.new_empty((count, len(rows.bits)), dtype=torch.uint8)
-    _launch(x, tables, (None, None, features, None, None, packed), features.shape[1], rows)
-    return packed, features
+    outputs = None, None, features, None, None, packed
+    return packed, features, _launch(x, tables, outputs, features.shape[1], rows, rotation)
 
 
 def _launch(
@@ -49,25 +54,42 @@ def _launch(
     outputs: tuple[Tensor | None, ...],
     stride: int,
     rows: RowTables | None = None,
-) -> None:
-    """Fills the outputs of `encode_kernel`, of which what is scaled has rows `stride` apart."""
+    rotation: Rotation | None = None,
+) -> Tensor | None:
+    """Fills the outputs of `encode_kernel`, of which what is scaled has rows `stride` apart; gives
+    rotated queries."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     count, width = x.shape
-    if not count:
-        return
     *places, header_at = rows or (None, None, None, 0)
-    constants = encode_constants(
-        x.device,
-        types_of(x, *outputs),
-        (width, x.stride(0), stride),
-        len(tables.mean),
-        0 if rows is None else len(rows.bits),
-        header_at,
-        tables.lowest_octave,
-    )
-    grid = (shares(count, constants.named["ROWS"]), 1, 1)
-    tensors = (x, *tables[:5], *outputs, *places)
-    start_kernel(encode_kernel, grid, constants, tensors, (count,))
+    query = cosine = sine = rotated = None
+    heads = head_dim = query_rows = table_rows = 0
+    if rotation is not None:
+        query, cosine, sine = rotation
+        query, cosine, sine = (
+            query.transpose(1, 2).contiguous(),
+            cosine.contiguous(),
+            sine.contiguous(),
+        )
+        rotated = torch.empty_like(query)
+        batch, positions, heads, head_dim = query.shape
+        query_rows, table_rows = batch * positions * heads, len(cosine) * positions
+    if count:
+        constants = encode_constants(
+            x.device,
+            types_of(x, *outputs, query, cosine),
+            (width, x.stride(0), stride),
+            len(tables.mean),
+            0 if rows is None else len(rows.bits),
+            header_at,
+            tables.lowest_octave,
+            (heads, head_dim),
+        )
+        tensors = (x, *tables[:5], *outputs, *places, query, cosine, sine, rotated)
+        programs = shares(count, constants.named["ROWS"])
+        programs += shares(query_rows, constants.named["QUERIES"])
+        numbers = count, query_rows, table_rows
+        start_kernel(encode_kernel, (programs, 1, 1), constants, tensors, numbers)
+    return None if rotated is None else rotated.transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=256)
@@ -79,23 +101,29 @@ def encode_constants(
     row_bytes: int,
     header_at: int,
     lowest_octave: int,
+    queries: tuple[int, int],
 ) -> Constants:
     """Of `encode_kernel`, for rows of `row_bytes`, or for none.
 
     Args:
-        types: of components and of all outputs.
+        types: of components, of all outputs, of queries and of cosines.
         sizes: components of a token, and strides of components and of what is scaled.
+        queries: how many of a token are rotated, and how wide.
     """
-    width, *strides = sizes
+    (width, *strides), (heads, head_dim) = sizes, queries
     padded = power_of_two(width, 1, 1 << 30)
+    pairs, padded_pairs, at_once = rotated_rows(head_dim).values()
     return Constants(
         device,
         {"num_warps": min(16, max(1, padded // NUMBERS))},
-        (*strides, width, row_bytes, header_at, float(lowest_octave)),
+        (*strides, width, row_bytes, header_at, float(lowest_octave), heads),
         CLASSES=classes,
         SCALE_BITS=scale_bits(classes),
         ROWS=max(1, NUMBERS // padded),
         WIDTH=padded,
         BYTES=power_of_two(row_bytes, 1, 1 << 30),
         FEATURES=FEATURES,
+        PAIRS=pairs,
+        PADDED=padded_pairs,
+        QUERIES=at_once,
     )

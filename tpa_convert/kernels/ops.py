@@ -5,7 +5,9 @@ Triton is imported when an operator first runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from torch import Tensor
 from .encode_reference import CodeTables, RowTables
 from .latent_tables import LatentTables, Layout
 from .rows import whole_words
+
+
+@functools.cache  # an import statement looks for its module every time
+def launches(module: str) -> Any:
+    return import_module(module, __package__)
 
 
 @torch.library.custom_op("tpa_convert::decode_rotated", mutates_args=())
@@ -52,9 +59,7 @@ def decode_rotated(
 
 def run_rotated(*arguments: Any) -> Tensor:
     """The same, not as an operator."""
-    from .launch import launch_rotated
-
-    return launch_rotated(*arguments)
+    return launches(".launch").launch_rotated(*arguments)
 
 
 @decode_rotated.register_fake
@@ -95,9 +100,7 @@ def decode_latent(
 
 def run_latent(*arguments: Any) -> Tensor:
     """The same, not as an operator, of `LatentTables`."""
-    from .launch_latent import launch_latent
-
-    return launch_latent(*arguments)
+    return launches(".launch_latent").launch_latent(*arguments)
 
 
 @decode_latent.register_fake
@@ -121,9 +124,7 @@ def encode(
 
 def run_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """The same, not as an operator."""
-    from .launch_encode import launch_encode
-
-    return launch_encode(x, tables)
+    return launches(".launch_encode").launch_encode(x, tables)
 
 
 @encode.register_fake
@@ -144,24 +145,33 @@ def encode_rows(
     bits: Tensor,
     low: Tensor,
     header: int,
-) -> tuple[Tensor, Tensor]:
+    rotation: Sequence[Tensor],
+) -> list[Tensor]:
     """Rows of bytes [n, bytes] of components [n, c], and what they say, [n,
-    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowTables`."""
+    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowTables`.
+    Behind them rotated queries, if there are any; see `launch_encode.Rotation`."""
     tables = CodeTables(mean, step, spread, importance, reach, lowest_octave)
-    return run_rows(x, tables, RowTables(component, bits, low, header))
+    rows = RowTables(component, bits, low, header)
+    made = run_rows(x, tables, rows, rotation or None)
+    return [part for part in made if part is not None]
 
 
-def run_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
+def run_rows(
+    x: Tensor, tables: CodeTables, rows: RowTables, rotation: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same, not as an operator."""
-    from .launch_encode import launch_rows
-
-    return launch_rows(x, tables, rows)
+    return launches(".launch_encode").launch_rows(x, tables, rows, rotation)
 
 
 @encode_rows.register_fake
 def _(x, *tables):
-    rows = x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
-    return rows, x.new_empty((len(x), whole_words(x.shape[1] + 1)))
+    rotation, bits = tables[-1], tables[7]
+    rows = x.new_empty((len(x), len(bits)), dtype=torch.uint8)
+    features = x.new_empty((len(x), whole_words(x.shape[1] + 1)))
+    queries = [
+        torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in rotation[:1]
+    ]
+    return [rows, features, *queries]
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())
@@ -180,9 +190,7 @@ def encode_straight(
 
 def run_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tensor]:
     """The same, not as an operator."""
-    from .launch_encode import launch_straight
-
-    return launch_straight(x, tables)
+    return launches(".launch_encode").launch_straight(x, tables)
 
 
 @encode_straight.register_fake

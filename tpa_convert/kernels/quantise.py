@@ -1,5 +1,5 @@
 """The Triton kernel that makes codes and rows of components: a few whole tokens a program, in
-registers."""
+registers. Programs behind them rotate the queries of the same tokens, which saves a launch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .encode_reference import PLANES, SCALES_PER_OCTAVE, TRIED_STEPS
+from .launch_rotation import rotate_rows
 
 FIRST_TRIED = tl.constexpr(TRIED_STEPS.start)
 TRIED_STEP = tl.constexpr(TRIED_STEPS.step)
@@ -28,7 +29,7 @@ def code_of(u, reach):
     return round_to_even(tl.minimum(tl.maximum(u + reach, 0.0), 2 * reach))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "query_rows", "table_rows"])
 def encode_kernel(
     x,
     mean,
@@ -45,19 +46,29 @@ def encode_kernel(
     component,
     bits,
     low,
+    query,
+    cosine,
+    sine,
+    rotated,
     rows,
+    query_rows,
+    table_rows,
     stride,
     scaled_stride,
     width,
     bytes,
     header_at,
     octave,
+    heads,
     CLASSES: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BYTES: tl.constexpr,
     FEATURES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
     """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
 
@@ -65,9 +76,28 @@ def encode_kernel(
     `scaled_stride` apart, numbers of two bytes or more), `label`, `inside`, and `packed`, which is
     `encode_reference.pack` of codes that wait where `scaled` will be. Without `label`, the class is
     written behind each row of `scaled`, and zeros behind it up to the next row: fewer than
-    FEATURES.
+    FEATURES. `rotated` is what `rotate_rows` makes of `query`, QUERIES rows a program.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0)
+    if rotated is not None:
+        coders = tl.cdiv(rows, ROWS)
+        if program >= coders:
+            first = (program - coders) * QUERIES
+            rotate_rows(
+                first,
+                query,
+                cosine,
+                sine,
+                rotated,
+                query_rows,
+                table_rows,
+                heads,
+                PAIRS,
+                PADDED,
+                QUERIES,
+            )
+            return
+    row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     used = column < width
     mask = (row < rows)[:, None] & used[None, :]

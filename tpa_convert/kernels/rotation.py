@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import Case, choose_backend
+from .ops import launches
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor | None:
@@ -23,6 +24,4 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor | None:
     """
     if choose_backend(Case("pairs", x.shape[-1], 0, x.dtype, x.device)) == "reference":
         return None
-    from .launch_rotation import launch_rotation
-
-    return launch_rotation(x, cosine, sine)
+    return launches(".launch_rotation").launch_rotation(x, cosine, sine)

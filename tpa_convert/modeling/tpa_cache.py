@@ -19,10 +19,10 @@ def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
     return next((cache for cache in found if cache is not None), None)
 
 
-def holds_nothing(cache: Cache, layer_idx: int) -> bool:
-    """Whether a layer of a cache is known to be empty, without asking a GPU."""
-    held = cache.get_seq_length(layer_idx)
-    return isinstance(held, int) and held == 0
+def tokens_in(cache: Any, layer_idx: int) -> int | None:
+    """Tokens that a layer of a cache is known to hold, without asking a GPU; None if it is not."""
+    held = cache.get_seq_length(layer_idx) if isinstance(cache, Cache) else None
+    return held if isinstance(held, int) else None
 
 
 def refuse_quantised(cache: Cache, layer_idx: int) -> None:

@@ -49,6 +49,13 @@ def feature_table(table: Table) -> Table:
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
+def pairs_of(table: Table) -> Table:
+    """The table of pairs [b, s, f], of all heads, in that of features [b, 1, s, 2 f]."""
+    pairs = table[0].shape[-1] // 2
+    cos, sin = (x[:, 0, :, pairs:] for x in table)
+    return cos, sin
+
+
 def pair_table(position_embeddings: Table, pairs: int, order: PairOrder | None = "halves") -> Table:
     """The table [b, 1, s, pairs] in transformers' position embeddings [b, s, 2 f], f <= pairs.
 
@@ -159,9 +166,14 @@ class LayerRotary:
             return make()
         key = (*self.arguments.values(), *key)
         found = self.kept.get(key)
-        if found is None or any(a is not b for a, b in zip(found[0], given, strict=True)):
-            found = self.kept[key] = given, make()
-        return found[1]
+        if found is not None:
+            for a, b in zip(found[0], given, strict=True):  # every layer asks
+                if a is not b:
+                    break
+            else:
+                return found[1]
+        self.kept[key] = given, make()
+        return self.kept[key][1]
 
     def done(self) -> None:
         """To be called when the layer is: what is shared goes with the last one."""

@@ -1,0 +1,244 @@
+"""A coded layer on the kernels of tpa-convert: rows of new tokens, and attention of one of them on
+all rows. See `tpa_keys` for letters."""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .tpa_coder import CODED_BY, RowCoder
+from .tpa_codes import LOWEST_OCTAVE
+from .tpa_gauges import BlockGauge, each_head
+from .tpa_kernels import CodedKernels, Sources, find_coded, mask_of_slots, wants_gradients
+from .tpa_keys import KeyLayout
+from .tpa_rotary import Table
+from .tpa_values import StaticValues
+
+
+class CodedTables(NamedTuple):
+    """What kernels need of a layer beside its projections.
+
+    Attributes:
+        keys, values: of the kernel that codes components.
+        prediction: what values take off for features of keys in whole words, [key features,
+            width]; None where they are not predicted.
+        decoding: of the kernels that decode; None where they do not run.
+        gauge, offset: of the values, [j, features, d] and [j, 1, d]; None where U is absorbed.
+    """
+
+    keys: tuple[Any, Any]
+    values: tuple[Any, Any]
+    prediction: Tensor | None
+    decoding: Any
+    gauge: Tensor | None
+    offset: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        parts: list[Any] = [*self.keys, *self.values, self.decoding or (), self]
+        return [x for part in parts for x in part if isinstance(x, Tensor)]
+
+
+class CodedLayer:
+    """Codes new tokens of one layer and decodes over its rows, on kernels, with tables that follow
+    from parameters and buffers.
+
+    Whether they still do is seen whenever a cache begins or takes several tokens, and after
+    training. One token more is decoded with the tables that those before were: to look at each
+    tensor takes the host a tenth of a layer's time.
+    """
+
+    def __init__(self) -> None:
+        self.kernels = find_coded()
+        self.tables: CodedTables | None = None
+        self.made_of = Sources()
+        self.made_for: tuple[torch.dtype, torch.device] | None = None
+        self.cache: weakref.ref[Cache] | None = None  # that these tables are in use for
+
+    def __reduce__(self) -> Any:
+        """A copy makes its own tables."""
+        return CodedLayer, ()
+
+    def prepare(
+        self, query: Tensor, keys: KeyLayout, values: StaticValues, cache: Any, held: Any
+    ) -> CodedTables | None:
+        """Tables for queries of this type and place; None where no kernel is to run.
+
+        Args:
+            query: [b, h, s, d].
+            cache: that rows go to, and how many tokens it is known to hold; None if it is not.
+        """
+        if torch.compiler.is_compiling():  # a compiler cannot tell whether tables are still right
+            return self.tables
+        made_for = query.dtype, query.device
+        if (
+            held
+            and query.shape[2] == 1
+            and self.cache is not None
+            and self.cache() is cache
+            and self.made_for == made_for
+            and self.made_of.round == Sources.rounds
+            and not torch.is_grad_enabled()
+        ):
+            return self.tables
+        self.cache = None
+        kernels = self.kernels
+        if kernels is None or not kernels.wanted(query.device):
+            return None
+        parts = parameters_of(keys, values)
+        if wants_gradients(query, *parts):
+            return None
+        if self.made_for != made_for or not self.made_of.are(parts):
+            if any(x.device != query.device for x in parts):  # offloaded
+                return None
+            if not kernels.encodes(keys.shape.width_k, *made_for):
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                self.tables = tables_of(kernels, keys, values, query.dtype)
+            for table in self.tables.tensors():
+                if table.is_cuda:  # graphs need not copy it
+                    torch._dynamo.mark_static_address(table)
+            self.made_of, self.made_for = Sources(parts), made_for
+        self.cache = weakref.ref(cache)
+        return self.tables
+
+    def pack(
+        self,
+        tables: CodedTables,
+        hidden_states: Tensor,
+        query: Tensor,
+        table: Table,
+        keys: KeyLayout,
+        values: StaticValues,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Rotated queries, rows of new tokens, [b, 1, s, bytes] of keys and of values, and their
+        features, [b, 1, s, width].
+
+        Args:
+            hidden_states: [b, s, D].
+            query: [b, h, s, d].
+            table: that queries are rotated by, see `rotate`.
+        """
+        assert self.kernels is not None
+        batch, length, _ = hidden_states.shape
+        component = keys.feature_factor(hidden_states)
+        component = component.view(-1, component.shape[-1])
+        rotation = query, *table
+        key, key_features, query = self.kernels.encode(component, *tables.keys, rotation)
+        component = values.feature_factor(hidden_states)
+        component = component.view(-1, component.shape[-1])
+        if tables.prediction is not None:
+            component = torch.addmm(component, key_features, tables.prediction, alpha=-1)
+        value, value_features, _ = self.kernels.encode(component, *tables.values)
+        shape = batch, 1, length, -1
+        features = key_features.view(shape), value_features.view(shape)
+        return query, key.view(shape), value.view(shape), features
+
+    def decode(
+        self,
+        tables: CodedTables,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        table: Table,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> Tensor | None:
+        """Attention of one query position on rows, as they are cached; None where no kernel runs
+        it.
+
+        Args:
+            query: rotated, [b, h, 1, d].
+            key, value: the cache of this layer, [b, 1, t, bytes].
+            attention_mask: as the attention function takes it.
+            table: cosines and sines of the pairs at the cached positions, [b or 1, t, d / 2].
+
+        Returns: what the output projection reads, [b, h, 1, width or d].
+        """
+        known, mask = mask_of_slots(attention_mask, added=True)
+        if tables.decoding is None or not known:
+            return None
+        assert self.kernels is not None
+        cached = query, key, value, *table, tables.decoding
+        bounds = None, None, None  # start, end and window: the mask says all
+        mixed = self.kernels.decode(*cached, scaling, *bounds, softcap, mask, None)
+        return mixed if tables.gauge is None else each_head(mixed, tables.gauge, tables.offset)
+
+
+def parameters_of(keys: KeyLayout, values: StaticValues) -> list[Tensor]:
+    """What the tables of a layer follow from."""
+    found: list[Any] = []
+    for part in (keys, values):
+        coder, gauge = part.coder, part.gauge
+        assert coder is not None
+        found += map(coder._buffers.get, CODED_BY)
+        for module in (gauge, getattr(gauge, "shared", None)):
+            found += () if module is None else module._parameters.values()
+    found += () if keys.norm is None else keys.norm._parameters.values()
+    prediction = values.key_prediction
+    found += () if prediction is None else prediction._parameters.values()
+    return [x for x in found if x is not None]
+
+
+def tables_of(
+    kernels: CodedKernels, keys: KeyLayout, values: StaticValues, dtype: torch.dtype
+) -> CodedTables:
+    """The tables of a layer whose queries are in `dtype`."""
+    key_coder, value_coder, gauge = keys.coder, values.coder, values.gauge
+    assert key_coder is not None
+    assert value_coder is not None
+    decoding = kernels.tables(
+        rows_of(kernels, key_coder),
+        rows_of(kernels, value_coder),
+        key_map_of(kernels, keys),
+        dtype,
+        keys.shape.predict_values,
+    )
+    prediction = values.key_prediction
+    offset = None if gauge is None else gauge.offset
+    return CodedTables(
+        code_tables_of(kernels, key_coder),
+        code_tables_of(kernels, value_coder),
+        None if prediction is None else prediction.matrix().to(dtype).mT,
+        decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
+        None if gauge is None else gauge.matrix().to(dtype).mT,
+        None if offset is None else offset[:, None].to(dtype),
+    )
+
+
+def rows_of(kernels: CodedKernels, coder: RowCoder) -> Any:
+    return kernels.rows(coder.layout.tiers, coder.layout.header, coder.step, LOWEST_OCTAVE)
+
+
+def code_tables_of(kernels: CodedKernels, coder: RowCoder) -> tuple[Any, Any]:
+    """Tables of the codes, and of where they lie in rows."""
+    layout, codes = coder.layout, kernels.code_tables(*coder.quantiser().codes)
+    places = kernels.row_tables(layout.tiers, layout.header, layout.row_bytes)
+    *on_device, header = places
+    return codes, type(places)(*(x.to(coder.mean.device) for x in on_device), header)
+
+
+def key_map_of(kernels: CodedKernels, keys: KeyLayout) -> Any:
+    """How keys come out of components."""
+    gauge, norm = keys.gauge, keys.norm
+    unscale = gain = None
+    if norm is not None:
+        weight, divisor = norm.weights(torch.float32)
+        unscale, gain = divisor.reciprocal(), weight / divisor
+    if isinstance(gauge, BlockGauge):
+        of_class, offset = gauge.shared.weight[..., 0], gauge.shared.offset
+        widths = gauge.widths
+    else:
+        of_class, offset, widths = None, gauge.offset, [keys.shape.width_k]
+    return kernels.key_map(
+        gauge.weight,
+        widths,
+        offset,
+        of_class,
+        unscale,
+        gain,
+        0.0 if norm is None else norm.eps,
+        norm is not None and norm.all_heads,
+    )
