@@ -80,7 +80,7 @@ def test_coding_compiles_for_hopper(monkeypatch, rotated) -> None:
     tables = random_tables(390, 2, generator)
     where = row_tables(layout.tiers, layout.header, row_bytes)
     x = random_components(3, tables, generator).bfloat16()
-    query, table = torch.zeros(1, 8, 3, 64).bfloat16(), torch.zeros(1, 1, 3, 64).bfloat16()
+    query, table = torch.zeros(1, 3, 8, 64).bfloat16(), torch.zeros(1, 1, 3, 64).bfloat16()
     launch_encode.launch_rows(x, tables, where, (query, table, table) if rotated else None)
     ptx = launch.compile().asm["ptx"]
     assert "bar.sync" in ptx or "bar.warp.sync" in ptx  # between codes that are written and read

@@ -98,7 +98,8 @@ def packing_without(attention):
     """`CodedLayer.pack` in PyTorch."""
 
     def pack(tables, hidden_states, query, table, keys, values):
-        return rotate(query, table), *attention.pack(hidden_states, table, cached=True)
+        query = rotate(query.transpose(1, 2), table)
+        return query, *attention.pack(hidden_states, table, cached=True)
 
     return pack
 

@@ -53,7 +53,8 @@ def decode_latent(
     if not runs_latent(tables, query.dtype, query.device):
         return None
     cached = query, keys, values, cosine, sine
-    return latent_on_kernel(*cached, tables, scale, start, end, window, softcap, mask, pages)
+    call = scale, start, end, window, softcap, mask, pages, False
+    return latent_on_kernel(*cached, tables, *call)
 
 
 def runs_latent(tables: LatentTables, dtype: torch.dtype, device: torch.device) -> bool:
@@ -83,8 +84,14 @@ def latent_on_kernel(
     tables: LatentTables,
     *call: Any,
 ) -> Tensor:
-    """`decode_latent` where `runs_latent` says yes, without asking again; `call` is scale, start,
-    end, window, softcap, mask and pages."""
+    """`decode_latent` where `runs_latent` says yes, without asking again.
+
+    Args:
+        call: scale, start, end, window, softcap, mask, pages, and whether what belongs to a
+            key/value head stands together.
+
+    Returns: [b, h, s, n], or [j, b · h / j · s, n] for j key/value heads.
+    """
     cached = query, keys, values, cosine, sine
     if torch.compiler.is_compiling():
         return ops.decode_latent(*cached, list(tables.layout), *tables[1:], *call)

@@ -51,8 +51,8 @@ def rows_on_kernel(
     rows: RowTables,
     rotation: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`encode_rows` of [n, c], for those who know that a kernel runs it, and what `rotation.rotate`
-    makes of queries, cosines and sines in the same launch."""
+    """`encode_rows` of [n, c], for those who know that a kernel runs it. In the same launch what
+    `rotation.rotate` makes of queries, though [b, s, h, d]; these and tables are contiguous."""
     if torch.compiler.is_compiling():
         packed, said, *rotated = ops.encode_rows(x, *tables, *rows, rotation or ())
         return packed, said, rotated[0] if rotated else None

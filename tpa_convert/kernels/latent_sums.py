@@ -174,6 +174,7 @@ def latent_join_kernel(
     step,
     splits,
     columns,
+    together,
     places,
     features,
     PARTS: tl.constexpr,
@@ -181,7 +182,8 @@ def latent_join_kernel(
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Joins the splits of one column: features [b, columns, features], or zeros for no slots."""
+    """Joins the splits of one column: features [columns / together, b, together, features], or
+    zeros for no slots."""
     if OVERLAP:
         gdc_wait()
     column, batch = tl.program_id(0), tl.program_id(2)
@@ -212,5 +214,6 @@ def latent_join_kernel(
         of_class = tl.sum(factor * tl.load(terms + i * columns, mask=valid, other=0.0), 0)
         result += tl.where(used & (place == 1 - i), of_class, 0.0)
     result /= tl.where(denominator == 0, 1.0, denominator)
-    offset = (batch * columns + column).to(tl.int64) * features
+    row = (column // together * tl.num_programs(2) + batch) * together + column % together
+    offset = row.to(tl.int64) * features
     tl.store(output + offset + feature, result, mask=used)

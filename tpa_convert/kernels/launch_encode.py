@@ -15,7 +15,7 @@ from .rows import FEATURES, whole_words
 from .start import Constants, start_kernel
 
 Rotation = tuple[Tensor, Tensor, Tensor]
-"""Queries [b, h, s, d] and the tables that rotate them; see `rotation.rotate`."""
+"""Queries [b, s, h, d] and the tables that rotate them, see `rotation.rotate`; contiguous."""
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
 
 
@@ -40,7 +40,7 @@ def launch_rows(
     x: Tensor, tables: CodeTables, rows: RowTables, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows of bytes, uint8 [n, bytes], scaled codes with the class behind them, in whole words:
-    [n, `whole_words(c + 1)`], and queries [b, h, s, d] that are rotated."""
+    [n, `whole_words(c + 1)`], and rotated queries."""
     count, width = x.shape
     features = x.new_empty((count, whole_words(width + 1)))
     packed = x.new_empty((count, len(rows.bits)), dtype=torch.uint8)
@@ -65,11 +65,6 @@ def _launch(
     heads = head_dim = query_rows = table_rows = 0
     if rotation is not None:
         query, cosine, sine = rotation
-        query, cosine, sine = (
-            query.transpose(1, 2).contiguous(),
-            cosine.contiguous(),
-            sine.contiguous(),
-        )
         rotated = torch.empty_like(query)
         batch, positions, heads, head_dim = query.shape
         query_rows, table_rows = batch * positions * heads, len(cosine) * positions
@@ -89,7 +84,7 @@ def _launch(
         programs += shares(query_rows, constants.named["QUERIES"])
         numbers = count, query_rows, table_rows
         start_kernel(encode_kernel, (programs, 1, 1), constants, tensors, numbers)
-    return None if rotated is None else rotated.transpose(1, 2)
+    return rotated
 
 
 @functools.lru_cache(maxsize=256)

@@ -52,8 +52,10 @@ def launch_latent(
     softcap: float | None,
     mask: Tensor | None = None,
     pages: Tensor | None = None,
+    by_group: bool = False,
 ) -> Tensor:
-    """`decode_latent.decode_latent`, for any strides but the last of queries, keys and values."""
+    """`decode_latent.latent_on_kernel`, for any strides but the last of queries, keys and
+    values."""
     query = query if query.stride(-1) == 1 else query.contiguous()
     length, page, pages_stride = keys.shape[2], 0, 0
     if pages is not None:
@@ -76,6 +78,7 @@ def launch_latent(
         (shares(length, SHORTEST), shares(attended, SHORTEST), page),
         (scale, softcap, window),
         SHAPES,
+        by_group,
     )
     scratch = query.new_empty(shape.scratch, dtype=torch.uint8)
     address = scratch.data_ptr()
@@ -144,6 +147,7 @@ def latent_shape(
     lengths: tuple[int, int, int],
     softmax: tuple[float, float | None, int | None],
     shapes: tuple[tuple[int, int], ...],
+    by_group: bool,
 ) -> LatentShape:
     """Of `queries` [b, h, s, d].
 
@@ -183,6 +187,7 @@ def latent_shape(
         (per_program, tiles),
         (per_sum, sum_tiles),
         power_of_two(splits, 1, MOST_SPLITS),
+        by_group,
         overlapped(device),
     )
     exact = types[0] == torch.float32
@@ -205,7 +210,11 @@ def latent_shape(
         ),
         scratch=first,
         parts=tuple(parts),
-        output=(batch, heads, positions, layout.features),
+        output=(
+            (layout.groups, batch * columns // layout.groups, layout.features)
+            if by_group
+            else (batch, heads, positions, layout.features)
+        ),
         splits=splits,
         blocks=blocks,
     )
@@ -225,6 +234,7 @@ def latent_constants(
     weights: tuple[int, int],
     sums: tuple[int, int],
     splits: int,
+    by_group: bool,
     overlap: bool,
 ) -> tuple[Constants, Constants, Constants]:
     """Of the kernels of weights, of sums, and of what joins them.
@@ -298,7 +308,12 @@ def latent_constants(
     join = Constants(
         device,
         options_of(4, overlap),
-        (columns, WORD * layout.items, layout.features),
+        (
+            columns,
+            columns // layout.groups if by_group else columns,
+            WORD * layout.items,
+            layout.features,
+        ),
         PARTS=layout.parts,
         CHUNK=power_of_two(layout.features, 16, 64),
         SPLITS=splits,

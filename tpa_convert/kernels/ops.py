@@ -6,6 +6,7 @@ Triton is imported when an operator first runs.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -88,14 +89,16 @@ def decode_latent(
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
-    mask: Tensor | None = None,
-    pages: Tensor | None = None,
+    mask: Tensor | None,
+    pages: Tensor | None,
+    by_group: bool,
 ) -> Tensor:
-    """Decoding over latent keys; what is not of a call is `latent_tables.LatentTables`."""
+    """`decode_latent.latent_on_kernel`; what is not of a call is `latent_tables.LatentTables`."""
     constants = epsilon, chunks, items, weight, offset, norm, place_of, step
     tables = LatentTables(Layout(*layout), *constants)
     cached = query, keys, values, cosine, sine
-    return run_latent(*cached, tables, scale, start, end, window, softcap, mask, pages)
+    call = scale, start, end, window, softcap, mask, pages, by_group
+    return run_latent(*cached, tables, *call)
 
 
 def run_latent(*arguments: Any) -> Tensor:
@@ -104,8 +107,13 @@ def run_latent(*arguments: Any) -> Tensor:
 
 
 @decode_latent.register_fake
-def _(query, keys, values, cosine, sine, layout, epsilon, *tables):
-    return query.new_empty(*query.shape[:3], tables[5].shape[1])
+def _(query, keys, values, cosine, sine, layout, epsilon, *others):
+    *leading, _ = query.shape
+    features, by_group = others[5].shape[1], others[-1]
+    if by_group:
+        groups = Layout(*layout).groups
+        leading = [groups, math.prod(leading) // groups]
+    return query.new_empty(*leading, features)
 
 
 @torch.library.custom_op("tpa_convert::encode", mutates_args=())
@@ -168,10 +176,7 @@ def _(x, *tables):
     rotation, bits = tables[-1], tables[7]
     rows = x.new_empty((len(x), len(bits)), dtype=torch.uint8)
     features = x.new_empty((len(x), whole_words(x.shape[1] + 1)))
-    queries = [
-        torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in rotation[:1]
-    ]
-    return [rows, features, *queries]
+    return [rows, features, *map(torch.empty_like, rotation[:1])]
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())

@@ -91,17 +91,7 @@ def start_kernel(
     """
     if constants.chosen and constants.device.index != driver.active.get_current_device():
         with torch.cuda.device(constants.device):
-            return _start(kernel, grid, constants, tensors, numbers)
-    return _start(kernel, grid, constants, tensors, numbers)
-
-
-def _start(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    constants: Constants,
-    tensors: tuple[Tensor | Part | None, ...],
-    numbers: tuple[int, ...],
-) -> None:
+            return start_kernel(kernel, grid, constants, tensors, numbers)
     addresses: list[int | None] = []
     together = 0
     for x in tensors:  # every launch waits for this loop

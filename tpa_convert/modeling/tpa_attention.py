@@ -161,13 +161,13 @@ class TPAAttention(nn.Module):
         query = self.q_proj(hidden_states)
         if self.q_norm is not None:
             query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
-        query = query.view(batch, length, self.num_heads, -1).transpose(1, 2)
+        query = query.view(batch, length, self.num_heads, -1)
         held = None if cache is None else tokens_in(cache, self.layer_idx)
         on_kernels, coded = self.coded, None  # tables of kernels
         if on_kernels is not None and cache is not None:
             coded = on_kernels.prepare(query, keys, values, cache, held)
         if on_kernels is None or coded is None:
-            query = rotate(query, query_table, keys.rotation)
+            query = rotate(query.transpose(1, 2), query_table, keys.rotation)
             key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
         else:
             given = hidden_states, query, query_table, keys, values
@@ -178,7 +178,7 @@ class TPAAttention(nn.Module):
             if latent and stock and not prompt:  # before the cache counts the new tokens
                 known = hidden_states, position_embeddings, attention_mask
                 of_slots = self.table_of_slots(cache, *known, kwargs)
-            key, value = self.update(cache, key, value, hidden_states.dtype, kwargs)
+            key, value = self.update(cache, key, value, hidden_states.dtype, kwargs, not held)
             if prompt and key.shape[2] > length:  # free slots lie behind it
                 key, value = key[:, :, :length], value[:, :, :length]
                 if isinstance(attention_mask, torch.Tensor):
@@ -227,7 +227,8 @@ class TPAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
-            output = output[..., : self.values.output_width]
+            if output.shape[-1] != self.values.output_width:
+                output = output[..., : self.values.output_width]
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def train(self, mode: bool = True) -> "TPAAttention":
@@ -292,11 +293,12 @@ class TPAAttention(nn.Module):
         value: torch.Tensor,
         dtype: torch.dtype,
         kwargs: dict[str, Any],
+        first: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds packed keys and values to the cache of a model in `dtype`: all that it holds of
-        them."""
+        them. The cache may be looked at if they are the `first` ones."""
         if isinstance(cache, Cache):
-            if self.keys.coder is not None:
+            if first and self.coded is not None:
                 refuse_quantised(cache, self.layer_idx)
         elif "kwargs" not in signature(cache.update).parameters:
             raise ValueError("continuous batching of TPA models needs transformers 5.20 or newer")

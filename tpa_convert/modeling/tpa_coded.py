@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from .tpa_coder import CODED_BY, RowCoder
 from .tpa_codes import LOWEST_OCTAVE
-from .tpa_gauges import BlockGauge, each_head
+from .tpa_gauges import BlockGauge
 from .tpa_kernels import CodedKernels, Sources, find_coded, mask_of_slots, wants_gradients
 from .tpa_keys import KeyLayout
 from .tpa_rotary import Table
@@ -66,7 +66,7 @@ class CodedLayer:
         """Tables for queries of this type and place; None where no kernel is to run.
 
         Args:
-            query: [b, h, s, d].
+            query: [b, s, h, d].
             cache: that rows go to, and how many tokens it is known to hold; None if it is not.
         """
         if torch.compiler.is_compiling():  # a compiler cannot tell whether tables are still right
@@ -74,7 +74,7 @@ class CodedLayer:
         made_for = query.dtype, query.device
         if (
             held
-            and query.shape[2] == 1
+            and query.shape[1] == 1
             and self.cache is not None
             and self.cache() is cache
             and self.made_for == made_for
@@ -112,20 +112,20 @@ class CodedLayer:
         keys: KeyLayout,
         values: StaticValues,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Rotated queries, rows of new tokens, [b, 1, s, bytes] of keys and of values, and their
-        features, [b, 1, s, width].
+        """Rotated queries, [b, h, s, d], rows of keys and of values of new tokens, [b, 1, s,
+        bytes], and their features, [b, 1, s, width].
 
         Args:
             hidden_states: [b, s, D].
-            query: [b, h, s, d].
+            query: [b, s, h, d].
             table: that queries are rotated by, see `rotate`.
         """
         assert self.kernels is not None
         batch, length, _ = hidden_states.shape
         component = keys.feature_factor(hidden_states)
         component = component.view(-1, component.shape[-1])
-        rotation = query, *table
-        key, key_features, query = self.kernels.encode(component, *tables.keys, rotation)
+        rotation = query.contiguous(), *table
+        key, key_features, rotated = self.kernels.encode(component, *tables.keys, rotation)
         component = values.feature_factor(hidden_states)
         component = component.view(-1, component.shape[-1])
         if tables.prediction is not None:
@@ -133,7 +133,7 @@ class CodedLayer:
         value, value_features, _ = self.kernels.encode(component, *tables.values)
         shape = batch, 1, length, -1
         features = key_features.view(shape), value_features.view(shape)
-        return query, key.view(shape), value.view(shape), features
+        return rotated.transpose(1, 2), key.view(shape), value.view(shape), features
 
     def decode(
         self,
@@ -155,7 +155,7 @@ class CodedLayer:
             attention_mask: as the attention function takes it.
             table: cosines and sines of the pairs at the cached positions, [b or 1, t, d / 2].
 
-        Returns: what the output projection reads, [b, h, 1, width or d].
+        Returns: what the output projection reads, [b, 1, h · (width or d)].
         """
         known, mask = mask_of_slots(attention_mask, added=True)
         if tables.decoding is None or not known:
@@ -163,22 +163,31 @@ class CodedLayer:
         assert self.kernels is not None
         cached = query, key, value, *table, tables.decoding
         bounds = None, None, None  # start, end and window: the mask says all
-        mixed = self.kernels.decode(*cached, scaling, *bounds, softcap, mask, None)
-        return mixed if tables.gauge is None else each_head(mixed, tables.gauge, tables.offset)
+        gauge, call = tables.gauge, (scaling, *bounds, softcap, mask, None)
+        batch = len(query)
+        if gauge is None:
+            return self.kernels.decode(*cached, *call, False).view(batch, 1, -1)
+        mixed = self.kernels.decode(*cached, *call, True)  # [j, b · h / j, width]
+        if tables.offset is None:
+            found = torch.bmm(mixed, gauge)
+        else:
+            found = torch.baddbmm(tables.offset, mixed, gauge)
+        if batch == 1:
+            return found.view(1, 1, -1)
+        return found.view(len(gauge), batch, -1).transpose(0, 1).reshape(batch, 1, -1)
 
 
 def parameters_of(keys: KeyLayout, values: StaticValues) -> list[Tensor]:
     """What the tables of a layer follow from."""
     found: list[Any] = []
-    for part in (keys, values):
-        coder, gauge = part.coder, part.gauge
+    for part in (keys._modules, values._modules):  # past their own look-up, which takes longer
+        coder, gauge = part["coder"], part.get("gauge")
         assert coder is not None
         found += map(coder._buffers.get, CODED_BY)
-        for module in (gauge, getattr(gauge, "shared", None)):
-            found += () if module is None else module._parameters.values()
-    found += () if keys.norm is None else keys.norm._parameters.values()
-    prediction = values.key_prediction
-    found += () if prediction is None else prediction._parameters.values()
+        shared = None if gauge is None else gauge._modules.get("shared")
+        for module in (gauge, shared, part.get("norm"), part.get("key_prediction")):
+            if module is not None:
+                found += module._parameters.values()
     return [x for x in found if x is not None]
 
 

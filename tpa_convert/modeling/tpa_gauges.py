@@ -42,9 +42,10 @@ def heads_of(
 
     As a single product: a batched one would copy the features for every head.
     """
-    bias = None if offset is None else offset.flatten()
-    heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1), bias)
-    return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
+    groups, size, width = weight.shape
+    bias = None if offset is None else offset.reshape(-1)
+    heads = nn.functional.linear(features.squeeze(1), weight.reshape(-1, width), bias)
+    return heads.view(*heads.shape[:2], groups, size).transpose(1, 2)
 
 
 def each_head(

@@ -91,17 +91,10 @@ def find_coded() -> CodedKernels | None:
     return None if found is None else CodedKernels(*found)
 
 
-class Rotation(NamedTuple):
-    """`tpa_convert.kernels`' own way to rotate pairs."""
-
-    rotate: Callable[..., torch.Tensor | None]
-    wanted: Callable[..., bool]
-
-
-def find_rotation() -> Rotation | None:
+def find_rotation() -> Callable[..., torch.Tensor | None] | None:
     """What rotates pairs on a GPU, None where no package has it; see `find_kernel`."""
-    found = _of_kernels("rotate", "wanted")
-    return None if found is None else Rotation(*found)
+    found = _of_kernels("rotate")
+    return None if found is None else found[0]
 
 
 class Sources:

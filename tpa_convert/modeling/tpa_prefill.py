@@ -51,16 +51,10 @@ def rebuilt_attention(
         key, value = keys.expand(packed_key, table, heads), values.expand(packed_value, heads)
         if one_width:
             of_run, key, value = of_one_width(of_run, key, value)
-        found.append(
-            interface(
-                attention,
-                of_run,
-                key.expand(-1, count, -1, -1),
-                value.expand(-1, count, -1, -1),
-                attention_mask,
-                **settings,
-            )
+        key, value = (
+            x if x.shape[1] == count else x.expand(-1, count, -1, -1) for x in (key, value)
         )
+        found.append(interface(attention, of_run, key, value, attention_mask, **settings))
     if len(found) == 1:
         return found[0]
     outputs, weights = zip(*found, strict=True)
@@ -70,13 +64,12 @@ def rebuilt_attention(
 def runs_of_heads(attention: Any, query: torch.Tensor, packed: torch.Tensor) -> list[Heads]:
     """Key/value heads whose keys and values are rebuilt together; [None] for all."""
     count = attention.expanded_heads
-    norm = attention.keys.norm
-    together = norm is not None and norm.all_heads and attention.shape.latent_keys
-    if count == 1 or together or torch.compiler.is_compiling():
+    batch, _, slots, _ = packed.shape
+    at_once = max(1, REBUILT_BYTES // (batch * slots * 2 * query.shape[-1] * query.element_size()))
+    if at_once >= count or torch.compiler.is_compiling():
         return [None]
-    head_bytes = len(packed) * packed.shape[2] * 2 * query.shape[-1] * query.element_size()
-    at_once = max(1, REBUILT_BYTES // head_bytes)
-    if at_once >= count:
+    norm = attention.keys.norm
+    if norm is not None and norm.all_heads and attention.shape.latent_keys:
         return [None]
     return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .tpa_kernels import Rotation, wants_gradients
+from .tpa_kernels import wants_gradients
 
 Table = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, [b, 1, s, f] each (the 1 stands for all heads); or [b, 1, s, 2 f] for the
@@ -21,7 +21,9 @@ PairOrder = Literal["halves", "neighbours"]
 """Which two of 2 f features are the pair p: p and p + f, or 2 p and 2 p + 1."""
 
 
-def rotate(x: torch.Tensor, table: Table, rotation: Rotation | None = None) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, table: Table, rotation: Callable[..., torch.Tensor | None] | None = None
+) -> torch.Tensor:
     """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, 2 P].
 
     The result has the type of `x`: some families (Olmo 2, Ernie 4.5) keep tables in fp32.
@@ -30,13 +32,8 @@ def rotate(x: torch.Tensor, table: Table, rotation: Rotation | None = None) -> t
         rotation: does it in one launch where it can; compilers fuse the operators themselves.
     """
     cos, sin = table
-    if (
-        rotation is not None
-        and rotation.wanted(x.device)
-        and not torch.compiler.is_compiling()
-        and not wants_gradients(x)
-    ):
-        rotated = rotation.rotate(x, cos, sin)
+    if rotation is not None and not torch.compiler.is_compiling() and not wants_gradients(x):
+        rotated = rotation(x, cos, sin)
         if rotated is not None:
             return rotated
     real, imaginary = x.chunk(2, -1)
