@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tpa_convert.kernels import launch_encode
 from tpa_convert.kernels import launch_latent as launches
-from tpa_convert.kernels.encode_reference import row_tables
+from tpa_convert.kernels.encode_reference import row_codes, row_tables
 
 from .compiled import Launches, matrix_products
 from .encode_cases import random_components, random_tables
@@ -81,6 +81,7 @@ def test_coding_compiles_for_hopper(monkeypatch, rotated) -> None:
     where = row_tables(layout.tiers, layout.header, row_bytes)
     x = random_components(3, tables, generator).bfloat16()
     query, table = torch.zeros(1, 3, 8, 64).bfloat16(), torch.zeros(1, 1, 3, 64).bfloat16()
-    launch_encode.launch_rows(x, tables, where, (query, table, table) if rotated else None)
+    rotation = (query, table, table) if rotated else None
+    launch_encode.launch_rows(x, row_codes(tables, where), rotation)
     ptx = launch.compile().asm["ptx"]
     assert "bar.sync" in ptx or "bar.warp.sync" in ptx  # between codes that are written and read

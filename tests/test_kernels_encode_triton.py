@@ -16,6 +16,7 @@ from tpa_convert.kernels import (
     encode,
     encode_rows,
     rotate,
+    row_codes,
     row_tables,
     rows_on_kernel,
     straight_through,
@@ -143,7 +144,7 @@ def test_queries_are_rotated_in_the_launch_that_codes(batch) -> None:
     query = torch.randn(batch, 7, 3, 20, generator=generator).to(DEVICE)
     angle = torch.randn(batch, 1, 7, 20, generator=generator).to(DEVICE)
     table = angle.cos(), angle.sin()
-    *rows, rotated = rows_on_kernel(x, tables, where, (query, *table))
+    *rows, rotated = rows_on_kernel(x, row_codes(tables, where), (query, *table))
     for a, b in zip(rows, encode_rows(x, tables, where), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(rotated.transpose(1, 2), rotate(query.transpose(1, 2), *table))

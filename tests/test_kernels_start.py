@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from tpa_convert.kernels import launch, launch_encode, launch_latent
 from tpa_convert.kernels import start as starting
-from tpa_convert.kernels.encode_reference import row_tables
+from tpa_convert.kernels.encode_reference import row_codes, row_tables
 from tpa_convert.kernels.start import Constants, Part, start_kernel
 
 from .compiled import HOPPER
@@ -171,7 +171,7 @@ def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, code
     layout, row_bytes = random_layout([(4, 16)], 2, generator)
     tables = random_tables(16, 2, generator)
     where = row_tables(layout.tiers, layout.header, row_bytes)
-    launch_encode.launch_rows(random_components(3, tables, generator), tables, where)
+    launch_encode.launch_rows(random_components(3, tables, generator), row_codes(tables, where))
     assert len(started) == 6
     for kernel, _, constants, tensors, numbers in started:
         count = len(tensors) + len(numbers) + len(constants.numbers)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import Case, choose_backend
-from .encode_reference import CodeTables, RowTables, encode_components, pack
+from .encode_reference import CodeTables, RowCodes, RowTables, encode_components, pack, row_codes
 from .rows import in_whole_words
 
 
@@ -36,7 +36,7 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     zeros; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _on_kernel(x):
-        packed, said, _ = rows_on_kernel(flat, tables, rows)
+        packed, said, _ = rows_on_kernel(flat, row_codes(tables, rows))
     else:
         header, codes, scaled, _, label = encode_components(flat, tables)
         packed = pack(codes, header, rows)
@@ -47,16 +47,15 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
 
 def rows_on_kernel(
     x: Tensor,
-    tables: CodeTables,
-    rows: RowTables,
+    codes: RowCodes,
     rotation: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`encode_rows` of [n, c], for those who know that a kernel runs it. In the same launch what
     `rotation.rotate` makes of queries, though [b, s, h, d]; these and tables are contiguous."""
     if torch.compiler.is_compiling():
-        packed, said, *rotated = ops.encode_rows(x, *tables, *rows, rotation or ())
+        packed, said, *rotated = ops.encode_rows(x, *codes, rotation or ())
         return packed, said, rotated[0] if rotated else None
-    return ops.run_rows(x, tables, rows, rotation)
+    return ops.run_rows(x, codes, rotation)
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:

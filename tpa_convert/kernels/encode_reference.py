@@ -62,6 +62,33 @@ class RowTables(NamedTuple):
     header: int
 
 
+class RowCodes(NamedTuple):
+    """What makes rows of components, in as few tensors as possible: the host hands over each.
+
+    Attributes:
+        numbers: the first five of `CodeTables`, below each other, [classes + 4, c].
+        places: the first three of `RowTables`, int32 [PLANES + 2, n].
+        header, lowest_octave: of these.
+    """
+
+    numbers: Tensor
+    places: Tensor
+    header: int
+    lowest_octave: int
+
+
+def row_codes(tables: CodeTables, rows: RowTables) -> RowCodes:
+    """Both, of a layer's keys or values, on one device."""
+    places = torch.cat((rows.component, rows.bits[None], rows.low[None]))
+    return RowCodes(numbers_of(tables), places, rows.header, tables.lowest_octave)
+
+
+def numbers_of(tables: CodeTables) -> Tensor:
+    """See `RowCodes`."""
+    of_components = [x[None] for x in tables[1:5]]
+    return torch.cat((tables.mean, *of_components))
+
+
 def row_tables(tiers: Sequence[Tier], header: int, row_bytes: int) -> RowTables:
     """Tables of the tiers of a row, on the CPU."""
     component = torch.full((PLANES, row_bytes), -1, dtype=torch.int32)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .encode_reference import CodeTables, RowTables, scale_bits
-from .launch import power_of_two, shares, types_of
+from .encode_reference import CodeTables, RowCodes, numbers_of, scale_bits
+from .launch import power_of_two, shares
 from .launch_rotation import rotated_rows
 from .quantise import encode_kernel
 from .rows import FEATURES, whole_words
@@ -23,7 +24,8 @@ def launch_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """Headers uint8 [n] and codes uint8 [n, c] of [n, c], any stride from token to token."""
     header = x.new_empty(x.shape[:1], dtype=torch.uint8)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
-    _launch(x, tables, (header, codes, None, None, None, None), x.shape[1])
+    outputs = header, codes, None, None, None, None
+    _launch("codes", x, numbers_of(tables), outputs, None, (0, tables.lowest_octave))
     return header, codes
 
 
@@ -32,86 +34,99 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     scaled = x.new_empty(x.shape)
     inside = x.new_empty(x.shape, dtype=torch.bool)
     label = x.new_empty(x.shape[:1], dtype=torch.int64)
-    _launch(x, tables, (None, None, scaled, inside, label, None), x.shape[1])
+    outputs = None, None, scaled, inside, label, None
+    _launch("straight", x, numbers_of(tables), outputs, None, (0, tables.lowest_octave))
     return scaled, inside, label
 
 
 def launch_rows(
-    x: Tensor, tables: CodeTables, rows: RowTables, rotation: Rotation | None = None
+    x: Tensor, codes: RowCodes, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows of bytes, uint8 [n, bytes], scaled codes with the class behind them, in whole words:
     [n, `whole_words(c + 1)`], and rotated queries."""
+    numbers, places, *header = codes
     count, width = x.shape
     features = x.new_empty((count, whole_words(width + 1)))
-    packed = x.new_empty((count, len(rows.bits)), dtype=torch.uint8)
+    packed = x.new_empty((count, places.shape[1]), dtype=torch.uint8)
     outputs = None, None, features, None, None, packed
-    return packed, features, _launch(x, tables, outputs, features.shape[1], rows, rotation)
+    return packed, features, _launch("rows", x, numbers, outputs, places, header, rotation)
 
 
 def _launch(
+    kind: str,
     x: Tensor,
-    tables: CodeTables,
+    numbers: Tensor,
     outputs: tuple[Tensor | None, ...],
-    stride: int,
-    rows: RowTables | None = None,
+    places: Tensor | None,
+    header: Sequence[int],
     rotation: Rotation | None = None,
 ) -> Tensor | None:
-    """Fills the outputs of `encode_kernel`, of which what is scaled has rows `stride` apart; gives
-    rotated queries."""
+    """Fills the outputs of `encode_kernel`; gives rotated queries.
+
+    Args:
+        kind: tells which outputs there are.
+        header: where it is, and the lowest octave.
+    """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    count, width = x.shape
-    *places, header_at = rows or (None, None, None, 0)
-    query = cosine = sine = rotated = None
+    count = len(x)
+    query = cosine = sine = rotated = types = None
     heads = head_dim = query_rows = table_rows = 0
     if rotation is not None:
         query, cosine, sine = rotation
         rotated = torch.empty_like(query)
         batch, positions, heads, head_dim = query.shape
         query_rows, table_rows = batch * positions * heads, len(cosine) * positions
+        types = query.dtype, cosine.dtype
     if count:
         constants = encode_constants(
             x.device,
-            types_of(x, *outputs, query, cosine),
-            (width, x.stride(0), stride),
-            len(tables.mean),
-            0 if rows is None else len(rows.bits),
-            header_at,
-            tables.lowest_octave,
-            (heads, head_dim),
+            kind,
+            x.dtype,
+            x.stride(0),
+            numbers.shape,
+            None if places is None else places.shape,
+            *header,
+            types,
+            heads,
+            head_dim,
         )
-        tensors = (x, *tables[:5], *outputs, *places, query, cosine, sine, rotated)
-        programs = shares(count, constants.named["ROWS"])
-        programs += shares(query_rows, constants.named["QUERIES"])
-        numbers = count, query_rows, table_rows
-        start_kernel(encode_kernel, (programs, 1, 1), constants, tensors, numbers)
+        tensors = x, numbers, *outputs, places, query, cosine, sine, rotated
+        coders, rotators = constants.named["ROWS"], constants.named["QUERIES"]
+        grid = (shares(count, coders) + shares(query_rows, rotators), 1, 1)
+        start_kernel(encode_kernel, grid, constants, tensors, (count, query_rows, table_rows))
     return rotated
 
 
 @functools.lru_cache(maxsize=256)
 def encode_constants(
     device: torch.device,
-    types: tuple[torch.dtype | None, ...],
-    sizes: tuple[int, int, int],
-    classes: int,
-    row_bytes: int,
+    kind: str,
+    dtype: torch.dtype,
+    stride: int,
+    numbers: tuple[int, int],
+    places: tuple[int, int] | None,
     header_at: int,
     lowest_octave: int,
-    queries: tuple[int, int],
+    types: tuple[torch.dtype, torch.dtype] | None,
+    heads: int,
+    head_dim: int,
 ) -> Constants:
-    """Of `encode_kernel`, for rows of `row_bytes`, or for none.
+    """Of `encode_kernel`, for components in `dtype` that are `stride` apart from token to token.
 
     Args:
-        types: of components, of all outputs, of queries and of cosines.
-        sizes: components of a token, and strides of components and of what is scaled.
-        queries: how many of a token are rotated, and how wide.
+        kind: of outputs: `codes`, `straight` or `rows`.
+        numbers, places: sizes; see `RowCodes`.
+        types: of queries that are rotated and of cosines, None where there are none.
+        heads, head_dim: of the queries.
     """
-    (width, *strides), (heads, head_dim) = sizes, queries
-    padded = power_of_two(width, 1, 1 << 30)
+    (rows_of_numbers, width), row_bytes = numbers, 0 if places is None else places[1]
+    classes, padded = rows_of_numbers - 4, power_of_two(width, 1, 1 << 30)
+    scaled_stride = whole_words(width + 1) if kind == "rows" else width
     pairs, padded_pairs, at_once = rotated_rows(head_dim).values()
     return Constants(
         device,
         {"num_warps": min(16, max(1, padded // NUMBERS))},
-        (*strides, width, row_bytes, header_at, float(lowest_octave), heads),
+        (stride, scaled_stride, width, row_bytes, header_at, float(lowest_octave), heads),
         CLASSES=classes,
         SCALE_BITS=scale_bits(classes),
         ROWS=max(1, NUMBERS // padded),

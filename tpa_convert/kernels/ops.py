@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encode_reference import CodeTables, RowTables
+from .encode_reference import CodeTables, RowCodes
 from .latent_tables import LatentTables, Layout
 from .rows import whole_words
 
@@ -143,38 +143,30 @@ def _(x, *tables):
 @torch.library.custom_op("tpa_convert::encode_rows", mutates_args=())
 def encode_rows(
     x: Tensor,
-    mean: Tensor,
-    step: Tensor,
-    spread: Tensor,
-    importance: Tensor,
-    reach: Tensor,
-    lowest_octave: int,
-    component: Tensor,
-    bits: Tensor,
-    low: Tensor,
+    numbers: Tensor,
+    places: Tensor,
     header: int,
+    lowest_octave: int,
     rotation: Sequence[Tensor],
 ) -> list[Tensor]:
     """Rows of bytes [n, bytes] of components [n, c], and what they say, [n,
-    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowTables`.
+    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowCodes`.
     Behind them rotated queries, if there are any; see `launch_encode.Rotation`."""
-    tables = CodeTables(mean, step, spread, importance, reach, lowest_octave)
-    rows = RowTables(component, bits, low, header)
-    made = run_rows(x, tables, rows, rotation or None)
+    codes = RowCodes(numbers, places, header, lowest_octave)
+    made = run_rows(x, codes, rotation or None)
     return [part for part in made if part is not None]
 
 
 def run_rows(
-    x: Tensor, tables: CodeTables, rows: RowTables, rotation: Sequence[Tensor] | None = None
+    x: Tensor, codes: RowCodes, rotation: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same, not as an operator."""
-    return launches(".launch_encode").launch_rows(x, tables, rows, rotation)
+    return launches(".launch_encode").launch_rows(x, codes, rotation)
 
 
 @encode_rows.register_fake
-def _(x, *tables):
-    rotation, bits = tables[-1], tables[7]
-    rows = x.new_empty((len(x), len(bits)), dtype=torch.uint8)
+def _(x, numbers, places, header, lowest_octave, rotation):
+    rows = x.new_empty((len(x), places.shape[1]), dtype=torch.uint8)
     features = x.new_empty((len(x), whole_words(x.shape[1] + 1)))
     return [rows, features, *map(torch.empty_like, rotation[:1])]
 

@@ -32,20 +32,14 @@ def code_of(u, reach):
 @triton.jit(do_not_specialize=["rows", "query_rows", "table_rows"])
 def encode_kernel(
     x,
-    mean,
-    step,
-    spread,
-    importance,
-    reach,
+    numbers_of,
     header,
     codes,
     scaled,
     inside,
     label,
     packed,
-    component,
-    bits,
-    low,
+    places,
     query,
     cosine,
     sine,
@@ -70,7 +64,8 @@ def encode_kernel(
     PADDED: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
+    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart, by the tensors
+    of `encode_reference.RowCodes`.
 
     Of the outputs those are written that are not None: `header`, `codes`, `scaled` (in rows
     `scaled_stride` apart, numbers of two bytes or more), `label`, `inside`, and `packed`, which is
@@ -97,6 +92,11 @@ def encode_kernel(
                 QUERIES,
             )
             return
+    mean = numbers_of
+    step = mean + CLASSES * width
+    spread = step + width
+    importance = spread + width
+    reach = importance + width
     row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     used = column < width
@@ -153,11 +153,12 @@ def encode_kernel(
         tl.debug_barrier()  # codes are read back, by other threads
         byte = tl.arange(0, BYTES)
         of_bytes = (row < rows)[:, None] & (byte < bytes)[None, :]
-        taken = tl.load(bits + byte, mask=byte < bytes, other=1)[None, :]
-        shift = tl.load(low + byte, mask=byte < bytes, other=0)[None, :]
+        bits = places + AT_MOST * bytes + byte
+        taken = tl.load(bits, mask=byte < bytes, other=1)[None, :]
+        shift = tl.load(bits + bytes, mask=byte < bytes, other=0)[None, :]
         result = tl.zeros([ROWS, BYTES], tl.int32)
         for plane in tl.static_range(AT_MOST):
-            at = tl.load(component + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
+            at = tl.load(places + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
             read = tl.load(waiting + at, mask=of_bytes & (at >= 0), other=0)
             field = (read.to(tl.int32) >> shift) & ((1 << taken) - 1)
             result |= field << tl.minimum(plane * taken, 8)

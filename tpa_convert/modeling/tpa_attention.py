@@ -23,7 +23,7 @@ from .tpa_cache import (
 from .tpa_coded import CodedLayer
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_decode import decode_rebuilt, decode_rotated
-from .tpa_kernels import Sources, find_kernel
+from .tpa_kernels import Sources, find_kernel, part_of
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_prefill import eager_attention_forward, rebuilt_attention
 from .tpa_rotary import (
@@ -149,7 +149,9 @@ class TPAAttention(nn.Module):
         Returns: output [b, s, D], and the attention weights if the function gives them.
         """
         cache = given_cache(kwargs, pop=True)
-        keys, values, (batch, length, _) = self.keys, self.values, hidden_states.shape
+        keys: RotatedKeys | LatentKeys = part_of(self, "keys")
+        values: StaticValues = part_of(self, "values")
+        batch, length, _ = hidden_states.shape
         latent, stock = isinstance(keys, LatentKeys), isinstance(cache, Cache)
         if self.rotary_emb is None:
             tables = self.tables(position_embeddings)
@@ -158,7 +160,7 @@ class TPAAttention(nn.Module):
                 position_embeddings[:1], self.table_kind, lambda: self.tables(position_embeddings)
             )
         table, query_table, key_table = tables
-        query = self.q_proj(hidden_states)
+        query = part_of(self, "q_proj")(hidden_states)
         if self.q_norm is not None:
             query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
         query = query.view(batch, length, self.num_heads, -1)
@@ -227,9 +229,9 @@ class TPAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
-            if output.shape[-1] != self.values.output_width:
-                output = output[..., : self.values.output_width]
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+            if output.shape[-1] != values.output_width:
+                output = output[..., : values.output_width]
+        return part_of(self, "o_proj")(output.reshape(batch, length, -1)), weights
 
     def train(self, mode: bool = True) -> "TPAAttention":
         """What decoding keeps of the parameters is made anew after training, but not where nothing

@@ -11,7 +11,14 @@ from transformers.cache_utils import Cache
 from .tpa_coder import CODED_BY, RowCoder
 from .tpa_codes import LOWEST_OCTAVE
 from .tpa_gauges import BlockGauge
-from .tpa_kernels import CodedKernels, Sources, find_coded, mask_of_slots, wants_gradients
+from .tpa_kernels import (
+    CodedKernels,
+    Sources,
+    find_coded,
+    mask_of_slots,
+    part_of,
+    wants_gradients,
+)
 from .tpa_keys import KeyLayout
 from .tpa_rotary import Table
 from .tpa_values import StaticValues
@@ -28,15 +35,15 @@ class CodedTables(NamedTuple):
         gauge, offset: of the values, [j, features, d] and [j, 1, d]; None where U is absorbed.
     """
 
-    keys: tuple[Any, Any]
-    values: tuple[Any, Any]
+    keys: Any
+    values: Any
     prediction: Tensor | None
     decoding: Any
     gauge: Tensor | None
     offset: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        parts: list[Any] = [*self.keys, *self.values, self.decoding or (), self]
+        parts: list[Any] = [self.keys, self.values, self.decoding or (), self]
         return [x for part in parts for x in part if isinstance(x, Tensor)]
 
 
@@ -111,9 +118,9 @@ class CodedLayer:
         table: Table,
         keys: KeyLayout,
         values: StaticValues,
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Rotated queries, [b, h, s, d], rows of keys and of values of new tokens, [b, 1, s,
-        bytes], and their features, [b, 1, s, width].
+        bytes], and the features of several, [b, 1, s, width].
 
         Args:
             hidden_states: [b, s, D].
@@ -122,17 +129,19 @@ class CodedLayer:
         """
         assert self.kernels is not None
         batch, length, _ = hidden_states.shape
-        component = keys.feature_factor(hidden_states)
+        component = part_of(keys, "feature_factor")(hidden_states)
         component = component.view(-1, component.shape[-1])
         rotation = query.contiguous(), *table
-        key, key_features, rotated = self.kernels.encode(component, *tables.keys, rotation)
-        component = values.feature_factor(hidden_states)
+        key, key_features, rotated = self.kernels.encode(component, tables.keys, rotation)
+        component = part_of(values, "feature_factor")(hidden_states)
         component = component.view(-1, component.shape[-1])
         if tables.prediction is not None:
             component = torch.addmm(component, key_features, tables.prediction, alpha=-1)
-        value, value_features, _ = self.kernels.encode(component, *tables.values)
+        value, value_features, _ = self.kernels.encode(component, tables.values)
         shape = batch, 1, length, -1
-        features = key_features.view(shape), value_features.view(shape)
+        features = None
+        if length > 1:
+            features = key_features.view(shape), value_features.view(shape)
         return rotated.transpose(1, 2), key.view(shape), value.view(shape), features
 
     def decode(
@@ -208,8 +217,8 @@ def tables_of(
     prediction = values.key_prediction
     offset = None if gauge is None else gauge.offset
     return CodedTables(
-        code_tables_of(kernels, key_coder),
-        code_tables_of(kernels, value_coder),
+        codes_of(kernels, key_coder),
+        codes_of(kernels, value_coder),
         None if prediction is None else prediction.matrix().to(dtype).mT,
         decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
         None if gauge is None else gauge.matrix().to(dtype).mT,
@@ -221,12 +230,13 @@ def rows_of(kernels: CodedKernels, coder: RowCoder) -> Any:
     return kernels.rows(coder.layout.tiers, coder.layout.header, coder.step, LOWEST_OCTAVE)
 
 
-def code_tables_of(kernels: CodedKernels, coder: RowCoder) -> tuple[Any, Any]:
-    """Tables of the codes, and of where they lie in rows."""
+def codes_of(kernels: CodedKernels, coder: RowCoder) -> Any:
+    """Of components, and of where they lie in rows."""
     layout, codes = coder.layout, kernels.code_tables(*coder.quantiser().codes)
     places = kernels.row_tables(layout.tiers, layout.header, layout.row_bytes)
     *on_device, header = places
-    return codes, type(places)(*(x.to(coder.mean.device) for x in on_device), header)
+    places = type(places)(*(x.to(coder.mean.device) for x in on_device), header)
+    return kernels.row_codes(codes, places)
 
 
 def key_map_of(kernels: CodedKernels, keys: KeyLayout) -> Any:
