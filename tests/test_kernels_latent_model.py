@@ -19,6 +19,7 @@ from tests.tiny_models import MODELS, WINDOW
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.kernels import ops
 from tpa_convert.modeling import tpa_coded
+from tpa_convert.modeling.tpa_coded import CodedLayer
 from tpa_convert.modeling.tpa_kernels import Sources
 from tpa_convert.modeling.tpa_rotary import rotate
 
@@ -166,6 +167,33 @@ def test_beside_the_kernels_that_code_and_rotate(monkeypatch, coded, calls) -> N
         found[backend] = logits(coded, prompts(), new=2)
     assert close(found["triton"], found["reference"])
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("case", ["one block", "two blocks", "normalised keys"])
+def test_keys_and_values_of_a_prompt(monkeypatch, models, case) -> None:
+    """In few steps they are what the layouts make of the same features; on a CPU, blocks of pairs
+    are left to those, and normalised keys everywhere."""
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    model, found = models.setdefault(case, make(case)), []
+    real = CodedLayer.expand
+
+    def expand(self, tables, key, value, table):
+        made = real(self, tables, key, value, table)
+        found.append(made)
+        if made is not None:
+            attention = next(x for x in attention_modules(model) if x.coded is self)
+            monkeypatch.setattr(attention.keys, "rotation", None)
+            truth = attention.keys.expand(key, table), attention.values.expand(value)
+            assert all_close(made, truth)
+            assert not close(made[0], truth[0].roll(1, 2))  # control: other positions
+        return made
+
+    monkeypatch.setattr(CodedLayer, "expand", expand)
+    with torch.no_grad():
+        model(**prompts(3), use_cache=True)
+    assert len(found) == len(attention_modules(model))
+    left = case == "normalised keys" or (case == "two blocks" and not GPU)
+    assert all((made is None) == left for made in found)
 
 
 def test_another_table_would_be_seen(monkeypatch, coded, calls) -> None:

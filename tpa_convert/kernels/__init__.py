@@ -7,7 +7,7 @@ from .decode_latent import decode_latent, latent_on_kernel, runs_latent
 from .encode import encode, encode_rows, rows_on_kernel, runs_components, straight_through
 from .encode_reference import CodeTables, RowTables, row_codes, row_tables
 from .latent_tables import KeyMap, LatentTables, Rows, latent_tables
-from .rotation import rotate
+from .rotation import rotate, rotate_on_kernel
 from .rows import CodedRows, Tier
 
 INTERFACE = 2
@@ -36,6 +36,7 @@ __all__ = [
     "latent_on_kernel",
     "latent_tables",
     "rotate",
+    "rotate_on_kernel",
     "row_codes",
     "row_tables",
     "rows_on_kernel",

@@ -65,8 +65,7 @@ def rotate_kernel(
 
 
 def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """`rotation.rotate`."""
-    x, cosine, sine = x.transpose(1, 2).contiguous(), cosine.contiguous(), sine.contiguous()
+    """`rotation.rotate`, of contiguous [b, s, j, 2 f] and tables."""
     output = torch.empty_like(x)
     if x.numel():
         batch, positions, heads, width = x.shape
@@ -75,7 +74,7 @@ def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         grid = (shares(rows, constants.named["ROWS"]), 1, 1)
         tensors, numbers = (x, cosine, sine, output), (rows, len(cosine) * positions)
         start_kernel(rotate_kernel, grid, constants, tensors, numbers)
-    return output.transpose(1, 2)
+    return output
 
 
 @functools.lru_cache(maxsize=64)

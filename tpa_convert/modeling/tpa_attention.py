@@ -23,6 +23,7 @@ from .tpa_cache import (
 from .tpa_coded import CodedLayer
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
 from .tpa_decode import decode_rebuilt, decode_rotated
+from .tpa_gauges import Heads
 from .tpa_kernels import Sources, find_kernel, part_of
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_prefill import eager_attention_forward, rebuilt_attention
@@ -216,14 +217,22 @@ class TPAAttention(nn.Module):
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
             parts = self.mixed_parts(key, value)
+            value = torch.cat(parts, -1) if len(parts) > 1 else value
+
+            def expand(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+                made = None
+                if heads is None and features is not None and coded is not None:
+                    assert on_kernels is not None
+                    made = on_kernels.expand(coded, key, value, table)
+                return made or (keys.expand(key, table, heads), values.expand(value, heads))
+
             output, weights = rebuilt_attention(
                 self,
                 attention_interface,
                 query,
                 key,
-                torch.cat(parts, -1) if len(parts) > 1 else value,
+                expand,
                 attention_mask,
-                table,
                 one_width=implementation == "sdpa",
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,

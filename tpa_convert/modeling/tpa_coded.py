@@ -5,7 +5,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .tpa_coder import CODED_BY, RowCoder
@@ -32,6 +32,8 @@ class CodedTables(NamedTuple):
         prediction: what values take off for features of keys in whole words, [key features,
             width]; None where they are not predicted.
         decoding: of the kernels that decode; None where they do not run.
+        key_gauge, key_offset: of all heads together, [j · d, features] and [j · d]; None where keys
+            are normalised, or made block by block of rotary pairs.
         gauge, offset: of the values, [j, features, d] and [j, 1, d]; None where U is absorbed.
     """
 
@@ -39,6 +41,8 @@ class CodedTables(NamedTuple):
     values: Any
     prediction: Tensor | None
     decoding: Any
+    key_gauge: Tensor | None
+    key_offset: Tensor | None
     gauge: Tensor | None
     offset: Tensor | None
 
@@ -185,6 +189,29 @@ class CodedLayer:
             return found.view(1, 1, -1)
         return found.view(len(gauge), batch, -1).transpose(0, 1).reshape(batch, 1, -1)
 
+    def expand(
+        self, tables: CodedTables, key: Tensor, value: Tensor, table: Table
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rotated keys and values of a prompt, [b, j, s, d] each, in few steps; None where only the
+        layouts of keys and values know how.
+
+        Args:
+            key, value: features, [b, 1, s, width] each; of values with all that they follow from.
+            table: that keys are rotated by.
+        """
+        if tables.key_gauge is None or tables.gauge is None or torch.compiler.is_compiling():
+            return None
+        assert self.kernels is not None
+        groups, width, head_dim = tables.gauge.shape
+        batch, _, length, _ = key.shape
+        shape = batch, length, groups, head_dim
+        key = nn.functional.linear(key, tables.key_gauge, tables.key_offset).view(shape)
+        key = self.kernels.rotate(key, *table)
+        offset = None if tables.offset is None else tables.offset.view(-1)
+        gauge = tables.gauge.mT.view(-1, width)
+        value = nn.functional.linear(value, gauge, offset).view(shape)
+        return key.transpose(1, 2), value.transpose(1, 2)
+
 
 def parameters_of(keys: KeyLayout, values: StaticValues) -> list[Tensor]:
     """What the tables of a layer follow from."""
@@ -215,14 +242,16 @@ def tables_of(
         keys.shape.predict_values,
     )
     prediction = values.key_prediction
-    offset = None if gauge is None else gauge.offset
+    whole = None if keys.norm is not None else keys.gauge.whole()
     return CodedTables(
         codes_of(kernels, key_coder),
         codes_of(kernels, value_coder),
         None if prediction is None else prediction.matrix().to(dtype).mT,
         decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
+        None if whole is None else whole[0].to(dtype).flatten(0, 1),
+        None if whole is None else whole[1].to(dtype).flatten(),
         None if gauge is None else gauge.matrix().to(dtype).mT,
-        None if offset is None else offset[:, None].to(dtype),
+        None if gauge is None or gauge.offset is None else gauge.offset.to(dtype)[:, None],
     )
 
 

@@ -178,10 +178,22 @@ class BlockGauge(nn.Module):
     def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, 1, s, all widths], in whole words."""
         width = sum(self.widths)
-        if len(self.widths) == 1 or (features.is_cuda and width <= self.at_once):
+        if self.together():
             return self.shared(features, heads, self.weight, self.widths)
         blocks, rest = features[..., :width].split(self.widths, -1), features[..., width:]
         weights = of_heads(self.weight, heads).split(self.widths, -1)
         parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
         halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
         return halves.transpose(-3, -2).flatten(-3) + self.shared(rest, heads)
+
+    def together(self) -> bool:
+        """Whether a single product makes all blocks."""
+        blocks, width = len(self.widths), sum(self.widths)
+        return blocks == 1 or (self.weight.is_cuda and width <= self.at_once)
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The matrices of all blocks for features in whole words, [j, d, w], and offsets [j, d];
+        None where there are none."""
+        if not self.together():
+            return None
+        return self.shared.matrix(self.weight, self.widths), self.shared.offset

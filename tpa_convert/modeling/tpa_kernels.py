@@ -68,7 +68,8 @@ def find_coding() -> Coding | None:
 
 
 class CodedKernels(NamedTuple):
-    """`tpa_convert.kernels`' own ways to code components in rows, and to decode over rows."""
+    """`tpa_convert.kernels`' own ways to code components in rows, to rotate, and to decode over
+    rows."""
 
     wanted: Callable[..., bool]
     encodes: Callable[..., bool]
@@ -76,6 +77,7 @@ class CodedKernels(NamedTuple):
     code_tables: Callable[..., Any]
     row_tables: Callable[..., Any]
     row_codes: Callable[..., Any]
+    rotate: Callable[..., torch.Tensor]
     decodes: Callable[..., bool]
     decode: Callable[..., torch.Tensor]
     tables: Callable[..., Any]
@@ -88,7 +90,7 @@ def find_coded() -> CodedKernels | None:
     `find_kernel`."""
     encoding = "runs_components", "rows_on_kernel", "CodeTables", "row_tables", "row_codes"
     decoding = "runs_latent", "latent_on_kernel", "latent_tables", "KeyMap", "Rows"
-    found = _of_kernels("wanted", *encoding, *decoding)
+    found = _of_kernels("wanted", *encoding, "rotate_on_kernel", *decoding)
     return None if found is None else CodedKernels(*found)
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from .tpa_decode import masked_softmax
 from .tpa_gauges import Heads
 from .tpa_kernels import of_one_width
-from .tpa_rotary import Table
 
 REBUILT_BYTES = 1 << 28  # of keys and values side by side, unless a single head has more
 
@@ -22,10 +21,9 @@ def rebuilt_attention(
     attention: Any,
     interface: Callable[..., Any],
     query: torch.Tensor,
-    packed_key: torch.Tensor,
-    packed_value: torch.Tensor,
+    packed: torch.Tensor,
+    expand: Callable[[Heads], tuple[torch.Tensor, torch.Tensor]],
     attention_mask: torch.Tensor | None,
-    table: Table,
     one_width: bool,
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -35,20 +33,20 @@ def rebuilt_attention(
     Args:
         attention: the `TPAAttention` that calls.
         query: rotated, [b, h, s, d].
-        packed_key, packed_value: features or what is cached, [b, 1, t, ...].
-        table: see `keys.expand`.
+        packed: features of keys or what is cached, [b, 1, t, ...].
+        expand: gives keys and values of some heads.
         one_width: whether the function wants keys as wide as values.
         settings: of the attention function.
     """
-    keys, values, count = attention.keys, attention.values, attention.expanded_heads
+    count = attention.expanded_heads
     found = []
-    for heads in runs_of_heads(attention, query, packed_key):
+    for heads in runs_of_heads(attention, query, packed):
         of_run = query
         if heads is not None:
             shared = attention.num_key_value_groups
             of_run = query[:, heads.start * shared : heads.stop * shared]
             count = heads.stop - heads.start
-        key, value = keys.expand(packed_key, table, heads), values.expand(packed_value, heads)
+        key, value = expand(heads)
         if one_width:
             of_run, key, value = of_one_width(of_run, key, value)
         key, value = (
