@@ -97,7 +97,7 @@ def _launch(
     return rotated
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def encode_constants(
     device: torch.device,
     kind: str,

@@ -136,7 +136,7 @@ class LatentShape(NamedTuple):
     blocks: int
 
 
-@functools.lru_cache(maxsize=1024)  # for SHORTEST steps, of which all layers ask
+@functools.lru_cache(maxsize=4096)  # of each layer, for SHORTEST steps
 def latent_shape(
     layout: Layout,
     epsilon: float,
@@ -220,7 +220,7 @@ def latent_shape(
     )
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)
 def latent_constants(
     layout: Layout,
     epsilon: float,

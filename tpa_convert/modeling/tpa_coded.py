@@ -97,9 +97,10 @@ class CodedLayer:
         kernels = self.kernels
         if kernels is None or not kernels.wanted(query.device):
             return None
-        parts = parameters_of(keys, values)
-        if wants_gradients(query, *parts):
+        learned = (*keys.parameters(), *values.parameters()) if torch.is_grad_enabled() else ()
+        if wants_gradients(query, *learned):
             return None
+        parts = parameters_of(keys, values)
         if self.made_for != made_for or not self.made_of.are(parts):
             if any(x.device != query.device for x in parts):  # offloaded
                 return None
@@ -140,7 +141,7 @@ class CodedLayer:
         component = part_of(values, "feature_factor")(hidden_states)
         component = component.view(-1, component.shape[-1])
         if tables.prediction is not None:
-            component = torch.addmm(component, key_features, tables.prediction, alpha=-1)
+            component.addmm_(key_features, tables.prediction, alpha=-1)  # elsewhere: a copy first
         value, value_features, _ = self.kernels.encode(component, tables.values)
         shape = batch, 1, length, -1
         features = None
