@@ -102,11 +102,13 @@ NAMED = {"CHUNK": 16, "SPLITS": 4, "OVERLAP": False}
 
 @st.composite
 def launches(draw: Any) -> tuple[Any, ...]:
-    """Types of three tensors, and what calls have in common and have not."""
+    """Types of three tensors, and what calls have in common and have not: one number, for which
+    Triton compiles nothing anew, or one more, for which it does."""
     types = draw(st.tuples(TYPES, TYPES, TYPES))
     offsets = st.tuples(*[st.sampled_from([0, 4, 16])] * 3)  # bytes
-    calls = st.lists(st.tuples(offsets, integers, integers), min_size=2)
-    return types, (draw(others),), draw(calls)
+    more = [integers] * draw(st.integers(0, 1))
+    calls = st.lists(st.tuples(offsets, integers, *more), min_size=2)
+    return types, (*[draw(integers)] * (1 - len(more)), draw(others)), draw(calls)
 
 
 @settings(max_examples=100, deadline=None)

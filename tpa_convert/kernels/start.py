@@ -50,6 +50,8 @@ class Constants:
         self.named = {**arguments, **options}
         self.last = *numbers, *arguments.values()
         self.compiled: dict[Any, tuple[Any, ...]] = {}
+        # The one for aligned tensors and no long numbers, where Triton asks nothing else.
+        self.usual: tuple[Any, ...] | None = None
 
 
 class Part(NamedTuple):
@@ -87,7 +89,7 @@ def start_kernel(
 
     Args:
         tensors: in the order of the kernel, None for those that this kind of launch has not.
-        numbers: that differ from launch to launch, 0 or more.
+        numbers: that differ from launch to launch, each 0 or more; at least one.
     """
     if constants.chosen and constants.device.index != driver.active.get_current_device():
         with torch.cuda.device(constants.device):
@@ -101,13 +103,19 @@ def start_kernel(
             address = x.data_ptr()
             addresses.append(address)
             together |= address
-    kinds = kinds_of(addresses if together & 15 else (), numbers)
-    found = constants.compiled.get(kinds)
+    usual = not together & 15 and max(numbers) <= LARGEST
+    found = constants.usual if usual else None
+    if found is None:
+        kinds = kinds_of(addresses if together & 15 else (), numbers)
+        found = constants.compiled.get(kinds)
     if found is None:
         given = (x.tensor() if isinstance(x, Part) else x for x in tensors)
         made = kernel[grid](*given, *numbers, *constants.numbers, **constants.named)
         if isinstance(made, CompiledKernel):  # the interpreter makes none
-            constants.compiled[kinds] = made.run, made.function, made.packed_metadata
+            found = constants.compiled[kinds] = made.run, made.function, made.packed_metadata
+            of_numbers = kernel.params[len(tensors) : len(tensors) + len(numbers)]
+            if usual and all(parameter.do_not_specialize for parameter in of_numbers):
+                constants.usual = found
         return
     run, function, metadata = found
     stream = driver.active.get_current_stream(constants.device.index)
