@@ -112,7 +112,7 @@ class CodedLayer:
                 if table.is_cuda:  # graphs need not copy it
                     torch._dynamo.mark_static_address(table)
             self.made_of, self.made_for = Sources(parts), made_for
-        self.cache = weakref.ref(cache)
+        self.cache = None if held is None else weakref.ref(cache)
         return self.tables
 
     def pack(

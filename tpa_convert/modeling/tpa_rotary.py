@@ -146,7 +146,7 @@ class LayerRotary:
     def __init__(
         self, module: nn.Module, arguments: dict[str, Any], kept: dict[Any, Any], last: bool
     ):
-        self.module, self.arguments = module, arguments
+        self.module, self.arguments, self.kind = module, arguments, tuple(arguments.values())
         self.kept, self.last = kept, last
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
@@ -161,7 +161,7 @@ class LayerRotary:
         """
         if torch.compiler.is_compiling():  # which finds what is equal by itself
             return make()
-        key = (*self.arguments.values(), *key)
+        key = self.kind, key
         found = self.kept.get(key)
         if found is not None:
             for a, b in zip(found[0], given, strict=True):  # every layer asks
