@@ -146,14 +146,14 @@ def test_a_part_of_a_buffer_is_a_tensor_to_kernels() -> None:
     """To those that Triton looks up, and to those found without it."""
     kernel, grid, constants = launch.join_kernel, (1, 1, 1), Constants(*OPTIONS, (4,), **NAMED)
     buffer = torch.zeros(4096, dtype=torch.uint8)
-    part = Part(buffer, 256, buffer.data_ptr() + 256, (3, 5), torch.float16)
+    part = Part(256, (3, 5), torch.float16)
     with looked_up(kernel) as found:
         for _ in range(2):
-            start_kernel(kernel, grid, constants, (part, zeros, zeros), (3, 16))
-    tensor = part.tensor()
+            start_kernel(kernel, grid, constants, (part, zeros, zeros), (3, 16), buffer)
+    tensor = part.of(buffer)
     assert tensor.shape == part.shape
     assert tensor.dtype == part.dtype
-    assert tensor.data_ptr() == part.data_ptr()
+    assert tensor.data_ptr() == buffer.data_ptr() + 256
     (kernel,) = found.values()
     assert same(*kernel.ran)
 
@@ -175,7 +175,7 @@ def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, code
     where = row_tables(layout.tiers, layout.header, row_bytes)
     launch_encode.launch_rows(random_components(3, tables, generator), row_codes(tables, where))
     assert len(started) == 6
-    for kernel, _, constants, tensors, numbers in started:
+    for kernel, _, constants, tensors, numbers, *_ in started:
         count = len(tensors) + len(numbers) + len(constants.numbers)
         constant = kernel.arg_names[count:]
         assert list(constants.named)[: len(constant)] == constant

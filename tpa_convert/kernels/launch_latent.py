@@ -81,10 +81,7 @@ def launch_latent(
         by_group,
     )
     scratch = query.new_empty(shape.scratch, dtype=torch.uint8)
-    address = scratch.data_ptr()
-    weights, block_terms, partial, partial_terms = [
-        Part(scratch, first, address + first, size, dtype) for first, size, dtype in shape.parts
-    ]
+    weights, block_terms, partial, partial_terms = shape.parts
     bounds = pages, start, end, mask
     weigh = (
         query,
@@ -104,13 +101,14 @@ def launch_latent(
     strides = pages_stride, mask_stride, key_stride_b, value_stride_b
     table_stride_b = table_stride_b if len(cosine) > 1 else 0
     numbers: tuple[int, ...] = *strides, table_stride_b, length
-    start_kernel(latent_weights_kernel, shape.grids[0], shape.constants[0], weigh, numbers)
+    start_kernel(latent_weights_kernel, shape.grids[0], shape.constants[0], weigh, numbers, scratch)
     add = keys, values, tables.items, weights, block_terms, partial, partial_terms, *bounds
     numbers = *strides, length, shape.splits, shape.blocks
-    start_kernel(latent_sums_kernel, shape.grids[1], shape.constants[1], add, numbers)
+    start_kernel(latent_sums_kernel, shape.grids[1], shape.constants[1], add, numbers, scratch)
     output = query.new_empty(shape.output)
     join = partial, partial_terms, output, tables.place_of, tables.step
-    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join, (shape.splits,))
+    numbers = (shape.splits,)
+    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join, numbers, scratch)
     return output
 
 
@@ -120,8 +118,7 @@ class LatentShape(NamedTuple):
     Attributes:
         constants, grids: of the kernels of weights, of sums, and of what joins them.
         scratch: bytes of what one kernel writes and another reads.
-        parts: of these: first byte, size and type of weights, terms of blocks, partial sums and
-            terms of splits.
+        parts: of these: weights, terms of blocks, partial sums and terms of splits.
         output: size.
         splits: of the slots, that are summed up by themselves.
         blocks: of slots.
@@ -130,7 +127,7 @@ class LatentShape(NamedTuple):
     constants: tuple[Constants, Constants, Constants]
     grids: tuple[tuple[int, int, int], ...]
     scratch: int
-    parts: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+    parts: tuple[Part, Part, Part, Part]
     output: tuple[int, ...]
     splits: int
     blocks: int
@@ -199,7 +196,7 @@ def latent_shape(
     )
     parts, first = [], 0
     for size, dtype in sizes:
-        parts.append((first, size, dtype))
+        parts.append(Part(first, size, dtype))
         first += shares(math.prod(size) * dtype.itemsize, ALIGNED) * ALIGNED
     return LatentShape(
         constants=constants,
@@ -209,7 +206,7 @@ def latent_shape(
             (columns, shares(layout.features, constants[2].named["CHUNK"]), batch),
         ),
         scratch=first,
-        parts=tuple(parts),
+        parts=(parts[0], parts[1], parts[2], parts[3]),
         output=(
             (layout.groups, batch * columns // layout.groups, layout.features)
             if by_group

@@ -55,27 +55,22 @@ class Constants:
 
 
 class Part(NamedTuple):
-    """Some of a buffer, as a tensor for kernels alone: a view takes the host much longer.
+    """Where a tensor that only kernels see lies in a buffer: a view takes the host much longer.
 
     Attributes:
-        buffer: of bytes.
         first: byte.
-        address: of that.
         shape, dtype: of the tensor.
     """
 
-    buffer: Tensor
     first: int
-    address: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def data_ptr(self) -> int:
-        return self.address
-
-    def tensor(self) -> Tensor:
+    def of(self, buffer: Tensor | None) -> Tensor:
+        """The tensor in a buffer of bytes."""
+        assert buffer is not None
         size = math.prod(self.shape) * self.dtype.itemsize
-        return self.buffer[self.first : self.first + size].view(self.dtype).view(self.shape)
+        return buffer[self.first : self.first + size].view(self.dtype).view(self.shape)
 
 
 def start_kernel(
@@ -84,23 +79,25 @@ def start_kernel(
     constants: Constants,
     tensors: tuple[Tensor | Part | None, ...],
     numbers: tuple[int, ...],
+    buffer: Tensor | None = None,
 ) -> None:
     """Launches `kernel[grid](*tensors, *numbers, *constants.numbers, **constants.named)`.
 
     Args:
         tensors: in the order of the kernel, None for those that this kind of launch has not.
         numbers: that differ from launch to launch, each 0 or more; at least one.
+        buffer: that parts are of.
     """
     if constants.chosen and constants.device.index != driver.active.get_current_device():
         with torch.cuda.device(constants.device):
-            return start_kernel(kernel, grid, constants, tensors, numbers)
+            return start_kernel(kernel, grid, constants, tensors, numbers, buffer)
     addresses: list[int | None] = []
-    together = 0
+    together, base = 0, 0 if buffer is None else buffer.data_ptr()
     for x in tensors:  # every launch waits for this loop
         if x is None:
             addresses.append(None)
         else:
-            address = x.data_ptr()
+            address = base + x.first if isinstance(x, Part) else x.data_ptr()
             addresses.append(address)
             together |= address
     usual = not together & 15 and max(numbers) <= LARGEST
@@ -109,7 +106,7 @@ def start_kernel(
         kinds = kinds_of(addresses if together & 15 else (), numbers)
         found = constants.compiled.get(kinds)
     if found is None:
-        given = (x.tensor() if isinstance(x, Part) else x for x in tensors)
+        given = [x.of(buffer) if isinstance(x, Part) else x for x in tensors]
         made = kernel[grid](*given, *numbers, *constants.numbers, **constants.named)
         if isinstance(made, CompiledKernel):  # the interpreter makes none
             found = constants.compiled[kinds] = made.run, made.function, made.packed_metadata
