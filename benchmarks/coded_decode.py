@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,8 +59,10 @@ class Void(CompiledKernel):
     """Stands for a kernel where there is no GPU, and for what Triton compiles of it; counts its
     launches."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, kernel: Any):
         self.name, self.module, self.src, self.kernel = name, None, None, ()
+        same = kernel.kwargs["do_not_specialize"] or ()
+        self.params = [SimpleNamespace(do_not_specialize=x in same) for x in kernel.arg_names]
         self.function = self.packed_metadata = None
         self._run = self.count
 
@@ -124,7 +127,7 @@ def launch_into_the_void() -> None:
     driver.set_active(NoDriver())
     for module, names in KERNELS.items():
         for name in names:
-            setattr(module, name, Void(name))
+            setattr(module, name, Void(name, getattr(module, name)))
 
 
 def seconds(run: Any) -> float:

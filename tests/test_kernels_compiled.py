@@ -17,9 +17,14 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from tpa_convert.kernels import launch_encode
+from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels.encode_reference import row_codes, row_tables
 
 from .compiled import Launches, matrix_products
+from .encode_cases import random_components, random_tables
+from .kernel_cases import random_layout
 from .latent_cases import random_case
 
 KERNELS = ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel")
@@ -57,21 +62,32 @@ def test_compiles_for_hopper(monkeypatch, case, shape, added) -> None:
             assert products["shared"]  # the keys are rebuilt by the asynchronous unit
 
 
+@pytest.fixture
+def in_gluon(monkeypatch):
+    """Launches of the kernels in Gluon, as a GPU that has three stages of room would have them."""
+    launched = {
+        name: Launches(getattr(hopper, name)()) for name in ("weights_kernel", "sums_kernel")
+    }
+    for name, launch in launched.items():
+        monkeypatch.setattr(hopper, name, lambda launch=launch: launch)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    monkeypatch.setattr(hopper, "ring_stages", lambda *_: 3)
+    monkeypatch.setattr(launches, "overlapped", lambda device: True)
+    join = launches.latent_join_kernel
+    monkeypatch.setattr(launches, "latent_join_kernel", Launches(join))
+    launches.latent_shape.cache_clear()
+    launches.latent_constants.cache_clear()
+    yield launched
+    launches.latent_shape.cache_clear()
+    launches.latent_constants.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("positions", "added", "window", "softcap"),
     [(1, None, None, None), (3, False, 400, 3.0), (1, True, 400, None)],
 )
-def test_warps_that_differ_compile_for_hopper(
-    monkeypatch, positions, added, window, softcap
-) -> None:
+def test_warps_that_differ_compile_for_hopper(in_gluon, positions, added, window, softcap) -> None:
     """In Triton's newest release here; the oldest is that of the GPU tests."""
-    launched = Launches(launches.hopper_kernel())
-    monkeypatch.setattr(launches, "hopper_kernel", lambda: launched)
-    monkeypatch.setattr(launches, "hopper_stages", lambda *_: 3)
-    monkeypatch.setattr(launches, "overlapped", lambda device: True)
-    for name in KERNELS:
-        monkeypatch.setattr(launches, name, Launches(getattr(launches, name)))
-    launches.latent_shape.cache_clear()
     codes = [CODES[0][0]] * 4, CODES[1]
     made = random_case(
         shape=(32, 8, 128), codes=codes, slots=512, positions=positions, dtype=torch.bfloat16
@@ -80,8 +96,7 @@ def test_warps_that_differ_compile_for_hopper(
     if added is not None:
         mask = torch.ones(2, 512, dtype=torch.bfloat16 if added else torch.bool)
     launches.launch_latent(*made.call(), 0.3, None, made.end, window, softcap, mask)
-    launches.latent_shape.cache_clear()
-    kernel = launched.compile()
+    kernel = in_gluon["weights_kernel"].compile()
     products = matrix_products(kernel.asm["ptx"])
     assert products["registers"] == 0
     assert products["shared"]
@@ -89,21 +104,13 @@ def test_warps_that_differ_compile_for_hopper(
 
 
 @pytest.mark.parametrize(("heads", "start", "window"), [(32, False, None), (8, True, 400)])
-def test_sums_by_warps_compile_for_hopper(monkeypatch, heads, start, window) -> None:
+def test_sums_by_warps_compile_for_hopper(in_gluon, heads, start, window) -> None:
     """Nothing goes through shared memory."""
-    launched = Launches(launches.hopper_sums_kernel())
-    monkeypatch.setattr(launches, "hopper_sums_kernel", lambda: launched)
-    monkeypatch.setattr(launches, "hopper_sums", lambda device: True)
-    monkeypatch.setattr(launches, "overlapped", lambda device: True)
-    for name in KERNELS:
-        monkeypatch.setattr(launches, name, Launches(getattr(launches, name)))
-    launches.latent_shape.cache_clear()
     codes = [CODES[0][0]] * 4, CODES[1]
     made = random_case(shape=(heads, 8, 128), codes=codes, slots=512, dtype=torch.bfloat16)
     first = made.start if start else None
     launches.launch_latent(*made.call(), 0.3, first, made.end, window, None)
-    launches.latent_shape.cache_clear()
-    kernel = launched.compile()
+    kernel = in_gluon["sums_kernel"].compile()
     assert matrix_products(kernel.asm["ptx"])["synchronous"]
     assert kernel.metadata.shared == 0
 
@@ -115,3 +122,20 @@ def test_a_left_side_from_registers_would_be_seen() -> None:
     registers = f"wgmma.mma_async.sync.aligned.m64n8k16 {accumulators}, {{%r1, %r2}}, %rd2, 1, 1;"
     assert matrix_products(shared)["registers"] == 0
     assert matrix_products(shared + registers) == {"registers": 1, "shared": 1, "synchronous": 0}
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_coding_compiles_for_hopper(monkeypatch, rotated) -> None:
+    """Codes wait in the memory of numbers of 16 bits; queries are rotated by programs behind."""
+    launch = Launches(launch_encode.encode_kernel)
+    monkeypatch.setattr(launch_encode, "encode_kernel", launch)
+    generator = torch.Generator().manual_seed(0)
+    layout, row_bytes = random_layout([(4, 200), (3, 100), (1, 90)], 2, generator)
+    tables = random_tables(390, 2, generator)
+    where = row_tables(layout.tiers, layout.header, row_bytes)
+    x = random_components(3, tables, generator).bfloat16()
+    query, table = torch.zeros(1, 3, 8, 64).bfloat16(), torch.zeros(1, 1, 3, 64).bfloat16()
+    rotation = (query, table, table) if rotated else None
+    launch_encode.launch_rows(x, row_codes(tables, where), rotation)
+    ptx = launch.compile().asm["ptx"]
+    assert "bar.sync" in ptx or "bar.warp.sync" in ptx  # between codes that are written and read

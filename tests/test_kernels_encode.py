@@ -127,7 +127,7 @@ def test_it_compiles_in_one_graph_with_gradients() -> None:
 def test_kernels_of_another_interface_are_not_taken(monkeypatch) -> None:
     """An export has its own copy of what calls them, and finds whatever package is installed."""
     found = [
-        getattr(tpa_kernels, f"find_{what}") for what in ("kernel", "coding", "latent", "rotation")
+        getattr(tpa_kernels, f"find_{what}") for what in ("kernel", "coding", "coded", "rotation")
     ]
     assert all(find() is not None for find in found)
     monkeypatch.setattr(kernels, "INTERFACE", kernels.INTERFACE + 1)

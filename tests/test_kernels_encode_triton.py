@@ -11,7 +11,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.kernel_device import DEVICE
-from tpa_convert.kernels import RowTables, encode, encode_rows, row_tables, straight_through
+from tpa_convert.kernels import (
+    RowTables,
+    encode,
+    encode_rows,
+    rotate,
+    row_codes,
+    row_tables,
+    rows_on_kernel,
+    straight_through,
+)
 from tpa_convert.kernels.encode_reference import CodeTables, encode_components, pack
 
 from .encode_cases import (
@@ -122,6 +131,23 @@ def test_rows_of_bytes_hold_the_codes(rows, groups, classes, align, seed):
     assert torch.equal(said, torch.cat((scaled, label[:, None].to(x.dtype), behind), 1))
     assert said.shape[1] % 8 == 0
     assert behind.shape[1] < 8
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_queries_are_rotated_in_the_launch_that_codes(batch) -> None:
+    """As by themselves, and rows are the same with and without them."""
+    generator = torch.Generator().manual_seed(0)
+    layout, row_bytes = random_layout([(4, 30), (1, 9)], 2, generator)
+    where = row_tables(layout.tiers, layout.header, row_bytes)
+    where = RowTables(*(t.to(DEVICE) for t in where[:3]), where.header)
+    x, tables = case(7 * batch, layout.width, 2, 0, torch.float32)
+    query = torch.randn(batch, 7, 3, 20, generator=generator).to(DEVICE)
+    angle = torch.randn(batch, 1, 7, 20, generator=generator).to(DEVICE)
+    table = angle.cos(), angle.sin()
+    *rows, rotated = rows_on_kernel(x, row_codes(tables, where), (query, *table))
+    for a, b in zip(rows, encode_rows(x, tables, where), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(rotated.transpose(1, 2), rotate(query.transpose(1, 2), *table))
 
 
 def test_rows_inside_a_wider_tensor() -> None:

@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
+from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels.latent import latent_weights_kernel
 from tpa_convert.kernels.latent_sums import latent_sums_kernel
@@ -42,7 +43,7 @@ def used(monkeypatch):
 
     launches.latent_shape.cache_clear()
     monkeypatch.setattr(launches, "start_kernel", noted)
-    ours = {launches.hopper_kernel(), launches.hopper_sums_kernel()}
+    ours = {hopper.weights_kernel(), hopper.sums_kernel()}
     others = {latent_weights_kernel, latent_sums_kernel}
     yield lambda: ours <= set(found) and not others & set(found)
     launches.latent_shape.cache_clear()

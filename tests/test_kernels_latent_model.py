@@ -18,6 +18,10 @@ from tests.test_kernels_model import PROMPT, logits, prompts
 from tests.tiny_models import MODELS, WINDOW
 from tpa_convert.forward.walk import attention_modules
 from tpa_convert.kernels import ops
+from tpa_convert.modeling import tpa_coded
+from tpa_convert.modeling.tpa_coded import CodedLayer
+from tpa_convert.modeling.tpa_kernels import Sources
+from tpa_convert.modeling.tpa_rotary import rotate
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 # On a GPU kernels for latent keys are for 16 bits; the interpreter takes fp32, which is sharper.
@@ -73,10 +77,9 @@ def both(monkeypatch, model, inputs, new, static=False):
     shows in 16 bits. Therefore new rows are made, and queries rotated, without kernels too.
     """
     config = model.config
-    for module in model.modules():
-        for name in ("coding", "rotation"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, None)
+    for attention in attention_modules(model):
+        if attention.coded is not None:
+            monkeypatch.setattr(attention.coded, "pack", packing_without(attention))
     cache = StaticCache(config, max_cache_len=32) if static else DynamicCache(config=config)
     ids, mask = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
     monkeypatch.setenv("TPA_CONVERT_BACKEND", "reference")
@@ -90,6 +93,16 @@ def both(monkeypatch, model, inputs, new, static=False):
         with attention_tapped(model, states, outputs):
             logits(model, inputs, new=new, **settings)
     return given["triton"], given["reference"]
+
+
+def packing_without(attention):
+    """`CodedLayer.pack` in PyTorch."""
+
+    def pack(tables, hidden_states, query, table, keys, values):
+        query = rotate(query.transpose(1, 2), table)
+        return query, *attention.pack(hidden_states, table, cached=True)
+
+    return pack
 
 
 @contextmanager
@@ -156,11 +169,39 @@ def test_beside_the_kernels_that_code_and_rotate(monkeypatch, coded, calls) -> N
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("case", ["one block", "two blocks", "normalised keys"])
+def test_keys_and_values_of_a_prompt(monkeypatch, models, case) -> None:
+    """In few steps they are what the layouts make of the same features; on a CPU, blocks of pairs
+    are left to those, and normalised keys everywhere."""
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    model, found = models.setdefault(case, make(case)), []
+    real = CodedLayer.expand
+
+    def expand(self, tables, key, value, table):
+        made = real(self, tables, key, value, table)
+        found.append(made)
+        if made is not None:
+            attention = next(x for x in attention_modules(model) if x.coded is self)
+            monkeypatch.setattr(attention.keys, "rotation", None)
+            truth = attention.keys.expand(key, table), attention.values.expand(value)
+            assert all_close(made, truth)
+            assert not close(made[0], truth[0].roll(1, 2))  # control: other positions
+        return made
+
+    monkeypatch.setattr(CodedLayer, "expand", expand)
+    with torch.no_grad():
+        model(**prompts(3), use_cache=True)
+    assert len(found) == len(attention_modules(model))
+    left = case == "normalised keys" or (case == "two blocks" and not GPU)
+    assert all((made is None) == left for made in found)
+
+
 def test_another_table_would_be_seen(monkeypatch, coded, calls) -> None:
     """Control: with the gauge of another head, what comes out is other."""
     assert all_close(*both(monkeypatch, coded, prompts(), NEW))
-    decoder = coded.model.layers[1].self_attn.latent_decoder
-    decoder.tables = decoder.tables._replace(weight=decoder.tables.weight.flip(-1))
+    layer = coded.model.layers[1].self_attn.coded
+    other = layer.tables.decoding._replace(weight=layer.tables.decoding.weight.flip(-1))
+    layer.tables = layer.tables._replace(decoding=other)
     assert not all_close(*both(monkeypatch, coded, prompts(), NEW))
 
 
@@ -174,6 +215,37 @@ def test_tables_follow_parameters(monkeypatch, coded, calls) -> None:
     assert all_close(found, truth)
     assert not all_close(found, before)
     assert len(calls) == 2 * 3 * NEW
+
+
+def test_tables_are_looked_at_when_a_cache_begins(monkeypatch, coded) -> None:
+    """Not at every token more: what is changed shows in another cache, and after several tokens or
+    training in the same."""
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    layer, looks = coded.model.layers[0].self_attn.coded, []
+    real = tpa_coded.parameters_of
+    monkeypatch.setattr(tpa_coded, "parameters_of", lambda *given: looks.append(1) or real(*given))
+    token = torch.full((2, 1), 7, device=DEVICE)
+
+    def looked(ids, cache) -> int:
+        looks.clear()
+        with torch.no_grad():
+            coded(ids, past_key_values=cache)
+        return len(looks) // len(attention_modules(coded))
+
+    cache = DynamicCache(config=coded.config)
+    assert looked(prompts()["input_ids"], cache) == 1
+    assert [looked(token, cache) for _ in range(2)] == [0, 0]
+    first = layer.tables
+    other = copy.deepcopy(cache)
+    with torch.no_grad():
+        coded.model.layers[0].self_attn.keys.gauge.weight.mul_(2.0)
+    assert looked(token, other) == 1
+    assert layer.tables is not first
+    assert looked(token, cache) == 1  # not that of before
+    assert looked(token.expand(-1, 2), cache) == 1
+    Sources.trained()
+    assert looked(token, cache) == 1
+    assert looked(token, cache) == 0
 
 
 def test_compiled_in_one_graph(monkeypatch, coded) -> None:
@@ -224,9 +296,9 @@ def test_without_the_package_nothing_is_looked_for(monkeypatch, coded) -> None:
     def no_package(name):
         raise ModuleNotFoundError(name)
 
-    assert tpa_kernels.find_latent() is not None
+    assert tpa_kernels.find_coded() is not None
     monkeypatch.setattr(tpa_kernels, "import_module", no_package)
-    assert tpa_kernels.find_latent() is None
+    assert tpa_kernels.find_coded() is None
 
 
 def test_numbers_are_left_to_pytorch(monkeypatch, calls) -> None:

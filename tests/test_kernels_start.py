@@ -29,8 +29,8 @@ from triton.runtime.jit import JITFunction
 
 from tpa_convert.kernels import launch, launch_encode, launch_latent
 from tpa_convert.kernels import start as starting
-from tpa_convert.kernels.encode_reference import row_tables
-from tpa_convert.kernels.start import Constants, start_kernel
+from tpa_convert.kernels.encode_reference import row_codes, row_tables
+from tpa_convert.kernels.start import Constants, Part, start_kernel
 
 from .compiled import HOPPER
 from .encode_cases import random_components, random_tables
@@ -92,36 +92,70 @@ def address_of(x: Any) -> Any:
     return x.data_ptr() if isinstance(x, torch.Tensor) else x
 
 
-numbers = torch.zeros(64, dtype=torch.float16)
-tensors = st.sampled_from([None, numbers, numbers[1:], numbers.float(), numbers.view(torch.int16)])
-integers = st.sampled_from([1, 2, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 5, 2**33])
+zeros = torch.zeros(64, dtype=torch.float16)
+TYPES = st.sampled_from([None, torch.float16, torch.float32, torch.int16])
+integers = st.sampled_from([0, 1, 2, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 5, 2**33])
 others = st.sampled_from([None, 1, 16, 0.5])
+OPTIONS = torch.device("cpu"), {"num_warps": 4}
+NAMED = {"CHUNK": 16, "SPLITS": 4, "OVERLAP": False}
+
+
+@st.composite
+def launches(draw: Any) -> tuple[Any, ...]:
+    """Types of three tensors, and what calls have in common and have not: one number, for which
+    Triton compiles nothing anew, or one more, for which it does."""
+    types = draw(st.tuples(TYPES, TYPES, TYPES))
+    offsets = st.tuples(*[st.sampled_from([0, 4, 16])] * 3)  # bytes
+    more = [integers] * draw(st.integers(0, 1))
+    calls = st.lists(st.tuples(offsets, integers, *more), min_size=2)
+    return types, (*[draw(integers)] * (1 - len(more)), draw(others)), draw(calls)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(tensors, tensors, tensors, integers, integers, others), min_size=2))
-def test_kernels_are_those_that_triton_looks_up(calls) -> None:
+@given(st.lists(launches(), min_size=1, max_size=3))
+def test_kernels_are_those_that_triton_looks_up(cases) -> None:
     """The first time and later, with the arguments that Triton hands over itself."""
     kernel, grid = launch.join_kernel, (2, 3, 4)
-    constants = Constants(torch.device("cpu"), {"num_warps": 4}, CHUNK=16, SPLITS=4, OVERLAP=False)
     with looked_up(kernel):
-        for call in calls:
-            theirs = kernel[grid](*call, **constants.named)
-            start_kernel(kernel, grid, constants, call)
-            assert same(*theirs.ran)
-            assert same((*theirs.ran[0][:9], *call, *constants.values), theirs.ran[1])
-            theirs.ran.clear()
+        for types, fixed, calls in cases:
+            constants = Constants(*OPTIONS, fixed, **NAMED)
+            for offsets, *call in calls:
+                tensors = tuple(
+                    None if of is None else zeros.view(torch.uint8)[at:].view(of)
+                    for of, at in zip(types, offsets, strict=True)
+                )
+                theirs = kernel[grid](*tensors, *call, *fixed, **constants.named)
+                start_kernel(kernel, grid, constants, tensors, tuple(call))
+                assert same(*theirs.ran)
+                last = *fixed, *NAMED.values()
+                assert same((*theirs.ran[0][:9], *tensors, *call, *last), theirs.ran[1])
+                theirs.ran.clear()
 
 
 def test_a_kind_that_is_overlooked_would_be_seen(monkeypatch) -> None:
     """Control: one kernel for all arguments."""
-    monkeypatch.setattr(starting, "kinds_of", lambda arguments: ((), [], ()))
-    kernel, grid = launch.join_kernel, (1, 1, 1)
-    constants = Constants(torch.device("cpu"), {"num_warps": 4}, CHUNK=16, SPLITS=4, OVERLAP=False)
+    monkeypatch.setattr(starting, "kinds_of", lambda addresses, numbers: ())
+    kernel, grid, constants = launch.join_kernel, (1, 1, 1), Constants(*OPTIONS, (4,), **NAMED)
     with looked_up(kernel) as found:
         for width in (16, 17):
-            start_kernel(kernel, grid, constants, (numbers, numbers, numbers, 3, width, 4))
+            start_kernel(kernel, grid, constants, (zeros, zeros, zeros), (3, width))
     assert len(found) == 1
+
+
+def test_a_part_of_a_buffer_is_a_tensor_to_kernels() -> None:
+    """To those that Triton looks up, and to those found without it."""
+    kernel, grid, constants = launch.join_kernel, (1, 1, 1), Constants(*OPTIONS, (4,), **NAMED)
+    buffer = torch.zeros(4096, dtype=torch.uint8)
+    part = Part(256, (3, 5), torch.float16)
+    with looked_up(kernel) as found:
+        for _ in range(2):
+            start_kernel(kernel, grid, constants, (part, zeros, zeros), (3, 16), buffer)
+    tensor = part.of(buffer)
+    assert tensor.shape == part.shape
+    assert tensor.dtype == part.dtype
+    assert tensor.data_ptr() == buffer.data_ptr() + 256
+    (kernel,) = found.values()
+    assert same(*kernel.ran)
 
 
 @pytest.mark.parametrize("coded", [False, True])
@@ -139,10 +173,11 @@ def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, code
     layout, row_bytes = random_layout([(4, 16)], 2, generator)
     tables = random_tables(16, 2, generator)
     where = row_tables(layout.tiers, layout.header, row_bytes)
-    launch_encode.launch_rows(random_components(3, tables, generator), tables, where)
+    launch_encode.launch_rows(random_components(3, tables, generator), row_codes(tables, where))
     assert len(started) == 6
-    for kernel, _, constants, arguments in started:
-        constant = kernel.arg_names[len(arguments) :]
+    for kernel, _, constants, tensors, numbers, *_ in started:
+        count = len(tensors) + len(numbers) + len(constants.numbers)
+        constant = kernel.arg_names[count:]
         assert list(constants.named)[: len(constant)] == constant
-        assert len(constants.values) == len(constant)
-        assert not set(constants.named) & set(kernel.arg_names[: len(arguments)])
+        assert constants.last == (*constants.numbers, *map(constants.named.get, constant))
+        assert not set(constants.named) & set(kernel.arg_names[:count])

@@ -3,14 +3,14 @@ they agree with."""
 
 from .backends import BACKENDS, Backend, BackendError, Case, choose_backend, wanted
 from .decode import decode_attention, decode_on_kernel
-from .decode_latent import decode_latent
-from .encode import encode, encode_rows, straight_through
-from .encode_reference import CodeTables, RowTables, row_tables
+from .decode_latent import decode_latent, latent_on_kernel, runs_latent
+from .encode import encode, encode_rows, rows_on_kernel, runs_components, straight_through
+from .encode_reference import CodeTables, RowTables, row_codes, row_tables
 from .latent_tables import KeyMap, LatentTables, Rows, latent_tables
-from .rotation import rotate
+from .rotation import rotate, rotate_on_kernel
 from .rows import CodedRows, Tier
 
-INTERFACE = 1
+INTERFACE = 2
 """To be raised whenever a function that exported models take from here (`modeling/tpa_kernels.py`)
 takes or gives anything else: exports of another version then do without kernels."""
 
@@ -33,9 +33,15 @@ __all__ = [
     "decode_on_kernel",
     "encode",
     "encode_rows",
+    "latent_on_kernel",
     "latent_tables",
     "rotate",
+    "rotate_on_kernel",
+    "row_codes",
     "row_tables",
+    "rows_on_kernel",
+    "runs_components",
+    "runs_latent",
     "straight_through",
     "wanted",
 ]

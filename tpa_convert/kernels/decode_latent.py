@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,21 +50,50 @@ def decode_latent(
     Raises:
         BackendError: the environment asks for a backend that cannot run this.
     """
+    if not runs_latent(tables, query.dtype, query.device):
+        return None
+    cached = query, keys, values, cosine, sine
+    call = scale, start, end, window, softcap, mask, pages, False
+    return latent_on_kernel(*cached, tables, *call)
+
+
+def runs_latent(tables: LatentTables, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel runs a layer of these tables for queries of this type and place.
+
+    Raises:
+        BackendError: the environment asks for a backend that cannot.
+    """
     layout = tables.layout
     case = Case(
         "latent",
         WORD * layout.key_items,
-        WORD * (tables.items.shape[0] - layout.key_items),
-        query.dtype,
-        query.device,
-        paged=pages is not None,
+        WORD * (layout.items - layout.key_items),
+        dtype,
+        device,
         span=(layout.heads * layout.padded, layout.spans if layout.together else 1),
     )
-    if choose_backend(case) == "reference":
-        return None
+    return choose_backend(case) != "reference"
+
+
+def latent_on_kernel(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    tables: LatentTables,
+    *call: Any,
+) -> Tensor:
+    """`decode_latent` where `runs_latent` says yes, without asking again.
+
+    Args:
+        call: scale, start, end, window, softcap, mask, pages, and whether what belongs to a
+            key/value head stands together.
+
+    Returns: [b, h, s, n], or [j, b · h / j · s, n] for j key/value heads.
+    """
     cached = query, keys, values, cosine, sine
-    call = scale, start, end, window, softcap, mask, pages
     if torch.compiler.is_compiling():
-        return ops.decode_latent(*cached, list(layout), *tables[1:], *call)
+        return ops.decode_latent(*cached, list(tables.layout), *tables[1:], *call)
     # As an operator it costs the host as much again; only compilers need one.
     return ops.run_latent(*cached, tables, *call)

@@ -15,14 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import Case, choose_backend
-from .encode_reference import CodeTables, RowTables, encode_components, pack
+from .encode_reference import CodeTables, RowCodes, RowTables, encode_components, pack, row_codes
 from .rows import in_whole_words
 
 
 def encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """Headers uint8 [...] and codes uint8 [..., c] of components [..., c]; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
-    if _backend(x) == "triton":
+    if _on_kernel(x):
         compiling = torch.compiler.is_compiling()
         header, codes = ops.encode(flat, *tables) if compiling else ops.run_encode(flat, tables)
     else:
@@ -35,17 +35,27 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     `whole_words(c + 1)`]: what `straight_through` gives, behind it the class as a number, and
     zeros; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
-    if _backend(x) == "triton":
-        if torch.compiler.is_compiling():
-            packed, said = ops.encode_rows(flat, *tables, *rows)
-        else:
-            packed, said = ops.run_rows(flat, tables, rows)
+    if _on_kernel(x):
+        packed, said, _ = rows_on_kernel(flat, row_codes(tables, rows))
     else:
         header, codes, scaled, _, label = encode_components(flat, tables)
         packed = pack(codes, header, rows)
         said = in_whole_words(torch.cat((scaled, label[:, None].to(x.dtype)), 1))
     leading = x.shape[:-1]
     return packed.view(*leading, packed.shape[-1]), said.view(*leading, said.shape[-1])
+
+
+def rows_on_kernel(
+    x: Tensor,
+    codes: RowCodes,
+    rotation: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`encode_rows` of [n, c], for those who know that a kernel runs it. In the same launch what
+    `rotation.rotate` makes of queries, though [b, s, h, d]; these and tables are contiguous."""
+    if torch.compiler.is_compiling():
+        packed, said, *rotated = ops.encode_rows(x, *codes, rotation or ())
+        return packed, said, rotated[0] if rotated else None
+    return ops.run_rows(x, codes, rotation)
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
@@ -63,8 +73,17 @@ def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     return scaled.view(x.shape), label.view(x.shape[:-1])
 
 
-def _backend(x: Tensor) -> str:
-    return choose_backend(Case("components", x.shape[-1], 0, x.dtype, x.device))
+def runs_components(width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel codes so many components of this type and place.
+
+    Raises:
+        BackendError: the environment asks for a backend that cannot.
+    """
+    return choose_backend(Case("components", width, 0, dtype, device)) != "reference"
+
+
+def _on_kernel(x: Tensor) -> bool:
+    return runs_components(x.shape[-1], x.dtype, x.device)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -73,7 +92,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
         named = CodeTables(*tables)
-        if _backend(x) == "triton":
+        if _on_kernel(x):
             if torch.compiler.is_compiling():
                 scaled, inside, label = ops.encode_straight(x, *tables)
             else:

@@ -38,7 +38,12 @@ class CodeTables(NamedTuple):
     @property
     def scale_bits(self) -> int:
         """Bits of the header that hold the scale."""
-        return 8 - (self.mean.shape[0] - 1).bit_length()
+        return scale_bits(len(self.mean))
+
+
+def scale_bits(classes: int) -> int:
+    """Bits of a header that are left for the scale beside the class."""
+    return 8 - (classes - 1).bit_length()
 
 
 class RowTables(NamedTuple):
@@ -55,6 +60,33 @@ class RowTables(NamedTuple):
     bits: Tensor
     low: Tensor
     header: int
+
+
+class RowCodes(NamedTuple):
+    """What makes rows of components, in as few tensors as possible: the host hands over each.
+
+    Attributes:
+        numbers: the first five of `CodeTables`, below each other, [classes + 4, c].
+        places: the first three of `RowTables`, int32 [PLANES + 2, n].
+        header, lowest_octave: of these.
+    """
+
+    numbers: Tensor
+    places: Tensor
+    header: int
+    lowest_octave: int
+
+
+def row_codes(tables: CodeTables, rows: RowTables) -> RowCodes:
+    """Both, of a layer's keys or values, on one device."""
+    places = torch.cat((rows.component, rows.bits[None], rows.low[None]))
+    return RowCodes(numbers_of(tables), places, rows.header, tables.lowest_octave)
+
+
+def numbers_of(tables: CodeTables) -> Tensor:
+    """See `RowCodes`."""
+    of_components = [x[None] for x in tables[1:5]]
+    return torch.cat((tables.mean, *of_components))
 
 
 def row_tables(tiers: Sequence[Tier], header: int, row_bytes: int) -> RowTables:

@@ -43,19 +43,19 @@ def latent_sums_kernel(
     pages_stride_b,
     mask_stride_b,
     key_stride_b,
-    key_stride_t,
     value_stride_b,
+    length,
+    splits,
+    blocks,
+    key_stride_t,
     value_stride_t,
     columns,
     positions,
-    length,
     total,
     key_items,
     first_piece,
     padded_columns,
     window,
-    splits,
-    blocks,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
     PIECE: tl.constexpr,
@@ -172,16 +172,18 @@ def latent_join_kernel(
     output,
     place_of,
     step,
+    splits,
     columns,
+    together,
     places,
     features,
-    splits,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Joins the splits of one column: features [b, columns, features], or zeros for no slots."""
+    """Joins the splits of one column: features [columns / together, b, together, features], or
+    zeros for no slots."""
     if OVERLAP:
         gdc_wait()
     column, batch = tl.program_id(0), tl.program_id(2)
@@ -212,5 +214,6 @@ def latent_join_kernel(
         of_class = tl.sum(factor * tl.load(terms + i * columns, mask=valid, other=0.0), 0)
         result += tl.where(used & (place == 1 - i), of_class, 0.0)
     result /= tl.where(denominator == 0, 1.0, denominator)
-    offset = (batch * columns + column).to(tl.int64) * features
+    row = (column // together * tl.num_programs(2) + batch) * together + column % together
+    offset = row.to(tl.int64) * features
     tl.store(output + offset + feature, result, mask=used)

@@ -87,6 +87,7 @@ class Layout(NamedTuple):
         key_items: of the keys.
         first_item: that is summed up: not those of the keys, if values do not follow from them.
         together: see `KeyMap`.
+        items, chunks, parts, features: how many; see `LatentTables`.
     """
 
     groups: int
@@ -102,6 +103,10 @@ class Layout(NamedTuple):
     key_items: int
     first_item: int
     together: int
+    items: int
+    chunks: int
+    parts: int
+    features: int
 
 
 class LatentTables(NamedTuple):
@@ -226,6 +231,9 @@ def latent_tables(
         key_items,
         0 if predicted else key_items,
         int(key_map.together),
+        key_items + len(of_values.items),
+        len(chunks),
+        *place_of.shape,
     )
     return LatentTables(
         layout,

@@ -86,6 +86,11 @@ def in_rows(mask: Tensor | None) -> tuple[Tensor | None, int]:
     return mask, mask.stride(0) if len(mask) > 1 else 0
 
 
+def types_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Types of tensors that need not be there."""
+    return tuple([None if x is None else x.dtype for x in tensors])
+
+
 def choose_shape(row_bytes: int, query_bytes: int, limit: int) -> tuple[int, int]:
     """One of `SHAPES` for keys and values of `row_bytes` a slot, beside the queries."""
     for block, stages in SHAPES:
@@ -124,6 +129,8 @@ def rotated_shape(
     page: int,
     align: int,
     factors_align: int,
+    softmax: tuple[float, float | None, int | None],
+    bounds: tuple[torch.dtype | None, ...],
     overlap: bool,
 ) -> RotatedShape:
     """Of queries in `dtype` and what is cached for them.
@@ -131,6 +138,8 @@ def rotated_shape(
     Args:
         widths, ranks: of keys and values.
         align, factors_align: what strides of numbers, and of head factors, are multiples of.
+        softmax: scale, cap and window.
+        bounds: types of what bounds slots.
     """
     (width_k, width_v), (rank_k, rank_v) = widths, ranks
     chunk_k = width_k // (2 * rank_k) if rank_k > 1 else power_of_two(width_k, 16, 128)
@@ -150,6 +159,7 @@ def rotated_shape(
     constants = Constants(
         device,
         {"num_warps": 4, "num_stages": stages},
+        (heads, positions, width_k // 8, width_v // 8, *softmax),
         COLUMNS=per_program,
         CHUNK_K=chunk_k,
         CHUNKS_K=chunks_k,
@@ -222,6 +232,8 @@ def launch_rotated(
         page,
         math.gcd(widest, *strides),
         math.gcd(widest, *heads_strides),
+        (scale, softcap, window),
+        types_of(pages, start, end, mask),
         overlapped(device),
     )
     splits = choose_splits(
@@ -231,7 +243,7 @@ def launch_rotated(
     )
     partial = query.new_empty((batch, splits, columns, width_v), dtype=torch.float32)
     partial_lse = query.new_empty((batch, splits, columns), dtype=torch.float32)
-    arguments = (
+    tensors = (
         query,
         keys,
         values,
@@ -243,38 +255,35 @@ def launch_rotated(
         start,
         end,
         mask,
-        0 if pages is None else pages.stride(0),
-        mask_stride,
-        *strides,
-        *heads_strides,
-        heads,
-        positions,
-        length,
-        width_k // 8,
-        width_v // 8,
-        scale,
-        softcap,
-        window,
-        splits,
     )
-    start_kernel(split_kernel, (splits, batch, shape.tiles), shape.constants, arguments)
+    paged = 0 if pages is None else pages.stride(0)
+    numbers = paged, mask_stride, *strides, *heads_strides, length, splits
+    start_kernel(split_kernel, (splits, batch, shape.tiles), shape.constants, tensors, numbers)
     return launch_join(partial, partial_lse, query.new_empty((batch, heads, positions, width_v)))
 
 
 @functools.lru_cache(maxsize=256)
-def join_constants(device: torch.device, chunk: int, splits: int, overlap: bool) -> Constants:
-    """Of `join_kernel`, for `chunk` components and so many splits at a time."""
-    options = options_of(4, overlap)
-    return Constants(device, options, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)
+def join_constants(
+    device: torch.device, dtype: torch.dtype, columns: int, width: int, splits: int, overlap: bool
+) -> Constants:
+    """Of `join_kernel`, for so many splits at a time."""
+    return Constants(
+        device,
+        options_of(4, overlap),
+        (columns, width),
+        CHUNK=power_of_two(width, 16, 64),
+        SPLITS=splits,
+        OVERLAP=overlap,
+    )
 
 
 def launch_join(partial: Tensor, partial_lse: Tensor, output: Tensor) -> Tensor:
     """Fills `output` [b, h, s, w_v] with what splits [b, splits, h * s, w_v] and their log-sum-exps
     sum up to."""
     batch, splits, columns, width_v = partial.shape
-    chunk = power_of_two(width_v, 16, 64)
     device, at_once = output.device, power_of_two(splits, 1, SPLITS_AT_ONCE)
-    constants = join_constants(device, chunk, at_once, overlapped(device))
-    arguments = partial, partial_lse, output, columns, width_v, splits
-    start_kernel(join_kernel, (columns, shares(width_v, chunk), batch), constants, arguments)
+    shape = output.dtype, columns, width_v
+    constants = join_constants(device, *shape, at_once, overlapped(device))
+    grid = columns, shares(width_v, constants.named["CHUNK"]), batch
+    start_kernel(join_kernel, grid, constants, (partial, partial_lse, output), (splits,))
     return output

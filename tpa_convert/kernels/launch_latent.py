@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch_hopper as hopper
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, MAX_PAIRS, PIECE, WORD, LatentTables, Layout
+from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -22,22 +23,20 @@ from .launch import (
     options_of,
     overlapped,
     power_of_two,
-    shared_bytes,
     shares,
+    types_of,
 )
-from .start import Constants, start_kernel
+from .start import Constants, Part, start_kernel
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
 SHAPES = ((64, 4), (32, 4))
+SHORTEST = 32  # slots: what all blocks are multiples of
 STAGES = 2  # chunks of weights in flight
-TILE = 128  # slots of a program at a time in Gluon's kernel of weights
-MOST_STAGES = 4  # of its ring
 SUM_SHAPE = 64, 4  # slots at a time, warps
 MOST_SPLITS = 16  # joining 32 takes as long as a short text's sums
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
-# Of Gluon's kernel of sums: warps, places of each, and programs that a multiprocessor runs.
-HOPPER_SUMS = 4, PIECE, 2
+ALIGNED = 128  # bytes that parts of a buffer begin at multiples of
 
 
 def launch_latent(
@@ -54,38 +53,42 @@ def launch_latent(
     softcap: float | None,
     mask: Tensor | None = None,
     pages: Tensor | None = None,
+    by_group: bool = False,
 ) -> Tensor:
-    """`decode_latent.decode_latent`, for any strides but the last of queries, keys and values."""
-    layout = tables.layout
+    """`decode_latent.latent_on_kernel`, for any strides but the last of queries, keys and
+    values."""
     query = query if query.stride(-1) == 1 else query.contiguous()
-    batch, heads, positions, _ = query.shape
-    length, page = keys.shape[2], 0
+    length, page, pages_stride = keys.shape[2], 0, 0
     if pages is not None:
-        page, length = length, length * pages.shape[1]
+        page, length, pages_stride = length, length * pages.shape[1], pages.stride(0)
     keys, values = keys.view(torch.int32), values.view(torch.int32)
+    key_stride_b, _, key_stride_t, _ = keys.stride()
+    value_stride_b, _, value_stride_t, _ = values.stride()
     mask, mask_stride = in_rows(mask)
     if sine.stride() != cosine.stride():
         cosine, sine = cosine.contiguous(), sine.contiguous()
+    table_stride_b, *table_strides = cosine.stride()
+    attended = longest(length, query.shape[2], window)
     shape = latent_shape(
-        layout,
+        tables.layout,
+        tables.epsilon,
         query.device,
-        query.dtype,
-        (batch, heads, positions),
-        length,
-        longest(length, positions, window),
-        page,
-        (tables.items.shape[0], *tables.place_of.shape),
+        (query.dtype, cosine.dtype, *types_of(tables.norm, pages, start, end, mask)),
+        query.shape,
+        (*query.stride()[:3], key_stride_t, value_stride_t, *table_strides),
+        (shares(length, SHORTEST), shares(attended, SHORTEST), page),
+        (scale, softcap, window),
         SHAPES,
-        tables.norm is not None,
+        by_group,
     )
-    weights = query.new_empty(shape.weights, dtype=shape.weights_dtype)
-    block_terms = query.new_empty(shape.block_terms, dtype=torch.float32)
-    bounds = (pages, start, end, mask, 0 if pages is None else pages.stride(0), mask_stride)
-    strides = keys.stride(0), keys.stride(2), values.stride(0), values.stride(2)
-    cached = keys, values, tables.items
+    scratch = query.new_empty(shape.scratch, dtype=torch.uint8)
+    weights, block_terms, partial, partial_terms = shape.parts
+    bounds = pages, start, end, mask
     weigh = (
         query,
-        *cached,
+        keys,
+        values,
+        tables.items,
         tables.chunks,
         tables.weight,
         tables.offset,
@@ -95,61 +98,19 @@ def launch_latent(
         weights,
         block_terms,
         *bounds,
-        *query.stride()[:3],
-        *strides,
-        cosine.stride(0) if cosine.shape[0] > 1 else 0,
-        *cosine.stride()[1:],
-        heads,
-        positions,
-        length,
-        tables.chunks.shape[0] - 1,
-        shape.padded_columns,
-        scale,
-        softcap,
-        window,
-        float(layout.octave_k),
-        float(layout.octave_v),
-        layout.header_k,
-        layout.header_v,
-        tables.epsilon,
     )
-    start_kernel(shape.weights_kernel, shape.grids[0], shape.constants[0], weigh)
-    partial = query.new_empty(shape.partial, dtype=torch.float32)
-    partial_terms = query.new_empty(shape.partial_terms, dtype=torch.float32)
-    columns = heads * positions
-    add = (
-        *cached,
-        weights,
-        block_terms,
-        partial,
-        partial_terms,
-        *bounds,
-        *strides,
-        columns,
-        positions,
-        length,
-        shape.items,
-        layout.key_items,
-        layout.first_item // (PIECE // WORD),
-        shape.padded_columns,
-        window,
-        shape.splits,
-        shape.blocks,
-    )
-    start_kernel(shape.sums_kernel, shape.grids[1], shape.constants[1], add)
+    strides = pages_stride, mask_stride, key_stride_b, value_stride_b
+    table_stride_b = table_stride_b if len(cosine) > 1 else 0
+    numbers: tuple[int, ...] = *strides, table_stride_b, length
+    weights_kernel, sums_kernel = shape.kernels
+    start_kernel(weights_kernel, shape.grids[0], shape.constants[0], weigh, numbers, scratch)
+    add = keys, values, tables.items, weights, block_terms, partial, partial_terms, *bounds
+    numbers = *strides, length, shape.splits, shape.blocks
+    start_kernel(sums_kernel, shape.grids[1], shape.constants[1], add, numbers, scratch)
     output = query.new_empty(shape.output)
-    join = (
-        partial,
-        partial_terms,
-        output,
-        tables.place_of,
-        tables.step,
-        columns,
-        WORD * shape.items,
-        shape.output[-1],
-        shape.splits,
-    )
-    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join)
+    join = partial, partial_terms, output, tables.place_of, tables.step
+    numbers = (shape.splits,)
+    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join, numbers, scratch)
     return output
 
 
@@ -157,53 +118,48 @@ class LatentShape(NamedTuple):
     """How a call is shared out among programs.
 
     Attributes:
-        weights_kernel, sums_kernel: that make the weights, and sum up what they weigh.
+        kernels: of weights and of sums.
         constants, grids: of the kernels of weights, of sums, and of what joins them.
-        weights, block_terms, partial, partial_terms, output: sizes of the tensors that they write.
-        weights_dtype: of the first.
-        padded_columns: queries, with those that fill up programs.
-        items: of the tables.
+        scratch: bytes of what one kernel writes and another reads.
+        parts: of these: weights, terms of blocks, partial sums and terms of splits.
+        output: size.
         splits: of the slots, that are summed up by themselves.
         blocks: of slots.
     """
 
-    weights_kernel: Any
-    sums_kernel: Any
+    kernels: tuple[Any, Any]
     constants: tuple[Constants, Constants, Constants]
     grids: tuple[tuple[int, int, int], ...]
-    weights: tuple[int, ...]
-    block_terms: tuple[int, ...]
-    partial: tuple[int, ...]
-    partial_terms: tuple[int, ...]
+    scratch: int
+    parts: tuple[Part, Part, Part, Part]
     output: tuple[int, ...]
-    weights_dtype: torch.dtype
-    padded_columns: int
-    items: int
     splits: int
     blocks: int
 
 
-@functools.lru_cache(maxsize=512)  # all layers of a step ask for the same
+@functools.lru_cache(maxsize=4096)  # of each layer, for SHORTEST steps
 def latent_shape(
     layout: Layout,
+    epsilon: float,
     device: torch.device,
-    dtype: torch.dtype,
-    queries: tuple[int, int, int],
-    length: int,
-    attended: int,
-    page: int,
-    tables: tuple[int, int, int],
+    types: tuple[torch.dtype | None, ...],
+    queries: tuple[int, int, int, int],
+    strides: tuple[int, ...],
+    lengths: tuple[int, int, int],
+    softmax: tuple[float, float | None, int | None],
     shapes: tuple[tuple[int, int], ...],
-    normed: bool,
+    by_group: bool,
 ) -> LatentShape:
-    """Of `queries` [b, h, s] on `length` slots, of which each attends to so many at most.
+    """Of `queries` [b, h, s, d].
 
     Args:
-        tables: items, parts and features.
+        types: of queries and cosines, and of all tensors that need not be there.
+        strides: of queries, and of keys, values and cosines within a sequence.
+        lengths: slots and those that are attended to at most, in SHORTEST; slots of a page.
+        softmax: scale, cap and window.
         shapes: as `SHAPES`.
-        normed: whether keys have a norm.
     """
-    (batch, heads, positions), (items, parts, features) = queries, tables
+    (batch, heads, positions, _), (length, attended, page) = queries, lengths
     columns, processors = heads * positions, multiprocessors(device)
     per_span = layout.heads * (heads // layout.groups) * positions
     per_program = power_of_two(per_span, 16, MAX_COLUMNS)
@@ -211,228 +167,187 @@ def latent_shape(
     per_sum = power_of_two(columns, 16, MAX_COLUMNS)
     sum_tiles = shares(columns, per_sum)
     programs = batch * layout.spans * tiles
-    fitting = [x for x in shapes if shares(attended, x[0]) * programs >= processors]
+    fitting = [x for x in shapes if shares(attended, x[0] // SHORTEST) * programs >= processors]
     block, warps = fitting[0] if fitting else shapes[-1]
-    plain = not (normed or page or dtype == torch.float32)
-    enough = shares(attended, TILE) * batch >= processors
-    stages = hopper_stages(layout, per_span, device) if plain and enough else 0
+    exact, normed, paged = types[0] == torch.float32, types[2] is not None, page > 0
+    in_gluon = hopper.runs_on(device) and not (exact or normed or paged)
+    stages = 0
+    if in_gluon and shares(attended * SHORTEST, hopper.TILE) * batch >= processors:
+        stages = hopper.ring_stages(layout, per_span, device)
     if stages:
-        block = TILE // 2
-    blocks, padded_columns = shares(length, block), per_sum * sum_tiles
-    pieces = (items - layout.first_item) // (PIECE // WORD)
-    sums_kernel, sharing, at_once = latent_sums_kernel, pieces, SUMS_AT_ONCE
-    if plain and hopper_sums(device):
-        sum_warps, places, programs = HOPPER_SUMS
-        fewer = shares(pieces * PIECE, sum_warps * places)
-        if batch * sum_tiles * fewer * min(shares(attended, block), MOST_SPLITS) >= processors:
-            sums_kernel, sharing, at_once = hopper_sums_kernel(), fewer, programs
-    sequences = batch * sum_tiles * sharing
-    splits = choose_splits(shares(attended, block), sequences, at_once * processors)
+        block = hopper.TILE // 2
+    blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles
+    pieces = (layout.items - layout.first_item) // (PIECE // WORD)
+    splits, at_once = shares(attended, block // SHORTEST), SUMS_AT_ONCE
+    if in_gluon:
+        fewer = shares(pieces * PIECE, hopper.SUM_WARPS * hopper.SUM_PLACES)
+        in_gluon = batch * sum_tiles * fewer * min(splits, MOST_SPLITS) >= processors
+    if in_gluon:
+        pieces, at_once = fewer, hopper.SUMS_AT_ONCE
+    splits = choose_splits(splits, batch * sum_tiles * pieces, at_once * processors)
     splits = min(splits, MOST_SPLITS)
-    chunk = power_of_two(features, 16, 64)
-    overlap = overlapped(device)
-    weigh, add = latent_constants(
+    constants = latent_constants(
         layout,
+        epsilon,
         device,
-        dtype,
-        positions > 1,
+        types,
+        (heads, positions),
+        strides,
+        softmax,
         page,
         (block, warps, STAGES),
         (per_program, tiles),
         (per_sum, sum_tiles),
-        overlap,
+        power_of_two(splits, 1, MOST_SPLITS),
+        by_group,
+        overlapped(device),
+        (stages, in_gluon),
     )
-    weights_kernel, weights_grid = latent_weights_kernel, (blocks, batch, layout.spans * tiles)
-    if stages:
-        weights_kernel, programs = hopper_kernel(), max(1, processors // batch)
-        weights_grid = min(programs, shares(length, TILE)), batch, 1
-        weigh = hopper_constants(layout, device, positions > 1, per_half(per_span), stages)
-    if sums_kernel is not latent_sums_kernel:
-        add = hopper_sums_constants(device, (per_sum, sum_tiles), block, HOPPER_SUMS[:2])
-    joined = join_constants(device, parts, chunk, power_of_two(splits, 1, MOST_SPLITS), overlap)
+    grid = (blocks, batch, layout.spans * tiles)
+    if stages:  # they stay, and share the tiles of a sequence
+        most = shares(blocks * block, hopper.TILE)
+        grid = (min(max(1, processors // batch), most), batch, 1)
+    sizes = (
+        ((batch, blocks, 2, padded_columns, block), torch.float32 if exact else torch.float16),
+        ((batch, blocks, 4, padded_columns), torch.float32),
+        ((batch, splits, columns, WORD * layout.items), torch.float32),
+        ((batch, splits, 4, columns), torch.float32),
+    )
+    parts, first = [], 0
+    for size, dtype in sizes:
+        parts.append(Part(first, size, dtype))
+        first += shares(math.prod(size) * dtype.itemsize, ALIGNED) * ALIGNED
     return LatentShape(
-        weights_kernel=weights_kernel,
-        sums_kernel=sums_kernel,
-        constants=(weigh, add, joined),
-        grids=(
-            weights_grid,
-            (sharing, splits, batch * sum_tiles),
-            (columns, shares(features, chunk), batch),
+        kernels=(
+            hopper.weights_kernel() if stages else latent_weights_kernel,
+            hopper.sums_kernel() if in_gluon else latent_sums_kernel,
         ),
-        weights=(batch, blocks, 2, padded_columns, block),
-        block_terms=(batch, blocks, 4, padded_columns),
-        partial=(batch, splits, columns, WORD * items),
-        partial_terms=(batch, splits, 4, columns),
-        output=(batch, heads, positions, features),
-        weights_dtype=torch.float32 if dtype == torch.float32 else torch.float16,
-        padded_columns=padded_columns,
-        items=items,
+        constants=constants,
+        grids=(
+            grid,
+            (pieces, splits, batch * sum_tiles),
+            (columns, shares(layout.features, constants[2].named["CHUNK"]), batch),
+        ),
+        scratch=first,
+        parts=(parts[0], parts[1], parts[2], parts[3]),
+        output=(
+            (layout.groups, batch * columns // layout.groups, layout.features)
+            if by_group
+            else (batch, heads, positions, layout.features)
+        ),
         splits=splits,
         blocks=blocks,
     )
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)
 def latent_constants(
     layout: Layout,
+    epsilon: float,
     device: torch.device,
-    dtype: torch.dtype,
-    multiple: bool,
+    types: tuple[torch.dtype | None, ...],
+    queries: tuple[int, int],
+    strides: tuple[int, ...],
+    softmax: tuple[float, float | None, int | None],
     page: int,
     program: tuple[int, int, int],
     weights: tuple[int, int],
     sums: tuple[int, int],
+    splits: int,
+    by_group: bool,
     overlap: bool,
-) -> tuple[Constants, Constants]:
-    """Of the kernels of weights and of sums.
+    in_gluon: tuple[int, bool],
+) -> tuple[Constants, Constants, Constants]:
+    """Of the kernels of weights, of sums, and of what joins them.
 
     Args:
-        multiple: whether there are several query positions.
+        queries: heads and positions.
         program: slots of a block, warps and stages.
         weights, sums: queries of a program and programs that share them, of either kernel.
+        splits: at most.
+        in_gluon: stages of the kernel of weights, 0 if it is in Triton; whether that of sums is.
     """
-    block, warps, stages = program
-    exact = dtype == torch.float32
+    (heads, positions), (block, warps, stages) = queries, program
+    exact, columns, padded_columns = types[0] == torch.float32, heads * positions, sums[0] * sums[1]
     precision = "ieee" if exact else "tf32"
-    weigh = Constants(
+    numbers_of_weights = (
+        *strides,
+        heads,
+        positions,
+        layout.chunks,
+        padded_columns,
+        *softmax,
+        float(layout.octave_k),
+        float(layout.octave_v),
+        layout.header_k,
+        layout.header_v,
+        epsilon,
+    )
+    if in_gluon[0]:
+        per_span = layout.heads * (heads // layout.groups) * positions
+        named = hopper.constants_of_weights(layout, positions, per_span, in_gluon[0])
+        options = {"num_warps": hopper.GROUP}
+    else:
+        named = {
+            "GROUPS": layout.groups,
+            "BLOCKS": layout.blocks,
+            "PAIRS": layout.pairs,
+            "PADDED": layout.padded,
+            "HEADS": layout.heads,
+            "SPANS": layout.spans,
+            "TOGETHER": bool(layout.together),
+            "COLUMNS": weights[0],
+            "TILES": weights[1],
+            "CHUNK": CHUNK,
+            "PAGE": page,
+            "BLOCK": block,
+            "MULTIPLE": positions > 1,
+            # Squares of fp16 numbers do not fit fp16.
+            "SQUARES": tl.float32 if exact or INTERPRETED else tl.bfloat16,
+            "PRECISION": precision,
+            "STAGES": stages,
+            "OVERLAP": overlap,
+        }
+        options = {"num_warps": warps, "num_stages": stages}
+    weigh = Constants(device, options, numbers_of_weights, **named)
+    numbers_of_sums = (
+        *strides[3:5],
+        columns,
+        positions,
+        layout.items,
+        layout.key_items,
+        layout.first_item // (PIECE // WORD),
+        padded_columns,
+        softmax[-1],
+    )
+    if in_gluon[1]:
+        named = hopper.constants_of_sums(*sums, block)
+        options = {"num_warps": hopper.SUM_WARPS}
+    else:
+        named = {
+            "COLUMNS": sums[0],
+            "TILES": sums[1],
+            "PIECE": PIECE,
+            "PAGE": page,
+            "BLOCK": block,
+            "SLOTS": min(block, SUM_SHAPE[0]),
+            "PRECISION": precision,
+            "OVERLAP": overlap,
+        }
+        options = options_of(SUM_SHAPE[1], overlap)
+    add = Constants(device, options, numbers_of_sums, **named)
+    join = Constants(
         device,
-        {"num_warps": warps, "num_stages": stages},
-        GROUPS=layout.groups,
-        BLOCKS=layout.blocks,
-        PAIRS=layout.pairs,
-        PADDED=layout.padded,
-        HEADS=layout.heads,
-        SPANS=layout.spans,
-        TOGETHER=bool(layout.together),
-        COLUMNS=weights[0],
-        TILES=weights[1],
-        CHUNK=CHUNK,
-        PAGE=page,
-        BLOCK=block,
-        MULTIPLE=multiple,
-        # Squares of fp16 numbers do not fit fp16.
-        SQUARES=tl.float32 if exact or INTERPRETED else tl.bfloat16,
-        PRECISION=precision,
-        STAGES=stages,
+        options_of(4, overlap),
+        (
+            columns,
+            columns // layout.groups if by_group else columns,
+            WORD * layout.items,
+            layout.features,
+        ),
+        PARTS=layout.parts,
+        CHUNK=power_of_two(layout.features, 16, 64),
+        SPLITS=splits,
         OVERLAP=overlap,
     )
-    add = Constants(
-        device,
-        options_of(SUM_SHAPE[1], overlap),
-        COLUMNS=sums[0],
-        TILES=sums[1],
-        PIECE=PIECE,
-        PAGE=page,
-        BLOCK=block,
-        SLOTS=min(block, SUM_SHAPE[0]),
-        PRECISION=precision,
-        OVERLAP=overlap,
-    )
-    return weigh, add
-
-
-def per_half(per_span: int) -> int:
-    """Queries of half of the heads of a span, padded, as `latent_hopper.py` shares them out."""
-    return power_of_two(per_span // 2, 8, 16)
-
-
-@functools.cache
-def gluon_known() -> bool:
-    """Whether this release of Triton is known to have what kernels in Gluon take: it is not stable
-    yet."""
-    release = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    return not INTERPRETED and (3, 6) <= release <= (3, 9)
-
-
-@functools.cache
-def hopper_kernel() -> Any:
-    """The kernel of weights in Gluon, or None where it cannot be had."""
-    if not gluon_known():
-        return None
-    from .latent_hopper import latent_weights_on_hopper
-
-    return latent_weights_on_hopper
-
-
-@functools.cache
-def hopper_sums_kernel() -> Any:
-    """The kernel of sums in Gluon, where it can be had."""
-    from .latent_sums_hopper import latent_sums_on_hopper
-
-    return latent_sums_on_hopper
-
-
-def on_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def hopper_sums(device: torch.device) -> bool:
-    """Whether the kernel of sums in Gluon runs on a device."""
-    return gluon_known() and on_hopper(device)
-
-
-@functools.cache
-def hopper_stages(layout: Layout, per_span: int, device: torch.device) -> int:
-    """Stages of the ring of `latent_hopper.py` that shared memory has room for; 0 if it cannot run
-    this layout on this device.
-
-    Args:
-        per_span: queries of a span.
-    """
-    known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
-    if not known or per_span > 32 or hopper_kernel() is None:
-        return 0
-    if not on_hopper(device):
-        return 0
-    keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
-    beside = layout.blocks * keys * (2 * per_half(per_span) + 4)  # queries, offsets
-    stages = (shared_bytes(device) - beside) // (2 * CHUNK * (TILE + keys))
-    return min(stages, MOST_STAGES) if stages > 1 else 0
-
-
-@functools.lru_cache(maxsize=256)
-def hopper_constants(
-    layout: Layout, device: torch.device, multiple: bool, columns: int, stages: int
-) -> Constants:
-    """Of the kernel of weights in Gluon."""
-    return Constants(
-        device,
-        {"num_warps": 4},
-        GROUPS=layout.groups,
-        BLOCKS=layout.blocks,
-        PAIRS=layout.pairs,
-        PADDED=layout.padded,
-        HEADS=layout.heads,
-        COLUMNS=columns,
-        CHUNK=CHUNK,
-        BLOCK=TILE // 2,
-        MULTIPLE=multiple,
-        STAGES=stages,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def hopper_sums_constants(
-    device: torch.device, sums: tuple[int, int], block: int, shape: tuple[int, int]
-) -> Constants:
-    """Of the kernel of sums in Gluon: `sums` as in `latent_constants`, `shape` as `HOPPER_SUMS`."""
-    warps, places = shape
-    return Constants(
-        device,
-        {"num_warps": warps},
-        COLUMNS=sums[0],
-        TILES=sums[1],
-        PIECE=PIECE,
-        PLACES=places,
-        BLOCK=block,
-        WARPS=warps,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def join_constants(
-    device: torch.device, parts: int, chunk: int, splits: int, overlap: bool
-) -> Constants:
-    """Of the joining kernel, for `chunk` features and at most so many splits."""
-    options = options_of(4, overlap)
-    return Constants(device, options, PARTS=parts, CHUNK=chunk, SPLITS=splits, OVERLAP=overlap)
+    return weigh, add, join

@@ -15,77 +15,81 @@ from .start import Constants, start_kernel
 PAIRS = 1024  # of a program: few enough that a short text has a program for many multiprocessors
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def rotate_rows(
+    first,
+    x,
+    cosine,
+    sine,
+    output,
+    rows,
+    table_rows,
+    heads,
+    PAIRS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`rotation.rotate` of ROWS of the `rows` of `x` [b, s, heads, 2 · PAIRS]; the `table_rows` of
+    the tables are those of all positions of one sequence, or of each."""
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    pair = tl.arange(0, PADDED)[None, :]
+    mask = (row < rows) & (pair < PAIRS)
+    here, table = row * (2 * PAIRS) + pair, (row // heads) % table_rows * (2 * PAIRS) + pair
+    real = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
+    imaginary = tl.load(x + here + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cosine + table, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sine + table, mask=mask, other=0.0).to(tl.float32)
+    number = output.dtype.element_ty
+    tl.store(output + here, (real * cos + imaginary * sin).to(number), mask=mask)
+    cos = tl.load(cosine + table + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sine + table + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output + here + PAIRS, (imaginary * cos + real * sin).to(number), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "table_rows"])
 def rotate_kernel(
     x,
     cosine,
     sine,
     output,
     rows,
+    table_rows,
     heads,
-    x_batch,
-    x_head,
-    x_position,
-    output_batch,
-    output_head,
-    output_position,
-    table_batch,
-    table_position,
     PAIRS: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`rotation.rotate` of the `rows` of one sequence, which are its heads position by position."""
-    batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    pair = tl.arange(0, PADDED)[None, :]
-    mask = (row < rows)[:, None] & (pair < PAIRS)
-    head, position = (row % heads).to(tl.int64)[:, None], (row // heads).to(tl.int64)[:, None]
-    source = x + batch * x_batch + head * x_head + position * x_position + pair
-    table = batch * table_batch + position * table_position + pair
-    real = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    imaginary = tl.load(source + PAIRS, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(cosine + table, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sine + table, mask=mask, other=0.0).to(tl.float32)
-    there = output + batch * output_batch + head * output_head + position * output_position + pair
-    number = output.dtype.element_ty
-    tl.store(there, (real * cos + imaginary * sin).to(number), mask=mask)
-    cos = tl.load(cosine + table + PAIRS, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sine + table + PAIRS, mask=mask, other=0.0).to(tl.float32)
-    tl.store(there + PAIRS, (imaginary * cos + real * sin).to(number), mask=mask)
+    """`rotate_rows` of every program."""
+    first = tl.program_id(0) * ROWS
+    rotate_rows(first, x, cosine, sine, output, rows, table_rows, heads, PAIRS, PADDED, ROWS)
 
 
 def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """`rotation.rotate`."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    if cosine.stride(-1) != 1 or sine.stride() != cosine.stride():
-        cosine, sine = cosine.contiguous(), sine.contiguous()
-    batch, heads, positions, width = x.shape
+    """`rotation.rotate`, of contiguous [b, s, j, 2 f] and tables."""
     output = torch.empty_like(x)
-    rows = heads * positions
-    if not x.numel():
-        return output
-    constants = rotation_constants(x.device, width // 2)
-    arguments = (
-        x,
-        cosine,
-        sine,
-        output,
-        rows,
-        heads,
-        *x.stride()[:3],
-        *output.stride()[:3],
-        cosine.stride(0) if cosine.shape[0] > 1 else 0,
-        cosine.stride(2),
-    )
-    grid = (shares(rows, constants.named["ROWS"]), batch, 1)
-    start_kernel(rotate_kernel, grid, constants, arguments)
+    if x.numel():
+        batch, positions, heads, width = x.shape
+        constants = rotation_constants(x.device, (x.dtype, cosine.dtype), heads, width)
+        rows = batch * positions * heads
+        grid = (shares(rows, constants.named["ROWS"]), 1, 1)
+        tensors, numbers = (x, cosine, sine, output), (rows, len(cosine) * positions)
+        start_kernel(rotate_kernel, grid, constants, tensors, numbers)
     return output
 
 
 @functools.lru_cache(maxsize=64)
-def rotation_constants(device: torch.device, pairs: int) -> Constants:
-    """Of `rotate_kernel`, for heads of so many pairs."""
-    padded = power_of_two(pairs, 1, 1 << 30)
-    rows = max(1, PAIRS // padded)
-    return Constants(device, {"num_warps": 4}, PAIRS=pairs, PADDED=padded, ROWS=rows)
+def rotation_constants(
+    device: torch.device, types: tuple[torch.dtype, torch.dtype], heads: int, width: int
+) -> Constants:
+    """Of `rotate_kernel`, for so many heads of such a width.
+
+    Args:
+        types: of these and of cosines.
+    """
+    return Constants(device, {"num_warps": 4}, (heads,), **rotated_rows(width))
+
+
+def rotated_rows(width: int) -> dict[str, int]:
+    """What `rotate_rows` is compiled for."""
+    padded = power_of_two(width // 2, 1, 1 << 30)
+    return {"PAIRS": width // 2, "PADDED": padded, "ROWS": max(1, PAIRS // padded)}

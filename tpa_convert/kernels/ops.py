@@ -5,15 +5,23 @@ Triton is imported when an operator first runs.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .encode_reference import CodeTables, RowTables
+from .encode_reference import CodeTables, RowCodes
 from .latent_tables import LatentTables, Layout
 from .rows import whole_words
+
+
+@functools.cache  # an import statement looks for its module every time
+def launches(module: str) -> Any:
+    return import_module(module, __package__)
 
 
 @torch.library.custom_op("tpa_convert::decode_rotated", mutates_args=())
@@ -52,9 +60,7 @@ def decode_rotated(
 
 def run_rotated(*arguments: Any) -> Tensor:
     """The same, not as an operator."""
-    from .launch import launch_rotated
-
-    return launch_rotated(*arguments)
+    return launches(".launch").launch_rotated(*arguments)
 
 
 @decode_rotated.register_fake
@@ -83,26 +89,31 @@ def decode_latent(
     end: Tensor | None,
     window: int | None,
     softcap: float | None,
-    mask: Tensor | None = None,
-    pages: Tensor | None = None,
+    mask: Tensor | None,
+    pages: Tensor | None,
+    by_group: bool,
 ) -> Tensor:
-    """Decoding over latent keys; what is not of a call is `latent_tables.LatentTables`."""
+    """`decode_latent.latent_on_kernel`; what is not of a call is `latent_tables.LatentTables`."""
     constants = epsilon, chunks, items, weight, offset, norm, place_of, step
     tables = LatentTables(Layout(*layout), *constants)
     cached = query, keys, values, cosine, sine
-    return run_latent(*cached, tables, scale, start, end, window, softcap, mask, pages)
+    call = scale, start, end, window, softcap, mask, pages, by_group
+    return run_latent(*cached, tables, *call)
 
 
 def run_latent(*arguments: Any) -> Tensor:
     """The same, not as an operator, of `LatentTables`."""
-    from .launch_latent import launch_latent
-
-    return launch_latent(*arguments)
+    return launches(".launch_latent").launch_latent(*arguments)
 
 
 @decode_latent.register_fake
-def _(query, keys, values, cosine, sine, layout, epsilon, *tables):
-    return query.new_empty(*query.shape[:3], tables[5].shape[1])
+def _(query, keys, values, cosine, sine, layout, epsilon, *others):
+    *leading, _ = query.shape
+    features, by_group = others[5].shape[1], others[-1]
+    if by_group:
+        groups = Layout(*layout).groups
+        leading = [groups, math.prod(leading) // groups]
+    return query.new_empty(*leading, features)
 
 
 @torch.library.custom_op("tpa_convert::encode", mutates_args=())
@@ -121,9 +132,7 @@ def encode(
 
 def run_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     """The same, not as an operator."""
-    from .launch_encode import launch_encode
-
-    return launch_encode(x, tables)
+    return launches(".launch_encode").launch_encode(x, tables)
 
 
 @encode.register_fake
@@ -134,34 +143,32 @@ def _(x, *tables):
 @torch.library.custom_op("tpa_convert::encode_rows", mutates_args=())
 def encode_rows(
     x: Tensor,
-    mean: Tensor,
-    step: Tensor,
-    spread: Tensor,
-    importance: Tensor,
-    reach: Tensor,
-    lowest_octave: int,
-    component: Tensor,
-    bits: Tensor,
-    low: Tensor,
+    numbers: Tensor,
+    places: Tensor,
     header: int,
-) -> tuple[Tensor, Tensor]:
+    lowest_octave: int,
+    rotation: Sequence[Tensor],
+) -> list[Tensor]:
     """Rows of bytes [n, bytes] of components [n, c], and what they say, [n,
-    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowTables`."""
-    tables = CodeTables(mean, step, spread, importance, reach, lowest_octave)
-    return run_rows(x, tables, RowTables(component, bits, low, header))
+    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowCodes`.
+    Behind them rotated queries, if there are any; see `launch_encode.Rotation`."""
+    codes = RowCodes(numbers, places, header, lowest_octave)
+    made = run_rows(x, codes, rotation or None)
+    return [part for part in made if part is not None]
 
 
-def run_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor, Tensor]:
+def run_rows(
+    x: Tensor, codes: RowCodes, rotation: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same, not as an operator."""
-    from .launch_encode import launch_rows
-
-    return launch_rows(x, tables, rows)
+    return launches(".launch_encode").launch_rows(x, codes, rotation)
 
 
 @encode_rows.register_fake
-def _(x, *tables):
-    rows = x.new_empty((len(x), len(tables[7])), dtype=torch.uint8)
-    return rows, x.new_empty((len(x), whole_words(x.shape[1] + 1)))
+def _(x, numbers, places, header, lowest_octave, rotation):
+    rows = x.new_empty((len(x), places.shape[1]), dtype=torch.uint8)
+    features = x.new_empty((len(x), whole_words(x.shape[1] + 1)))
+    return [rows, features, *map(torch.empty_like, rotation[:1])]
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())
@@ -180,9 +187,7 @@ def encode_straight(
 
 def run_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tensor]:
     """The same, not as an operator."""
-    from .launch_encode import launch_straight
-
-    return launch_straight(x, tables)
+    return launches(".launch_encode").launch_straight(x, tables)
 
 
 @encode_straight.register_fake

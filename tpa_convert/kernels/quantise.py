@@ -1,5 +1,5 @@
 """The Triton kernel that makes codes and rows of components: a few whole tokens a program, in
-registers."""
+registers. Programs behind them rotate the queries of the same tokens, which saves a launch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .encode_reference import PLANES, SCALES_PER_OCTAVE, TRIED_STEPS
+from .launch_rotation import rotate_rows
 
 FIRST_TRIED = tl.constexpr(TRIED_STEPS.start)
 TRIED_STEP = tl.constexpr(TRIED_STEPS.step)
@@ -28,45 +29,75 @@ def code_of(u, reach):
     return round_to_even(tl.minimum(tl.maximum(u + reach, 0.0), 2 * reach))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "query_rows", "table_rows"])
 def encode_kernel(
     x,
-    mean,
-    step,
-    spread,
-    importance,
-    reach,
+    numbers_of,
     header,
     codes,
     scaled,
     inside,
     label,
     packed,
-    component,
-    bits,
-    low,
+    places,
+    query,
+    cosine,
+    sine,
+    rotated,
     rows,
+    query_rows,
+    table_rows,
     stride,
     scaled_stride,
     width,
     bytes,
     header_at,
     octave,
+    heads,
     CLASSES: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BYTES: tl.constexpr,
     FEATURES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
-    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart.
+    """`encode_reference.encode_components` of `rows` tokens, `stride` numbers apart, by the tensors
+    of `encode_reference.RowCodes`.
 
     Of the outputs those are written that are not None: `header`, `codes`, `scaled` (in rows
-    `scaled_stride` apart), `label`, `inside`, and `packed`, which is `encode_reference.pack` of
-    `codes`. Without `label`, the class is written behind each row of `scaled`, and zeros behind it
-    up to the next row: fewer than FEATURES.
+    `scaled_stride` apart, numbers of two bytes or more), `label`, `inside`, and `packed`, which is
+    `encode_reference.pack` of codes that wait where `scaled` will be. Without `label`, the class is
+    written behind each row of `scaled`, and zeros behind it up to the next row: fewer than
+    FEATURES. `rotated` is what `rotate_rows` makes of `query`, QUERIES rows a program.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0)
+    if rotated is not None:
+        coders = tl.cdiv(rows, ROWS)
+        if program >= coders:
+            first = (program - coders) * QUERIES
+            rotate_rows(
+                first,
+                query,
+                cosine,
+                sine,
+                rotated,
+                query_rows,
+                table_rows,
+                heads,
+                PAIRS,
+                PADDED,
+                QUERIES,
+            )
+            return
+    mean = numbers_of
+    step = mean + CLASSES * width
+    spread = step + width
+    importance = spread + width
+    reach = importance + width
+    row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     used = column < width
     mask = (row < rows)[:, None] & used[None, :]
@@ -115,6 +146,25 @@ def encode_kernel(
     code = code_of(u, limit)
     place = of_row * width + column[None, :]
     head = (kind << SCALE_BITS) | index.to(tl.int32)
+    if packed is not None:
+        NUMBER_BYTES: tl.constexpr = scaled.dtype.element_ty.primitive_bitwidth // 8
+        waiting = scaled.to(tl.pointer_type(tl.uint8)) + of_row * (scaled_stride * NUMBER_BYTES)
+        tl.store(waiting + column[None, :], code.to(tl.uint8), mask=mask)
+        tl.debug_barrier()  # codes are read back, by other threads
+        byte = tl.arange(0, BYTES)
+        of_bytes = (row < rows)[:, None] & (byte < bytes)[None, :]
+        bits = places + AT_MOST * bytes + byte
+        taken = tl.load(bits, mask=byte < bytes, other=1)[None, :]
+        shift = tl.load(bits + bytes, mask=byte < bytes, other=0)[None, :]
+        result = tl.zeros([ROWS, BYTES], tl.int32)
+        for plane in tl.static_range(AT_MOST):
+            at = tl.load(places + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
+            read = tl.load(waiting + at, mask=of_bytes & (at >= 0), other=0)
+            field = (read.to(tl.int32) >> shift) & ((1 << taken) - 1)
+            result |= field << tl.minimum(plane * taken, 8)
+        result = tl.where((byte == header_at)[None, :], head[:, None], result)
+        tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=of_bytes)
+        tl.debug_barrier()  # all have read them
     if scaled is not None:
         numbers = scale[:, None] * size[None, :] * (code - limit)
         number = scaled.dtype.element_ty
@@ -132,17 +182,3 @@ def encode_kernel(
         tl.store(codes + place, code.to(tl.uint8), mask=mask)
     if header is not None:
         tl.store(header + row, head.to(tl.uint8), mask=row < rows)
-    if packed is not None:
-        tl.debug_barrier()  # codes are read back, by other threads
-        byte = tl.arange(0, BYTES)
-        mask = (row < rows)[:, None] & (byte < bytes)[None, :]
-        size = tl.load(bits + byte, mask=byte < bytes, other=1)[None, :]
-        shift = tl.load(low + byte, mask=byte < bytes, other=0)[None, :]
-        result = tl.zeros([ROWS, BYTES], tl.int32)
-        for plane in tl.static_range(AT_MOST):
-            index = tl.load(component + plane * bytes + byte, mask=byte < bytes, other=-1)[None, :]
-            code = tl.load(codes + of_row * width + index, mask=mask & (index >= 0), other=0)
-            field = (code.to(tl.int32) >> shift) & ((1 << size) - 1)
-            result |= field << tl.minimum(plane * size, 8)
-        result = tl.where((byte == header_at)[None, :], head[:, None], result)
-        tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import Case, choose_backend
+from .ops import launches
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor | None:
@@ -16,13 +17,18 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor | None:
         x: half-split features [b, j, s, 2 f], of which p and p + f are a pair; any strides.
         cosine, sine: of each feature, [b or 1, 1, s, 2 f]; sines of the first half are negative.
 
-    Returns: [b, j, s, 2 f] in the type of `x`, and in its order in memory.
+    Returns: [b, j, s, 2 f] in the type of `x`; in memory, positions come before heads.
 
     Raises:
         BackendError: the environment asks for a backend that cannot run this.
     """
     if choose_backend(Case("pairs", x.shape[-1], 0, x.dtype, x.device)) == "reference":
         return None
-    from .launch_rotation import launch_rotation
+    x, cosine, sine = x.transpose(1, 2).contiguous(), cosine.contiguous(), sine.contiguous()
+    return rotate_on_kernel(x, cosine, sine).transpose(1, 2)
 
-    return launch_rotation(x, cosine, sine)
+
+def rotate_on_kernel(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The same of [b, s, j, 2 f], for those who know that a kernel runs it; all are contiguous. No
+    operator for compilers, which do without."""
+    return launches(".launch_rotation").launch_rotation(x, cosine, sine)

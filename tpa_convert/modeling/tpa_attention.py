@@ -16,13 +16,15 @@ from .tpa_cache import (
     cache_grid,
     fold,
     given_cache,
-    holds_nothing,
     refuse_quantised,
+    tokens_in,
     unfold,
 )
+from .tpa_coded import CodedLayer
 from .tpa_configuration import LayerShape, source_head_dim, source_key_value_heads
-from .tpa_decode import LatentDecoder, decode_rebuilt, decode_rotated
-from .tpa_kernels import Sources, find_kernel, wants_gradients
+from .tpa_decode import decode_rebuilt, decode_rotated
+from .tpa_gauges import Heads
+from .tpa_kernels import Sources, find_kernel, part_of
 from .tpa_keys import ContextualKeys, LatentKeys, RotatedKeys
 from .tpa_prefill import eager_attention_forward, rebuilt_attention
 from .tpa_rotary import (
@@ -31,6 +33,7 @@ from .tpa_rotary import (
     feature_table,
     paged_positions,
     pair_table,
+    pairs_of,
     rotate,
     slot_positions,
 )
@@ -128,7 +131,7 @@ class TPAAttention(nn.Module):
         self.num_key_value_groups = heads // self.expanded_heads  # read by attention functions
         self.rotary_emb: LayerRotary | None = None
         self.kernel = find_kernel()
-        self.latent_decoder = LatentDecoder()
+        self.coded = CodedLayer() if shape.coded else None
 
     def forward(
         self,
@@ -147,7 +150,9 @@ class TPAAttention(nn.Module):
         Returns: output [b, s, D], and the attention weights if the function gives them.
         """
         cache = given_cache(kwargs, pop=True)
-        keys, (batch, length, _) = self.keys, hidden_states.shape
+        keys: RotatedKeys | LatentKeys = part_of(self, "keys")
+        values: StaticValues = part_of(self, "values")
+        batch, length, _ = hidden_states.shape
         latent, stock = isinstance(keys, LatentKeys), isinstance(cache, Cache)
         if self.rotary_emb is None:
             tables = self.tables(position_embeddings)
@@ -156,43 +161,50 @@ class TPAAttention(nn.Module):
                 position_embeddings[:1], self.table_kind, lambda: self.tables(position_embeddings)
             )
         table, query_table, key_table = tables
-        query = self.q_proj(hidden_states)
+        query = part_of(self, "q_proj")(hidden_states)
         if self.q_norm is not None:
             query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
-        query = query.view(batch, length, self.num_heads, -1).transpose(1, 2)
-        query = rotate(query, query_table, self.keys.rotation)
-        key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
-        constants = None  # of kernels
+        query = query.view(batch, length, self.num_heads, -1)
+        held = None if cache is None else tokens_in(cache, self.layer_idx)
+        on_kernels, coded = self.coded, None  # tables of kernels
+        if on_kernels is not None and cache is not None:
+            coded = on_kernels.prepare(query, keys, values, cache, held)
+        if on_kernels is None or coded is None:
+            query = rotate(query.transpose(1, 2), query_table, keys.rotation)
+            key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
+        else:
+            given = hidden_states, query, query_table, keys, values
+            query, key, value, features = on_kernels.pack(coded, *given)
+        of_slots = None
         if cache is not None:
-            of_slots = None
-            prompt = stock and length > 1 and holds_nothing(cache, self.layer_idx)
+            prompt = stock and length > 1 and held == 0
             if latent and stock and not prompt:  # before the cache counts the new tokens
-                given = hidden_states, position_embeddings, attention_mask
-                of_slots = self.table_of_slots(cache, *given, kwargs)
-            key, value = self.update(cache, key, value, hidden_states.dtype, kwargs)
+                known = hidden_states, position_embeddings, attention_mask
+                of_slots = self.table_of_slots(cache, *known, kwargs)
+            key, value = self.update(cache, key, value, hidden_states.dtype, kwargs, not held)
             if prompt and key.shape[2] > length:  # free slots lie behind it
                 key, value = key[:, :, :length], value[:, :, :length]
                 if isinstance(attention_mask, torch.Tensor):
                     attention_mask = attention_mask[..., :length]
             if latent and not stock:
                 of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
-            table = of_slots or table
-            if key.shape[2] != length:  # something was cached before
+            if length == 1 or key.shape[2] != length:  # something was cached before
                 features = None
-            if isinstance(keys, LatentKeys) and not wants_gradients(query, keys.gauge.weight):
-                constants = self.latent_decoder.prepare(query, keys, self.values)
         if self.rotary_emb is not None:
             self.rotary_emb.done()
         implementation = self.config._attn_implementation
         one = length == 1 and (cache is None or stock)
         output = weights = None
-        if one and features is None and constants is not None:
+        if one and features is None and on_kernels is not None and coded is not None:
             # Who hooks into this module may want weights, which only eager attention gives.
             eager = implementation == "eager" and self.softcap and not self._forward_hooks
             if eager or (implementation == "sdpa" and not self.softcap):
-                cached = query, key, value, attention_mask, table
-                output = self.decode_latent(*cached, constants)
+                pairs = pairs_of(table) if of_slots is None else of_slots[1]
+                cached = query, key, value, attention_mask, pairs
+                output = on_kernels.decode(coded, *cached, self.scaling, self.softcap)
         if output is None:
+            if of_slots is not None:
+                table = of_slots[0]
             key, value = features or self.unpack(key, value, query.dtype)
         if output is None and one and implementation == "sdpa" and not self.softcap:
             output = self.decode(query, key, value, attention_mask, table)
@@ -205,21 +217,30 @@ class TPAAttention(nn.Module):
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
             parts = self.mixed_parts(key, value)
+            value = torch.cat(parts, -1) if len(parts) > 1 else value
+
+            def expand(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+                made = None
+                if heads is None and features is not None and coded is not None:
+                    assert on_kernels is not None
+                    made = on_kernels.expand(coded, key, value, table)
+                return made or (keys.expand(key, table, heads), values.expand(value, heads))
+
             output, weights = rebuilt_attention(
                 self,
                 attention_interface,
                 query,
                 key,
-                torch.cat(parts, -1) if len(parts) > 1 else value,
+                expand,
                 attention_mask,
-                table,
                 one_width=implementation == "sdpa",
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
                 **kwargs,
             )
-            output = output[..., : self.values.output_width]
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+            if output.shape[-1] != values.output_width:
+                output = output[..., : values.output_width]
+        return part_of(self, "o_proj")(output.reshape(batch, length, -1)), weights
 
     def train(self, mode: bool = True) -> "TPAAttention":
         """What decoding keeps of the parameters is made anew after training, but not where nothing
@@ -283,11 +304,12 @@ class TPAAttention(nn.Module):
         value: torch.Tensor,
         dtype: torch.dtype,
         kwargs: dict[str, Any],
+        first: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds packed keys and values to the cache of a model in `dtype`: all that it holds of
-        them."""
+        them. The cache may be looked at if they are the `first` ones."""
         if isinstance(cache, Cache):
-            if self.keys.coder is not None:
+            if first and self.coded is not None:
                 refuse_quantised(cache, self.layer_idx)
         elif "kwargs" not in signature(cache.update).parameters:
             raise ValueError("continuous batching of TPA models needs transformers 5.20 or newer")
@@ -309,9 +331,10 @@ class TPAAttention(nn.Module):
         position_embeddings: Table,
         attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
-    ) -> Table | None:
-        """The table of all positions that a cache of transformers will hold with the new tokens in
-        it, for keys that are rotated where they are used; None if it holds no others."""
+    ) -> tuple[Table, Table] | None:
+        """Tables of all positions that a cache of transformers will hold with the new tokens in it,
+        of features and of pairs, for keys that are rotated where they are used; None if it holds no
+        others."""
         length, positions = hidden_states.shape[1], kwargs.get("position_ids")
         slots_t = cache.get_mask_sizes(length, self.layer_idx)[0]
         if slots_t == length:
@@ -327,7 +350,7 @@ class TPAAttention(nn.Module):
 
     def table_of_pages(
         self, slots: int, hidden_states: torch.Tensor, kwargs: dict[str, Any]
-    ) -> Table | None:
+    ) -> tuple[Table, Table] | None:
         """The same of the `slots` that a paged cache has returned."""
         if slots == hidden_states.shape[1]:
             return None
@@ -335,32 +358,13 @@ class TPAAttention(nn.Module):
         positions = paged_positions(starts_q, starts_k, kwargs["position_ids"], slots)
         return self.table_at(hidden_states, positions)
 
-    def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Table:
-        """The table of features at positions [b or 1, t], in the type and place of what comes
-        in."""
+    def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> tuple[Table, Table]:
+        """Tables of features and of pairs at positions [b or 1, t], in the type and place of what
+        comes in."""
         assert self.rotary_emb is not None, "set by replace_attention"
         cos, sin = (x.to(hidden_states.device) for x in self.rotary_emb(hidden_states, positions))
-        return feature_table(pair_table((cos, sin), self.head_dim // 2, self.table_order))
-
-    def decode_latent(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        table: Table,
-        constants: Any,
-    ) -> torch.Tensor | None:
-        """What `decode` gives of latent keys, from rows of codes as they are cached.
-
-        Args:
-            constants: see `LatentDecoder.prepare`.
-
-        Returns: None where no kernel runs it.
-        """
-        cached = query, key, value, attention_mask, table
-        mixed = self.latent_decoder.decode(*cached, constants, self.scaling, self.softcap)
-        return None if mixed is None else self.values.output(mixed).transpose(1, 2)
+        table = feature_table(pair_table((cos, sin), self.head_dim // 2, self.table_order))
+        return table, pairs_of(table)
 
     def decode(
         self,

@@ -15,14 +15,17 @@ CACHE_NAMES = ("past_key_values", "cache", "layer_past")
 
 def given_cache(arguments: dict[str, Any], pop: bool = False) -> Cache | None:
     """The cache among keyword arguments, whatever it is called there; `pop` takes it out."""
-    found = [arguments.pop(n, None) if pop else arguments.get(n) for n in CACHE_NAMES]
-    return next((cache for cache in found if cache is not None), None)
+    cache = None
+    for name in CACHE_NAMES:
+        found = arguments.pop(name, None) if pop else arguments.get(name)
+        cache = found if cache is None else cache
+    return cache
 
 
-def holds_nothing(cache: Cache, layer_idx: int) -> bool:
-    """Whether a layer of a cache is known to be empty, without asking a GPU."""
-    held = cache.get_seq_length(layer_idx)
-    return isinstance(held, int) and held == 0
+def tokens_in(cache: Any, layer_idx: int) -> int | None:
+    """Tokens that a layer of a cache is known to hold, without asking a GPU; None if it is not."""
+    held = cache.get_seq_length(layer_idx) if isinstance(cache, Cache) else None
+    return held if isinstance(held, int) else None
 
 
 def refuse_quantised(cache: Cache, layer_idx: int) -> None:
@@ -54,12 +57,14 @@ def cache_grid(
     if layer_idx >= len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
-    held: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
-    for x in held:  # in most caches the first one tells
+    for name in ("keys", "values"):  # in most caches the first one tells
+        x = getattr(layer, name, None)
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or (x.shape[1], x.shape[3]) != grid:
             return None
+        if not x.numel():
+            return None
     packed = [grid, grid] == [(1, width) for width in widths]
-    return None if packed or not all(x.numel() for x in held) else grid
+    return None if packed else grid
 
 
 def fold(row: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """What codes the components of a layer's keys or values where attention runs: `RowCoder`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor, nn
 
 from .tpa_codes import (
     CLASSES,
-    LOWEST_OCTAVE,
     NO_ROWS,
     Quantiser,
     RowLayout,
@@ -22,7 +20,7 @@ from .tpa_codes import (
     row_tables,
     straight_through,
 )
-from .tpa_kernels import Coding, Sources, find_coding
+from .tpa_kernels import Sources, find_coding
 
 CODED_BY = "mean", "step", "spread", "importance", "highest"
 AT_ONCE = 1 << 24  # numbers that rows are unpacked to side by side
@@ -56,7 +54,7 @@ class RowCoder(nn.Module):
             self.register_buffer(name, torch.ones(count))
         self.coding = find_coding()
         self.made_of = Sources()
-        self.kept: dict[str, Any] = {}
+        self.kept: dict[str, Quantiser] = {}
         # Follows from the config: what loading leaves out, `init_weights` makes again.
         for name, table in self._constants().items():
             self.register_buffer(name, table, persistent=False)
@@ -82,24 +80,15 @@ class RowCoder(nn.Module):
         """The tables; with the layout, if there are rows to be made or read."""
         if torch.compiler.is_compiling():
             return self._quantiser(layout)
-
-        def make() -> Quantiser:
-            made = self._quantiser(layout)
-            return made._replace(followed=made.header_tables)
-
-        return self._keep("rows" if layout is not NO_ROWS else "no rows", make)
-
-    def _keep(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` makes of buffers, until one is another or has changed: every token and layer
-        asks."""
-        if torch.compiler.is_compiling():
-            return make()
+        # Kept until one of these is another or has changed: every token and layer asks.
         given: list[Any] = [self._buffers[source] for source in CODED_BY]
         if not self.made_of.are(given):
             self.made_of, self.kept = Sources(given), {}
+        name = "rows" if layout is not NO_ROWS else "no rows"
         if name not in self.kept:
             with torch.inference_mode(False), torch.no_grad():
-                self.kept[name] = make()
+                made = self._quantiser(layout)
+                self.kept[name] = made._replace(followed=made.header_tables)
         return self.kept[name]
 
     def _quantiser(self, layout: RowLayout) -> Quantiser:
@@ -128,21 +117,23 @@ class RowCoder(nn.Module):
             rows: make rows of components; otherwise features, with gradients as if nothing were
                 rounded, and the same that rows of these components give.
             dtype: of features that are made of rows.
-            features: make them too where rows are made; on kernels they cost nothing.
+            features: make them too where rows are made.
 
         Returns: features [..., width]; or rows, uint8 [..., row_bytes], and features in the type of
             x or None.
         """
         if dtype is not None:
             return self._features(x, dtype)
-        if self.coding is not None and self.coding.wanted(x.device):
-            return self._on_kernels(self.coding, x, rows)
         if rows:
             quantiser = self.quantiser(self.layout)
             coded = quantise(x.float(), quantiser)
             row = pack_rows(*coded, quantiser.layout, quantiser.tables)
             return row, features_of(*numbers_of(*coded, quantiser), x.dtype) if features else None
-        numbers, label = straight_through(x.float(), self.quantiser())
+        quantiser, coding = self.quantiser(), self.coding
+        if coding is not None and coding.wanted(x.device):
+            numbers, label = coding.straight_through(x, coding.code_tables(*quantiser.codes))
+        else:
+            numbers, label = straight_through(x.float(), quantiser)
         return features_of(numbers, label, x.dtype)
 
     def _features(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,25 +149,6 @@ class RowCoder(nn.Module):
         for part, features in zip(*parts, strict=True):
             features.copy_(features_of(*decode(part, quantiser), dtype))
         return made
-
-    def _on_kernels(self, coding: Coding, x: Tensor, rows: bool) -> Any:
-        """As `forward`, of components, in one launch or two; features come with rows always."""
-        if not rows:
-            numbers, label = coding.straight_through(x, self._code_tables(coding))
-            return features_of(numbers, label, x.dtype)
-
-        def make() -> tuple[Any, Any]:
-            layout, device = self.layout, self.mean.device
-            places = coding.row_tables(layout.tiers, layout.header, layout.row_bytes)
-            *on_device, header = places
-            on_device = [x.to(device) for x in on_device]
-            return self._code_tables(coding), type(places)(*on_device, header)
-
-        return coding.encode_rows(x, *self._keep("on kernels", make))
-
-    def _code_tables(self, coding: Coding) -> Any:
-        quantiser = self.quantiser()
-        return coding.code_tables(*quantiser[1:5], quantiser.reach, LOWEST_OCTAVE)
 
 
 def features_of(numbers: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:

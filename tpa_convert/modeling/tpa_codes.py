@@ -184,6 +184,12 @@ class Quantiser(NamedTuple):
         return self.highest.float() / 2 if self.followed is None else self.followed.reach
 
     @property
+    def codes(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """All that codes of components follow from, as kernels take it."""
+        parts = self.mean, self.step, self.spread, self.importance
+        return *parts, self.reach, LOWEST_OCTAVE
+
+    @property
     def header_tables(self) -> HeaderTables:
         if self.followed is not None:
             return self.followed

@@ -42,32 +42,31 @@ def heads_of(
 
     As a single product: a batched one would copy the features for every head.
     """
-    features = as_wide_as(features, weight)
-    bias = None if offset is None else offset.flatten()
-    heads = nn.functional.linear(features[:, 0], weight.flatten(0, 1), bias)
-    return heads.unflatten(-1, weight.shape[:2]).transpose(1, 2)
+    groups, size, width = weight.shape
+    bias = None if offset is None else offset.reshape(-1)
+    heads = nn.functional.linear(features.squeeze(1), weight.reshape(-1, width), bias)
+    return heads.view(*heads.shape[:2], groups, size).transpose(1, 2)
 
 
 def each_head(
     features: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Products [b, h, s, d] of the features [b, h, s, w] of each head with a matrix that the h / j
-    heads of a group share, [j, d, w], and the group's offset [j, d].
+    heads of a group share, [j, w, d], and the group's offset [j, 1, d].
 
     As one product a group: `matmul` would copy the matrices for every sequence.
     """
-    features = as_wide_as(features, weight)
     batch, heads, length, width = features.shape
-    groups, one = weight.shape[0], batch == 1
+    groups, one = len(weight), batch == 1
     if not one:
         features = features.unflatten(1, (groups, -1)).transpose(0, 1)
     together = features.reshape(groups, -1, width)
     if offset is None:
-        found = torch.bmm(together, weight.mT)
+        found = torch.bmm(together, weight)
     else:
-        found = torch.baddbmm(offset[:, None], together, weight.mT)
+        found = torch.baddbmm(offset, together, weight)
     if not one:
-        found = found.view(groups, batch, -1, weight.shape[1]).transpose(0, 1)
+        found = found.view(groups, batch, -1, weight.shape[-1]).transpose(0, 1)
     return found.reshape(batch, heads, length, -1)
 
 
@@ -135,11 +134,19 @@ class HeadGauge(nn.Module):
             before: the weight of a `BlockGauge` [j, d / B, w], whose features come first in the
                 run, and how many are of each of its blocks.
         """
+        weight = of_heads(self.matrix(before, blocks), heads)
+        offset = of_heads(self.offset, heads)
+        features = as_wide_as(features, weight)
+        if features.shape[1] == 1:
+            return heads_of(features, weight, offset)
+        return each_head(features, weight.mT, None if offset is None else offset[:, None])
+
+    def matrix(
+        self, before: torch.Tensor | None = None, blocks: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """The weight for features in whole words, [j, d, w]; see `forward`."""
         made_of = (self.weight,) if before is None else (before, self.weight)
-        weight = self.kept.of(made_of, lambda: self._matrix(before, blocks))
-        weight, offset = of_heads(weight, heads), of_heads(self.offset, heads)
-        product = heads_of if features.shape[1] == 1 else each_head
-        return product(features, weight, offset)
+        return self.kept.of(made_of, lambda: self._matrix(before, blocks))
 
     def _matrix(self, before: torch.Tensor | None, blocks: Sequence[int]) -> torch.Tensor:
         if before is None:
@@ -171,10 +178,22 @@ class BlockGauge(nn.Module):
     def forward(self, features: torch.Tensor, heads: Heads = None) -> torch.Tensor:
         """Heads [b, j, s, d] of features [b, 1, s, all widths], in whole words."""
         width = sum(self.widths)
-        if len(self.widths) == 1 or (features.is_cuda and width <= self.at_once):
+        if self.together():
             return self.shared(features, heads, self.weight, self.widths)
         blocks, rest = features[..., :width].split(self.widths, -1), features[..., width:]
         weights = of_heads(self.weight, heads).split(self.widths, -1)
         parts = [heads_of(x, weight) for x, weight in zip(blocks, weights, strict=True)]
         halves = torch.stack(parts, dim=-2).unflatten(-1, (2, -1))  # [b, j, s, B, 2, f / B]
         return halves.transpose(-3, -2).flatten(-3) + self.shared(rest, heads)
+
+    def together(self) -> bool:
+        """Whether a single product makes all blocks."""
+        blocks, width = len(self.widths), sum(self.widths)
+        return blocks == 1 or (self.weight.is_cuda and width <= self.at_once)
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The matrices of all blocks for features in whole words, [j, d, w], and offsets [j, d];
+        None where there are none."""
+        if not self.together():
+            return None
+        return self.shared.matrix(self.weight, self.widths), self.shared.offset

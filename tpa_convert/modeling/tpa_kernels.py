@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 
 from .tpa_codes import round_up
 
-INTERFACE = 1  # of the kernels: those of another package may take and give other things
+INTERFACE = 2  # of the kernels: those of another package may take and give other things
 WIDEST_FLASH = 256  # head dim of PyTorch's flash attention
+address_of = torch.Tensor.data_ptr
+changes_of = attrgetter("_version")  # how often a tensor has been changed in place
 
 
 def of_one_width(
@@ -51,49 +54,55 @@ def _of_kernels(*names: str) -> list[Any] | None:
 
 
 class Coding(NamedTuple):
-    """`tpa_convert.kernels`' own ways from components to features and to rows."""
+    """`tpa_convert.kernels`' own way from components to features, with gradients."""
 
     straight_through: Callable[..., Any]
-    encode_rows: Callable[..., Any]
     code_tables: Callable[..., Any]
-    row_tables: Callable[..., Any]
     wanted: Callable[..., bool]
 
 
 def find_coding() -> Coding | None:
     """What codes components on a GPU, None where no package has it; see `find_kernel`."""
-    found = _of_kernels("straight_through", "encode_rows", "CodeTables", "row_tables", "wanted")
+    found = _of_kernels("straight_through", "CodeTables", "wanted")
     return None if found is None else Coding(*found)
 
 
-class LatentKernels(NamedTuple):
-    """`tpa_convert.kernels`' own way to decode over coded latent keys."""
+class CodedKernels(NamedTuple):
+    """`tpa_convert.kernels`' own ways to code components in rows, to rotate, and to decode over
+    rows."""
 
-    decode: Callable[..., torch.Tensor | None]
     wanted: Callable[..., bool]
+    encodes: Callable[..., bool]
+    encode: Callable[..., tuple[torch.Tensor, torch.Tensor, Any]]
+    code_tables: Callable[..., Any]
+    row_tables: Callable[..., Any]
+    row_codes: Callable[..., Any]
+    rotate: Callable[..., torch.Tensor]
+    decodes: Callable[..., bool]
+    decode: Callable[..., torch.Tensor]
     tables: Callable[..., Any]
     key_map: Callable[..., Any]
     rows: Callable[..., Any]
 
 
-def find_latent() -> LatentKernels | None:
-    """What decodes over coded latent keys on a GPU, None where no package has it; see
+def find_coded() -> CodedKernels | None:
+    """What codes rows and decodes over them on a GPU, None where no package has it; see
     `find_kernel`."""
-    found = _of_kernels("decode_latent", "wanted", "latent_tables", "KeyMap", "Rows")
-    return None if found is None else LatentKernels(*found)
+    encoding = "runs_components", "rows_on_kernel", "CodeTables", "row_tables", "row_codes"
+    decoding = "runs_latent", "latent_on_kernel", "latent_tables", "KeyMap", "Rows"
+    found = _of_kernels("wanted", *encoding, "rotate_on_kernel", *decoding)
+    return None if found is None else CodedKernels(*found)
 
 
-class Rotation(NamedTuple):
-    """`tpa_convert.kernels`' own way to rotate pairs."""
-
-    rotate: Callable[..., torch.Tensor | None]
-    wanted: Callable[..., bool]
-
-
-def find_rotation() -> Rotation | None:
+def find_rotation() -> Callable[..., torch.Tensor | None] | None:
     """What rotates pairs on a GPU, None where no package has it; see `find_kernel`."""
-    found = _of_kernels("rotate", "wanted")
-    return None if found is None else Rotation(*found)
+    found = _of_kernels("rotate")
+    return None if found is None else found[0]
+
+
+def part_of(module: nn.Module, name: str) -> Any:
+    """A module inside of another, past the look-up of `nn.Module`, which takes the host 1 µs."""
+    return module._modules[name]
 
 
 class Sources:
@@ -107,7 +116,10 @@ class Sources:
 
     def __init__(self, tensors: Sequence[torch.Tensor] = ()):
         # Kept, so that no other tensor can have their place in memory.
-        self.seen = [(x, x.data_ptr(), changes_of(x)) for x in tensors]
+        self.seen = list(tensors)
+        self.addresses = list(map(address_of, self.seen))
+        self.counted = [x for x in self.seen if not x.is_inference()]  # whose changes are
+        self.changes = list(map(changes_of, self.counted))
         self.round = Sources.rounds
 
     @classmethod
@@ -117,14 +129,16 @@ class Sources:
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are they, not changed in place since."""
-        if self.round != Sources.rounds or len(self.seen) != len(tensors):
-            return False
-        for (a, place, changes), b in zip(self.seen, tensors, strict=False):  # every layer asks
-            if a is not b or place != b.data_ptr():
-                return False
-            if changes is not None and changes != b._version:
-                return False
-        return True
+        same = len(self.seen) == len(tensors) and all(map(is_, self.seen, tensors))
+        return same and self.unchanged()
+
+    def unchanged(self) -> bool:
+        """Whether they have not been changed in place."""
+        return (  # without loops of Python: every token and layer asks
+            self.round == Sources.rounds
+            and list(map(address_of, self.seen)) == self.addresses
+            and list(map(changes_of, self.counted)) == self.changes
+        )
 
 
 class Kept:
@@ -155,11 +169,6 @@ class Kept:
 def wants_gradients(*tensors: torch.Tensor) -> bool:
     """Whether what is made of these has to lead back to them, which kernels of decoding do not."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def changes_of(x: torch.Tensor) -> int | None:
-    """How often a tensor has been changed in place, None where that is not counted."""
-    return None if x.is_inference() else x._version
 
 
 def mask_of_slots(

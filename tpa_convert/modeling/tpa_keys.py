@@ -68,6 +68,8 @@ class KeyNorm(nn.Module):
 class KeyLayout(nn.Module):
     """What all layouts of keys have: a projection to what is cached, and perhaps a norm."""
 
+    gauge: Any
+
     def __init__(
         self,
         shape: LayerShape,
@@ -187,7 +189,9 @@ class RotatedKeys(KeyLayout):
             if self.shape.key_gauge == "none":
                 return torch.einsum("btrj,btcrp->bjtcp", head, component).flatten(-2)
             feature = torch.einsum("btrj,btcrp->bjtcrp", head, component).flatten(-3)
-        return feature if self.gauge is None else each_head(feature, of_heads(self.matrix(), heads))
+        if self.gauge is None:
+            return feature
+        return each_head(feature, of_heads(self.matrix(), heads).mT)
 
     def matrix(self) -> torch.Tensor:
         """The gauge as a real matrix for each head, [j, d, width]."""
@@ -203,7 +207,7 @@ class RotatedKeys(KeyLayout):
             return query
         if self.gauge is None:
             return query.unflatten(-1, (2, -1))[..., self.rotary_pair].flatten(-2)
-        return each_head(query, self.matrix().mT)
+        return each_head(query, self.matrix())
 
     def scores(self, query: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """Scores [b, h, s, t], without softmax's scale, of component queries [b, h, s, width].

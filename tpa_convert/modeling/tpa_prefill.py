@@ -13,7 +13,6 @@ from torch import nn
 from .tpa_decode import masked_softmax
 from .tpa_gauges import Heads
 from .tpa_kernels import of_one_width
-from .tpa_rotary import Table
 
 REBUILT_BYTES = 1 << 28  # of keys and values side by side, unless a single head has more
 
@@ -22,10 +21,9 @@ def rebuilt_attention(
     attention: Any,
     interface: Callable[..., Any],
     query: torch.Tensor,
-    packed_key: torch.Tensor,
-    packed_value: torch.Tensor,
+    packed: torch.Tensor,
+    expand: Callable[[Heads], tuple[torch.Tensor, torch.Tensor]],
     attention_mask: torch.Tensor | None,
-    table: Table,
     one_width: bool,
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -35,32 +33,26 @@ def rebuilt_attention(
     Args:
         attention: the `TPAAttention` that calls.
         query: rotated, [b, h, s, d].
-        packed_key, packed_value: features or what is cached, [b, 1, t, ...].
-        table: see `keys.expand`.
+        packed: features of keys or what is cached, [b, 1, t, ...].
+        expand: gives keys and values of some heads.
         one_width: whether the function wants keys as wide as values.
         settings: of the attention function.
     """
-    keys, values, count = attention.keys, attention.values, attention.expanded_heads
+    count = attention.expanded_heads
     found = []
-    for heads in runs_of_heads(attention, query, packed_key):
+    for heads in runs_of_heads(attention, query, packed):
         of_run = query
         if heads is not None:
             shared = attention.num_key_value_groups
             of_run = query[:, heads.start * shared : heads.stop * shared]
             count = heads.stop - heads.start
-        key, value = keys.expand(packed_key, table, heads), values.expand(packed_value, heads)
+        key, value = expand(heads)
         if one_width:
             of_run, key, value = of_one_width(of_run, key, value)
-        found.append(
-            interface(
-                attention,
-                of_run,
-                key.expand(-1, count, -1, -1),
-                value.expand(-1, count, -1, -1),
-                attention_mask,
-                **settings,
-            )
+        key, value = (
+            x if x.shape[1] == count else x.expand(-1, count, -1, -1) for x in (key, value)
         )
+        found.append(interface(attention, of_run, key, value, attention_mask, **settings))
     if len(found) == 1:
         return found[0]
     outputs, weights = zip(*found, strict=True)
@@ -70,13 +62,12 @@ def rebuilt_attention(
 def runs_of_heads(attention: Any, query: torch.Tensor, packed: torch.Tensor) -> list[Heads]:
     """Key/value heads whose keys and values are rebuilt together; [None] for all."""
     count = attention.expanded_heads
-    norm = attention.keys.norm
-    together = norm is not None and norm.all_heads and attention.shape.latent_keys
-    if count == 1 or together or torch.compiler.is_compiling():
+    batch, _, slots, _ = packed.shape
+    at_once = max(1, REBUILT_BYTES // (batch * slots * 2 * query.shape[-1] * query.element_size()))
+    if at_once >= count or torch.compiler.is_compiling():
         return [None]
-    head_bytes = len(packed) * packed.shape[2] * 2 * query.shape[-1] * query.element_size()
-    at_once = max(1, REBUILT_BYTES // head_bytes)
-    if at_once >= count:
+    norm = attention.keys.norm
+    if norm is not None and norm.all_heads and attention.shape.latent_keys:
         return [None]
     return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
 

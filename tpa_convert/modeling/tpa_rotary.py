@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .tpa_kernels import Rotation, wants_gradients
+from .tpa_kernels import wants_gradients
 
 Table = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, [b, 1, s, f] each (the 1 stands for all heads); or [b, 1, s, 2 f] for the
@@ -21,7 +21,9 @@ PairOrder = Literal["halves", "neighbours"]
 """Which two of 2 f features are the pair p: p and p + f, or 2 p and 2 p + 1."""
 
 
-def rotate(x: torch.Tensor, table: Table, rotation: Rotation | None = None) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, table: Table, rotation: Callable[..., torch.Tensor | None] | None = None
+) -> torch.Tensor:
     """Rotates the pairs of half-split features `x` [b, j, s, 2 P] by `table` [b, 1, s, 2 P].
 
     The result has the type of `x`: some families (Olmo 2, Ernie 4.5) keep tables in fp32.
@@ -30,13 +32,8 @@ def rotate(x: torch.Tensor, table: Table, rotation: Rotation | None = None) -> t
         rotation: does it in one launch where it can; compilers fuse the operators themselves.
     """
     cos, sin = table
-    if (
-        rotation is not None
-        and rotation.wanted(x.device)
-        and not torch.compiler.is_compiling()
-        and not wants_gradients(x)
-    ):
-        rotated = rotation.rotate(x, cos, sin)
+    if rotation is not None and not torch.compiler.is_compiling() and not wants_gradients(x):
+        rotated = rotation(x, cos, sin)
         if rotated is not None:
             return rotated
     real, imaginary = x.chunk(2, -1)
@@ -47,6 +44,13 @@ def feature_table(table: Table) -> Table:
     """The table of features [b, 1, s, 2 f] in that of pairs [b, 1, s, f]."""
     cos, sin = table
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def pairs_of(table: Table) -> Table:
+    """The table of pairs [b, s, f], of all heads, in that of features [b, 1, s, 2 f]."""
+    pairs = table[0].shape[-1] // 2
+    cos, sin = (x[:, 0, :, pairs:] for x in table)
+    return cos, sin
 
 
 def pair_table(position_embeddings: Table, pairs: int, order: PairOrder | None = "halves") -> Table:
@@ -142,7 +146,7 @@ class LayerRotary:
     def __init__(
         self, module: nn.Module, arguments: dict[str, Any], kept: dict[Any, Any], last: bool
     ):
-        self.module, self.arguments = module, arguments
+        self.module, self.arguments, self.kind = module, arguments, tuple(arguments.values())
         self.kept, self.last = kept, last
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Table:
@@ -157,11 +161,16 @@ class LayerRotary:
         """
         if torch.compiler.is_compiling():  # which finds what is equal by itself
             return make()
-        key = (*self.arguments.values(), *key)
+        key = self.kind, key
         found = self.kept.get(key)
-        if found is None or any(a is not b for a, b in zip(found[0], given, strict=True)):
-            found = self.kept[key] = given, make()
-        return found[1]
+        if found is not None:
+            for a, b in zip(found[0], given, strict=True):  # every layer asks
+                if a is not b:
+                    break
+            else:
+                return found[1]
+        self.kept[key] = given, make()
+        return self.kept[key][1]
 
     def done(self) -> None:
         """To be called when the layer is: what is shared goes with the last one."""

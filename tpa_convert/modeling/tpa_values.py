@@ -26,8 +26,11 @@ class KeyPrediction(nn.Module):
         self.kept = Kept()
 
     def forward(self, key_features: torch.Tensor) -> torch.Tensor:
-        weight = self.kept.of((self.weight,), self._in_whole_words)
-        return nn.functional.linear(key_features, weight)
+        return nn.functional.linear(key_features, self.matrix())
+
+    def matrix(self) -> torch.Tensor:
+        """The weight with zeros for those behind the features, [width, in whole words]."""
+        return self.kept.of((self.weight,), self._in_whole_words)
 
     def _in_whole_words(self) -> torch.Tensor:
         return in_whole_words(self.weight, [self.weight.shape[-1]])

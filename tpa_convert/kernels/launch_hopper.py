@@ -1,0 +1,98 @@
+"""Where the kernels in Gluon, for Hopper, take the place of those in Triton for coded latent keys,
+and what they are launched with."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+
+from .latent_tables import CHUNK, MAX_PAIRS, PIECE, Layout
+from .launch import INTERPRETED, power_of_two, shared_bytes
+
+TILE = 128  # slots of a program of weights at a time
+MOST_STAGES = 4  # of its ring
+GROUP = 4  # warps that act as one
+SUM_WARPS = 2  # of a program of sums
+SUM_PLACES = PIECE  # of each of its warps
+SUMS_AT_ONCE = 4  # programs that a multiprocessor runs
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device. Gluon is not stable yet, so releases of Triton that are
+    not known to have what they take do without."""
+    release = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if INTERPRETED or device.type != "cuda" or not (3, 6) <= release <= (3, 9):
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def weights_kernel() -> Any:
+    # Here, since older releases of Triton have no Gluon.
+    from .latent_hopper import latent_weights_on_hopper
+
+    return latent_weights_on_hopper
+
+
+@functools.cache
+def sums_kernel() -> Any:
+    from .latent_sums_hopper import latent_sums_on_hopper
+
+    return latent_sums_on_hopper
+
+
+@functools.cache
+def ring_stages(layout: Layout, per_span: int, device: torch.device) -> int:
+    """Stages of the ring of the kernel of weights that shared memory has room for; 0 if the kernel
+    cannot run this layout.
+
+    Args:
+        per_span: queries of a span.
+    """
+    known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
+    if not known or per_span > 32:
+        return 0
+    keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
+    beside = layout.blocks * keys * (2 * _per_half(per_span) + 4)  # queries, offsets
+    stages = (shared_bytes(device) - beside) // (2 * CHUNK * (TILE + keys))
+    return min(stages, MOST_STAGES) if stages > 1 else 0
+
+
+def _per_half(per_span: int) -> int:
+    """Queries of half of the heads of a span, padded."""
+    return power_of_two(per_span // 2, 8, 16)
+
+
+def constants_of_weights(
+    layout: Layout, positions: int, per_span: int, stages: int
+) -> dict[str, Any]:
+    """Constant arguments of the kernel of weights."""
+    return {
+        "GROUPS": layout.groups,
+        "BLOCKS": layout.blocks,
+        "PAIRS": layout.pairs,
+        "PADDED": layout.padded,
+        "HEADS": layout.heads,
+        "COLUMNS": _per_half(per_span),
+        "CHUNK": CHUNK,
+        "BLOCK": TILE // 2,
+        "MULTIPLE": positions > 1,
+        "STAGES": stages,
+    }
+
+
+def constants_of_sums(columns: int, tiles: int, block: int) -> dict[str, Any]:
+    """Constant arguments of the kernel of sums for `columns` queries of a program, `tiles` programs
+    that share them, and blocks of so many slots."""
+    return {
+        "COLUMNS": columns,
+        "TILES": tiles,
+        "PIECE": PIECE,
+        "PLACES": SUM_PLACES,
+        "BLOCK": block,
+        "WARPS": SUM_WARPS,
+    }
