@@ -49,15 +49,27 @@ def make(case: str):
 
 
 @pytest.fixture(scope="module")
-def models():
+def made():
     return {}
 
 
 @pytest.fixture
+def models(made, monkeypatch):
+    """A model of each case, made once: on a CPU, which cannot be told to use kernels."""
+
+    def of(case):
+        if case not in made:
+            with monkeypatch.context() as without:
+                without.delenv("TPA_CONVERT_BACKEND", raising=False)
+                made[case] = make(case)
+        return made[case]
+
+    return of
+
+
+@pytest.fixture
 def coded(models):
-    if "two blocks" not in models:
-        models["two blocks"] = make("two blocks")
-    return copy.deepcopy(models["two blocks"])
+    return copy.deepcopy(models("two blocks"))
 
 
 @pytest.fixture
@@ -143,9 +155,8 @@ def close(found, truth):
 @pytest.mark.parametrize("case", CODED)
 def test_generation(monkeypatch, models, calls, case) -> None:
     """With padding; every other case with a static cache, whose free slots hold anything."""
-    models.setdefault(case, make(case))
     static = list(CODED).index(case) % 2 == 1
-    found, truth = both(monkeypatch, models[case], prompts(5), NEW, static)
+    found, truth = both(monkeypatch, models(case), prompts(5), NEW, static)
     assert len(calls) == 3 * NEW
     assert all_close(found, truth)
 
@@ -153,8 +164,7 @@ def test_generation(monkeypatch, models, calls, case) -> None:
 def test_without_padding_and_longer_than_a_window(monkeypatch, models, calls) -> None:
     assert PROMPT > WINDOW
     for case in ("two blocks", "windows"):
-        models.setdefault(case, make(case))
-        found, truth = both(monkeypatch, models[case], prompts(), STEPS)
+        found, truth = both(monkeypatch, models(case), prompts(), STEPS)
         assert all_close(found, truth)
     assert len(calls) == 2 * 3 * STEPS
 
@@ -174,7 +184,7 @@ def test_keys_and_values_of_a_prompt(monkeypatch, models, case) -> None:
     """In few steps they are what the layouts make of the same features; on a CPU, blocks of pairs
     are left to those, and normalised keys everywhere."""
     monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
-    model, found = models.setdefault(case, make(case)), []
+    model, found = models(case), []
     real = CodedLayer.expand
 
     def expand(self, tables, key, value, table):
@@ -282,7 +292,7 @@ def test_gradients_take_the_other_path(monkeypatch, coded, calls) -> None:
 
 def test_whoever_hooks_into_soft_capped_attention_gets_weights(monkeypatch, models, calls) -> None:
     monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
-    model = copy.deepcopy(models.setdefault("soft cap", make("soft cap")))
+    model = copy.deepcopy(models("soft cap"))
     output = model.generate(
         **prompts(), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
     )

@@ -44,7 +44,7 @@ def heads_of(
     """
     groups, size, width = weight.shape
     bias = None if offset is None else offset.reshape(-1)
-    heads = nn.functional.linear(features.squeeze(1), weight.reshape(-1, width), bias)
+    heads = nn.functional.linear(features.squeeze(1), weight.reshape(groups * size, width), bias)
     return heads.view(*heads.shape[:2], groups, size).transpose(1, 2)
 
 
