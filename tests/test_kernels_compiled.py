@@ -72,6 +72,7 @@ def in_gluon(monkeypatch):
         monkeypatch.setattr(hopper, name, lambda launch=launch: launch)
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
     monkeypatch.setattr(hopper, "ring_stages", lambda *_: 3)
+    monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     monkeypatch.setattr(launches, "overlapped", lambda device: True)
     join = launches.latent_join_kernel
     monkeypatch.setattr(launches, "latent_join_kernel", Launches(join))
@@ -113,6 +114,42 @@ def test_sums_by_warps_compile_for_hopper(in_gluon, heads, start, window) -> Non
     kernel = in_gluon["sums_kernel"].compile()
     assert matrix_products(kernel.asm["ptx"])["synchronous"]
     assert kernel.metadata.shared == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "others", "in_gluon"),
+    [
+        (8, 32768, {}, (True, True)),
+        (16, 2048, {}, (True, False)),  # programs of sums would be too short
+        (1, 2048, {}, (False, False)),  # too few of them
+        (8, 32768, {"window": 1024}, (False, False)),
+        (8, 32768, {"norm": torch.float32}, (False, False)),
+        (8, 32768, {"dtype": torch.float32}, (False, False)),
+        (8, 32768, {"page": 16}, (False, False)),
+    ],
+)
+def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon) -> None:
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launches, "overlapped", lambda device: True)
+    codes = [CODES[0][0]] * 4, CODES[1]
+    tables = random_case(shape=(32, 8, 128), codes=codes, slots=8, dtype=torch.bfloat16).tables
+    launches.latent_shape.cache_clear()
+    shape = launches.latent_shape(
+        tables.layout,
+        0.0,
+        torch.device("cpu"),
+        (others.get("dtype", torch.bfloat16), torch.bfloat16, others.get("norm"), *[None] * 4),
+        (batch, 32, 1, 128),
+        (4096, 128, 128, 256, 512, 64, 1),
+        (slots // 32, others.get("window", slots) // 32, others.get("page", 0)),
+        (0.1, None, None),
+        launches.SHAPES,
+        False,
+    )
+    launches.latent_shape.cache_clear()
+    wanted = hopper.weights_kernel(), hopper.sums_kernel()
+    assert tuple(a is b for a, b in zip(shape.kernels, wanted, strict=True)) == in_gluon
 
 
 def test_a_left_side_from_registers_would_be_seen() -> None:

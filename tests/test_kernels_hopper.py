@@ -34,6 +34,7 @@ def used(monkeypatch):
     """Whether both kernels in Gluon were launched, and not those that they stand for, where four
     programs are enough for them."""
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     found = []
     start = launches.start_kernel
 

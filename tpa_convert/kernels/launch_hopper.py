@@ -18,6 +18,7 @@ GROUP = 4  # warps that act as one
 SUM_WARPS = 2  # of a program of sums
 SUM_PLACES = PIECE  # of each of its warps
 SUMS_AT_ONCE = 4  # programs that a multiprocessor runs
+SUM_BLOCKS = 32  # of slots, from which on a program is faster than Triton's: it starts slowly
 
 
 @functools.cache

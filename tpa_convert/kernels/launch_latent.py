@@ -178,13 +178,14 @@ def latent_shape(
         block = hopper.TILE // 2
     blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles
     pieces = (layout.items - layout.first_item) // (PIECE // WORD)
-    splits, at_once = shares(attended, block // SHORTEST), SUMS_AT_ONCE
+    most = shares(attended, block // SHORTEST)
+    splits = choose_splits(most, batch * sum_tiles * pieces, SUMS_AT_ONCE * processors)
     if in_gluon:
         fewer = shares(pieces * PIECE, hopper.SUM_WARPS * hopper.SUM_PLACES)
-        in_gluon = batch * sum_tiles * fewer * min(splits, MOST_SPLITS) >= processors
-    if in_gluon:
-        pieces, at_once = fewer, hopper.SUMS_AT_ONCE
-    splits = choose_splits(splits, batch * sum_tiles * pieces, at_once * processors)
+        others = choose_splits(most, batch * sum_tiles * fewer, hopper.SUMS_AT_ONCE * processors)
+        in_gluon = shares(most, min(others, MOST_SPLITS)) >= hopper.SUM_BLOCKS
+        if in_gluon:
+            pieces, splits = fewer, others
     splits = min(splits, MOST_SPLITS)
     constants = latent_constants(
         layout,
@@ -205,8 +206,7 @@ def latent_shape(
     )
     grid = (blocks, batch, layout.spans * tiles)
     if stages:  # they stay, and share the tiles of a sequence
-        most = shares(blocks * block, hopper.TILE)
-        grid = (min(max(1, processors // batch), most), batch, 1)
+        grid = (min(max(1, processors // batch), shares(blocks, 2)), batch, 1)
     sizes = (
         ((batch, blocks, 2, padded_columns, block), torch.float32 if exact else torch.float16),
         ((batch, blocks, 4, padded_columns), torch.float32),
