@@ -157,3 +157,31 @@ def test_every_shape_of_a_program(monkeypatch, shape, stages) -> None:
     case = random_case(codes=CODES["every length"], slots=300, dtype=DTYPES[0], device=DEVICE)
     found = launch_latent(*case.call(), 0.3, case.start, case.end, None, None)
     assert error(found, case.truth(scale=0.3)) < TOLERANCE[DTYPES[0]]
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter tells what is read")
+def test_nothing_behind_the_rows_is_read(monkeypatch) -> None:
+    """Not even by what is loaded ahead, where items of wider rows of values follow those of keys:
+    behind a cache there may be no memory."""
+    from triton.runtime import interpreter
+
+    case = random_case(codes=([[(1, 128)]], [(4, 300)]), slots=70, dtype=torch.float32)
+    size, behind = case.keys.numel(), 4096
+    buffer = torch.zeros(size + behind, dtype=torch.uint8)
+    keys = buffer[:size].view(case.keys.shape).copy_(case.keys)
+    end, read = keys.data_ptr() + size, []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def load(self, addresses, mask, *rest):
+            read.append(addresses[mask])
+            return real.load(addresses, mask, *rest)
+
+    real = interpreter._interpreter
+    monkeypatch.setattr(interpreter, "_interpreter", Watched())
+    launch_latent(case.query, keys, *case.call()[2:], 0.3, None, None, None, None)
+    addresses = torch.cat([torch.from_numpy(x.ravel().astype("int64")) for x in read])
+    assert ((addresses >= end - size) & (addresses < end)).any()  # control: rows were read
+    assert not ((addresses >= end) & (addresses < end + behind)).any()

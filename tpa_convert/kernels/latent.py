@@ -297,7 +297,7 @@ def latent_weights_kernel(
             of_pairs = tl.load(chunks + chunk)
             # What the next step takes apart is loaded before this one's products.
             right = numbers_of(words, item, DTYPE)
-            item = tl.load(of_item + (chunk + 1) * ITEMS)
+            item = tl.load(of_item + tl.minimum(chunk + 1, chunk_count - 1) * ITEMS)
             words = load_words(keys, key_offset, item)
             left = tl.load(weight + chunk * SPANS * (2 * ALL * CHUNK) + of_weight)
             rebuilt = tl.dot(left, tl.trans(right), rebuilt, input_precision=PRECISION)

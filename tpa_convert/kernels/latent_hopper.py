@@ -95,7 +95,7 @@ def produce(
                 mbarrier.wait(empty.index(stage), n // STAGES % 2 ^ 1)
                 copy_to_shared(W.index(stage), weight + chunk * (ROWS * CHUNK) + of_weight)
                 async_copy.commit_group()
-                following = gl.load(of_item + (chunk + 1) * ITEMS)
+                following = gl.load(of_item + gl.minimum(chunk + 1, chunk_count - 1) * ITEMS)
                 X.index(2 * stage).store(numbers_of(words_low, item, X.dtype))
                 words_low = gl.load(rows + (low + (following & 0xFFFF)[None, :]))
                 X.index(2 * stage + 1).store(numbers_of(words_high, item, X.dtype))
