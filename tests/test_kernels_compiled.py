@@ -21,6 +21,7 @@ from tpa_convert.kernels import launch_encode
 from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels.encode_reference import row_codes, row_tables
+from tpa_convert.kernels.launch import COMPILERS_SHARED_BYTES
 
 from .compiled import Launches, matrix_products
 from .encode_cases import random_components, random_tables
@@ -60,6 +61,9 @@ def test_compiles_for_hopper(monkeypatch, case, shape, added) -> None:
         assert kernel.metadata.shared <= SHARED_BYTES
         if name == "latent_weights_kernel":
             assert products["shared"]  # the keys are rebuilt by the asynchronous unit
+
+
+ring_stages = hopper.ring_stages.__wrapped__
 
 
 @pytest.fixture
@@ -102,6 +106,24 @@ def test_warps_that_differ_compile_for_hopper(in_gluon, positions, added, window
     assert products["registers"] == 0
     assert products["shared"]
     assert kernel.metadata.shared <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "positions"), [((32, 32, 128), 16, 1), ((16, 16, 64), 4, 2)]
+)
+def test_rings_fit_shared_memory(monkeypatch, in_gluon, shape, blocks, positions) -> None:
+    """As many stages as are said to fit, in layers that leave little room beside them."""
+    monkeypatch.setattr(hopper, "ring_stages", ring_stages)
+    left = SHARED_BYTES - COMPILERS_SHARED_BYTES
+    monkeypatch.setattr(hopper, "shared_bytes", lambda device: left)
+    codes = [CODES[0][0]] * blocks, CODES[1]
+    made = random_case(
+        shape=shape, codes=codes, slots=512, positions=positions, dtype=torch.bfloat16
+    )
+    mask = torch.ones(2, 512, dtype=torch.bool)
+    launches.launch_latent(*made.call(), 0.3, None, made.end, None, None, mask)
+    kernel = in_gluon["weights_kernel"].compile()
+    assert 0.75 * SHARED_BYTES < kernel.metadata.shared <= SHARED_BYTES
 
 
 @pytest.mark.parametrize(("heads", "start", "window"), [(32, False, None), (8, True, 400)])

@@ -279,6 +279,70 @@ def test_compiled_in_one_graph(monkeypatch, coded) -> None:
     assert close(*steps)
 
 
+def test_a_compiled_prompt_does_without_tables(monkeypatch, coded) -> None:
+    """A compiler would keep to those of before, whatever they follow from has become."""
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    compiled = torch.compile(coded, backend="aot_eager")
+    found = []
+    with torch.no_grad():
+        before = coded(**prompts(), use_cache=True).logits
+        coded.model.layers[1].self_attn.values.coder.step.mul_(3.0)
+        for model in (compiled, coded):
+            found.append(model(**prompts(), use_cache=True).logits)
+    assert close(*found)
+    assert not close(before, found[1])
+
+
+def test_compiled_training_after_generation(monkeypatch, coded) -> None:
+    """Tables are there, but kernels that code rows have no gradients."""
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    coded.requires_grad_(True)
+    with torch.no_grad():
+        coded(**prompts(), use_cache=True)
+    assert coded.model.layers[0].self_attn.coded.tables is not None
+    found = []
+    for model in (torch.compile(coded, backend="aot_eager"), coded):
+        coded.zero_grad()
+        model(**prompts(), use_cache=True, labels=prompts()["input_ids"]).loss.backward()
+        attention = coded.model.layers[0].self_attn
+        parts = attention.keys.gauge, attention.values.gauge, attention.o_proj
+        found.append([part.weight.grad for part in parts])
+    assert all_close(*found)
+    assert all(x.count_nonzero() for x in found[0])
+
+
+def test_autocast_with_normalised_queries(monkeypatch, models) -> None:
+    """They stay in 32 bits, while components come in 16."""
+    model, found = copy.deepcopy(models("normalised keys")).float(), []
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("TPA_CONVERT_BACKEND", "auto" if GPU and not found else backend)
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16):
+            found.append(model(**prompts(), use_cache=True).logits)
+    assert torch.allclose(*found, atol=1e-2 * found[1].abs().max())
+
+
+def test_another_thread_may_begin_a_cache_between_two_looks(monkeypatch, coded) -> None:
+    """At which of the caches a layer's tables are in use for."""
+
+    class Interrupted(CodedLayer):
+        @property
+        def cache(self):
+            seen, self.seen = self.seen, None
+            return seen
+
+        @cache.setter
+        def cache(self, reference):
+            self.seen = reference
+
+    monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
+    coded.model.layers[0].self_attn.coded = layer = Interrupted()
+    cache = DynamicCache(config=coded.config)
+    with torch.no_grad():
+        for ids in (prompts()["input_ids"], torch.full((2, 1), 7, device=DEVICE)):
+            coded(ids, past_key_values=cache)
+            assert layer.tables is not None
+
+
 def test_gradients_take_the_other_path(monkeypatch, coded, calls) -> None:
     monkeypatch.setenv("TPA_CONVERT_BACKEND", "triton")
     coded.requires_grad_(True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from tpa_convert.modeling.tpa_rotary import slot_positions
+from tpa_convert.modeling.tpa_rotary import LayerRotary, slot_positions
 
 CONFIG = LlamaConfig(
     num_hidden_layers=1, hidden_size=8, num_attention_heads=1, num_key_value_heads=1
@@ -41,3 +41,14 @@ def test_one_new_token_without_a_mask(kind, cached, positions) -> None:
     truth = slot_positions(*arguments, used.expand(len(positions), -1), torch.device("cpu"))
     assert found.shape == (len(positions), slots)
     assert torch.equal(found, truth)
+
+
+def test_layers_in_other_threads_may_clear_what_is_shared() -> None:
+    """Each gets what it has made, whatever becomes of the place where it is kept."""
+
+    class Cleared(dict):
+        def __setitem__(self, key, value) -> None:
+            """As if the last layer of another forward pass were done right now."""
+
+    rotary = LayerRotary(torch.nn.Identity(), {}, Cleared(), last=False)
+    assert rotary.shared((), (), lambda: "made") == "made"

@@ -80,14 +80,18 @@ class CodedLayer:
             query: [b, s, h, d].
             cache: that rows go to, and how many tokens it is known to hold; None if it is not.
         """
-        if torch.compiler.is_compiling():  # a compiler cannot tell whether tables are still right
+        made_for, several = (query.dtype, query.device), query.shape[1] > 1
+        if torch.compiler.is_compiling():
+            # Which cannot tell whether tables are still right: they are those of the prompt before.
+            if several or self.made_for != made_for or torch.is_grad_enabled():
+                return None
             return self.tables
-        made_for = query.dtype, query.device
+        known = self.cache  # another thread may begin a cache meanwhile
         if (
             held
-            and query.shape[1] == 1
-            and self.cache is not None
-            and self.cache() is cache
+            and not several
+            and known is not None
+            and known() is cache
             and self.made_for == made_for
             and self.made_of.round == Sources.rounds
             and not torch.is_grad_enabled()
@@ -141,7 +145,10 @@ class CodedLayer:
         component = part_of(values, "feature_factor")(hidden_states)
         component = component.view(-1, component.shape[-1])
         if tables.prediction is not None:
-            component.addmm_(key_features, tables.prediction, alpha=-1)  # elsewhere: a copy first
+            # Under autocast normalised queries, whose type tables have, are in another one. What is
+            # not in place would copy first.
+            prediction = tables.prediction.to(component.dtype)
+            component.addmm_(key_features, prediction, alpha=-1)
         value, value_features, _ = self.kernels.encode(component, tables.values)
         shape = batch, 1, length, -1
         features = None

@@ -169,8 +169,9 @@ class LayerRotary:
                     break
             else:
                 return found[1]
-        self.kept[key] = given, make()
-        return self.kept[key][1]
+        made = make()
+        self.kept[key] = given, made  # not read again: another thread may put its own there
+        return made
 
     def done(self) -> None:
         """To be called when the layer is: what is shared goes with the last one."""
