@@ -1,9 +1,11 @@
 """Decode attention of one layer: our kernels beside PyTorch's on the source's cache.
 
     python benchmarks/decode_attention.py [--only plain|contextual|coded|masked|host]
+    python benchmarks/decode_attention.py --kernels
 
 Every call finds its cache outside L2, and calls run in CUDA graphs. `of copy` counts the bytes of
-the cache over the bandwidth of a plain copy in the same run.
+the cache over the bandwidth of a plain copy in the same run. `--kernels` times each kernel of coded
+latent keys by itself, as its launch has chosen it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +24,38 @@ from torch.nn.functional import scaled_dot_product_attention
 from common.kernel_timing import copies_needed, copy_bandwidth, matrix_rate, seconds
 from common.machine import device_name, versions
 from common.random_models import coded_shape
-from tpa_convert.kernels import KeyMap, Rows, decode_attention, decode_latent, latent_tables
+from tpa_convert.kernels import (
+    KeyMap,
+    Rows,
+    decode_attention,
+    decode_latent,
+    latent_tables,
+    launch_latent,
+)
 from tpa_convert.kernels.launch import launch_rotated
 from tpa_convert.modeling.tpa_codes import LOWEST_OCTAVE
 
 # Names of sources: query heads, key/value heads, head dim.
-SOURCES = {"MHA": (32, 32, 128), "GQA-8": (32, 8, 128), "MQA": (32, 1, 128), "SmolLM2": (9, 3, 64)}
+SOURCES = {
+    "MHA": (32, 32, 128),
+    "GQA-8": (32, 8, 128),
+    "MQA": (32, 1, 128),
+    "GQA-8 of 64": (32, 8, 64),
+    "SmolLM2": (9, 3, 64),
+}
 MOST_BUFFERS = 100
 LONG = [(8, 32768), (1, 131072)]
 SHORT = [(1, 2048)]
+KERNEL_CASES = [
+    (12.5, "GQA-8", 8, 32768),
+    (25, "GQA-8", 8, 32768),
+    (12.5, "GQA-8", 64, 2048),
+    (12.5, "GQA-8", 1, 32768),
+    (12.5, "GQA-8", 1, 2048),
+    (12.5, "GQA-8 of 64", 16, 2048),
+    (12.5, "SmolLM2", 64, 8192),
+    (12.5, "MHA", 8, 4096),
+]
 
 
 def rotating(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -85,6 +111,37 @@ def contextual(rank: int, batch: int, slots: int) -> tuple[float, int]:
 def coded(percent: float, source: str, batch: int, slots: int) -> tuple[float, int, float]:
     """Rows as conversions make them of a source: seconds, bytes of the cache and operations of
     rebuilding, scores and sums."""
+    call, count, size, operations = coded_call(percent, source, batch, slots)
+    return seconds(call, count), size, operations
+
+
+def each_kernel(call: Callable[[int], object], count: int) -> list[tuple[str, float]]:
+    """Names and seconds of the kernels that `call(i)`, i in range(count), launches."""
+    calls: list[list[tuple[Any, ...]]] = []
+    start = launch_latent.start_kernel
+
+    def noted(*launch: Any) -> None:
+        calls[-1].append(launch)
+        start(*launch)
+
+    launch_latent.start_kernel = noted
+    try:
+        for i in range(count):
+            calls.append([])
+            call(i)
+    finally:
+        launch_latent.start_kernel = start
+    found = []
+    for k, (kernel, *_) in enumerate(calls[0]):
+        time = seconds(lambda i, k=k: start(*calls[i][k]), count)  # type: ignore[misc]
+        found.append((kernel.__name__, time))
+    return found
+
+
+def coded_call(
+    percent: float, source: str, batch: int, slots: int
+) -> tuple[Callable[[int], Tensor | None], int, int, float]:
+    """A call of the i-th of several caches, how many there are, and what `coded` gives."""
     heads, groups, head_dim = SOURCES[source]
     shape = coded_shape(percent, groups, head_dim)
     parts = [
@@ -124,7 +181,7 @@ def coded(percent: float, source: str, batch: int, slots: int) -> tuple[float, i
     mixed = tables.place_of.shape[1]
     operations = 2 * groups * head_dim * width_k // len(widths) + 2 * heads * (head_dim + mixed)
     size = sum(x[0].numel() * x[0].element_size() for x in (keys, values))
-    return seconds(call, count), size, float(operations * batch * slots)
+    return call, count, size, float(operations * batch * slots)
 
 
 def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
@@ -136,6 +193,16 @@ def masked(width: int, batch: int, slots: int, used: int) -> tuple[float, int]:
     )
     time = seconds(lambda i: decode_attention(query, *caches[i], scale=0.1, mask=mask), len(caches))
     return time, 2 * batch * used * width * 2
+
+
+def kernel_rows() -> None:
+    print("| case | source, ms | the whole call, ms | its kernels, ms |\n|---|---|---|---|")
+    for percent, name, batch, slots in KERNEL_CASES:
+        call, count, _, _ = coded_call(percent, name, batch, slots)
+        parts = ", ".join(f"{k} {time * 1e3:.4f}" for k, time in each_kernel(call, count))
+        beside, whole = source(name, batch, slots)[0], seconds(call, count)
+        case = f"{percent} %, {name}, {batch} × {slots}"
+        print(f"| {case} | {beside * 1e3:.4f} | {whole * 1e3:.4f} | {parts} |", flush=True)
 
 
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
@@ -208,10 +275,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     choices = ["plain", "coded", "contextual", "masked", "host"]
     parser.add_argument("--only", choices=choices)
-    only = parser.parse_args().only
+    parser.add_argument("--kernels", action="store_true", help="of coded latent keys, and no more")
+    arguments = parser.parse_args()
+    only = arguments.only
     print(f"{device_name()}, {versions()}")
     bandwidth, rate = copy_bandwidth(), matrix_rate()
     print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s\n")
+    if arguments.kernels:
+        return kernel_rows()
     table = Table(bandwidth, rate)
     for batch, slots in LONG + SHORT:
         for name in ("MHA", "GQA-8", "MQA") if only in (None, "plain", "coded") else ():

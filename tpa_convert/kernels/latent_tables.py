@@ -108,6 +108,10 @@ class Layout(NamedTuple):
     parts: int
     features: int
 
+    def queries_of_span(self, heads: int, positions: int) -> int:
+        """Of `heads` query heads at so many positions, those whose keys are in one span."""
+        return self.heads * (heads // self.groups) * positions
+
 
 class LatentTables(NamedTuple):
     """Tables of one layer with I items, N = heads · padded pairs of a span.

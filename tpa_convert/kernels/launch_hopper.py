@@ -14,6 +14,7 @@ from .launch import INTERPRETED, power_of_two, shared_bytes
 
 TILE = 128  # slots of a program of weights at a time
 MOST_STAGES = 4  # of its ring
+MOST_COLUMNS = 16  # queries of half of the heads of a span
 GROUP = 4  # warps that act as one
 SUM_WARPS = 2  # of a program of sums
 SUM_PLACES = PIECE  # of each of its warps
@@ -55,7 +56,7 @@ def ring_stages(layout: Layout, per_span: int, device: torch.device) -> int:
         per_span: queries of a span.
     """
     known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
-    if not known or per_span > 32:
+    if not known or per_span > 2 * MOST_COLUMNS:
         return 0
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
     beside = layout.blocks * keys * (2 * _per_half(per_span) + 4)  # queries, offsets
@@ -65,7 +66,7 @@ def ring_stages(layout: Layout, per_span: int, device: torch.device) -> int:
 
 def _per_half(per_span: int) -> int:
     """Queries of half of the heads of a span, padded."""
-    return power_of_two(per_span // 2, 8, 16)
+    return power_of_two(per_span // 2, 8, MOST_COLUMNS)
 
 
 def constants_of_weights(

@@ -161,7 +161,7 @@ def latent_shape(
     """
     (batch, heads, positions, _), (length, attended, page) = queries, lengths
     columns, processors = heads * positions, multiprocessors(device)
-    per_span = layout.heads * (heads // layout.groups) * positions
+    per_span = layout.queries_of_span(heads, positions)
     per_program = power_of_two(per_span, 16, MAX_COLUMNS)
     tiles = shares(per_span, per_program)
     per_sum = power_of_two(columns, 16, MAX_COLUMNS)
@@ -284,7 +284,7 @@ def latent_constants(
         epsilon,
     )
     if in_gluon[0]:
-        per_span = layout.heads * (heads // layout.groups) * positions
+        per_span = layout.queries_of_span(heads, positions)
         named = hopper.constants_of_weights(layout, positions, per_span, in_gluon[0])
         options = {"num_warps": hopper.GROUP}
     else:
