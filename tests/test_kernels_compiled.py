@@ -148,6 +148,8 @@ def test_sums_by_warps_compile_for_hopper(in_gluon, heads, start, window) -> Non
         (8, 32768, {"norm": torch.float32}, (False, False)),
         (8, 32768, {"dtype": torch.float32}, (False, False)),
         (8, 32768, {"page": 16}, (False, False)),
+        (8, 32768, {"rows_fit": False}, (False, True)),
+        (8, 32768, {"whole": False}, (True, True)),
     ],
 )
 def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon) -> None:
@@ -168,6 +170,8 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
         (0.1, None, None),
         launches.SHAPES,
         False,
+        others.get("rows_fit", True),
+        others.get("whole", True),
     )
     launches.latent_shape.cache_clear()
     wanted = hopper.weights_kernel(), hopper.sums_kernel()

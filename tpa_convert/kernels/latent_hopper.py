@@ -3,11 +3,16 @@
 Twelve warps share the work. One group of four, the *producer*, takes rows apart and loads weights
 of keys into a ring in shared memory. Two others, the *consumers*, have a block of slots each:
 
-    keys [T, 2 pairs] = components [T, w] · weightᵀ [w, 2 pairs]         both spans at once
+    keys [T, 2 pairs] = codes [T, w] · weightᵀ [w, 2 pairs]              both spans at once
     scores [T, C] += rotated keys [T, pairs] · queriesᵀ [pairs, C]       heads by halves of a span
 
 The matrix unit works for one while the other rotates. Programs stay: each goes through tiles of two
-blocks, so that queries and offsets of keys are brought to shared memory once.
+blocks, so that what is the same for all slots is brought to shared memory once.
+
+Codes and weights are whole numbers of eight bits, where those are enough, and their products are
+exact; queries are taken times what keys are multiples of. The scale of a token comes to its scores
+in the end, and what offsets of keys give to scores, where only cosines and sines differ from slot
+to slot, comes from queries and offsets that were multiplied before.
 
 This is written in Gluon, Triton's language of explicit layouts, where warps may differ: in plain
 Triton all warps wait at every step for each other. Nothing computed is on the left of an
@@ -37,7 +42,11 @@ from .latent_hopper_scores import (
     SPANS,
     add_scores,
     attended_to,
+    load_offsets,
     load_queries,
+    load_row,
+    scores_of_offsets,
+    whole_rows,
     write_nothing,
     write_weights,
 )
@@ -45,14 +54,43 @@ from .split_kv import slot_bounds
 
 # Names of Triton 3.7 and later, and of 3.6.
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
+_memory = gl.shared_memory_descriptor
+reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 WARPS = gl.constexpr(4)  # of a group
 REGISTERS_OF_CONSUMER = gl.constexpr(216)  # of a thread
 REGISTERS_OF_PRODUCER = gl.constexpr(80)
 WORDS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
-COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
-KEYS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+EVERY_BYTE = gl.constexpr(0x01010101)
+SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
+
+
+@gluon.constexpr_function
+def copied(element):
+    """Layout of weights that are copied: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 128 // element.primitive_bitwidth], [8, 4], [4, 1], [1, 0])
+
+
+@gluon.jit
+def store_codes(X, words, item):
+    """Codes less their centres, of words [T, items], to where products read them."""
+    if X.dtype == gl.int8:
+        # Twice what the mask leaves, less the mask, is a number of eight bits; it is found with
+        # 128 more, so that no byte takes from its neighbour.
+        turn = ((item >> 16) - 1) & 31
+        keep = (item >> 24) * EVERY_BYTE
+        words = words.to(gl.uint32, bitcast=True)
+        turned = words >> turn.to(gl.uint32)[None, :]
+        turned |= words << ((32 - turn) & 31).to(gl.uint32)[None, :]
+        codes = turned.to(gl.int32, bitcast=True) & (2 * keep)[None, :]
+        codes = (codes + (SIGNS - keep)[None, :]) ^ SIGNS
+        T: gl.constexpr = X.shape[0]
+        ITEMS: gl.constexpr = X.shape[1] // 4
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, ITEMS], gl.int32)
+        reinterpret(X, gl.int32, [T, ITEMS], LAYOUT).store(codes)
+    else:
+        X.store(numbers_of(words, item, X.dtype))
 
 
 @gluon.jit
@@ -69,12 +107,13 @@ def produce(
     chunk_count,
     STAGES: gl.constexpr,
 ):
-    """Fills the ring: components of a chunk of places, of both blocks of a tile, and weights."""
+    """Fills the ring: codes in a chunk of places, of both blocks of a tile, and weights."""
     X, W, full, empty = ring
     T: gl.constexpr = X.shape[1]
     CHUNK: gl.constexpr = X.shape[2]
     ROWS: gl.constexpr = W.shape[1]
     ITEMS: gl.constexpr = CHUNK // 4
+    COPIED: gl.constexpr = copied(W.dtype)
     of_item = items + gl.arange(0, ITEMS, gl.SliceLayout(0, WORDS))
     row = gl.arange(0, ROWS, gl.SliceLayout(1, COPIED)) * CHUNK
     of_weight = row[:, None] + gl.arange(0, CHUNK, gl.SliceLayout(0, COPIED))[None, :]
@@ -96,9 +135,9 @@ def produce(
                 copy_to_shared(W.index(stage), weight + chunk * (ROWS * CHUNK) + of_weight)
                 async_copy.commit_group()
                 following = gl.load(of_item + gl.minimum(chunk + 1, chunk_count - 1) * ITEMS)
-                X.index(2 * stage).store(numbers_of(words_low, item, X.dtype))
+                store_codes(X.index(2 * stage), words_low, item)
                 words_low = gl.load(rows + (low + (following & 0xFFFF)[None, :]))
-                X.index(2 * stage + 1).store(numbers_of(words_high, item, X.dtype))
+                store_codes(X.index(2 * stage + 1), words_high, item)
                 words_high = gl.load(rows + (high + (following & 0xFFFF)[None, :]))
                 item = following
                 async_copy.wait_group(0)
@@ -127,17 +166,21 @@ def consume(
     STAGES: gl.constexpr,
 ):
     """Empties the ring: weights of the first or the second block of each tile."""
-    Q, offsets, X, W, full, empty = ring
-    keys, values, chunks, offset, cosine, sine = inputs
+    Q, O, X, W, full, empty = ring
+    keys, values, chunks, cosine, sine = inputs
     weights_out, block_terms = outputs
     mask, begin, stop, window = bounds
-    key_stride_t, value_stride_t, table_stride_t, table_stride_p = strides
+    key_stride_t, value_stride_t, table_stride_t = strides
     heads, positions, length, chunk_count, padded_columns, header_k, header_v = numbers
     scale, softcap, octave_k, octave_v = factors
     T: gl.constexpr = X.shape[1]
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     HIGH: gl.constexpr = PADDED // LOW
-    SLOTS: gl.constexpr = gl.SliceLayout(1, PAIRS_OF_KEYS)
+    SLOTS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    WHOLE: gl.constexpr = X.dtype == gl.int8
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, 128, 32] if WHOLE else [16, 256, 16]
+    )
     # Cosines [T, high, low] serve all heads of a span: they are laid out as a head's keys are.
     a_span = gl.full([T, PAIRS_OF_SPAN], 0.0, Q.dtype, PAIRS_OF_KEYS)
     a_span = gl.reshape(a_span, [T, HIGH, HEADS, LOW])
@@ -146,8 +189,7 @@ def consume(
     low = gl.arange(0, LOW, gl.SliceLayout(0, gl.SliceLayout(1, A_HEAD)))
     pair = gl.expand_dims(high[None, :], 2) * LOW + gl.expand_dims(low[None, :], 1)
     in_block = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, A_HEAD)))
-    zeros = gl.full([T, W.shape[1]], 0.0, gl.float32, KEYS)
-    nothing = gl.full([T, Q.shape[1]], 0.0, gl.float32, SCORES)
+    zeros = gl.full([T, W.shape[1]], 0, gl.int32 if WHOLE else gl.float32, KEYS)
     per_half = HEADS // 2 * (heads // GROUPS) * positions
     blocks = gl.cdiv(length, T)
     batch = gl.program_id(1)
@@ -167,22 +209,39 @@ def consume(
             rows = values + base.to(gl.int64) * value_stride_t
             value_scale, value_class = load_header(rows, row * value_stride_t, octave_v, header_v)
             any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
-            table = gl.expand_dims(gl.minimum(in_block, last)[:, None], 2) * table_stride_t
-            table = base.to(gl.int64) * table_stride_t + table + pair * table_stride_p
-            known = (pair < PAIRS) & (table >= 0)
-            first = nothing, nothing
-            second = nothing, nothing
+            cosines = cosine + base.to(gl.int64) * table_stride_t
+            sines = sine + base.to(gl.int64) * table_stride_t
+            first, second = scores_of_offsets(
+                O,
+                cosines,
+                sines,
+                last,
+                table_stride_t,
+                key_scale,
+                key_class,
+                any_class,
+                BLOCKS * PAIRS,
+            )
+            of_row = gl.minimum(in_block, last) * table_stride_t
+            of_row = gl.expand_dims(of_row[:, None], 2)
+            cosines = whole_rows(cosines, of_row)
+            sines = whole_rows(sines, of_row)
             rebuilt = zeros
+            before = -1
             for chunk in range(chunk_count):
                 of_pairs = gl.load(chunks + chunk)
-                at = table + of_pairs * PAIRS * table_stride_p
-                cos = gl.load(cosine + at, mask=known, other=0.0).to(Q.dtype)
-                sin = gl.load(sine + at, mask=known, other=0.0).to(Q.dtype)
+                begins = of_pairs != before
+                before = of_pairs
+                at = of_pairs * PAIRS
+                cos = load_row(cosines, at, pair, PAIRS, PADDED).to(Q.dtype)
+                sin = load_row(sines, at, pair, PAIRS, PADDED).to(Q.dtype)
                 ends = gl.load(chunks + chunk + 1) > of_pairs
                 stage = n % STAGES
                 mbarrier.wait(full.index(stage), n // STAGES % 2)
                 right = W.index(stage).permute((1, 0))
-                product = warpgroup_mma(X.index(2 * stage + me), right, rebuilt, is_async=True)
+                product = warpgroup_mma(
+                    X.index(2 * stage + me), right, rebuilt, use_acc=begins == 0, is_async=True
+                )
                 rebuilt = warpgroup_mma_wait(0, deps=(product,))
                 synchronize()
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -191,16 +250,8 @@ def consume(
                     one, other = gl.split(
                         gl.permute(gl.reshape(rebuilt, [T, SPANS, W.shape[1] // 2]), [0, 2, 1])
                     )
-                    of_class = offset + (BLOCKS + of_pairs) * W.shape[1]
-                    of_rows = key_scale, key_class, any_class, cos, sin
-                    first = add_scores(
-                        first, one, Q, offsets, of_pairs * 8, of_class, *of_rows, HEADS
-                    )
-                    of_class += W.shape[1] // 2
-                    second = add_scores(
-                        second, other, Q, offsets, of_pairs * 8 + 4, of_class, *of_rows, HEADS
-                    )
-                    rebuilt = zeros
+                    first = add_scores(first, one, Q, of_pairs * 8, cos, sin, HEADS)
+                    second = add_scores(second, other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
             write_weights(
                 (first, second),
                 terms,
@@ -234,6 +285,7 @@ def latent_weights_on_hopper(
     items,
     chunks,
     weight,
+    unit,
     offset,
     norm,
     cosine,
@@ -278,52 +330,44 @@ def latent_weights_on_hopper(
     CHUNK: gl.constexpr,
     BLOCK: gl.constexpr,
     MULTIPLE: gl.constexpr,
+    WIDTH: gl.constexpr,  # rotary pairs of a head, padded
     STAGES: gl.constexpr,  # of the ring
 ):
-    """`latent_weights_kernel` for keys without a norm, in two spans, in a cache in one piece. The
-    grid is [programs of a sequence, b]."""
-    gl.static_assert(norm is None and pages is None)
+    """`latent_weights_kernel` for keys without a norm, in two spans, in a cache in one piece, and
+    cosines in rows of whole words of 16 bytes. The grid is [programs of a sequence, b]."""
+    gl.static_assert(norm is None and pages is None and table_stride_p == 1)
     DTYPE: gl.constexpr = query.dtype.element_ty
+    CODES: gl.constexpr = weight.dtype.element_ty
     ROWS: gl.constexpr = 2 * PAIRS_OF_SPAN * SPANS
     EACH: gl.constexpr = PAIRS_OF_SPAN // 2
     batch = gl.program_id(1)
     X = gl.allocate_shared_memory(
-        DTYPE,
+        CODES,
         [2 * STAGES, BLOCK, CHUNK],
-        gl.NVMMASharedLayout.get_default_for([BLOCK, CHUNK], DTYPE),
+        gl.NVMMASharedLayout.get_default_for([BLOCK, CHUNK], CODES),
     )
     W = gl.allocate_shared_memory(
-        DTYPE, [STAGES, ROWS, CHUNK], gl.NVMMASharedLayout.get_default_for([ROWS, CHUNK], DTYPE)
+        CODES, [STAGES, ROWS, CHUNK], gl.NVMMASharedLayout.get_default_for([ROWS, CHUNK], CODES)
     )
     Q = gl.allocate_shared_memory(
         DTYPE,
         [8 * BLOCKS, COLUMNS, EACH],
         gl.NVMMASharedLayout.get_default_for([COLUMNS, EACH], DTYPE),
     )
-    offsets = gl.allocate_shared_memory(
-        gl.float32, [4 * BLOCKS, PAIRS_OF_SPAN], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    O = gl.allocate_shared_memory(  # noqa: E741
+        DTYPE,
+        [4, 4 * COLUMNS, WIDTH],
+        gl.NVMMASharedLayout.get_default_for([4 * COLUMNS, WIDTH], DTYPE),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    load_queries(
-        Q,
-        query + batch.to(gl.int64) * query_stride_b,
-        query_stride_h,
-        query_stride_s,
-        heads,
-        positions,
-        GROUPS,
-        BLOCKS,
-        PAIRS,
-        PADDED,
-        HEADS,
-    )
-    for part in range(4 * BLOCKS):
-        pair = gl.arange(0, PAIRS_OF_SPAN, IN_LINE)
-        offsets.index(part).store(gl.load(offset + part * PAIRS_OF_SPAN + pair))
+    query += batch.to(gl.int64) * query_stride_b
+    of_queries = query_stride_h, query_stride_s, heads, positions
+    load_queries(Q, query, unit, *of_queries, GROUPS, BLOCKS, PAIRS, PADDED, HEADS)
+    load_offsets(O, query, offset, *of_queries, GROUPS, BLOCKS, PAIRS, PADDED, HEADS)
     synchronize()
 
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
@@ -333,11 +377,11 @@ def latent_weights_on_hopper(
     if mask is not None:
         mask += batch.to(gl.int64) * mask_stride_b
     filled = X, W, full, empty
-    ring = Q, offsets, X, W, full, empty
-    inputs = keys, values, chunks, offset, cosine + table, sine + table
+    ring = Q, O, X, W, full, empty
+    inputs = keys, values, chunks, cosine + table, sine + table
     outputs = weights_out, block_terms
     bounds = mask, begin, stop, window
-    strides = key_stride_t, value_stride_t, table_stride_t, table_stride_p
+    strides = key_stride_t, value_stride_t, table_stride_t
     numbers = heads, positions, length, chunk_count, padded_columns, header_k, header_v
     factors = scale, softcap, octave_k, octave_v
     gl.warp_specialize(

@@ -20,6 +20,8 @@ QUERIES = gl.constexpr(gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0]))
 OF_WEIGHTS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 PAIRS_OF_KEYS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+EIGHT = gl.constexpr(8)  # numbers of 16 bits that a thread loads at once
+UNIT = gl.constexpr(2.0**-9)  # of whole numbers, so that they are not too large for fp16
 
 
 @gluon.jit
@@ -43,6 +45,7 @@ def attended_to(tile, begin, stop, mask, T: gl.constexpr):
 def load_queries(
     Q,
     query,
+    unit,
     stride_h,
     stride_s,
     heads,
@@ -55,7 +58,7 @@ def load_queries(
 ):
     """Queries [4 · 2 · blocks of pairs, C, pairs] of the halves of all spans, zero where a pair is
     of another head: for each block of pairs and each span the real parts of both halves, then the
-    imaginary ones."""
+    imaginary ones. Where keys come in units, queries are taken times them."""
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     AT_ONCE: gl.constexpr = HEADS // 2
     shared = heads // GROUPS
@@ -76,45 +79,148 @@ def load_queries(
             index = block * 8 + half // 2 * 4 + half % 2
             real = gl.load(at + block * PAIRS, mask=mine, other=0.0)
             imaginary = gl.load(at + (BLOCKS + block) * PAIRS, mask=mine, other=0.0)
+            if unit is not None:
+                in_span = pair // (LOW * AT_ONCE) * (LOW * HEADS) + pair % (LOW * AT_ONCE)
+                in_span += half % 2 * (LOW * AT_ONCE)
+                units = gl.load(unit + (block * SPANS + half // 2) * PAIRS_OF_SPAN + in_span)
+                if Q.dtype == gl.float16:
+                    units = units / UNIT
+                units = units[None, :]
+                real = (real.to(gl.float32) * units).to(Q.dtype)
+                imaginary = (imaginary.to(gl.float32) * units).to(Q.dtype)
             Q.index(index).store(real)
             Q.index(index + 2).store(imaginary)
 
 
 @gluon.jit
-def add_scores(
-    scores,
-    keys,
-    Q,
-    offsets,
-    index,
-    of_class,
+def load_offsets(
+    O,  # noqa: E741
+    query,
+    offset,
+    stride_h,
+    stride_s,
+    heads,
+    positions,
+    GROUPS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    PAIRS: gl.constexpr,
+    PADDED: gl.constexpr,
+    HEADS: gl.constexpr,
+):
+    """What cosines, and sines, of slots are taken times to give what offsets of keys add to scores,
+    [2, columns, pairs of a head], and the same of what the second class adds."""
+    LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
+    C: gl.constexpr = O.shape[1] // 4  # of a half of a span
+    shared = heads // GROUPS
+    per_half = HEADS // 2 * shared * positions
+    index = gl.arange(0, O.shape[1], gl.SliceLayout(1, QUERIES))
+    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, QUERIES))
+    column = index // C * per_half + index % C
+    head = column // positions
+    inside = (index % C < per_half) & (column < heads * positions)
+    inside = inside[:, None] & (pair < BLOCKS * PAIRS)[None, :]
+    at = query + (head * stride_h + column % positions * stride_s)[:, None] + pair[None, :]
+    real = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+    imaginary = gl.load(at + BLOCKS * PAIRS, mask=inside, other=0.0).to(gl.float32)
+    group = head // shared
+    of_head = group // HEADS * (2 * PAIRS_OF_SPAN) + group % HEADS * LOW
+    of_pair = pair // PAIRS * (SPANS * 2 * PAIRS_OF_SPAN) + pair % LOW
+    of_pair += pair % PAIRS // LOW * (HEADS * LOW)
+    at = offset + of_head[:, None] + of_pair[None, :]
+    for label in gl.static_range(2):
+        a = gl.load(at, mask=inside, other=0.0)
+        b = gl.load(at + PAIRS_OF_SPAN, mask=inside, other=0.0)
+        O.index(2 * label).store((real * a + imaginary * b).to(O.dtype))
+        O.index(2 * label + 1).store((imaginary * a - real * b).to(O.dtype))
+        at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
+
+
+@gluon.jit
+def scores_of_offsets(
+    O,  # noqa: E741
+    cosine,
+    sine,
+    last,
+    stride_t,
     scale,
     label,
     any_class,
-    cos,
-    sin,
-    HEADS: gl.constexpr,
+    PAIRS: gl.constexpr,  # of a head
 ):
+    """What offsets of keys add to the scores of a block of slots, of the rows of cosines and sines
+    from its first on: [T, C] for the halves of both spans, to be taken times `scale`."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
+    T: gl.constexpr = 64
+    slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
+    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, LEFT))
+    of_row = (slot * stride_t)[:, None]
+    cosine = whole_rows(cosine, of_row)
+    sine = whole_rows(sine, of_row)
+    cos = load_row(cosine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
+    sin = load_row(sine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
+    scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
+    scores = mma_v2(cos, offsets_of(O, 0), scores)
+    scores = mma_v2(sin, offsets_of(O, 1), scores)
+    if any_class > 0:
+        more = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
+        more = mma_v2(cos, offsets_of(O, 2), more)
+        more = mma_v2(sin, offsets_of(O, 3), more)
+        scores += more * label[:, None]
+    scores /= scale[:, None]
+    first, second = gl.split(gl.permute(gl.reshape(scores, [T, SPANS, O.shape[1] // 2]), [0, 2, 1]))
+    return halves_of_columns(first), halves_of_columns(second)
+
+
+@gluon.jit
+def halves_of_columns(scores):
+    T: gl.constexpr = scores.shape[0]
+    one, other = gl.split(gl.permute(gl.reshape(scores, [T, 2, scores.shape[1] // 2]), [0, 2, 1]))
+    one = gl.convert_layout(one, SCORES, assert_trivial=True)
+    return one, gl.convert_layout(other, SCORES, assert_trivial=True)
+
+
+@gluon.jit
+def whole_rows(first, offset):
+    """Pointers to rows; groups of warps do not know by themselves that they are whole words."""
+    rows = first + offset
+    return gl.multiple_of(rows, [16] * len(rows.shape))
+
+
+@gluon.jit
+def load_row(rows, first, pair, PAIRS: gl.constexpr, PADDED: gl.constexpr):
+    """Cosines, or sines, of PAIRS pairs from a `first` on, and zeros behind them."""
+    if PADDED == PAIRS:
+        return gl.load(rows + first + pair)
+    else:
+        inside, rows = gl.broadcast(pair < PAIRS, rows)
+        return gl.load(rows + (first + pair), mask=inside, other=0.0)
+
+
+@gluon.jit
+def offsets_of(O, index):  # noqa: E741
+    return O.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, SCORES, EIGHT))
+
+
+@gluon.jit
+def add_scores(scores, keys, Q, index, cos, sin, HEADS: gl.constexpr):
     """Adds what a span's keys [T, 128] in one block of pairs, real parts first, give to the scores
     of its two halves of heads."""
-    real, imaginary = gl.split(gl.permute(gl.reshape(keys, [keys.shape[0], 2, 64]), [0, 2, 1]))
-    a = gl.convert_layout(real, PAIRS_OF_KEYS, assert_trivial=True)
-    b = gl.convert_layout(imaginary, PAIRS_OF_KEYS, assert_trivial=True)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, PAIRS_OF_KEYS)
-    a = a * scale[:, None] + offsets.index(index // 2).load(COLUMNS)[None, :]
-    b = b * scale[:, None] + offsets.index(index // 2 + 1).load(COLUMNS)[None, :]
-    if any_class > 0:
-        pair = gl.arange(0, PAIRS_OF_SPAN, COLUMNS)
-        a += label[:, None] * gl.load(of_class + pair)[None, :]
-        b += label[:, None] * gl.load(of_class + PAIRS_OF_SPAN + pair)[None, :]
-    # In the type of the source, which rotates its keys in it too.
+    T: gl.constexpr = keys.shape[0]
     HIGH: gl.constexpr = cos.shape[1]
     LOW: gl.constexpr = cos.shape[2]
-    a = gl.reshape(a.to(Q.dtype), [a.shape[0], HIGH, HEADS, LOW])
-    b = gl.reshape(b.to(Q.dtype), [b.shape[0], HIGH, HEADS, LOW])
+    if keys.dtype == gl.int32:
+        keys = keys.to(gl.float32)
+        if Q.dtype == gl.float16:
+            keys = keys * UNIT
+    real, imaginary = gl.split(gl.permute(gl.reshape(keys, [T, 2, PAIRS_OF_SPAN]), [0, 2, 1]))
+    a = gl.convert_layout(real, PAIRS_OF_KEYS, assert_trivial=True)
+    b = gl.convert_layout(imaginary, PAIRS_OF_KEYS, assert_trivial=True)
+    # In the type of the source, which rotates its keys in it too.
+    a = gl.reshape(a.to(Q.dtype), [T, HIGH, HEADS, LOW])
+    b = gl.reshape(b.to(Q.dtype), [T, HIGH, HEADS, LOW])
     c = gl.expand_dims(cos, 2)
     d = gl.expand_dims(sin, 2)
-    real = a * c - b * d
+    real = a * c + b * -d  # there is no negative sign in products of bf16
     imaginary = b * c + a * d
     first, second = scores
     one, other = halves_of_heads(real)
@@ -181,6 +287,7 @@ def write_weights(
     inside = (in_half < per_half) & (column < heads * positions) & inside_block
     slot = first_slot + gl.arange(0, T, SLOTS)
     valid = (slot >= begin) & (slot < stop)
+    scores = scores * gl.convert_layout(scales[0], SLOTS)[:, None]
     if softcap is not None:
         scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
     else:

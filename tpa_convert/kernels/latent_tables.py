@@ -25,7 +25,12 @@ NOTHING = -3  # a place of features that are zero
 WORD = 4  # bytes of a row that are read at once; an item's places
 BYTES = 0, 2, 1, 3  # of a word, in the order of its places: two codes lie in one half and the other
 NIBBLE = 4  # bits of an item at most
-FIRST_BIT = 3  # where the kernels want the lowest bit of a code
+FIRST_BIT = 3  # where the lowest bit of a code comes to lie, and stands for one
+LOWEST_BIT = 1  # where it may lie at least: centres are multiples of a half
+MASK_BITS = 7
+FINEST = 8  # weights of that part of the largest, and smaller ones, are of codes as low as can be
+MOST_NOISE = 0.25  # of weights in eight bits, as a part of that of codes
+TINY = 1e-30
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
 MAX_PAIRS = 64  # of a span
@@ -122,7 +127,11 @@ class LatentTables(NamedTuple):
         chunks: the block of pairs that each chunk belongs to, and B behind the last, int32.
         items: of each item the word in the row (bits 0 to 15), by how many bits it is turned to
             the right (16 to 23), and the mask that is left (24 to 30), int32 [I]; 0 for nothing.
+            What is left of a byte stands for an eighth of it, less that of the mask's half.
         weight: of key places, steps included, [chunks, spans, 2 N, CHUNK], real parts first.
+        whole: `weight` in whole numbers, int8, for places in the order of bytes: what is left of a
+            byte stands for twice itself, less the mask. None where eight bits are too few.
+        unit: what the sums of their products stand for, fp32 [B, spans, N]; None without them.
         offset: what is added to keys, and more for the second class, fp32 [2, B, spans, 2 N].
         norm: `unscale` and `gain`, fp32 [2, B, spans, 2 N], or None.
         place_of: places that each feature is summed up of, int32 [parts, features]; −1 for none. Of
@@ -136,6 +145,8 @@ class LatentTables(NamedTuple):
     chunks: Tensor
     items: Tensor
     weight: Tensor
+    whole: Tensor | None
+    unit: Tensor | None
     offset: Tensor
     norm: Tensor | None
     place_of: Tensor
@@ -154,6 +165,12 @@ class _Places(NamedTuple):
     items: Tensor
     component: Tensor
     shift: Tensor
+
+    def at(self, lowest: Tensor) -> _Places:
+        """With the codes of each item from another bit of their bytes on than FIRST_BIT."""
+        word, turn, codes = self.items & 0xFFFF, self.items >> 16, self.items >> 24 >> FIRST_BIT
+        items = word | (turn + FIRST_BIT - lowest) % 32 << 16 | codes << lowest << 24
+        return self._replace(items=items, shift=self.shift + FIRST_BIT - lowest[:, None])
 
     def padded(self, multiple: int) -> _Places:
         """With items behind that hold nothing."""
@@ -199,6 +216,9 @@ def latent_tables(
     scaled = _in_spans(scaled.unflatten(1, (2, pairs)), heads, spans, padded)  # [spans, 2 N, w]
     weight = scaled[..., component.clamp_min(0)] * torch.exp2(shift.float())
     weight = torch.where(component >= 0, weight, 0).unflatten(-1, (-1, CHUNK)).permute(2, 0, 1, 3)
+    lowest = _lowest_bits(weight, of_keys.items.to(device))
+    of_keys, weight = of_keys.at(lowest.cpu()), weight * _of_places(torch.exp2(FIRST_BIT - lowest))
+    whole, unit = _in_eight_bits(weight, of_keys.items.to(device), chunks, blocks, scaled)
     offsets = [key_map.offset, key_map.of_class]
 
     def by_block(x: Tensor | None) -> Tensor:
@@ -245,6 +265,8 @@ def latent_tables(
         torch.tensor([*chunks, blocks], dtype=torch.int32, device=device),
         torch.cat((of_keys.items, of_values.items)).int().to(device),
         weight.to(dtype).contiguous(),
+        whole,
+        unit,
         torch.stack([by_block(x) for x in offsets]).contiguous(),
         norm,
         place_of.int().to(device),
@@ -260,6 +282,58 @@ def _in_spans(x: Tensor, heads: int, spans: int, padded: int) -> Tensor:
     made = pad(x, (0, 0, 0, padded - pairs, 0, 0, 0, heads * spans - groups))
     made = made.unflatten(0, (spans, heads)).unflatten(3, (-1, low))
     return made.permute(0, 2, 3, 1, 4, 5).flatten(1, 4)
+
+
+def _of_places(x: Tensor) -> Tensor:
+    """Numbers of items of whole chunks, for weights [chunks, spans, 2 N, CHUNK]."""
+    return x.repeat_interleave(WORD).view(-1, 1, 1, CHUNK)
+
+
+def _lowest_bits(weight: Tensor, items: Tensor) -> Tensor:
+    """Where in their bytes the codes of each item should begin.
+
+    The larger weights are, the higher: they then are multiples of something smaller, and rounding
+    them to that takes less off them.
+
+    Args:
+        weight: of codes, [chunks, spans, 2 N, CHUNK].
+        items: with codes from FIRST_BIT on.
+    """
+    bits = torch.log2((items >> 24 >> FIRST_BIT) + 1.0)
+    size = weight.abs()
+    share = size / size.amax((0, 3), keepdim=True).clamp_min(TINY)
+    share = share.unflatten(-1, (-1, WORD)).amax((1, 2, 4)).flatten()
+    higher = torch.ceil(torch.log2(share * FINEST)).clamp_min(0)
+    return LOWEST_BIT + higher.minimum(MASK_BITS - LOWEST_BIT - bits).int()
+
+
+def _in_eight_bits(
+    weight: Tensor, items: Tensor, chunks: Sequence[int], blocks: int, of_components: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """`LatentTables.whole` and `unit`; None where rounding to them would add to the error of codes.
+
+    Args:
+        weight: [chunks, spans, 2 N, CHUNK].
+        items: that they belong to.
+        chunks: the block of pairs of each chunk, of so many `blocks`.
+        of_components: weights of codes that are whole, [spans, 2 N, w].
+    """
+    keep, block = items >> 24, torch.tensor(chunks, device=weight.device)
+    size = weight.abs().amax(-1).unflatten(-1, (2, -1)).amax(-2)  # of a chunk, [chunks, spans, N]
+    of_block = block[:, None, None].expand_as(size)
+    largest = size.new_zeros(blocks, *size.shape[1:]).scatter_reduce(0, of_block, size, "amax")
+    unit = largest.clamp_min(TINY) / 127
+    steps = unit[block].repeat(1, 1, 2)
+    # Rounding to whole numbers is off by a twelfth, squared and on average; codes are taken to be
+    # as often one as another.
+    squares = (keep.square() + 2 * keep * (keep & -keep)).float().view(len(chunks), -1)
+    noise = (steps.square() * squares.sum(-1)[:, None, None]).sum() * WORD / 3 / 16**2
+    if noise > MOST_NOISE * of_components.square().sum():
+        return None, None
+    whole = (weight / steps[..., None]).round().to(torch.int8)
+    in_memory = [BYTES.index(i) for i in range(WORD)]
+    whole = whole.unflatten(-1, (-1, WORD))[..., in_memory].flatten(-2)
+    return whole.contiguous(), unit / 16
 
 
 def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:

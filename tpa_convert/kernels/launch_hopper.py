@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from .latent_tables import CHUNK, MAX_PAIRS, PIECE, Layout
 from .launch import INTERPRETED, power_of_two, shared_bytes
 
 TILE = 128  # slots of a program of weights at a time
-MOST_STAGES = 4  # of its ring
+MOST_STAGES = 8  # of its ring
 MOST_COLUMNS = 16  # queries of half of the heads of a span
+MOST_PAIRS = 128  # of a head
 GROUP = 4  # warps that act as one
 SUM_WARPS = 2  # of a program of sums
 SUM_PLACES = PIECE  # of each of its warps
@@ -47,21 +49,36 @@ def sums_kernel() -> Any:
     return latent_sums_on_hopper
 
 
+def rows_fit(cosine: Tensor, sine: Tensor) -> bool:
+    """Whether the kernel of weights can read tables [b, t, f]: in rows of whole words of 16 bytes,
+    of which programs of other kinds need not know."""
+    *_, stride_t, stride_p = cosine.stride()
+    places = cosine.data_ptr() | sine.data_ptr() | stride_t * cosine.itemsize
+    return stride_p == 1 and places % 16 == 0
+
+
 @functools.cache
-def ring_stages(layout: Layout, per_span: int, device: torch.device) -> int:
+def ring_stages(layout: Layout, per_span: int, size: int, device: torch.device) -> int:
     """Stages of the ring of the kernel of weights that shared memory has room for; 0 if the kernel
     cannot run this layout.
 
     Args:
         per_span: queries of a span.
+        size: bytes of a code, and of a weight.
     """
     known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
-    if not known or per_span > 2 * MOST_COLUMNS:
+    wide = per_span > 2 * MOST_COLUMNS or layout.blocks * layout.pairs > MOST_PAIRS
+    if wide or not known:
         return 0
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
-    beside = layout.blocks * keys * (2 * _per_half(per_span) + 4)  # queries, offsets
-    stages = (shared_bytes(device) - beside) // (2 * CHUNK * (TILE + keys))
+    queries = 2 * _per_half(per_span) * (layout.blocks * keys + 16 * _width(layout))
+    stages = (shared_bytes(device) - queries) // (size * CHUNK * (TILE + keys))
     return min(stages, MOST_STAGES) if stages > 1 else 0
+
+
+def _width(layout: Layout) -> int:
+    """Rotary pairs of a head, padded."""
+    return power_of_two(layout.blocks * layout.pairs, 16, MOST_PAIRS)
 
 
 def _per_half(per_span: int) -> int:
@@ -83,6 +100,7 @@ def constants_of_weights(
         "CHUNK": CHUNK,
         "BLOCK": TILE // 2,
         "MULTIPLE": positions > 1,
+        "WIDTH": _width(layout),
         "STAGES": stages,
     }
 

@@ -80,19 +80,23 @@ def launch_latent(
         (scale, softcap, window),
         SHAPES,
         by_group,
+        hopper.rows_fit(cosine, sine),
+        tables.whole is not None,
     )
     scratch = query.new_empty(shape.scratch, dtype=torch.uint8)
     weights, block_terms, partial, partial_terms = shape.parts
     bounds = pages, start, end, mask
+    of_keys: tuple[Tensor | None, ...] = tables.weight, tables.offset, tables.norm
+    if shape.kernels[0] is not latent_weights_kernel:
+        whole = tables.weight if tables.whole is None else tables.whole
+        of_keys = whole, tables.unit, tables.offset, tables.norm
     weigh = (
         query,
         keys,
         values,
         tables.items,
         tables.chunks,
-        tables.weight,
-        tables.offset,
-        tables.norm,
+        *of_keys,
         cosine,
         sine,
         weights,
@@ -149,6 +153,8 @@ def latent_shape(
     softmax: tuple[float, float | None, int | None],
     shapes: tuple[tuple[int, int], ...],
     by_group: bool,
+    rows_fit: bool,
+    whole: bool,
 ) -> LatentShape:
     """Of `queries` [b, h, s, d].
 
@@ -158,6 +164,8 @@ def latent_shape(
         lengths: slots and those that are attended to at most, in SHORTEST; slots of a page.
         softmax: scale, cap and window.
         shapes: as `SHAPES`.
+        rows_fit: whether those of cosines do, see `launch_hopper.rows_fit`.
+        whole: whether weights of keys come in whole numbers.
     """
     (batch, heads, positions, _), (length, attended, page) = queries, lengths
     columns, processors = heads * positions, multiprocessors(device)
@@ -172,8 +180,8 @@ def latent_shape(
     exact, normed, paged = types[0] == torch.float32, types[2] is not None, page > 0
     in_gluon = hopper.runs_on(device) and not (exact or normed or paged)
     stages = 0
-    if in_gluon and shares(attended * SHORTEST, hopper.TILE) * batch >= processors:
-        stages = hopper.ring_stages(layout, per_span, device)
+    if in_gluon and rows_fit and shares(attended * SHORTEST, hopper.TILE) * batch >= processors:
+        stages = hopper.ring_stages(layout, per_span, 1 if whole else 2, device)
     if stages:
         block = hopper.TILE // 2
     blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles

@@ -80,6 +80,8 @@ def decode_latent(
     chunks: Tensor,
     items: Tensor,
     weight: Tensor,
+    whole: Tensor | None,
+    unit: Tensor | None,
     offset: Tensor,
     norm: Tensor | None,
     place_of: Tensor,
@@ -94,7 +96,7 @@ def decode_latent(
     by_group: bool,
 ) -> Tensor:
     """`decode_latent.latent_on_kernel`; what is not of a call is `latent_tables.LatentTables`."""
-    constants = epsilon, chunks, items, weight, offset, norm, place_of, step
+    constants = epsilon, chunks, items, weight, whole, unit, offset, norm, place_of, step
     tables = LatentTables(Layout(*layout), *constants)
     cached = query, keys, values, cosine, sine
     call = scale, start, end, window, softcap, mask, pages, by_group
@@ -109,7 +111,7 @@ def run_latent(*arguments: Any) -> Tensor:
 @decode_latent.register_fake
 def _(query, keys, values, cosine, sine, layout, epsilon, *others):
     *leading, _ = query.shape
-    features, by_group = others[5].shape[1], others[-1]
+    features, by_group = others[7].shape[1], others[-1]
     if by_group:
         groups = Layout(*layout).groups
         leading = [groups, math.prod(leading) // groups]
