@@ -179,7 +179,7 @@ def consume(
     SLOTS: gl.constexpr = gl.SliceLayout(1, SCORES)
     WHOLE: gl.constexpr = X.dtype == gl.int8
     KEYS: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, 128, 32] if WHOLE else [16, 256, 16]
+        [3, 0], [4, 1], [16, 128, 32 if WHOLE else 16]
     )
     # Cosines [T, high, low] serve all heads of a span: they are laid out as a head's keys are.
     a_span = gl.full([T, PAIRS_OF_SPAN], 0.0, Q.dtype, PAIRS_OF_KEYS)
