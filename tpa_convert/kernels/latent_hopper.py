@@ -59,8 +59,8 @@ reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 WARPS = gl.constexpr(4)  # of a group
-REGISTERS_OF_CONSUMER = gl.constexpr(216)  # of a thread
-REGISTERS_OF_PRODUCER = gl.constexpr(80)
+REGISTERS_OF_CONSUMER = gl.constexpr(104)  # of a thread
+REGISTERS_OF_PRODUCER = gl.constexpr(64)
 WORDS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
@@ -107,7 +107,8 @@ def produce(
     chunk_count,
     STAGES: gl.constexpr,
 ):
-    """Fills the ring: codes in a chunk of places, of both blocks of a tile, and weights."""
+    """Fills the ring: codes in a chunk of places, of both blocks of a tile, and weights. A chunk is
+    handed over when the weights of the next are on their way."""
     X, W, full, empty = ring
     T: gl.constexpr = X.shape[1]
     CHUNK: gl.constexpr = X.shape[2]
@@ -132,7 +133,10 @@ def produce(
             for chunk in range(chunk_count):
                 stage = n % STAGES
                 mbarrier.wait(empty.index(stage), n // STAGES % 2 ^ 1)
-                copy_to_shared(W.index(stage), weight + chunk * (ROWS * CHUNK) + of_weight)
+                of_chunk = weight + chunk * (SPANS * ROWS * CHUNK) + of_weight
+                for span in gl.static_range(SPANS):
+                    at = of_chunk + span * (ROWS * CHUNK)
+                    copy_to_shared(W.index(SPANS * stage + span), at)
                 async_copy.commit_group()
                 following = gl.load(of_item + gl.minimum(chunk + 1, chunk_count - 1) * ITEMS)
                 store_codes(X.index(2 * stage), words_low, item)
@@ -140,11 +144,15 @@ def produce(
                 store_codes(X.index(2 * stage + 1), words_high, item)
                 words_high = gl.load(rows + (high + (following & 0xFFFF)[None, :]))
                 item = following
-                async_copy.wait_group(0)
+                async_copy.wait_group(1)
                 fence_async_shared()
                 synchronize()
-                mbarrier.arrive(full.index(stage), count=1)
+                mbarrier.arrive(full.index((n + STAGES - 1) % STAGES), count=1, pred=chunk > 0)
                 n += 1
+            async_copy.wait_group(0)
+            fence_async_shared()
+            synchronize()
+            mbarrier.arrive(full.index((n + STAGES - 1) % STAGES), count=1)
 
 
 @gluon.jit
@@ -165,22 +173,24 @@ def consume(
     MULTIPLE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Empties the ring: weights of the first or the second block of each tile."""
+    """Empties the ring: weights of one block of each tile, for the heads of one span."""
     Q, O, X, W, full, empty = ring
-    keys, values, chunks, cosine, sine = inputs
+    keys, values, behind, cosine, sine = inputs
     weights_out, block_terms = outputs
     mask, begin, stop, window = bounds
     key_stride_t, value_stride_t, table_stride_t = strides
     heads, positions, length, chunk_count, padded_columns, header_k, header_v = numbers
     scale, softcap, octave_k, octave_v = factors
+    mine: gl.constexpr = me // SPANS
+    span: gl.constexpr = me % SPANS
     T: gl.constexpr = X.shape[1]
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, 2 * PAIRS_OF_SPAN, 32 if X.dtype == gl.int8 else 16]
+    )
+    NUMBERS: gl.constexpr = gl.int32 if X.dtype == gl.int8 else gl.float32
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     HIGH: gl.constexpr = PADDED // LOW
     SLOTS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    WHOLE: gl.constexpr = X.dtype == gl.int8
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, 128, 32 if WHOLE else 16]
-    )
     # Cosines [T, high, low] serve all heads of a span: they are laid out as a head's keys are.
     a_span = gl.full([T, PAIRS_OF_SPAN], 0.0, Q.dtype, PAIRS_OF_KEYS)
     a_span = gl.reshape(a_span, [T, HIGH, HEADS, LOW])
@@ -189,13 +199,12 @@ def consume(
     low = gl.arange(0, LOW, gl.SliceLayout(0, gl.SliceLayout(1, A_HEAD)))
     pair = gl.expand_dims(high[None, :], 2) * LOW + gl.expand_dims(low[None, :], 1)
     in_block = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, A_HEAD)))
-    zeros = gl.full([T, W.shape[1]], 0, gl.int32 if WHOLE else gl.float32, KEYS)
     per_half = HEADS // 2 * (heads // GROUPS) * positions
     blocks = gl.cdiv(length, T)
     batch = gl.program_id(1)
     n = 0
     for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
-        block = tile * 2 + me
+        block = tile * 2 + mine
         inside_block = block < blocks
         of_block = batch * blocks + block
         terms = block_terms + of_block * (4 * padded_columns)
@@ -211,8 +220,9 @@ def consume(
             any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
             cosines = cosine + base.to(gl.int64) * table_stride_t
             sines = sine + base.to(gl.int64) * table_stride_t
-            first, second = scores_of_offsets(
+            scores = scores_of_offsets(
                 O,
+                span * 4,
                 cosines,
                 sines,
                 last,
@@ -226,34 +236,29 @@ def consume(
             of_row = gl.expand_dims(of_row[:, None], 2)
             cosines = whole_rows(cosines, of_row)
             sines = whole_rows(sines, of_row)
-            rebuilt = zeros
-            before = -1
-            for chunk in range(chunk_count):
-                of_pairs = gl.load(chunks + chunk)
-                begins = of_pairs != before
-                before = of_pairs
-                at = of_pairs * PAIRS
-                cos = load_row(cosines, at, pair, PAIRS, PADDED).to(Q.dtype)
-                sin = load_row(sines, at, pair, PAIRS, PADDED).to(Q.dtype)
-                ends = gl.load(chunks + chunk + 1) > of_pairs
-                stage = n % STAGES
-                mbarrier.wait(full.index(stage), n // STAGES % 2)
-                right = W.index(stage).permute((1, 0))
-                product = warpgroup_mma(
-                    X.index(2 * stage + me), right, rebuilt, use_acc=begins == 0, is_async=True
-                )
-                rebuilt = warpgroup_mma_wait(0, deps=(product,))
-                synchronize()
-                mbarrier.arrive(empty.index(stage), count=1)
-                n += 1
-                if ends:
-                    one, other = gl.split(
-                        gl.permute(gl.reshape(rebuilt, [T, SPANS, W.shape[1] // 2]), [0, 2, 1])
-                    )
-                    first = add_scores(first, one, Q, of_pairs * 8, cos, sin, HEADS)
-                    second = add_scores(second, other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
+            first = 0
+            for of_pairs in range(BLOCKS):
+                last_chunk = gl.load(behind + of_pairs)
+                cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
+                sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
+                rebuilt = gl.full([T, 2 * PAIRS_OF_SPAN], 0, NUMBERS, KEYS)
+                for _ in range(first, last_chunk):
+                    stage = n % STAGES
+                    mbarrier.wait(full.index(stage), n // STAGES % 2)
+                    left = X.index(2 * stage + mine)
+                    right = W.index(2 * stage + span).permute((1, 0))
+                    product = warpgroup_mma(left, right, rebuilt, is_async=True)
+                    rebuilt = warpgroup_mma_wait(0, deps=(product,))
+                    synchronize()
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    n += 1
+                if last_chunk > first:
+                    index = (of_pairs * SPANS + span) * 4
+                    scores = add_scores(scores, rebuilt, Q, index, cos, sin, HEADS)
+                first = last_chunk
             write_weights(
-                (first, second),
+                scores,
+                span,
                 terms,
                 of_weights,
                 mask,
@@ -274,7 +279,7 @@ def consume(
                 MULTIPLE,
             )
         else:
-            write_nothing(terms, of_weights, padded_columns, inside_block, T)
+            write_nothing(terms, of_weights, padded_columns, inside_block & (span == 0), T)
 
 
 @gluon.jit(do_not_specialize=AT_RUN_TIME)
@@ -283,7 +288,7 @@ def latent_weights_on_hopper(
     keys,
     values,
     items,
-    chunks,
+    behind,
     weight,
     unit,
     offset,
@@ -338,7 +343,7 @@ def latent_weights_on_hopper(
     gl.static_assert(norm is None and pages is None and table_stride_p == 1)
     DTYPE: gl.constexpr = query.dtype.element_ty
     CODES: gl.constexpr = weight.dtype.element_ty
-    ROWS: gl.constexpr = 2 * PAIRS_OF_SPAN * SPANS
+    ROWS: gl.constexpr = 2 * PAIRS_OF_SPAN
     EACH: gl.constexpr = PAIRS_OF_SPAN // 2
     batch = gl.program_id(1)
     X = gl.allocate_shared_memory(
@@ -347,7 +352,9 @@ def latent_weights_on_hopper(
         gl.NVMMASharedLayout.get_default_for([BLOCK, CHUNK], CODES),
     )
     W = gl.allocate_shared_memory(
-        CODES, [STAGES, ROWS, CHUNK], gl.NVMMASharedLayout.get_default_for([ROWS, CHUNK], CODES)
+        CODES,
+        [SPANS * STAGES, ROWS, CHUNK],
+        gl.NVMMASharedLayout.get_default_for([ROWS, CHUNK], CODES),
     )
     Q = gl.allocate_shared_memory(
         DTYPE,
@@ -356,14 +363,14 @@ def latent_weights_on_hopper(
     )
     O = gl.allocate_shared_memory(  # noqa: E741
         DTYPE,
-        [4, 4 * COLUMNS, WIDTH],
-        gl.NVMMASharedLayout.get_default_for([4 * COLUMNS, WIDTH], DTYPE),
+        [4 * SPANS, 2 * COLUMNS, WIDTH],
+        gl.NVMMASharedLayout.get_default_for([2 * COLUMNS, WIDTH], DTYPE),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=2 * SPANS)
     query += batch.to(gl.int64) * query_stride_b
     of_queries = query_stride_h, query_stride_s, heads, positions
     load_queries(Q, query, unit, *of_queries, GROUPS, BLOCKS, PAIRS, PADDED, HEADS)
@@ -378,7 +385,7 @@ def latent_weights_on_hopper(
         mask += batch.to(gl.int64) * mask_stride_b
     filled = X, W, full, empty
     ring = Q, O, X, W, full, empty
-    inputs = keys, values, chunks, cosine + table, sine + table
+    inputs = keys, values, behind, cosine + table, sine + table
     outputs = weights_out, block_terms
     bounds = mask, begin, stop, window
     strides = key_stride_t, value_stride_t, table_stride_t
@@ -427,6 +434,46 @@ def latent_weights_on_hopper(
                 ),
             ),
             (
+                consume,
+                (
+                    2,
+                    ring,
+                    inputs,
+                    outputs,
+                    bounds,
+                    strides,
+                    numbers,
+                    factors,
+                    GROUPS,
+                    BLOCKS,
+                    PAIRS,
+                    PADDED,
+                    HEADS,
+                    MULTIPLE,
+                    STAGES,
+                ),
+            ),
+            (
+                consume,
+                (
+                    3,
+                    ring,
+                    inputs,
+                    outputs,
+                    bounds,
+                    strides,
+                    numbers,
+                    factors,
+                    GROUPS,
+                    BLOCKS,
+                    PAIRS,
+                    PADDED,
+                    HEADS,
+                    MULTIPLE,
+                    STAGES,
+                ),
+            ),
+            (
                 produce,
                 (
                     filled,
@@ -443,6 +490,6 @@ def latent_weights_on_hopper(
                 ),
             ),
         ],
-        [WARPS, WARPS],
-        [REGISTERS_OF_CONSUMER, REGISTERS_OF_PRODUCER],
+        [WARPS, WARPS, WARPS, WARPS],
+        [REGISTERS_OF_CONSUMER, REGISTERS_OF_CONSUMER, REGISTERS_OF_CONSUMER, REGISTERS_OF_PRODUCER],
     )

@@ -108,14 +108,48 @@ def load_offsets(
     HEADS: gl.constexpr,
 ):
     """What cosines, and sines, of slots are taken times to give what offsets of keys add to scores,
-    [2, columns, pairs of a head], and the same of what the second class adds."""
+    for each span [2, columns, pairs of a head], and the same of what the second class adds."""
+    for span in gl.static_range(SPANS):
+        load_offsets_of(
+            O,
+            span,
+            query,
+            offset,
+            stride_h,
+            stride_s,
+            heads,
+            positions,
+            GROUPS,
+            BLOCKS,
+            PAIRS,
+            PADDED,
+            HEADS,
+        )
+
+
+@gluon.jit
+def load_offsets_of(
+    O,  # noqa: E741
+    span: gl.constexpr,
+    query,
+    offset,
+    stride_h,
+    stride_s,
+    heads,
+    positions,
+    GROUPS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    PAIRS: gl.constexpr,
+    PADDED: gl.constexpr,
+    HEADS: gl.constexpr,
+):
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
-    C: gl.constexpr = O.shape[1] // 4  # of a half of a span
+    C: gl.constexpr = O.shape[1] // 2  # of a half of a span
     shared = heads // GROUPS
     per_half = HEADS // 2 * shared * positions
     index = gl.arange(0, O.shape[1], gl.SliceLayout(1, QUERIES))
     pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, QUERIES))
-    column = index // C * per_half + index % C
+    column = (span * 2 + index // C) * per_half + index % C
     head = column // positions
     inside = (index % C < per_half) & (column < heads * positions)
     inside = inside[:, None] & (pair < BLOCKS * PAIRS)[None, :]
@@ -130,14 +164,15 @@ def load_offsets(
     for label in gl.static_range(2):
         a = gl.load(at, mask=inside, other=0.0)
         b = gl.load(at + PAIRS_OF_SPAN, mask=inside, other=0.0)
-        O.index(2 * label).store((real * a + imaginary * b).to(O.dtype))
-        O.index(2 * label + 1).store((imaginary * a - real * b).to(O.dtype))
+        O.index(span * 4 + 2 * label).store((real * a + imaginary * b).to(O.dtype))
+        O.index(span * 4 + 2 * label + 1).store((imaginary * a - real * b).to(O.dtype))
         at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
 
 
 @gluon.jit
 def scores_of_offsets(
     O,  # noqa: E741
+    index,
     cosine,
     sine,
     last,
@@ -148,7 +183,7 @@ def scores_of_offsets(
     PAIRS: gl.constexpr,  # of a head
 ):
     """What offsets of keys add to the scores of a block of slots, of the rows of cosines and sines
-    from its first on: [T, C] for the halves of both spans, to be taken times `scale`."""
+    from its first on: [T, C] for both halves of a span, to be taken times `scale`."""
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
     T: gl.constexpr = 64
     slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
@@ -159,22 +194,15 @@ def scores_of_offsets(
     cos = load_row(cosine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
     sin = load_row(sine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
     scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-    scores = mma_v2(cos, offsets_of(O, 0), scores)
-    scores = mma_v2(sin, offsets_of(O, 1), scores)
+    scores = mma_v2(cos, offsets_of(O, index), scores)
+    scores = mma_v2(sin, offsets_of(O, index + 1), scores)
     if any_class > 0:
         more = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-        more = mma_v2(cos, offsets_of(O, 2), more)
-        more = mma_v2(sin, offsets_of(O, 3), more)
+        more = mma_v2(cos, offsets_of(O, index + 2), more)
+        more = mma_v2(sin, offsets_of(O, index + 3), more)
         scores += more * label[:, None]
     scores /= scale[:, None]
-    first, second = gl.split(gl.permute(gl.reshape(scores, [T, SPANS, O.shape[1] // 2]), [0, 2, 1]))
-    return halves_of_columns(first), halves_of_columns(second)
-
-
-@gluon.jit
-def halves_of_columns(scores):
-    T: gl.constexpr = scores.shape[0]
-    one, other = gl.split(gl.permute(gl.reshape(scores, [T, 2, scores.shape[1] // 2]), [0, 2, 1]))
+    one, other = gl.split(gl.permute(gl.reshape(scores, [T, 2, O.shape[1] // 2]), [0, 2, 1]))
     one = gl.convert_layout(one, SCORES, assert_trivial=True)
     return one, gl.convert_layout(other, SCORES, assert_trivial=True)
 
@@ -253,6 +281,7 @@ def queries_of(Q, index):
 @gluon.jit
 def write_weights(
     scores,
+    span: gl.constexpr,
     terms,
     of_weights,
     mask,
@@ -272,18 +301,16 @@ def write_weights(
     window,
     MULTIPLE: gl.constexpr,
 ):
-    """Weights of a block of slots, and its terms; see `latent_weights_kernel`."""
-    a, b = scores[0]
-    c, d = scores[1]
-    T: gl.constexpr = a.shape[0]
-    PER_HALF: gl.constexpr = a.shape[1]
-    scores = gl.permute(gl.join(gl.join(a, c), gl.join(b, d)), [0, 2, 3, 1])
-    scores = gl.reshape(scores, [T, 4 * PER_HALF])  # halves of the first span, of the second
+    """Weights of a block of slots for a span, and its terms; see `latent_weights_kernel`."""
+    one, other = scores
+    T: gl.constexpr = one.shape[0]
+    PER_HALF: gl.constexpr = one.shape[1]
+    scores = gl.reshape(gl.permute(gl.join(one, other), [0, 2, 1]), [T, 2 * PER_HALF])
     LAYOUT: gl.constexpr = scores.type.layout
     SLOTS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    in_half = gl.arange(0, 4 * PER_HALF, gl.SliceLayout(0, LAYOUT)) % PER_HALF
-    half = gl.arange(0, 4 * PER_HALF, gl.SliceLayout(0, LAYOUT)) // PER_HALF
-    column = half * per_half + in_half
+    in_half = gl.arange(0, 2 * PER_HALF, gl.SliceLayout(0, LAYOUT)) % PER_HALF
+    half = gl.arange(0, 2 * PER_HALF, gl.SliceLayout(0, LAYOUT)) // PER_HALF
+    column = (span * 2 + half) * per_half + in_half
     inside = (in_half < per_half) & (column < heads * positions) & inside_block
     slot = first_slot + gl.arange(0, T, SLOTS)
     valid = (slot >= begin) & (slot < stop)
@@ -308,7 +335,7 @@ def write_weights(
     scores = gl.where(attended, scores, float("-inf"))
     highest = gl.ceil(gl.max(scores, 0))
     weights = gl.exp2(scores - gl.where(highest == float("-inf"), 0.0, highest)[None, :])
-    of_values = gl.full([4 * PER_HALF], 0.0, gl.float32, gl.SliceLayout(0, LAYOUT))
+    of_values = gl.full([2 * PER_HALF], 0.0, gl.float32, gl.SliceLayout(0, LAYOUT))
     of_keys = of_values
     if any_class > 0:
         of_keys = gl.sum(weights * gl.convert_layout(labels[0], SLOTS)[:, None], 0)
@@ -318,8 +345,8 @@ def write_weights(
     gl.store(terms + 2 * padded_columns + column, of_values, mask=inside)
     gl.store(terms + 3 * padded_columns + column, of_keys, mask=inside)
     # Slots of a column lie side by side.
-    index = gl.arange(0, 4 * PER_HALF, gl.SliceLayout(0, OF_WEIGHTS))
-    column = index // PER_HALF * per_half + index % PER_HALF
+    index = gl.arange(0, 2 * PER_HALF, gl.SliceLayout(0, OF_WEIGHTS))
+    column = (span * 2 + index // PER_HALF) * per_half + index % PER_HALF
     inside = (index % PER_HALF < per_half) & (column < heads * positions) & inside_block
     t = gl.arange(0, T, gl.SliceLayout(1, OF_WEIGHTS))
     of_weights += (column * T)[None, :] + t[:, None]

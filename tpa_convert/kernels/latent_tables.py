@@ -125,6 +125,7 @@ class LatentTables(NamedTuple):
         layout: a `Layout`.
         epsilon: of the norm.
         chunks: the block of pairs that each chunk belongs to, and B behind the last, int32.
+        behind: the chunk behind the last of each block of pairs, int32 [B].
         items: of each item the word in the row (bits 0 to 15), by how many bits it is turned to
             the right (16 to 23), and the mask that is left (24 to 30), int32 [I]; 0 for nothing.
             What is left of a byte stands for an eighth of it, less that of the mask's half.
@@ -143,6 +144,7 @@ class LatentTables(NamedTuple):
     layout: Layout
     epsilon: float
     chunks: Tensor
+    behind: Tensor
     items: Tensor
     weight: Tensor
     whole: Tensor | None
@@ -201,11 +203,12 @@ def latent_tables(
     heads = 1 << (max(1, min(groups, most // padded)) - 1).bit_length()
     padded = max(padded, 16 // heads)
     spans = -(-groups // heads)
-    chunks, of_blocks = [], []
+    chunks, behind, of_blocks = [], [], []
     first = 0
     for i, count in enumerate(key_map.widths):
         of_blocks.append(_places_of(keys.tiers, first, first + count).padded(CHUNK // WORD))
         chunks += [i] * (len(of_blocks[-1].items) // (CHUNK // WORD))
+        behind.append(len(chunks))
         first += count
     of_keys = _Places(*(torch.cat(x) for x in zip(*of_blocks, strict=True)))
     of_values = _places_of(values.tiers, 0, len(values.step)).padded(PIECE // WORD)
@@ -263,6 +266,7 @@ def latent_tables(
         layout,
         key_map.epsilon,
         torch.tensor([*chunks, blocks], dtype=torch.int32, device=device),
+        torch.tensor(behind, dtype=torch.int32, device=device),
         torch.cat((of_keys.items, of_values.items)).int().to(device),
         weight.to(dtype).contiguous(),
         whole,

@@ -86,16 +86,17 @@ def launch_latent(
     scratch = query.new_empty(shape.scratch, dtype=torch.uint8)
     weights, block_terms, partial, partial_terms = shape.parts
     bounds = pages, start, end, mask
-    of_keys: tuple[Tensor | None, ...] = tables.weight, tables.offset, tables.norm
-    if shape.kernels[0] is not latent_weights_kernel:
+    of_keys: tuple[Tensor | None, ...]
+    if shape.kernels[0] is latent_weights_kernel:
+        of_keys = tables.chunks, tables.weight, tables.offset, tables.norm
+    else:
         whole = tables.weight if tables.whole is None else tables.whole
-        of_keys = whole, tables.unit, tables.offset, tables.norm
+        of_keys = tables.behind, whole, tables.unit, tables.offset, tables.norm
     weigh = (
         query,
         keys,
         values,
         tables.items,
-        tables.chunks,
         *of_keys,
         cosine,
         sine,

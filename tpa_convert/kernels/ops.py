@@ -78,6 +78,7 @@ def decode_latent(
     layout: Sequence[int],
     epsilon: float,
     chunks: Tensor,
+    behind: Tensor,
     items: Tensor,
     weight: Tensor,
     whole: Tensor | None,
@@ -96,7 +97,8 @@ def decode_latent(
     by_group: bool,
 ) -> Tensor:
     """`decode_latent.latent_on_kernel`; what is not of a call is `latent_tables.LatentTables`."""
-    constants = epsilon, chunks, items, weight, whole, unit, offset, norm, place_of, step
+    of_keys = weight, whole, unit, offset, norm
+    constants = epsilon, chunks, behind, items, *of_keys, place_of, step
     tables = LatentTables(Layout(*layout), *constants)
     cached = query, keys, values, cosine, sine
     call = scale, start, end, window, softcap, mask, pages, by_group
@@ -111,7 +113,7 @@ def run_latent(*arguments: Any) -> Tensor:
 @decode_latent.register_fake
 def _(query, keys, values, cosine, sine, layout, epsilon, *others):
     *leading, _ = query.shape
-    features, by_group = others[7].shape[1], others[-1]
+    features, by_group = others[8].shape[1], others[-1]
     if by_group:
         groups = Layout(*layout).groups
         leading = [groups, math.prod(leading) // groups]
