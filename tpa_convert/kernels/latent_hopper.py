@@ -59,8 +59,8 @@ reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 WARPS = gl.constexpr(4)  # of a group
-REGISTERS_OF_CONSUMER = gl.constexpr(104)  # of a thread
-REGISTERS_OF_PRODUCER = gl.constexpr(64)
+REGISTERS_OF_CONSUMER = gl.constexpr(216)  # of a thread
+REGISTERS_OF_PRODUCER = gl.constexpr(80)
 WORDS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
@@ -181,8 +181,7 @@ def consume(
     key_stride_t, value_stride_t, table_stride_t = strides
     heads, positions, length, chunk_count, padded_columns, header_k, header_v = numbers
     scale, softcap, octave_k, octave_v = factors
-    mine: gl.constexpr = me // SPANS
-    span: gl.constexpr = me % SPANS
+    mine: gl.constexpr = me
     T: gl.constexpr = X.shape[1]
     KEYS: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, 1], [16, 2 * PAIRS_OF_SPAN, 32 if X.dtype == gl.int8 else 16]
@@ -222,7 +221,19 @@ def consume(
             sines = sine + base.to(gl.int64) * table_stride_t
             scores = scores_of_offsets(
                 O,
-                span * 4,
+                0,
+                cosines,
+                sines,
+                last,
+                table_stride_t,
+                key_scale,
+                key_class,
+                any_class,
+                BLOCKS * PAIRS,
+            )
+            others = scores_of_offsets(
+                O,
+                4,
                 cosines,
                 sines,
                 last,
@@ -242,23 +253,49 @@ def consume(
                 cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 rebuilt = gl.full([T, 2 * PAIRS_OF_SPAN], 0, NUMBERS, KEYS)
+                rebuilt2 = rebuilt
                 for _ in range(first, last_chunk):
                     stage = n % STAGES
                     mbarrier.wait(full.index(stage), n // STAGES % 2)
                     left = X.index(2 * stage + mine)
-                    right = W.index(2 * stage + span).permute((1, 0))
+                    right = W.index(2 * stage).permute((1, 0))
                     product = warpgroup_mma(left, right, rebuilt, is_async=True)
-                    rebuilt = warpgroup_mma_wait(0, deps=(product,))
+                    right2 = W.index(2 * stage + 1).permute((1, 0))
+                    product2 = warpgroup_mma(left, right2, rebuilt2, is_async=True)
+                    rebuilt, rebuilt2 = warpgroup_mma_wait(0, deps=(product, product2))
                     synchronize()
                     mbarrier.arrive(empty.index(stage), count=1)
                     n += 1
                 if last_chunk > first:
-                    index = (of_pairs * SPANS + span) * 4
+                    index = of_pairs * SPANS * 4
                     scores = add_scores(scores, rebuilt, Q, index, cos, sin, HEADS)
+                    others = add_scores(others, rebuilt2, Q, index + 4, cos, sin, HEADS)
                 first = last_chunk
             write_weights(
                 scores,
-                span,
+                0,
+                terms,
+                of_weights,
+                mask,
+                block * T,
+                begin,
+                stop,
+                (key_scale, value_scale),
+                (key_class, value_class),
+                any_class,
+                heads,
+                positions,
+                per_half,
+                padded_columns,
+                inside_block,
+                scale,
+                softcap,
+                window,
+                MULTIPLE,
+            )
+            write_weights(
+                others,
+                1,
                 terms,
                 of_weights,
                 mask,
@@ -279,7 +316,7 @@ def consume(
                 MULTIPLE,
             )
         else:
-            write_nothing(terms, of_weights, padded_columns, inside_block & (span == 0), T)
+            write_nothing(terms, of_weights, padded_columns, inside_block, T)
 
 
 @gluon.jit(do_not_specialize=AT_RUN_TIME)
@@ -370,7 +407,7 @@ def latent_weights_on_hopper(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2 * SPANS)
+        mbarrier.init(empty.index(stage), count=2)
     query += batch.to(gl.int64) * query_stride_b
     of_queries = query_stride_h, query_stride_s, heads, positions
     load_queries(Q, query, unit, *of_queries, GROUPS, BLOCKS, PAIRS, PADDED, HEADS)
@@ -434,46 +471,6 @@ def latent_weights_on_hopper(
                 ),
             ),
             (
-                consume,
-                (
-                    2,
-                    ring,
-                    inputs,
-                    outputs,
-                    bounds,
-                    strides,
-                    numbers,
-                    factors,
-                    GROUPS,
-                    BLOCKS,
-                    PAIRS,
-                    PADDED,
-                    HEADS,
-                    MULTIPLE,
-                    STAGES,
-                ),
-            ),
-            (
-                consume,
-                (
-                    3,
-                    ring,
-                    inputs,
-                    outputs,
-                    bounds,
-                    strides,
-                    numbers,
-                    factors,
-                    GROUPS,
-                    BLOCKS,
-                    PAIRS,
-                    PADDED,
-                    HEADS,
-                    MULTIPLE,
-                    STAGES,
-                ),
-            ),
-            (
                 produce,
                 (
                     filled,
@@ -490,6 +487,6 @@ def latent_weights_on_hopper(
                 ),
             ),
         ],
-        [WARPS, WARPS, WARPS, WARPS],
-        [REGISTERS_OF_CONSUMER, REGISTERS_OF_CONSUMER, REGISTERS_OF_CONSUMER, REGISTERS_OF_PRODUCER],
+        [WARPS, WARPS],
+        [REGISTERS_OF_CONSUMER, REGISTERS_OF_PRODUCER],
     )
