@@ -33,34 +33,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .latent import AT_RUN_TIME, load_header, numbers_of
+from .latent import AT_RUN_TIME, numbers_of
+from .latent_hopper_finish import finish, load_offsets
 from .latent_hopper_scores import (
-    IN_LINE,
     PAIRS_OF_KEYS,
     PAIRS_OF_SPAN,
     SCORES,
     SPANS,
     add_scores,
     attended_to,
-    load_offsets,
     load_queries,
     load_row,
-    scores_of_offsets,
+    side_by_side,
+    synchronize,
     whole_rows,
-    write_nothing,
-    write_weights,
 )
 from .split_kv import slot_bounds
 
 # Names of Triton 3.7 and later, and of 3.6.
-synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 _memory = gl.shared_memory_descriptor
 reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 WARPS = gl.constexpr(4)  # of a group
-REGISTERS_OF_CONSUMER = gl.constexpr(216)  # of a thread
-REGISTERS_OF_PRODUCER = gl.constexpr(80)
+OF_CONSUMER = gl.constexpr(176)  # registers of a thread
+OF_FINISHER = gl.constexpr(96)
+OF_PRODUCER = gl.constexpr(64)
 WORDS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
@@ -159,37 +157,29 @@ def produce(
 def consume(
     me: gl.constexpr,
     ring,
+    passed,
     inputs,
-    outputs,
     bounds,
-    strides,
-    numbers,
-    factors,
-    GROUPS: gl.constexpr,
+    length,
+    table_stride_t,
     BLOCKS: gl.constexpr,
     PAIRS: gl.constexpr,
     PADDED: gl.constexpr,
     HEADS: gl.constexpr,
-    MULTIPLE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Empties the ring: weights of one block of each tile, for the heads of one span."""
-    Q, O, X, W, full, empty = ring
-    keys, values, behind, cosine, sine = inputs
-    weights_out, block_terms = outputs
-    mask, begin, stop, window = bounds
-    key_stride_t, value_stride_t, table_stride_t = strides
-    heads, positions, length, chunk_count, padded_columns, header_k, header_v = numbers
-    scale, softcap, octave_k, octave_v = factors
-    mine: gl.constexpr = me
+    """Empties the ring: scores of the first or the second block of each tile."""
+    Q, X, W, full, empty = ring
+    S, given, taken = passed
+    behind, cosine, sine = inputs
+    mask, begin, stop = bounds
     T: gl.constexpr = X.shape[1]
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, 2 * PAIRS_OF_SPAN, 32 if X.dtype == gl.int8 else 16]
-    )
-    NUMBERS: gl.constexpr = gl.int32 if X.dtype == gl.int8 else gl.float32
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     HIGH: gl.constexpr = PADDED // LOW
-    SLOTS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    WHOLE: gl.constexpr = X.dtype == gl.int8
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, 2 * PAIRS_OF_SPAN, 32 if WHOLE else 16]
+    )
     # Cosines [T, high, low] serve all heads of a span: they are laid out as a head's keys are.
     a_span = gl.full([T, PAIRS_OF_SPAN], 0.0, Q.dtype, PAIRS_OF_KEYS)
     a_span = gl.reshape(a_span, [T, HIGH, HEADS, LOW])
@@ -198,125 +188,45 @@ def consume(
     low = gl.arange(0, LOW, gl.SliceLayout(0, gl.SliceLayout(1, A_HEAD)))
     pair = gl.expand_dims(high[None, :], 2) * LOW + gl.expand_dims(low[None, :], 1)
     in_block = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, A_HEAD)))
-    per_half = HEADS // 2 * (heads // GROUPS) * positions
-    blocks = gl.cdiv(length, T)
-    batch = gl.program_id(1)
-    n = 0
+    zeros = gl.full([T, 2 * PAIRS_OF_SPAN], 0, gl.int32 if WHOLE else gl.float32, KEYS)
+    nothing = gl.full([T, Q.shape[1]], 0.0, gl.float32, SCORES)
+    n, tiles = 0, 0
     for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
-        block = tile * 2 + mine
-        inside_block = block < blocks
-        of_block = batch * blocks + block
-        terms = block_terms + of_block * (4 * padded_columns)
-        of_weights = weights_out + of_block.to(gl.int64) * (2 * padded_columns * T)
         if attended_to(tile, begin, stop, mask, T):
-            base = gl.minimum(block * T, length - 1)
-            last = length - 1 - base
-            row = gl.minimum(gl.arange(0, T, SLOTS), last)
-            rows = keys + base.to(gl.int64) * key_stride_t
-            key_scale, key_class = load_header(rows, row * key_stride_t, octave_k, header_k)
-            rows = values + base.to(gl.int64) * value_stride_t
-            value_scale, value_class = load_header(rows, row * value_stride_t, octave_v, header_v)
-            any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
-            cosines = cosine + base.to(gl.int64) * table_stride_t
-            sines = sine + base.to(gl.int64) * table_stride_t
-            scores = scores_of_offsets(
-                O,
-                0,
-                cosines,
-                sines,
-                last,
-                table_stride_t,
-                key_scale,
-                key_class,
-                any_class,
-                BLOCKS * PAIRS,
-            )
-            others = scores_of_offsets(
-                O,
-                4,
-                cosines,
-                sines,
-                last,
-                table_stride_t,
-                key_scale,
-                key_class,
-                any_class,
-                BLOCKS * PAIRS,
-            )
-            of_row = gl.minimum(in_block, last) * table_stride_t
+            base = gl.minimum((tile * 2 + me) * T, length - 1)
+            of_row = gl.minimum(in_block, length - 1 - base) * table_stride_t
             of_row = gl.expand_dims(of_row[:, None], 2)
-            cosines = whole_rows(cosines, of_row)
-            sines = whole_rows(sines, of_row)
+            cosines = whole_rows(cosine + base.to(gl.int64) * table_stride_t, of_row)
+            sines = whole_rows(sine + base.to(gl.int64) * table_stride_t, of_row)
+            one = nothing, nothing
+            other = nothing, nothing
             first = 0
             for of_pairs in range(BLOCKS):
-                last_chunk = gl.load(behind + of_pairs)
+                last = gl.load(behind + of_pairs)
                 cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
-                rebuilt = gl.full([T, 2 * PAIRS_OF_SPAN], 0, NUMBERS, KEYS)
-                rebuilt2 = rebuilt
-                for _ in range(first, last_chunk):
+                of_one, of_other = zeros, zeros
+                for _ in range(first, last):
                     stage = n % STAGES
                     mbarrier.wait(full.index(stage), n // STAGES % 2)
-                    left = X.index(2 * stage + mine)
-                    right = W.index(2 * stage).permute((1, 0))
-                    product = warpgroup_mma(left, right, rebuilt, is_async=True)
-                    right2 = W.index(2 * stage + 1).permute((1, 0))
-                    product2 = warpgroup_mma(left, right2, rebuilt2, is_async=True)
-                    rebuilt, rebuilt2 = warpgroup_mma_wait(0, deps=(product, product2))
+                    codes = X.index(2 * stage + me)
+                    right = W.index(SPANS * stage).permute((1, 0))
+                    a = warpgroup_mma(codes, right, of_one, is_async=True)
+                    right = W.index(SPANS * stage + 1).permute((1, 0))
+                    b = warpgroup_mma(codes, right, of_other, is_async=True)
+                    of_one, of_other = warpgroup_mma_wait(0, deps=(a, b))
                     synchronize()
                     mbarrier.arrive(empty.index(stage), count=1)
                     n += 1
-                if last_chunk > first:
-                    index = of_pairs * SPANS * 4
-                    scores = add_scores(scores, rebuilt, Q, index, cos, sin, HEADS)
-                    others = add_scores(others, rebuilt2, Q, index + 4, cos, sin, HEADS)
-                first = last_chunk
-            write_weights(
-                scores,
-                0,
-                terms,
-                of_weights,
-                mask,
-                block * T,
-                begin,
-                stop,
-                (key_scale, value_scale),
-                (key_class, value_class),
-                any_class,
-                heads,
-                positions,
-                per_half,
-                padded_columns,
-                inside_block,
-                scale,
-                softcap,
-                window,
-                MULTIPLE,
-            )
-            write_weights(
-                others,
-                1,
-                terms,
-                of_weights,
-                mask,
-                block * T,
-                begin,
-                stop,
-                (key_scale, value_scale),
-                (key_class, value_class),
-                any_class,
-                heads,
-                positions,
-                per_half,
-                padded_columns,
-                inside_block,
-                scale,
-                softcap,
-                window,
-                MULTIPLE,
-            )
-        else:
-            write_nothing(terms, of_weights, padded_columns, inside_block, T)
+                if last > first:
+                    one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)
+                    other = add_scores(other, of_other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
+                first = last
+            mbarrier.wait(taken.index(me), tiles % 2 ^ 1)
+            S.index(me).store(side_by_side(one, other))
+            synchronize()
+            mbarrier.arrive(given.index(me), count=1)
+            tiles += 1
 
 
 @gluon.jit(do_not_specialize=AT_RUN_TIME)
@@ -400,9 +310,17 @@ def latent_weights_on_hopper(
     )
     O = gl.allocate_shared_memory(  # noqa: E741
         DTYPE,
-        [4 * SPANS, 2 * COLUMNS, WIDTH],
-        gl.NVMMASharedLayout.get_default_for([2 * COLUMNS, WIDTH], DTYPE),
+        [4, 4 * COLUMNS, WIDTH],
+        gl.NVMMASharedLayout.get_default_for([4 * COLUMNS, WIDTH], DTYPE),
     )
+    S = gl.allocate_shared_memory(
+        gl.float32, [2, BLOCK, 4 * COLUMNS], gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    )
+    given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for half in gl.static_range(2):
+        mbarrier.init(given.index(half), count=1)
+        mbarrier.init(taken.index(half), count=1)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -421,12 +339,15 @@ def latent_weights_on_hopper(
     if mask is not None:
         mask += batch.to(gl.int64) * mask_stride_b
     filled = X, W, full, empty
-    ring = Q, O, X, W, full, empty
-    inputs = keys, values, behind, cosine + table, sine + table
+    ring = Q, X, W, full, empty
+    passed = S, given, taken
+    of_keys = behind, cosine + table, sine + table
+    attended = mask, begin, stop
+    inputs = keys, values, cosine + table, sine + table
     outputs = weights_out, block_terms
     bounds = mask, begin, stop, window
     strides = key_stride_t, value_stride_t, table_stride_t
-    numbers = heads, positions, length, chunk_count, padded_columns, header_k, header_v
+    numbers = heads, positions, length, padded_columns, header_k, header_v
     factors = scale, softcap, octave_k, octave_v
     gl.warp_specialize(
         [
@@ -435,18 +356,15 @@ def latent_weights_on_hopper(
                 (
                     0,
                     ring,
-                    inputs,
-                    outputs,
-                    bounds,
-                    strides,
-                    numbers,
-                    factors,
-                    GROUPS,
+                    passed,
+                    of_keys,
+                    attended,
+                    length,
+                    table_stride_t,
                     BLOCKS,
                     PAIRS,
                     PADDED,
                     HEADS,
-                    MULTIPLE,
                     STAGES,
                 ),
             ),
@@ -455,6 +373,23 @@ def latent_weights_on_hopper(
                 (
                     1,
                     ring,
+                    passed,
+                    of_keys,
+                    attended,
+                    length,
+                    table_stride_t,
+                    BLOCKS,
+                    PAIRS,
+                    PADDED,
+                    HEADS,
+                    STAGES,
+                ),
+            ),
+            (
+                finish,
+                (
+                    O,
+                    passed,
                     inputs,
                     outputs,
                     bounds,
@@ -462,12 +397,9 @@ def latent_weights_on_hopper(
                     numbers,
                     factors,
                     GROUPS,
-                    BLOCKS,
-                    PAIRS,
-                    PADDED,
+                    BLOCKS * PAIRS,
                     HEADS,
                     MULTIPLE,
-                    STAGES,
                 ),
             ),
             (
@@ -487,6 +419,6 @@ def latent_weights_on_hopper(
                 ),
             ),
         ],
-        [WARPS, WARPS],
-        [REGISTERS_OF_CONSUMER, REGISTERS_OF_PRODUCER],
+        [WARPS, WARPS, WARPS],
+        [OF_CONSUMER, OF_FINISHER, OF_PRODUCER],
     )

@@ -1,5 +1,5 @@
-"""What a consumer of `latent_hopper.py` does with rebuilt keys: rotates them, multiplies them with
-queries, and writes weights. All of it is that of one group of four warps.
+"""What a consumer of `latent_hopper.py` does with rebuilt keys: rotates them and multiplies them
+with queries. All of it is that of one group of four warps.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -11,16 +11,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .latent import NEVER
-from .split_kv import LOG2_E, tanh
+
+# The name in Triton 3.7 and later, and in 3.6.
+synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 
 SPANS = gl.constexpr(2)
 PAIRS_OF_SPAN = gl.constexpr(64)
 IN_LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 QUERIES = gl.constexpr(gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0]))
-OF_WEIGHTS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 PAIRS_OF_KEYS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
-EIGHT = gl.constexpr(8)  # numbers of 16 bits that a thread loads at once
 UNIT = gl.constexpr(2.0**-9)  # of whole numbers, so that they are not too large for fp16
 
 
@@ -93,121 +93,6 @@ def load_queries(
 
 
 @gluon.jit
-def load_offsets(
-    O,  # noqa: E741
-    query,
-    offset,
-    stride_h,
-    stride_s,
-    heads,
-    positions,
-    GROUPS: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    PAIRS: gl.constexpr,
-    PADDED: gl.constexpr,
-    HEADS: gl.constexpr,
-):
-    """What cosines, and sines, of slots are taken times to give what offsets of keys add to scores,
-    for each span [2, columns, pairs of a head], and the same of what the second class adds."""
-    for span in gl.static_range(SPANS):
-        load_offsets_of(
-            O,
-            span,
-            query,
-            offset,
-            stride_h,
-            stride_s,
-            heads,
-            positions,
-            GROUPS,
-            BLOCKS,
-            PAIRS,
-            PADDED,
-            HEADS,
-        )
-
-
-@gluon.jit
-def load_offsets_of(
-    O,  # noqa: E741
-    span: gl.constexpr,
-    query,
-    offset,
-    stride_h,
-    stride_s,
-    heads,
-    positions,
-    GROUPS: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    PAIRS: gl.constexpr,
-    PADDED: gl.constexpr,
-    HEADS: gl.constexpr,
-):
-    LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
-    C: gl.constexpr = O.shape[1] // 2  # of a half of a span
-    shared = heads // GROUPS
-    per_half = HEADS // 2 * shared * positions
-    index = gl.arange(0, O.shape[1], gl.SliceLayout(1, QUERIES))
-    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, QUERIES))
-    column = (span * 2 + index // C) * per_half + index % C
-    head = column // positions
-    inside = (index % C < per_half) & (column < heads * positions)
-    inside = inside[:, None] & (pair < BLOCKS * PAIRS)[None, :]
-    at = query + (head * stride_h + column % positions * stride_s)[:, None] + pair[None, :]
-    real = gl.load(at, mask=inside, other=0.0).to(gl.float32)
-    imaginary = gl.load(at + BLOCKS * PAIRS, mask=inside, other=0.0).to(gl.float32)
-    group = head // shared
-    of_head = group // HEADS * (2 * PAIRS_OF_SPAN) + group % HEADS * LOW
-    of_pair = pair // PAIRS * (SPANS * 2 * PAIRS_OF_SPAN) + pair % LOW
-    of_pair += pair % PAIRS // LOW * (HEADS * LOW)
-    at = offset + of_head[:, None] + of_pair[None, :]
-    for label in gl.static_range(2):
-        a = gl.load(at, mask=inside, other=0.0)
-        b = gl.load(at + PAIRS_OF_SPAN, mask=inside, other=0.0)
-        O.index(span * 4 + 2 * label).store((real * a + imaginary * b).to(O.dtype))
-        O.index(span * 4 + 2 * label + 1).store((imaginary * a - real * b).to(O.dtype))
-        at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
-
-
-@gluon.jit
-def scores_of_offsets(
-    O,  # noqa: E741
-    index,
-    cosine,
-    sine,
-    last,
-    stride_t,
-    scale,
-    label,
-    any_class,
-    PAIRS: gl.constexpr,  # of a head
-):
-    """What offsets of keys add to the scores of a block of slots, of the rows of cosines and sines
-    from its first on: [T, C] for both halves of a span, to be taken times `scale`."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
-    T: gl.constexpr = 64
-    slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
-    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, LEFT))
-    of_row = (slot * stride_t)[:, None]
-    cosine = whole_rows(cosine, of_row)
-    sine = whole_rows(sine, of_row)
-    cos = load_row(cosine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
-    sin = load_row(sine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
-    scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-    scores = mma_v2(cos, offsets_of(O, index), scores)
-    scores = mma_v2(sin, offsets_of(O, index + 1), scores)
-    if any_class > 0:
-        more = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-        more = mma_v2(cos, offsets_of(O, index + 2), more)
-        more = mma_v2(sin, offsets_of(O, index + 3), more)
-        scores += more * label[:, None]
-    scores /= scale[:, None]
-    one, other = gl.split(gl.permute(gl.reshape(scores, [T, 2, O.shape[1] // 2]), [0, 2, 1]))
-    one = gl.convert_layout(one, SCORES, assert_trivial=True)
-    return one, gl.convert_layout(other, SCORES, assert_trivial=True)
-
-
-@gluon.jit
 def whole_rows(first, offset):
     """Pointers to rows; groups of warps do not know by themselves that they are whole words."""
     rows = first + offset
@@ -222,11 +107,6 @@ def load_row(rows, first, pair, PAIRS: gl.constexpr, PADDED: gl.constexpr):
     else:
         inside, rows = gl.broadcast(pair < PAIRS, rows)
         return gl.load(rows + (first + pair), mask=inside, other=0.0)
-
-
-@gluon.jit
-def offsets_of(O, index):  # noqa: E741
-    return O.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, SCORES, EIGHT))
 
 
 @gluon.jit
@@ -279,95 +159,9 @@ def queries_of(Q, index):
 
 
 @gluon.jit
-def write_weights(
-    scores,
-    span: gl.constexpr,
-    terms,
-    of_weights,
-    mask,
-    first_slot,
-    begin,
-    stop,
-    scales,
-    labels,
-    any_class,
-    heads,
-    positions,
-    per_half,
-    padded_columns,
-    inside_block,
-    scale,
-    softcap,
-    window,
-    MULTIPLE: gl.constexpr,
-):
-    """Weights of a block of slots for a span, and its terms; see `latent_weights_kernel`."""
-    one, other = scores
-    T: gl.constexpr = one.shape[0]
-    PER_HALF: gl.constexpr = one.shape[1]
-    scores = gl.reshape(gl.permute(gl.join(one, other), [0, 2, 1]), [T, 2 * PER_HALF])
-    LAYOUT: gl.constexpr = scores.type.layout
-    SLOTS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    in_half = gl.arange(0, 2 * PER_HALF, gl.SliceLayout(0, LAYOUT)) % PER_HALF
-    half = gl.arange(0, 2 * PER_HALF, gl.SliceLayout(0, LAYOUT)) // PER_HALF
-    column = (span * 2 + half) * per_half + in_half
-    inside = (in_half < per_half) & (column < heads * positions) & inside_block
-    slot = first_slot + gl.arange(0, T, SLOTS)
-    valid = (slot >= begin) & (slot < stop)
-    scores = scores * gl.convert_layout(scales[0], SLOTS)[:, None]
-    if softcap is not None:
-        scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
-    else:
-        scores = scores * (scale * LOG2_E)
-    if mask is not None:
-        if mask.dtype.element_ty.is_floating():
-            bias = gl.load(mask + slot, mask=valid, other=0).to(gl.float32)
-            valid = valid & (bias > NEVER)
-            scores += gl.where(valid, bias * LOG2_E, 0.0)[:, None]
-        else:
-            valid = valid & (gl.load(mask + slot, mask=valid, other=0) != 0)
-    attended = valid[:, None] & inside[None, :]
-    if MULTIPLE:  # several query positions, each with its own last slot
-        own = (stop - positions + column % positions)[None, :]
-        attended = attended & (slot[:, None] <= own)
-        if window is not None:
-            attended = attended & (slot[:, None] > own - window)
-    scores = gl.where(attended, scores, float("-inf"))
-    highest = gl.ceil(gl.max(scores, 0))
-    weights = gl.exp2(scores - gl.where(highest == float("-inf"), 0.0, highest)[None, :])
-    of_values = gl.full([2 * PER_HALF], 0.0, gl.float32, gl.SliceLayout(0, LAYOUT))
-    of_keys = of_values
-    if any_class > 0:
-        of_keys = gl.sum(weights * gl.convert_layout(labels[0], SLOTS)[:, None], 0)
-        of_values = gl.sum(weights * gl.convert_layout(labels[1], SLOTS)[:, None], 0)
-    gl.store(terms + column, highest, mask=inside)
-    gl.store(terms + padded_columns + column, gl.sum(weights, 0), mask=inside)
-    gl.store(terms + 2 * padded_columns + column, of_values, mask=inside)
-    gl.store(terms + 3 * padded_columns + column, of_keys, mask=inside)
-    # Slots of a column lie side by side.
-    index = gl.arange(0, 2 * PER_HALF, gl.SliceLayout(0, OF_WEIGHTS))
-    column = (span * 2 + index // PER_HALF) * per_half + index % PER_HALF
-    inside = (index % PER_HALF < per_half) & (column < heads * positions) & inside_block
-    t = gl.arange(0, T, gl.SliceLayout(1, OF_WEIGHTS))
-    of_weights += (column * T)[None, :] + t[:, None]
-    inside = inside[None, :] & (t >= 0)[:, None]
-    for part in gl.static_range(2):  # times the scales of keys, and of values
-        scaled = weights * gl.convert_layout(scales[part], SLOTS)[:, None]
-        scaled = gl.convert_layout(scaled.to(of_weights.dtype.element_ty), OF_WEIGHTS)
-        gl.store(of_weights + part * padded_columns * T, scaled, mask=inside)
-
-
-@gluon.jit
-def write_nothing(terms, of_weights, padded_columns, inside_block, T: gl.constexpr):
-    """Weights and terms of a block that nothing attends to."""
-    for i in range(0, padded_columns, 32):
-        column = i + gl.arange(0, 32, IN_LINE)
-        inside = (column < padded_columns) & inside_block
-        gl.store(terms + column, gl.full([32], float("-inf"), gl.float32, IN_LINE), mask=inside)
-        nothing = gl.full([32], 0.0, gl.float32, IN_LINE)
-        for term in gl.static_range(1, 4):
-            gl.store(terms + term * padded_columns + column, nothing, mask=inside)
-    for i in range(0, 2 * padded_columns * T, 1024):
-        at = i + gl.arange(0, 1024, IN_LINE)
-        nothing = gl.full([1024], 0.0, of_weights.dtype.element_ty, IN_LINE)
-        gl.store(of_weights + at, nothing, mask=(at < 2 * padded_columns * T) & inside_block)
+def side_by_side(one, other):
+    """Scores [T, columns] of both spans' halves of heads."""
+    a, b = one
+    c, d = other
+    found = gl.permute(gl.join(gl.join(a, c), gl.join(b, d)), [0, 2, 3, 1])
+    return gl.reshape(found, [a.shape[0], 4 * a.shape[1]])

@@ -71,8 +71,9 @@ def ring_stages(layout: Layout, per_span: int, size: int, device: torch.device) 
     if wide or not known:
         return 0
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
-    queries = 2 * _per_half(per_span) * (layout.blocks * keys + 16 * _width(layout))
-    stages = (shared_bytes(device) - queries) // (size * CHUNK * (TILE + keys))
+    # Queries, queries times offsets, scores.
+    beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 16 * TILE)
+    stages = (shared_bytes(device) - beside) // (size * CHUNK * (TILE + keys))
     return min(stages, MOST_STAGES) if stages > 1 else 0
 
 
