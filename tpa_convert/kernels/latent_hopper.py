@@ -33,9 +33,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .latent import AT_RUN_TIME, numbers_of
-from .latent_hopper_finish import finish, load_offsets
+from .latent import AT_RUN_TIME, load_header, numbers_of
+from .latent_hopper_finish import finish
+from .latent_hopper_offsets import load_offsets, scores_of_offsets
 from .latent_hopper_scores import (
+    IN_LINE,
     PAIRS_OF_KEYS,
     PAIRS_OF_SPAN,
     SCORES,
@@ -56,9 +58,9 @@ reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 WARPS = gl.constexpr(4)  # of a group
-OF_CONSUMER = gl.constexpr(176)  # registers of a thread
-OF_FINISHER = gl.constexpr(96)
-OF_PRODUCER = gl.constexpr(64)
+OF_CONSUMER = gl.constexpr(168)  # registers of a thread
+OF_FINISHER = gl.constexpr(104)
+OF_PRODUCER = gl.constexpr(72)
 WORDS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
@@ -95,6 +97,7 @@ def store_codes(X, words, item):
 def produce(
     ring,
     keys,
+    values,
     items,
     weight,
     mask,
@@ -102,6 +105,8 @@ def produce(
     stop,
     length,
     stride_t,
+    value_stride_t,
+    header_v,
     chunk_count,
     STAGES: gl.constexpr,
 ):
@@ -128,6 +133,10 @@ def produce(
             item = gl.load(of_item)
             words_low = gl.load(rows + (low + (item & 0xFFFF)[None, :]))
             words_high = gl.load(rows + (high + (item & 0xFFFF)[None, :]))
+            following = gl.load(of_item + gl.minimum(1, chunk_count - 1) * ITEMS)
+            later = base + gl.num_programs(0) * (2 * T)
+            bring_closer(keys, later, length, stride_t, 0, stride_t)
+            bring_closer(values, later, length, value_stride_t, header_v // 4, 1)
             for chunk in range(chunk_count):
                 stage = n % STAGES
                 mbarrier.wait(empty.index(stage), n // STAGES % 2 ^ 1)
@@ -136,12 +145,12 @@ def produce(
                     at = of_chunk + span * (ROWS * CHUNK)
                     copy_to_shared(W.index(SPANS * stage + span), at)
                 async_copy.commit_group()
-                following = gl.load(of_item + gl.minimum(chunk + 1, chunk_count - 1) * ITEMS)
                 store_codes(X.index(2 * stage), words_low, item)
                 words_low = gl.load(rows + (low + (following & 0xFFFF)[None, :]))
                 store_codes(X.index(2 * stage + 1), words_high, item)
                 words_high = gl.load(rows + (high + (following & 0xFFFF)[None, :]))
                 item = following
+                following = gl.load(of_item + gl.minimum(chunk + 2, chunk_count - 1) * ITEMS)
                 async_copy.wait_group(1)
                 fence_async_shared()
                 synchronize()
@@ -154,14 +163,33 @@ def produce(
 
 
 @gluon.jit
+def bring_closer(rows, first, length, stride_t, word, count):
+    """Has the memory of L2 fetch `count` words from one of each row of a tile, for another tile's
+    turn."""
+    LINE: gl.constexpr = 32  # words
+    slot = gl.minimum(first + gl.arange(0, 128, IN_LINE), length - 1)
+    rows = rows + (slot.to(gl.int64) * stride_t + word)
+    for i in range(0, count, LINE):
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [rows + i],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@gluon.jit
 def consume(
     me: gl.constexpr,
     ring,
     passed,
     inputs,
     bounds,
-    length,
-    table_stride_t,
+    strides,
+    numbers,
+    octave_k,
     BLOCKS: gl.constexpr,
     PAIRS: gl.constexpr,
     PADDED: gl.constexpr,
@@ -169,10 +197,12 @@ def consume(
     STAGES: gl.constexpr,
 ):
     """Empties the ring: scores of the first or the second block of each tile."""
-    Q, X, W, full, empty = ring
+    Q, O, X, W, full, empty = ring
     S, given, taken = passed
-    behind, cosine, sine = inputs
+    keys, behind, cosine, sine = inputs
     mask, begin, stop = bounds
+    key_stride_t, table_stride_t = strides
+    length, header_k = numbers
     T: gl.constexpr = X.shape[1]
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     HIGH: gl.constexpr = PADDED // LOW
@@ -189,7 +219,6 @@ def consume(
     pair = gl.expand_dims(high[None, :], 2) * LOW + gl.expand_dims(low[None, :], 1)
     in_block = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, A_HEAD)))
     zeros = gl.full([T, 2 * PAIRS_OF_SPAN], 0, gl.int32 if WHOLE else gl.float32, KEYS)
-    nothing = gl.full([T, Q.shape[1]], 0.0, gl.float32, SCORES)
     n, tiles = 0, 0
     for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
         if attended_to(tile, begin, stop, mask, T):
@@ -198,11 +227,23 @@ def consume(
             of_row = gl.expand_dims(of_row[:, None], 2)
             cosines = whole_rows(cosine + base.to(gl.int64) * table_stride_t, of_row)
             sines = whole_rows(sine + base.to(gl.int64) * table_stride_t, of_row)
-            one = nothing, nothing
-            other = nothing, nothing
-            first = 0
+            row = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, SCORES)), length - 1 - base)
+            rows = keys + base.to(gl.int64) * key_stride_t
+            key_scale, key_class = load_header(rows, row * key_stride_t, octave_k, header_k)
+            one, other = scores_of_offsets(
+                O,
+                cosine + base.to(gl.int64) * table_stride_t,
+                sine + base.to(gl.int64) * table_stride_t,
+                length - 1 - base,
+                table_stride_t,
+                key_scale,
+                key_class,
+                BLOCKS * PAIRS,
+            )
+            first, following = 0, gl.load(behind)
             for of_pairs in range(BLOCKS):
-                last = gl.load(behind + of_pairs)
+                last = following
+                following = gl.load(behind + gl.minimum(of_pairs + 1, BLOCKS - 1))
                 cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 of_one, of_other = zeros, zeros
@@ -339,14 +380,16 @@ def latent_weights_on_hopper(
     if mask is not None:
         mask += batch.to(gl.int64) * mask_stride_b
     filled = X, W, full, empty
-    ring = Q, X, W, full, empty
+    ring = Q, O, X, W, full, empty
     passed = S, given, taken
-    of_keys = behind, cosine + table, sine + table
+    of_keys = keys, behind, cosine + table, sine + table
+    of_rows = key_stride_t, table_stride_t
+    first_numbers = length, header_k
     attended = mask, begin, stop
-    inputs = keys, values, cosine + table, sine + table
+    inputs = keys, values
     outputs = weights_out, block_terms
     bounds = mask, begin, stop, window
-    strides = key_stride_t, value_stride_t, table_stride_t
+    strides = key_stride_t, value_stride_t
     numbers = heads, positions, length, padded_columns, header_k, header_v
     factors = scale, softcap, octave_k, octave_v
     gl.warp_specialize(
@@ -359,8 +402,9 @@ def latent_weights_on_hopper(
                     passed,
                     of_keys,
                     attended,
-                    length,
-                    table_stride_t,
+                    of_rows,
+                    first_numbers,
+                    octave_k,
                     BLOCKS,
                     PAIRS,
                     PADDED,
@@ -376,8 +420,9 @@ def latent_weights_on_hopper(
                     passed,
                     of_keys,
                     attended,
-                    length,
-                    table_stride_t,
+                    of_rows,
+                    first_numbers,
+                    octave_k,
                     BLOCKS,
                     PAIRS,
                     PADDED,
@@ -388,7 +433,6 @@ def latent_weights_on_hopper(
             (
                 finish,
                 (
-                    O,
                     passed,
                     inputs,
                     outputs,
@@ -397,7 +441,6 @@ def latent_weights_on_hopper(
                     numbers,
                     factors,
                     GROUPS,
-                    BLOCKS * PAIRS,
                     HEADS,
                     MULTIPLE,
                 ),
@@ -407,6 +450,7 @@ def latent_weights_on_hopper(
                 (
                     filled,
                     keys,
+                    values,
                     items,
                     weight,
                     mask,
@@ -414,6 +458,8 @@ def latent_weights_on_hopper(
                     stop,
                     length,
                     key_stride_t,
+                    value_stride_t,
+                    header_v,
                     chunk_count,
                     STAGES,
                 ),

@@ -1,6 +1,4 @@
-"""What the last group of warps of `latent_hopper.py` does: it takes the scores of a tile's keys,
-adds those of their offsets, and writes weights. All of it is that of one group of four warps.
-"""
+"""What the last group of warps of `latent_hopper.py` does: it makes weights of scores."""
 
 # mypy: disable-error-code="assignment, misc"
 
@@ -8,71 +6,17 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .latent import NEVER, load_header
-from .latent_hopper_scores import (
-    IN_LINE,
-    PAIRS_OF_SPAN,
-    QUERIES,
-    SCORES,
-    SPANS,
-    attended_to,
-    load_row,
-    synchronize,
-    whole_rows,
-)
+from .latent_hopper_scores import IN_LINE, SCORES, attended_to, columns_of, synchronize
 from .split_kv import LOG2_E, tanh
 
-EIGHT = gl.constexpr(8)  # numbers of 16 bits that a thread loads at once
 OF_WEIGHTS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 
 
 @gluon.jit
-def load_offsets(
-    O,  # noqa: E741
-    query,
-    offset,
-    stride_h,
-    stride_s,
-    heads,
-    positions,
-    GROUPS: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    PAIRS: gl.constexpr,
-    PADDED: gl.constexpr,
-    HEADS: gl.constexpr,
-):
-    """What cosines, and sines, of slots are taken times to give what offsets of keys add to scores,
-    [2, columns, pairs of a head], and the same of what the second class adds."""
-    LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
-    shared = heads // GROUPS
-    per_half = HEADS // 2 * shared * positions
-    OF_COLUMN: gl.constexpr = gl.SliceLayout(1, QUERIES)
-    column, inside = columns_of(OF_COLUMN, O.shape[1], per_half, heads * positions)
-    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, QUERIES))
-    head = column // positions
-    inside = inside[:, None] & (pair < BLOCKS * PAIRS)[None, :]
-    at = query + (head * stride_h + column % positions * stride_s)[:, None] + pair[None, :]
-    real = gl.load(at, mask=inside, other=0.0).to(gl.float32)
-    imaginary = gl.load(at + BLOCKS * PAIRS, mask=inside, other=0.0).to(gl.float32)
-    group = head // shared
-    of_head = group // HEADS * (2 * PAIRS_OF_SPAN) + group % HEADS * LOW
-    of_pair = pair // PAIRS * (SPANS * 2 * PAIRS_OF_SPAN) + pair % LOW
-    of_pair += pair % PAIRS // LOW * (HEADS * LOW)
-    at = offset + of_head[:, None] + of_pair[None, :]
-    for label in gl.static_range(2):
-        a = gl.load(at, mask=inside, other=0.0)
-        b = gl.load(at + PAIRS_OF_SPAN, mask=inside, other=0.0)
-        O.index(2 * label).store((real * a + imaginary * b).to(O.dtype))
-        O.index(2 * label + 1).store((imaginary * a - real * b).to(O.dtype))
-        at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
-
-
-@gluon.jit
 def finish(
-    O,  # noqa: E741
     passed,
     inputs,
     outputs,
@@ -81,16 +25,15 @@ def finish(
     numbers,
     factors,
     GROUPS: gl.constexpr,
-    PAIRS: gl.constexpr,  # of a head
     HEADS: gl.constexpr,
     MULTIPLE: gl.constexpr,
 ):
     """Weights of both blocks of each tile, and their terms; see `latent_weights_kernel`."""
     S, given, taken = passed
-    keys, values, cosine, sine = inputs
+    keys, values = inputs
     weights_out, block_terms = outputs
     mask, begin, stop, window = bounds
-    key_stride_t, value_stride_t, table_stride_t = strides
+    key_stride_t, value_stride_t = strides
     heads, positions, length, padded_columns, header_k, header_v = numbers
     scale, softcap, octave_k, octave_v = factors
     T: gl.constexpr = S.shape[1]
@@ -123,20 +66,8 @@ def finish(
                 row *= value_stride_t
                 value_scale, value_class = load_header(rows, row, octave_v, header_v)
                 any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
-                table = base.to(gl.int64) * table_stride_t
-                of_offsets = scores_of_offsets(
-                    O,
-                    cosine + table,
-                    sine + table,
-                    last,
-                    table_stride_t,
-                    key_class,
-                    any_class,
-                    T,
-                    PAIRS,
-                )
                 mbarrier.wait(given.index(half), tiles % 2)
-                scores = S.index(half).load(SCORES) * key_scale[:, None] + of_offsets
+                scores = S.index(half).load(SCORES) * key_scale[:, None]
                 synchronize()
                 mbarrier.arrive(taken.index(half), count=1)
 
@@ -181,58 +112,6 @@ def finish(
             else:
                 write_nothing(terms, of_weights, padded_columns, inside_block, T)
         tiles += attended.to(gl.int32)
-
-
-@gluon.jit
-def columns_of(
-    LAYOUT: gl.constexpr,
-    ALL: gl.constexpr,
-    per_half,
-    count,
-):
-    """The query of each of ALL columns, padded in each half of a span, and whether it is one."""
-    PER_HALF: gl.constexpr = ALL // (2 * SPANS)
-    index = gl.arange(0, ALL, LAYOUT)
-    column = index // PER_HALF * per_half + index % PER_HALF
-    return column, (index % PER_HALF < per_half) & (column < count)
-
-
-@gluon.jit
-def scores_of_offsets(
-    O,  # noqa: E741
-    cosine,
-    sine,
-    last,
-    stride_t,
-    label,
-    any_class,
-    T: gl.constexpr,
-    PAIRS: gl.constexpr,  # of a head
-):
-    """What offsets of keys add to the scores [T, columns] of a block of slots, of the rows of
-    cosines and sines from its first on."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
-    slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
-    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, LEFT))
-    of_row = (slot * stride_t)[:, None]
-    cosine = whole_rows(cosine, of_row)
-    sine = whole_rows(sine, of_row)
-    cos = load_row(cosine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
-    sin = load_row(sine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
-    scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-    scores = mma_v2(cos, offsets_of(O, 0), scores)
-    scores = mma_v2(sin, offsets_of(O, 1), scores)
-    if any_class > 0:
-        more = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-        more = mma_v2(cos, offsets_of(O, 2), more)
-        more = mma_v2(sin, offsets_of(O, 3), more)
-        scores += more * label[:, None]
-    return scores
-
-
-@gluon.jit
-def offsets_of(O, index):  # noqa: E741
-    return O.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, SCORES, EIGHT))
 
 
 @gluon.jit

@@ -165,3 +165,17 @@ def side_by_side(one, other):
     c, d = other
     found = gl.permute(gl.join(gl.join(a, c), gl.join(b, d)), [0, 2, 3, 1])
     return gl.reshape(found, [a.shape[0], 4 * a.shape[1]])
+
+
+@gluon.jit
+def columns_of(
+    LAYOUT: gl.constexpr,
+    ALL: gl.constexpr,
+    per_half,
+    count,
+):
+    """The query of each of ALL columns, padded in each half of a span, and whether it is one."""
+    PER_HALF: gl.constexpr = ALL // (2 * SPANS)
+    index = gl.arange(0, ALL, LAYOUT)
+    column = index // PER_HALF * per_half + index % PER_HALF
+    return column, (index % PER_HALF < per_half) & (column < count)

@@ -1,0 +1,117 @@
+"""What offsets of keys give to scores in `latent_hopper.py`: only cosines and sines differ from slot
+to slot, so that queries and offsets are multiplied before.
+"""
+
+# mypy: disable-error-code="assignment, misc"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from .latent_hopper_scores import (
+    PAIRS_OF_SPAN,
+    QUERIES,
+    SCORES,
+    SPANS,
+    columns_of,
+    load_row,
+    whole_rows,
+)
+
+EIGHT = gl.constexpr(8)  # numbers of 16 bits that a thread loads at once
+
+
+@gluon.jit
+def load_offsets(
+    O,  # noqa: E741
+    query,
+    offset,
+    stride_h,
+    stride_s,
+    heads,
+    positions,
+    GROUPS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    PAIRS: gl.constexpr,
+    PADDED: gl.constexpr,
+    HEADS: gl.constexpr,
+):
+    """What cosines, and sines, of slots are taken times to give what offsets of keys add to scores,
+    [2, columns, pairs of a head], and the same of what the second class adds."""
+    LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
+    shared = heads // GROUPS
+    per_half = HEADS // 2 * shared * positions
+    OF_COLUMN: gl.constexpr = gl.SliceLayout(1, QUERIES)
+    column, inside = columns_of(OF_COLUMN, O.shape[1], per_half, heads * positions)
+    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, QUERIES))
+    head = column // positions
+    inside = inside[:, None] & (pair < BLOCKS * PAIRS)[None, :]
+    at = query + (head * stride_h + column % positions * stride_s)[:, None] + pair[None, :]
+    real = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+    imaginary = gl.load(at + BLOCKS * PAIRS, mask=inside, other=0.0).to(gl.float32)
+    group = head // shared
+    of_head = group // HEADS * (2 * PAIRS_OF_SPAN) + group % HEADS * LOW
+    of_pair = pair // PAIRS * (SPANS * 2 * PAIRS_OF_SPAN) + pair % LOW
+    of_pair += pair % PAIRS // LOW * (HEADS * LOW)
+    at = offset + of_head[:, None] + of_pair[None, :]
+    for label in gl.static_range(2):
+        a = gl.load(at, mask=inside, other=0.0)
+        b = gl.load(at + PAIRS_OF_SPAN, mask=inside, other=0.0)
+        O.index(2 * label).store((real * a + imaginary * b).to(O.dtype))
+        O.index(2 * label + 1).store((imaginary * a - real * b).to(O.dtype))
+        at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
+
+
+@gluon.jit
+def scores_of_offsets(
+    O,  # noqa: E741
+    cosine,
+    sine,
+    last,
+    stride_t,
+    scale,
+    label,
+    PAIRS: gl.constexpr,  # of a head
+):
+    """What offsets of keys add to the scores of a block of slots, of the rows of cosines and sines
+    from its first on: [T, C] for the halves of both spans, to be taken times `scale` [T]."""
+    T: gl.constexpr = scale.shape[0]
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
+    slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
+    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, LEFT))
+    of_row = (slot * stride_t)[:, None]
+    cosine = whole_rows(cosine, of_row)
+    sine = whole_rows(sine, of_row)
+    cos = load_row(cosine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
+    sin = load_row(sine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
+    scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
+    scores = mma_v2(cos, offsets_of(O, 0), scores)
+    scores = mma_v2(sin, offsets_of(O, 1), scores)
+    if gl.max(label, 0) > 0:  # hardly ever
+        more = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
+        more = mma_v2(cos, offsets_of(O, 2), more)
+        more = mma_v2(sin, offsets_of(O, 3), more)
+        scores += more * label[:, None]
+    return apart(scores / scale[:, None])
+
+
+@gluon.jit
+def offsets_of(O, index):  # noqa: E741
+    return O.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, SCORES, EIGHT))
+
+
+@gluon.jit
+def apart(scores):
+    """Scores [T, columns] of both spans, by halves."""
+    T: gl.constexpr = scores.shape[0]
+    C: gl.constexpr = scores.shape[1] // (2 * SPANS)
+    scores = gl.permute(gl.reshape(scores, [T, SPANS, 2, C]), [0, 3, 2, 1])
+    one, other = gl.split(scores)
+    a, b = gl.split(one)
+    c, d = gl.split(other)
+    a = gl.convert_layout(a, SCORES, assert_trivial=True)
+    b = gl.convert_layout(b, SCORES, assert_trivial=True)
+    c = gl.convert_layout(c, SCORES, assert_trivial=True)
+    return (a, b), (c, gl.convert_layout(d, SCORES, assert_trivial=True))
