@@ -355,7 +355,7 @@ def latent_weights_on_hopper(
         gl.NVMMASharedLayout.get_default_for([4 * COLUMNS, WIDTH], DTYPE),
     )
     S = gl.allocate_shared_memory(
-        gl.float32, [2, BLOCK, 4 * COLUMNS], gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+        gl.float32, [2, BLOCK, 4 * COLUMNS], gl.SwizzledSharedLayout(4, 1, 8, [0, 1])
     )
     given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -9,10 +9,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .latent import NEVER, load_header
-from .latent_hopper_scores import IN_LINE, SCORES, attended_to, columns_of, synchronize
+from .latent_hopper_scores import IN_LINE, attended_to, columns_of, synchronize
 from .split_kv import LOG2_E, tanh
 
-OF_WEIGHTS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
+# Of scores and weights [T, columns]: a warp has all slots of its columns, a thread neighbours.
+OF_WEIGHTS = gl.constexpr(gl.BlockedLayout([16, 1], [4, 8], [1, 4], [0, 1]))
+OF_SLOTS = gl.constexpr(gl.SliceLayout(1, OF_WEIGHTS))
+OF_COLUMNS = gl.constexpr(gl.SliceLayout(0, OF_WEIGHTS))
 
 
 @gluon.jit
@@ -38,79 +41,81 @@ def finish(
     scale, softcap, octave_k, octave_v = factors
     T: gl.constexpr = S.shape[1]
     ALL: gl.constexpr = S.shape[2]
-    SLOTS: gl.constexpr = gl.SliceLayout(1, SCORES)
     WEIGHT: gl.constexpr = weights_out.dtype.element_ty
     blocks = gl.cdiv(length, T)
-    columns = HEADS // 2 * (heads // GROUPS) * positions, heads * positions
-    column, used = columns_of(gl.SliceLayout(0, SCORES), ALL, *columns)
-    # Where slots of a column lie side by side.
-    of_column, written = columns_of(gl.SliceLayout(0, OF_WEIGHTS), ALL, *columns)
-    of_slot = gl.arange(0, T, gl.SliceLayout(1, OF_WEIGHTS))[:, None]
-    of_slot = (of_column * T)[None, :] + of_slot
+    per_half = HEADS // 2 * (heads // GROUPS) * positions
+    column, used = columns_of(OF_COLUMNS, ALL, per_half, heads * positions)
+    in_block = gl.arange(0, T, IN_LINE)
     tiles = 0
     for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
         attended = attended_to(tile, begin, stop, mask, T)
         for half in range(2):
             block = tile * 2 + half
-            inside_block = block < blocks
+            inside = used & (block < blocks)
             of_block = gl.program_id(1) * blocks + block
             terms = block_terms + of_block * (4 * padded_columns)
             of_weights = weights_out + of_block.to(gl.int64) * (2 * padded_columns * T)
             if attended:
                 base = gl.minimum(block * T, length - 1)
-                last = length - 1 - base
-                row = gl.minimum(gl.arange(0, T, SLOTS), last)
+                row = gl.minimum(in_block, length - 1 - base)
                 rows = keys + base.to(gl.int64) * key_stride_t
                 key_scale, key_class = load_header(rows, row * key_stride_t, octave_k, header_k)
                 rows = values + base.to(gl.int64) * value_stride_t
                 row *= value_stride_t
                 value_scale, value_class = load_header(rows, row, octave_v, header_v)
-                any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
-                mbarrier.wait(given.index(half), tiles % 2)
-                scores = S.index(half).load(SCORES) * key_scale[:, None]
-                synchronize()
-                mbarrier.arrive(taken.index(half), count=1)
-
-                slot = block * T + gl.arange(0, T, SLOTS)
+                slot = block * T + in_block
                 valid = (slot >= begin) & (slot < stop)
-                if softcap is not None:
-                    scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
-                else:
-                    scores = scores * (scale * LOG2_E)
+                bias = gl.full([T], 0.0, gl.float32, IN_LINE)
                 if mask is not None:
                     if mask.dtype.element_ty.is_floating():
                         bias = gl.load(mask + slot, mask=valid, other=0).to(gl.float32)
                         valid = valid & (bias > NEVER)
-                        scores += gl.where(valid, bias * LOG2_E, 0.0)[:, None]
+                        bias *= LOG2_E
                     else:
                         valid = valid & (gl.load(mask + slot, mask=valid, other=0) != 0)
-                seen = valid[:, None] & used[None, :]
+                bias = gl.convert_layout(gl.where(valid, bias, float("-inf")), OF_SLOTS)
+                of_keys = gl.convert_layout(key_scale, OF_SLOTS)[:, None]
+                of_values = gl.convert_layout(value_scale, OF_SLOTS)[:, None]
+
+                mbarrier.wait(given.index(half), tiles % 2)
+                scores = S.index(half).load(OF_WEIGHTS)
+                synchronize()
+                mbarrier.arrive(taken.index(half), count=1)
+
+                scores = scores * of_keys
+                if softcap is not None:
+                    scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
+                else:
+                    scores = scores * (scale * LOG2_E)
+                scores += bias[:, None]
                 if MULTIPLE:  # several query positions, each with its own last slot
+                    slots = (block * T + gl.arange(0, T, OF_SLOTS))[:, None]
                     own = (stop - positions + column % positions)[None, :]
-                    seen = seen & (slot[:, None] <= own)
+                    seen = slots <= own
                     if window is not None:
-                        seen = seen & (slot[:, None] > own - window)
-                scores = gl.where(seen, scores, float("-inf"))
+                        seen = seen & (slots > own - window)
+                    scores = gl.where(seen, scores, float("-inf"))
                 highest = gl.ceil(gl.max(scores, 0))
                 shift = gl.where(highest == float("-inf"), 0.0, highest)
                 weights = gl.exp2(scores - shift[None, :])
-                of_keys = gl.full([ALL], 0.0, gl.float32, gl.SliceLayout(0, SCORES))
-                of_values = of_keys
-                if any_class > 0:
-                    of_keys = gl.sum(weights * key_class[:, None], 0)
-                    of_values = gl.sum(weights * value_class[:, None], 0)
-                inside = used & inside_block
                 gl.store(terms + column, highest, mask=inside)
                 gl.store(terms + padded_columns + column, gl.sum(weights, 0), mask=inside)
-                gl.store(terms + 2 * padded_columns + column, of_values, mask=inside)
-                gl.store(terms + 3 * padded_columns + column, of_keys, mask=inside)
-                inside = (written & inside_block)[None, :] & (of_slot >= 0)
-                scaled = gl.convert_layout((weights * key_scale[:, None]).to(WEIGHT), OF_WEIGHTS)
-                gl.store(of_weights + of_slot, scaled, mask=inside)
-                scaled = gl.convert_layout((weights * value_scale[:, None]).to(WEIGHT), OF_WEIGHTS)
-                gl.store(of_weights + padded_columns * T + of_slot, scaled, mask=inside)
+                of_value_class = gl.full([ALL], 0.0, gl.float32, OF_COLUMNS)
+                of_key_class = of_value_class
+                if gl.max(gl.maximum(key_class, value_class), 0) > 0:  # hardly ever
+                    label = gl.convert_layout(value_class, OF_SLOTS)
+                    of_value_class = gl.sum(weights * label[:, None], 0)
+                    label = gl.convert_layout(key_class, OF_SLOTS)
+                    of_key_class = gl.sum(weights * label[:, None], 0)
+                gl.store(terms + 2 * padded_columns + column, of_value_class, mask=inside)
+                gl.store(terms + 3 * padded_columns + column, of_key_class, mask=inside)
+                at = (column * T)[None, :] + gl.arange(0, T, OF_SLOTS)[:, None]
+                at = of_weights + at
+                every = inside[None, :] & (bias < float("inf"))[:, None]
+                gl.store(at, (weights * of_keys).to(WEIGHT), mask=every)
+                gl.store(at + padded_columns * T, (weights * of_values).to(WEIGHT), mask=every)
             else:
-                write_nothing(terms, of_weights, padded_columns, inside_block, T)
+                write_nothing(terms, of_weights, padded_columns, block < blocks, T)
         tiles += attended.to(gl.int32)
 
 

@@ -94,7 +94,7 @@ def scores_of_offsets(
         more = mma_v2(cos, offsets_of(O, 2), more)
         more = mma_v2(sin, offsets_of(O, 3), more)
         scores += more * label[:, None]
-    return apart(scores / scale[:, None])
+    return apart(scores * (1 / scale)[:, None])
 
 
 @gluon.jit
