@@ -33,9 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .latent import AT_RUN_TIME, load_header, numbers_of
+from .latent import AT_RUN_TIME, numbers_of
 from .latent_hopper_finish import finish
-from .latent_hopper_offsets import load_offsets, scores_of_offsets
+from .latent_hopper_offsets import load_offsets
 from .latent_hopper_scores import (
     IN_LINE,
     PAIRS_OF_KEYS,
@@ -187,9 +187,8 @@ def consume(
     passed,
     inputs,
     bounds,
-    strides,
-    numbers,
-    octave_k,
+    length,
+    stride_t,
     BLOCKS: gl.constexpr,
     PAIRS: gl.constexpr,
     PADDED: gl.constexpr,
@@ -197,12 +196,10 @@ def consume(
     STAGES: gl.constexpr,
 ):
     """Empties the ring: scores of the first or the second block of each tile."""
-    Q, O, X, W, full, empty = ring
+    Q, X, W, full, empty = ring
     S, given, taken = passed
-    keys, behind, cosine, sine = inputs
+    behind, cosine, sine = inputs
     mask, begin, stop = bounds
-    key_stride_t, table_stride_t = strides
-    length, header_k = numbers
     T: gl.constexpr = X.shape[1]
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     HIGH: gl.constexpr = PADDED // LOW
@@ -219,27 +216,17 @@ def consume(
     pair = gl.expand_dims(high[None, :], 2) * LOW + gl.expand_dims(low[None, :], 1)
     in_block = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, A_HEAD)))
     zeros = gl.full([T, 2 * PAIRS_OF_SPAN], 0, gl.int32 if WHOLE else gl.float32, KEYS)
+    nothing = gl.full([T, Q.shape[1]], 0.0, gl.float32, SCORES)
     n, tiles = 0, 0
     for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
         if attended_to(tile, begin, stop, mask, T):
             base = gl.minimum((tile * 2 + me) * T, length - 1)
-            of_row = gl.minimum(in_block, length - 1 - base) * table_stride_t
+            of_row = gl.minimum(in_block, length - 1 - base) * stride_t
             of_row = gl.expand_dims(of_row[:, None], 2)
-            cosines = whole_rows(cosine + base.to(gl.int64) * table_stride_t, of_row)
-            sines = whole_rows(sine + base.to(gl.int64) * table_stride_t, of_row)
-            row = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, SCORES)), length - 1 - base)
-            rows = keys + base.to(gl.int64) * key_stride_t
-            key_scale, key_class = load_header(rows, row * key_stride_t, octave_k, header_k)
-            one, other = scores_of_offsets(
-                O,
-                cosine + base.to(gl.int64) * table_stride_t,
-                sine + base.to(gl.int64) * table_stride_t,
-                length - 1 - base,
-                table_stride_t,
-                key_scale,
-                key_class,
-                BLOCKS * PAIRS,
-            )
+            cosines = whole_rows(cosine + base.to(gl.int64) * stride_t, of_row)
+            sines = whole_rows(sine + base.to(gl.int64) * stride_t, of_row)
+            one = nothing, nothing
+            other = nothing, nothing
             first, following = 0, gl.load(behind)
             for of_pairs in range(BLOCKS):
                 last = following
@@ -380,16 +367,14 @@ def latent_weights_on_hopper(
     if mask is not None:
         mask += batch.to(gl.int64) * mask_stride_b
     filled = X, W, full, empty
-    ring = Q, O, X, W, full, empty
+    ring = Q, X, W, full, empty
     passed = S, given, taken
-    of_keys = keys, behind, cosine + table, sine + table
-    of_rows = key_stride_t, table_stride_t
-    first_numbers = length, header_k
+    of_keys = behind, cosine + table, sine + table
     attended = mask, begin, stop
-    inputs = keys, values
+    inputs = O, keys, values, cosine + table, sine + table
     outputs = weights_out, block_terms
     bounds = mask, begin, stop, window
-    strides = key_stride_t, value_stride_t
+    strides = key_stride_t, value_stride_t, table_stride_t
     numbers = heads, positions, length, padded_columns, header_k, header_v
     factors = scale, softcap, octave_k, octave_v
     gl.warp_specialize(
@@ -402,9 +387,8 @@ def latent_weights_on_hopper(
                     passed,
                     of_keys,
                     attended,
-                    of_rows,
-                    first_numbers,
-                    octave_k,
+                    length,
+                    table_stride_t,
                     BLOCKS,
                     PAIRS,
                     PADDED,
@@ -420,9 +404,8 @@ def latent_weights_on_hopper(
                     passed,
                     of_keys,
                     attended,
-                    of_rows,
-                    first_numbers,
-                    octave_k,
+                    length,
+                    table_stride_t,
                     BLOCKS,
                     PAIRS,
                     PADDED,
@@ -441,6 +424,7 @@ def latent_weights_on_hopper(
                     numbers,
                     factors,
                     GROUPS,
+                    BLOCKS * PAIRS,
                     HEADS,
                     MULTIPLE,
                 ),

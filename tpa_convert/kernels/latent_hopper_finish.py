@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .latent import NEVER, load_header
+from .latent_hopper_offsets import scores_of_offsets
 from .latent_hopper_scores import IN_LINE, attended_to, columns_of, synchronize
 from .split_kv import LOG2_E, tanh
 
@@ -28,15 +29,16 @@ def finish(
     numbers,
     factors,
     GROUPS: gl.constexpr,
+    PAIRS: gl.constexpr,  # of a head
     HEADS: gl.constexpr,
     MULTIPLE: gl.constexpr,
 ):
     """Weights of both blocks of each tile, and their terms; see `latent_weights_kernel`."""
     S, given, taken = passed
-    keys, values = inputs
+    O, keys, values, cosine, sine = inputs  # noqa: E741
     weights_out, block_terms = outputs
     mask, begin, stop, window = bounds
-    key_stride_t, value_stride_t = strides
+    key_stride_t, value_stride_t, table_stride_t = strides
     heads, positions, length, padded_columns, header_k, header_v = numbers
     scale, softcap, octave_k, octave_v = factors
     T: gl.constexpr = S.shape[1]
@@ -63,6 +65,19 @@ def finish(
                 rows = values + base.to(gl.int64) * value_stride_t
                 row *= value_stride_t
                 value_scale, value_class = load_header(rows, row, octave_v, header_v)
+                any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
+                table = base.to(gl.int64) * table_stride_t
+                of_offsets = scores_of_offsets(
+                    O,
+                    cosine + table,
+                    sine + table,
+                    length - 1 - base,
+                    table_stride_t,
+                    key_class,
+                    any_class,
+                    PAIRS,
+                )
+                of_offsets = gl.convert_layout(of_offsets, OF_WEIGHTS)
                 slot = block * T + in_block
                 valid = (slot >= begin) & (slot < stop)
                 bias = gl.full([T], 0.0, gl.float32, IN_LINE)
@@ -82,7 +97,7 @@ def finish(
                 synchronize()
                 mbarrier.arrive(taken.index(half), count=1)
 
-                scores = scores * of_keys
+                scores = scores * of_keys + of_offsets
                 if softcap is not None:
                     scores = softcap * tanh(scores * (scale / softcap)) * LOG2_E
                 else:
@@ -102,7 +117,7 @@ def finish(
                 gl.store(terms + padded_columns + column, gl.sum(weights, 0), mask=inside)
                 of_value_class = gl.full([ALL], 0.0, gl.float32, OF_COLUMNS)
                 of_key_class = of_value_class
-                if gl.max(gl.maximum(key_class, value_class), 0) > 0:  # hardly ever
+                if any_class > 0:
                     label = gl.convert_layout(value_class, OF_SLOTS)
                     of_value_class = gl.sum(weights * label[:, None], 0)
                     label = gl.convert_layout(key_class, OF_SLOTS)

@@ -71,13 +71,13 @@ def scores_of_offsets(
     sine,
     last,
     stride_t,
-    scale,
     label,
+    any_class,
     PAIRS: gl.constexpr,  # of a head
 ):
-    """What offsets of keys add to the scores of a block of slots, of the rows of cosines and sines
-    from its first on: [T, C] for the halves of both spans, to be taken times `scale` [T]."""
-    T: gl.constexpr = scale.shape[0]
+    """What offsets of keys add to the scores [T, columns] of a block of slots, of the rows of
+    cosines and sines from its first on."""
+    T: gl.constexpr = label.shape[0]
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
     slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
     pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, LEFT))
@@ -89,29 +89,14 @@ def scores_of_offsets(
     scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
     scores = mma_v2(cos, offsets_of(O, 0), scores)
     scores = mma_v2(sin, offsets_of(O, 1), scores)
-    if gl.max(label, 0) > 0:  # hardly ever
+    if any_class > 0:
         more = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
         more = mma_v2(cos, offsets_of(O, 2), more)
         more = mma_v2(sin, offsets_of(O, 3), more)
-        scores += more * label[:, None]
-    return apart(scores * (1 / scale)[:, None])
+        scores += more * gl.convert_layout(label, gl.SliceLayout(1, SCORES))[:, None]
+    return scores
 
 
 @gluon.jit
 def offsets_of(O, index):  # noqa: E741
     return O.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, SCORES, EIGHT))
-
-
-@gluon.jit
-def apart(scores):
-    """Scores [T, columns] of both spans, by halves."""
-    T: gl.constexpr = scores.shape[0]
-    C: gl.constexpr = scores.shape[1] // (2 * SPANS)
-    scores = gl.permute(gl.reshape(scores, [T, SPANS, 2, C]), [0, 3, 2, 1])
-    one, other = gl.split(scores)
-    a, b = gl.split(one)
-    c, d = gl.split(other)
-    a = gl.convert_layout(a, SCORES, assert_trivial=True)
-    b = gl.convert_layout(b, SCORES, assert_trivial=True)
-    c = gl.convert_layout(c, SCORES, assert_trivial=True)
-    return (a, b), (c, gl.convert_layout(d, SCORES, assert_trivial=True))

@@ -71,8 +71,8 @@ def ring_stages(layout: Layout, per_span: int, size: int, device: torch.device) 
     if wide or not known:
         return 0
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
-    # Queries, queries times offsets, scores.
-    beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 16 * TILE)
+    # Queries, queries times offsets, scores that are passed on and laid out anew.
+    beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 24 * TILE)
     stages = (shared_bytes(device) - beside) // (size * CHUNK * (TILE + keys))
     return min(stages, MOST_STAGES) if stages > 1 else 0
 
