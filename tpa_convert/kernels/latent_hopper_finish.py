@@ -10,11 +10,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .latent import NEVER, load_header
 from .latent_hopper_offsets import scores_of_offsets
-from .latent_hopper_scores import IN_LINE, attended_to, columns_of, synchronize
+from .latent_hopper_scores import IN_LINE, attended_to, columns_of, synchronize, whole_rows
 from .split_kv import LOG2_E, tanh
 
 # Of scores and weights [T, columns]: a warp has all slots of its columns, a thread neighbours.
-OF_WEIGHTS = gl.constexpr(gl.BlockedLayout([16, 1], [4, 8], [1, 4], [0, 1]))
+OF_WEIGHTS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 OF_SLOTS = gl.constexpr(gl.SliceLayout(1, OF_WEIGHTS))
 OF_COLUMNS = gl.constexpr(gl.SliceLayout(0, OF_WEIGHTS))
 
@@ -125,10 +125,11 @@ def finish(
                 gl.store(terms + 2 * padded_columns + column, of_value_class, mask=inside)
                 gl.store(terms + 3 * padded_columns + column, of_key_class, mask=inside)
                 at = (column * T)[None, :] + gl.arange(0, T, OF_SLOTS)[:, None]
-                at = of_weights + at
-                every = inside[None, :] & (bias < float("inf"))[:, None]
+                at = whole_rows(of_weights, at)
+                every, at = gl.broadcast(inside[None, :], at)
                 gl.store(at, (weights * of_keys).to(WEIGHT), mask=every)
-                gl.store(at + padded_columns * T, (weights * of_values).to(WEIGHT), mask=every)
+                at = whole_rows(at, padded_columns * T)
+                gl.store(at, (weights * of_values).to(WEIGHT), mask=every)
             else:
                 write_nothing(terms, of_weights, padded_columns, block < blocks, T)
         tiles += attended.to(gl.int32)
