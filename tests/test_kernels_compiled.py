@@ -63,7 +63,7 @@ def test_compiles_for_hopper(monkeypatch, case, shape, added) -> None:
             assert products["shared"]  # the keys are rebuilt by the asynchronous unit
 
 
-ring_stages = hopper.ring_stages.__wrapped__
+ring_of = hopper.ring_of.__wrapped__
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def in_gluon(monkeypatch):
     for name, launch in launched.items():
         monkeypatch.setattr(hopper, name, lambda launch=launch: launch)
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
-    monkeypatch.setattr(hopper, "ring_stages", lambda *_: 3)
+    monkeypatch.setattr(hopper, "ring_of", lambda *_: hopper.Ring(3))
     monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     monkeypatch.setattr(launches, "overlapped", lambda device: True)
     join = launches.latent_join_kernel
@@ -113,7 +113,7 @@ def test_warps_that_differ_compile_for_hopper(in_gluon, positions, added, window
 )
 def test_rings_fit_shared_memory(monkeypatch, in_gluon, shape, blocks, positions) -> None:
     """As many stages as are said to fit, in layers that leave little room beside them."""
-    monkeypatch.setattr(hopper, "ring_stages", ring_stages)
+    monkeypatch.setattr(hopper, "ring_of", ring_of)
     left = SHARED_BYTES - COMPILERS_SHARED_BYTES
     monkeypatch.setattr(hopper, "shared_bytes", lambda device: left)
     codes = [CODES[0][0]] * blocks, CODES[1]

@@ -61,7 +61,7 @@ WARPS = gl.constexpr(4)  # of a group
 OF_CONSUMER = gl.constexpr(168)  # registers of a thread
 OF_FINISHER = gl.constexpr(104)
 OF_PRODUCER = gl.constexpr(72)
-WORDS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
+WORDS = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
 
@@ -73,24 +73,33 @@ def copied(element):
 
 
 @gluon.jit
-def store_codes(X, words, item):
-    """Codes less their centres, of words [T, items], to where products read them."""
+def store_codes(X, words, one, other):
+    """Codes less their centres, of words [T, pairs] and the two items of each pair, to where
+    products read them."""
+    T: gl.constexpr = X.shape[0]
+    ITEMS: gl.constexpr = X.shape[1] // 4
     if X.dtype == gl.int8:
-        # Twice what the mask leaves, less the mask, is a number of eight bits; it is found with
-        # 128 more, so that no byte takes from its neighbour.
-        turn = ((item >> 16) - 1) & 31
-        keep = (item >> 24) * EVERY_BYTE
-        words = words.to(gl.uint32, bitcast=True)
-        turned = words >> turn.to(gl.uint32)[None, :]
-        turned |= words << ((32 - turn) & 31).to(gl.uint32)[None, :]
-        codes = turned.to(gl.int32, bitcast=True) & (2 * keep)[None, :]
-        codes = (codes + (SIGNS - keep)[None, :]) ^ SIGNS
-        T: gl.constexpr = X.shape[0]
-        ITEMS: gl.constexpr = X.shape[1] // 4
+        codes = gl.join(codes_of(words, one), codes_of(words, other))
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, ITEMS], gl.int32)
+        codes = gl.reshape(codes, [T, ITEMS])
         reinterpret(X, gl.int32, [T, ITEMS], LAYOUT).store(codes)
     else:
-        X.store(numbers_of(words, item, X.dtype))
+        a = gl.reshape(numbers_of(words, one, X.dtype), [T, ITEMS // 2, 4])
+        b = gl.reshape(numbers_of(words, other, X.dtype), [T, ITEMS // 2, 4])
+        X.store(gl.reshape(gl.permute(gl.join(a, b), [0, 1, 3, 2]), [T, 4 * ITEMS]))
+
+
+@gluon.jit
+def codes_of(words, item):
+    """Four codes of each word, less their centres: twice what the mask leaves, less the mask."""
+    # Found with 128 more, so that no byte takes from its neighbour.
+    turn = ((item >> 16) - 1) & 31
+    keep = (item >> 24) * EVERY_BYTE
+    words = words.to(gl.uint32, bitcast=True)
+    turned = words >> turn.to(gl.uint32)[None, :]
+    turned |= words << ((32 - turn) & 31).to(gl.uint32)[None, :]
+    codes = turned.to(gl.int32, bitcast=True) & (2 * keep)[None, :]
+    return (codes + (SIGNS - keep)[None, :]) ^ SIGNS
 
 
 @gluon.jit
@@ -109,48 +118,49 @@ def produce(
     header_v,
     chunk_count,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
 ):
     """Fills the ring: codes in a chunk of places, of both blocks of a tile, and weights. A chunk is
-    handed over when the weights of the next are on their way."""
+    handed over when the weights of the next are on their way. Weights that are kept are loaded for
+    the first tile only."""
     X, W, full, empty = ring
-    T: gl.constexpr = X.shape[1]
+    TILE: gl.constexpr = X.shape[1]
     CHUNK: gl.constexpr = X.shape[2]
     ROWS: gl.constexpr = W.shape[1]
     ITEMS: gl.constexpr = CHUNK // 4
     COPIED: gl.constexpr = copied(W.dtype)
-    of_item = items + gl.arange(0, ITEMS, gl.SliceLayout(0, WORDS))
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, COPIED)) * CHUNK
-    of_weight = row[:, None] + gl.arange(0, CHUNK, gl.SliceLayout(0, COPIED))[None, :]
-    in_block = gl.arange(0, T, gl.SliceLayout(1, WORDS))
+    of_item = items + gl.arange(0, ITEMS // 2, gl.SliceLayout(0, WORDS)) * 2
+    of_weight = (gl.arange(0, ROWS, gl.SliceLayout(1, COPIED)) * CHUNK)[:, None]
+    of_weight = of_weight + gl.arange(0, CHUNK, gl.SliceLayout(0, COPIED))[None, :]
+    in_tile = gl.arange(0, TILE, gl.SliceLayout(1, WORDS))
     n = 0
-    for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
-        if attended_to(tile, begin, stop, mask, T):
+    for tile in range(gl.program_id(0), gl.cdiv(length, TILE), gl.num_programs(0)):
+        if attended_to(tile, begin, stop, mask, TILE // 2):
             # Reading slots that nothing attends to is cheaper than asking which they are.
-            base = tile * (2 * T)
+            base = tile * TILE
             rows = keys + base.to(gl.int64) * stride_t
-            low = (gl.minimum(in_block, length - 1 - base) * stride_t)[:, None]
-            high = (gl.minimum(in_block + T, length - 1 - base) * stride_t)[:, None]
-            item = gl.load(of_item)
-            words_low = gl.load(rows + (low + (item & 0xFFFF)[None, :]))
-            words_high = gl.load(rows + (high + (item & 0xFFFF)[None, :]))
-            following = gl.load(of_item + gl.minimum(1, chunk_count - 1) * ITEMS)
-            later = base + gl.num_programs(0) * (2 * T)
+            row = (gl.minimum(in_tile, length - 1 - base) * stride_t)[:, None]
+            one, other = gl.load(of_item), gl.load(of_item + 1)  # of the same word
+            words = gl.load(rows + (row + (one & 0xFFFF)[None, :]))
+            at = of_item + gl.minimum(1, chunk_count - 1) * ITEMS
+            next_one, next_other = gl.load(at), gl.load(at + 1)
+            later = base + gl.num_programs(0) * TILE
             bring_closer(keys, later, length, stride_t, 0, stride_t)
             bring_closer(values, later, length, value_stride_t, header_v // 4, 1)
             for chunk in range(chunk_count):
                 stage = n % STAGES
                 mbarrier.wait(empty.index(stage), n // STAGES % 2 ^ 1)
-                of_chunk = weight + chunk * (SPANS * ROWS * CHUNK) + of_weight
-                for span in gl.static_range(SPANS):
-                    at = of_chunk + span * (ROWS * CHUNK)
-                    copy_to_shared(W.index(SPANS * stage + span), at)
+                if (KEPT == 0) | (n < chunk_count):
+                    of_chunk = weight + chunk * (SPANS * ROWS * CHUNK) + of_weight
+                    to = SPANS * (chunk if KEPT else stage)
+                    for span in gl.static_range(SPANS):
+                        copy_to_shared(W.index(to + span), of_chunk + span * (ROWS * CHUNK))
                 async_copy.commit_group()
-                store_codes(X.index(2 * stage), words_low, item)
-                words_low = gl.load(rows + (low + (following & 0xFFFF)[None, :]))
-                store_codes(X.index(2 * stage + 1), words_high, item)
-                words_high = gl.load(rows + (high + (following & 0xFFFF)[None, :]))
-                item = following
-                following = gl.load(of_item + gl.minimum(chunk + 2, chunk_count - 1) * ITEMS)
+                store_codes(X.index(stage), words, one, other)
+                words = gl.load(rows + (row + (next_one & 0xFFFF)[None, :]))
+                one, other = next_one, next_other
+                at = of_item + gl.minimum(chunk + 2, chunk_count - 1) * ITEMS
+                next_one, next_other = gl.load(at), gl.load(at + 1)
                 async_copy.wait_group(1)
                 fence_async_shared()
                 synchronize()
@@ -194,13 +204,14 @@ def consume(
     PADDED: gl.constexpr,
     HEADS: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
 ):
     """Empties the ring: scores of the first or the second block of each tile."""
     Q, X, W, full, empty = ring
     S, given, taken = passed
     behind, cosine, sine = inputs
     mask, begin, stop = bounds
-    T: gl.constexpr = X.shape[1]
+    T: gl.constexpr = X.shape[1] // 2
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     HIGH: gl.constexpr = PADDED // LOW
     WHOLE: gl.constexpr = X.dtype == gl.int8
@@ -234,13 +245,14 @@ def consume(
                 cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 of_one, of_other = zeros, zeros
-                for _ in range(first, last):
+                for chunk in range(first, last):
                     stage = n % STAGES
+                    at = SPANS * (chunk if KEPT else stage)
                     mbarrier.wait(full.index(stage), n // STAGES % 2)
-                    codes = X.index(2 * stage + me)
-                    right = W.index(SPANS * stage).permute((1, 0))
+                    codes = X.index(stage).slice(me * T, T)
+                    right = W.index(at).permute((1, 0))
                     a = warpgroup_mma(codes, right, of_one, is_async=True)
-                    right = W.index(SPANS * stage + 1).permute((1, 0))
+                    right = W.index(at + 1).permute((1, 0))
                     b = warpgroup_mma(codes, right, of_other, is_async=True)
                     of_one, of_other = warpgroup_mma_wait(0, deps=(a, b))
                     synchronize()
@@ -312,6 +324,7 @@ def latent_weights_on_hopper(
     MULTIPLE: gl.constexpr,
     WIDTH: gl.constexpr,  # rotary pairs of a head, padded
     STAGES: gl.constexpr,  # of the ring
+    KEPT: gl.constexpr,  # chunks of weights, where shared memory has room for all; else 0
 ):
     """`latent_weights_kernel` for keys without a norm, in two spans, in a cache in one piece, and
     cosines in rows of whole words of 16 bytes. The grid is [programs of a sequence, b]."""
@@ -323,12 +336,12 @@ def latent_weights_on_hopper(
     batch = gl.program_id(1)
     X = gl.allocate_shared_memory(
         CODES,
-        [2 * STAGES, BLOCK, CHUNK],
-        gl.NVMMASharedLayout.get_default_for([BLOCK, CHUNK], CODES),
+        [STAGES, 2 * BLOCK, CHUNK],
+        gl.NVMMASharedLayout.get_default_for([2 * BLOCK, CHUNK], CODES),
     )
     W = gl.allocate_shared_memory(
         CODES,
-        [SPANS * STAGES, ROWS, CHUNK],
+        [SPANS * (KEPT or STAGES), ROWS, CHUNK],
         gl.NVMMASharedLayout.get_default_for([ROWS, CHUNK], CODES),
     )
     Q = gl.allocate_shared_memory(
@@ -394,6 +407,7 @@ def latent_weights_on_hopper(
                     PADDED,
                     HEADS,
                     STAGES,
+                    KEPT,
                 ),
             ),
             (
@@ -411,6 +425,7 @@ def latent_weights_on_hopper(
                     PADDED,
                     HEADS,
                     STAGES,
+                    KEPT,
                 ),
             ),
             (
@@ -446,6 +461,7 @@ def latent_weights_on_hopper(
                     header_v,
                     chunk_count,
                     STAGES,
+                    KEPT,
                 ),
             ),
         ],

@@ -4,7 +4,7 @@ and what they are launched with."""
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from .launch import INTERPRETED, power_of_two, shared_bytes
 
 TILE = 128  # slots of a program of weights at a time
 MOST_STAGES = 8  # of its ring
+FEWEST_STAGES = 3  # where weights are kept beside it
 MOST_COLUMNS = 16  # queries of half of the heads of a span
 MOST_PAIRS = 128  # of a head
 GROUP = 4  # warps that act as one
@@ -57,10 +58,21 @@ def rows_fit(cosine: Tensor, sine: Tensor) -> bool:
     return stride_p == 1 and places % 16 == 0
 
 
+class Ring(NamedTuple):
+    """Shared memory of the kernel of weights.
+
+    Attributes:
+        stages: of the ring; 0 if the kernel cannot run a layout.
+        kept: chunks of weights that stay there; 0 where they go through the ring.
+    """
+
+    stages: int = 0
+    kept: int = 0
+
+
 @functools.cache
-def ring_stages(layout: Layout, per_span: int, size: int, device: torch.device) -> int:
-    """Stages of the ring of the kernel of weights that shared memory has room for; 0 if the kernel
-    cannot run this layout.
+def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> Ring:
+    """What shared memory has room for.
 
     Args:
         per_span: queries of a span.
@@ -69,12 +81,16 @@ def ring_stages(layout: Layout, per_span: int, size: int, device: torch.device) 
     known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
     wide = per_span > 2 * MOST_COLUMNS or layout.blocks * layout.pairs > MOST_PAIRS
     if wide or not known:
-        return 0
+        return Ring()
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
     # Queries, queries times offsets, scores that are passed on and laid out anew.
     beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 24 * TILE)
-    stages = (shared_bytes(device) - beside) // (size * CHUNK * (TILE + keys))
-    return min(stages, MOST_STAGES) if stages > 1 else 0
+    room = (shared_bytes(device) - beside) // (size * CHUNK)
+    alone = (room - keys * layout.chunks) // TILE
+    if alone >= FEWEST_STAGES:
+        return Ring(min(alone, MOST_STAGES), layout.chunks)
+    stages = room // (TILE + keys)
+    return Ring(min(stages, MOST_STAGES)) if stages > 1 else Ring()
 
 
 def _width(layout: Layout) -> int:
@@ -88,7 +104,7 @@ def _per_half(per_span: int) -> int:
 
 
 def constants_of_weights(
-    layout: Layout, positions: int, per_span: int, stages: int
+    layout: Layout, positions: int, per_span: int, ring: Ring
 ) -> dict[str, Any]:
     """Constant arguments of the kernel of weights."""
     return {
@@ -102,7 +118,8 @@ def constants_of_weights(
         "BLOCK": TILE // 2,
         "MULTIPLE": positions > 1,
         "WIDTH": _width(layout),
-        "STAGES": stages,
+        "STAGES": ring.stages,
+        "KEPT": ring.kept,
     }
 
 

@@ -180,10 +180,10 @@ def latent_shape(
     block, warps = fitting[0] if fitting else shapes[-1]
     exact, normed, paged = types[0] == torch.float32, types[2] is not None, page > 0
     in_gluon = hopper.runs_on(device) and not (exact or normed or paged)
-    stages = 0
+    ring = hopper.Ring()
     if in_gluon and rows_fit and shares(attended * SHORTEST, hopper.TILE) * batch >= processors:
-        stages = hopper.ring_stages(layout, per_span, 1 if whole else 2, device)
-    if stages:
+        ring = hopper.ring_of(layout, per_span, 1 if whole else 2, device)
+    if ring.stages:
         block = hopper.TILE // 2
     blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles
     pieces = (layout.items - layout.first_item) // (PIECE // WORD)
@@ -211,10 +211,10 @@ def latent_shape(
         power_of_two(splits, 1, MOST_SPLITS),
         by_group,
         overlapped(device),
-        (stages, in_gluon),
+        (ring, in_gluon),
     )
     grid = (blocks, batch, layout.spans * tiles)
-    if stages:  # they stay, and share the tiles of a sequence
+    if ring.stages:  # they stay, and share the tiles of a sequence
         grid = (min(max(1, processors // batch), shares(blocks, 2)), batch, 1)
     sizes = (
         ((batch, blocks, 2, padded_columns, block), torch.float32 if exact else torch.float16),
@@ -228,7 +228,7 @@ def latent_shape(
         first += shares(math.prod(size) * dtype.itemsize, ALIGNED) * ALIGNED
     return LatentShape(
         kernels=(
-            hopper.weights_kernel() if stages else latent_weights_kernel,
+            hopper.weights_kernel() if ring.stages else latent_weights_kernel,
             hopper.sums_kernel() if in_gluon else latent_sums_kernel,
         ),
         constants=constants,
@@ -265,7 +265,7 @@ def latent_constants(
     splits: int,
     by_group: bool,
     overlap: bool,
-    in_gluon: tuple[int, bool],
+    in_gluon: tuple[hopper.Ring, bool],
 ) -> tuple[Constants, Constants, Constants]:
     """Of the kernels of weights, of sums, and of what joins them.
 
@@ -274,7 +274,8 @@ def latent_constants(
         program: slots of a block, warps and stages.
         weights, sums: queries of a program and programs that share them, of either kernel.
         splits: at most.
-        in_gluon: stages of the kernel of weights, 0 if it is in Triton; whether that of sums is.
+        in_gluon: the ring of the kernel of weights, without stages if it is in Triton; whether that
+            of sums is.
     """
     (heads, positions), (block, warps, stages) = queries, program
     exact, columns, padded_columns = types[0] == torch.float32, heads * positions, sums[0] * sums[1]
@@ -292,7 +293,7 @@ def latent_constants(
         layout.header_v,
         epsilon,
     )
-    if in_gluon[0]:
+    if in_gluon[0].stages:
         per_span = layout.queries_of_span(heads, positions)
         named = hopper.constants_of_weights(layout, positions, per_span, in_gluon[0])
         options = {"num_warps": hopper.GROUP}
