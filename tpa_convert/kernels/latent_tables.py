@@ -3,8 +3,8 @@ parameters.
 
 Rows are read by words of four bytes. An *item* is a word, a shift and a mask of at most four bits:
 what is found by them in each of its bytes stands in one of its four *places*, in the order
-`BYTES`. Codes of more bits or of several tiers stand in several places, each taken times what its
-bits are worth: codes add up of them, and components of codes.
+`BYTES`. Two items each are of one word. Codes of more bits or of several tiers stand in several
+places, each taken times what its bits are worth: codes add up of them, and components of codes.
 Items of keys come block by block of rotary pairs, each padded to whole chunks, then those of
 values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
 side by side.
@@ -156,7 +156,7 @@ class LatentTables(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """What stands in the places of some items.
+    """What stands in the places of some items, which are even in number, in pairs of one word.
 
     Attributes:
         items: [n].
@@ -173,6 +173,16 @@ class _Places(NamedTuple):
         word, turn, codes = self.items & 0xFFFF, self.items >> 16, self.items >> 24 >> FIRST_BIT
         items = word | (turn + FIRST_BIT - lowest) % 32 << 16 | codes << lowest << 24
         return self._replace(items=items, shift=self.shift + FIRST_BIT - lowest[:, None])
+
+    def in_pairs(self) -> _Places:
+        """By words, the 2j-th item and the next of the same one: that takes it apart for both. An
+        item that holds nothing stands beside one that is left over."""
+        word, count = (self.items & 0xFFFF).unique(return_counts=True)
+        left = word[count % 2 == 1]
+        nothing = torch.full((len(left), WORD), -1), torch.zeros(len(left), WORD, dtype=torch.long)
+        made = _Places(*(torch.cat(x) for x in zip(self, (left, *nothing), strict=True)))
+        order = (made.items & 0xFFFF).argsort(stable=True)
+        return _Places(*(x[order] for x in made))
 
     def padded(self, multiple: int) -> _Places:
         """With items behind that hold nothing."""
@@ -359,7 +369,7 @@ def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:
         component = torch.where(used, component, -1)[index, word]
         shift = tier.shift + at % tier.bits
         found.append(_Places(items, component, shift[:, None].expand(-1, WORD)))
-    return _Places(*(torch.cat(x) for x in zip(*found, strict=True)))
+    return _Places(*(torch.cat(x) for x in zip(*found, strict=True))).in_pairs()
 
 
 def _parts_of(places: _Places, step: Tensor, first: int, of_class: int) -> tuple[Tensor, Tensor]:

@@ -4,24 +4,29 @@ and what they are launched with."""
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .latent_tables import CHUNK, MAX_PAIRS, PIECE, Layout
-from .launch import INTERPRETED, power_of_two, shared_bytes
+from .latent_tables import CHUNK, MAX_PAIRS, PIECE, WORD, Layout
+from .launch import INTERPRETED, choose_splits, power_of_two, shared_bytes, shares
 
 TILE = 128  # slots of a program of weights at a time
 MOST_STAGES = 8  # of its ring
 MOST_COLUMNS = 16  # queries of half of the heads of a span
 MOST_PAIRS = 128  # of a head
 GROUP = 4  # warps that act as one
-SUM_WARPS = 2  # of a program of sums
-SUM_PLACES = PIECE  # of each of its warps
-SUMS_AT_ONCE = 4  # programs that a multiprocessor runs
-SUM_BLOCKS = 32  # of slots, from which on a program is faster than Triton's: it starts slowly
+SUM_WARPS = 4  # of a program of sums
+SUM_COLUMNS = 32  # its queries, padded, at most
+SUMS_AT_ONCE = 2  # programs of so many warps and queries that a multiprocessor has registers for
+SUM_STAGES = 4  # of its ring at most
+SUM_START = 8  # blocks that could be summed up while a program starts, stores and is joined
+SUM_BLOCKS = 16  # from which on a program is faster than Triton's
+MOST_SPLITS = 32
+RESERVED = 1024  # bytes of shared memory that a program takes beside its own
+SECTION = 64  # bytes that stages are multiples of, and the barriers of all
 
 
 @functools.cache
@@ -106,14 +111,84 @@ def constants_of_weights(
     }
 
 
-def constants_of_sums(columns: int, tiles: int, block: int) -> dict[str, Any]:
+class SumsShape(NamedTuple):
+    """How the kernel of sums shares out a call.
+
+    Attributes:
+        warps: of a program.
+        stages: of its ring.
+        programs: that share the pieces of a sequence.
+        splits: of the slots.
+    """
+
+    warps: int
+    stages: int
+    programs: int
+    splits: int
+
+
+def sums_shape(
+    layout: Layout,
+    columns: int,
+    block: int,
+    stride_t: int,
+    sequences: int,
+    blocks: int,
+    device: torch.device,
+    processors: int,
+) -> SumsShape | None:
+    """None where the kernel of sums in Triton is faster, or its ring does not fit.
+
+    Args:
+        columns: queries of a program, padded.
+        block: slots of one of `blocks`.
+        stride_t: of keys and of values at most, in words.
+        sequences: times programs that share the queries of one.
+        processors: of the device.
+    """
+    pieces = [
+        shares(items, PIECE // WORD)
+        for items in (layout.key_items - layout.first_item, layout.items - layout.key_items)
+    ]
+    warps = SUM_WARPS if max(pieces) > SUM_WARPS // 2 else SUM_WARPS // 2
+    programs = sum(shares(x, warps) for x in pieces)
+    at_once = SUMS_AT_ONCE * (SUM_COLUMNS // columns) * (SUM_WARPS // warps)
+    stages = 0
+    while at_once and stages < 2:
+        room = shared_bytes(device) // at_once - RESERVED - SECTION
+        stages = min(room // _stage_bytes(columns, block, stride_t), SUM_STAGES)
+        at_once = at_once if stages > 1 else at_once // 2
+    if not at_once:
+        return None
+    splits = choose_splits(blocks, sequences * programs, at_once * processors, SUM_START)
+    splits = min(splits, MOST_SPLITS)
+    if shares(blocks, splits) < SUM_BLOCKS:
+        return None
+    return SumsShape(warps, stages, programs, splits)
+
+
+def _row_bytes(block: int, stride_t: int) -> int:
+    """Of the rows of a block in the ring, which begin at any word of a section."""
+    return WORD * block * stride_t + SECTION
+
+
+def _stage_bytes(columns: int, block: int, stride_t: int) -> int:
+    """Rows, weights and maxima of a block."""
+    return _row_bytes(block, stride_t) + columns * (2 * block + 4)
+
+
+def constants_of_sums(
+    warps: int, stages: int, columns: int, tiles: int, block: int, stride_t: int
+) -> dict[str, Any]:
     """Constant arguments of the kernel of sums for `columns` queries of a program, `tiles` programs
     that share them, and blocks of so many slots."""
     return {
         "COLUMNS": columns,
         "TILES": tiles,
         "PIECE": PIECE,
-        "PLACES": SUM_PLACES,
+        "PLACES": PIECE,
         "BLOCK": block,
-        "WARPS": SUM_WARPS,
+        "WARPS": warps,
+        "STAGES": stages,
+        "ROWS": _row_bytes(block, stride_t),
     }
