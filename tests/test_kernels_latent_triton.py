@@ -65,6 +65,18 @@ def test_latent(shape, codes, slots, positions, window, softcap, dtype, **others
     assert error(found, truth) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("align", [1, 4])
+def test_two_items_are_of_one_word(codes, align) -> None:
+    tables = random_case(codes=CODES[codes], align=align, slots=8).tables
+    items = tables.items.view(-1, 2)
+    words = items & 0xFFFF
+    assert torch.equal(words[:, 0], words[:, 1])
+    assert items[:, 0].unique().numel() > 1  # control
+    if codes == "every length":
+        assert ((items[:, 0] >> 24 > 0) & (items[:, 1] >> 24 == 0)).any()  # one was left over
+
+
 @pytest.fixture(scope="module")
 def case():
     return random_case(

@@ -138,7 +138,7 @@ def copy_block(
     before,
     stride_t,
     length,
-    terms,
+    maxima,
     stride,
     weights,
     padded_columns,
@@ -158,7 +158,7 @@ def copy_block(
         slot = (first_block + index * splits) * BLOCK
         of_rows = rows + slot.to(gl.int64) * (4 * stride_t)
         of_weights = weights + index.to(gl.int64) * splits * (padded_columns * BLOCK)
-        of_maxima = (terms + index * stride).to(gl.int64)
+        of_maxima = (maxima + index * stride).to(gl.int64)
         size = gl.cdiv(gl.minimum(length - slot, BLOCK) * (4 * stride_t) + before, 16) * 16
         thread = gl.arange(0, target.shape[0], target.type.layout)
         nothing, one = thread * 0, (thread == 0).to(gl.int32)  # who starts them
@@ -245,24 +245,8 @@ def latent_sums_on_hopper(
         last = gl.maximum(last, gl.max(gl.where(used, index + 1, 0), 0))
     shift = gl.where(highest == float("-inf"), 0.0, highest)
 
-    program = gl.program_id(0)
-    of_split = batch * splits + split
-    out = partial_terms + of_split * (TERMS * columns) + column
-    if program == 0:
-        gl.store(out, shift, mask=inside)
-    for term in gl.static_range(1, TERMS):
-        if program == (term - 1) % gl.num_programs(0):  # each takes its time
-            summed = gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, BY_BLOCK))
-            for i in range(0, own, BLOCKS_AT_ONCE):
-                index = i + in_turn
-                known = (index < own)[:, None] & inside[None, :]
-                of_blocks = terms + (column[None, :] + index[:, None] * stride)
-                factor = gl.load(of_blocks, mask=known, other=float("-inf"))
-                of_blocks = gl.load(of_blocks + term * padded_columns, mask=known, other=0.0)
-                summed += gl.sum(of_blocks * gl.exp2(factor - shift[None, :]), 0)
-            gl.store(out + term * columns, summed, mask=inside)
-
     # A program is of keys or of values.
+    program = gl.program_id(0)
     first_item = first_piece * (PIECE // 4)
     of_keys = gl.cdiv(key_items - first_item, WARPS * ITEMS)
     first_item += program * (WARPS * ITEMS)
@@ -291,7 +275,6 @@ def latent_sums_on_hopper(
     weights += (batch * blocks + first_block).to(gl.int64) * (2 * padded_columns * BLOCK)
     weights += tile * (COLUMNS * BLOCK)
     weights = weights.to(gl.pointer_type(gl.int32)) + of_part
-    column = tile * COLUMNS + gl.arange(0, COLUMNS, OF_COLUMN)
     of_sums = gl.convert_layout(shift, OF_COLUMN, assert_trivial=True)
     sums = gl.full([WARPS, COLUMNS, PLACES], 0.0, gl.float32, SUMS)
     weighed = gl.full([WARPS, COLUMNS, 8], 0.0, gl.float32, SUMS)
@@ -311,13 +294,13 @@ def latent_sums_on_hopper(
     of_words = shared_begin(gl.full([WARPS, SLOTS, PAIRS], 0, gl.int32, WORDS))
     of_words += before + (in_step & 24) * stride_4 + word * 4
     of_row = (in_step & 7) * stride_4
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, FOURS)))
+    row = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, FOURS)))
     four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FOURS)))
     of_fours = shared_begin(gl.full([WARPS, COLUMNS, 4], 0, gl.int32, FOURS))
-    of_fours += ROWS + column[None, :, None] * (2 * BLOCK) + four[None, None, :] * 16
+    of_fours += ROWS + row[None, :, None] * (2 * BLOCK) + four[None, None, :] * 16
     of_terms = shared_begin(gl.full([COLUMNS], 0, gl.int32, OF_COLUMN))
     of_terms += ROWS + COLUMNS * (2 * BLOCK) + gl.arange(0, COLUMNS, OF_COLUMN) * 4
-    terms += tile * COLUMNS
+    maxima = terms + tile * COLUMNS
     for ahead in gl.static_range(STAGES - 1):
         copy_block(
             first + ahead,
@@ -328,7 +311,7 @@ def latent_sums_on_hopper(
             before,
             stride_t,
             length,
-            terms,
+            maxima,
             stride,
             weights,
             padded_columns,
@@ -338,6 +321,22 @@ def latent_sums_on_hopper(
             BLOCK,
             ROWS,
         )
+    # While the first blocks come.
+    of_split = batch * splits + split
+    out = partial_terms + of_split * (TERMS * columns) + column
+    if program == 0:
+        gl.store(out, shift, mask=inside)
+    for term in range(1 + program, TERMS, gl.num_programs(0)):
+        summed = gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, BY_BLOCK))
+        for i in range(0, own, BLOCKS_AT_ONCE):
+            index = i + in_turn
+            known = (index < own)[:, None] & inside[None, :]
+            of_blocks = terms + (column[None, :] + index[:, None] * stride)
+            factor = gl.load(of_blocks, mask=known, other=float("-inf"))
+            of_blocks = gl.load(of_blocks + term * padded_columns, mask=known, other=0.0)
+            summed += gl.sum(of_blocks * gl.exp2(factor - shift[None, :]), 0)
+        gl.store(out + term * columns, summed, mask=inside)
+
     stage, free, phase = first * 0, first * 0 + (STAGES - 1), first * 0
     for index in range(first, last):
         wait(barriers + stage * 8, thread * 0 + phase)
@@ -351,7 +350,7 @@ def latent_sums_on_hopper(
             before,
             stride_t,
             length,
-            terms,
+            maxima,
             stride,
             weights,
             padded_columns,

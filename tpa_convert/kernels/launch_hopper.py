@@ -19,8 +19,8 @@ MOST_COLUMNS = 16  # queries of half of the heads of a span
 MOST_PAIRS = 128  # of a head
 GROUP = 4  # warps that act as one
 SUM_WARPS = 4  # of a program of sums
-SUM_COLUMNS = 32  # its queries, padded, at most
-SUMS_AT_ONCE = 2  # programs of so many warps and queries that a multiprocessor has registers for
+SUM_REGISTERS = {16: 152, 32: 216}  # of each of its threads at most, by padded queries
+REGISTERS = 1 << 16  # of a multiprocessor
 SUM_STAGES = 4  # of its ring at most
 SUM_START = 8  # blocks that could be summed up while a program starts, stores and is joined
 SUM_BLOCKS = 16  # from which on a program is faster than Triton's
@@ -152,13 +152,13 @@ def sums_shape(
     ]
     warps = SUM_WARPS if max(pieces) > SUM_WARPS // 2 else SUM_WARPS // 2
     programs = sum(shares(x, warps) for x in pieces)
-    at_once = SUMS_AT_ONCE * (SUM_COLUMNS // columns) * (SUM_WARPS // warps)
-    stages = 0
-    while at_once and stages < 2:
+    stage = _stage_bytes(columns, block, stride_t)
+    for at_once in range(REGISTERS // (32 * warps * SUM_REGISTERS[columns]), 0, -1):
         room = shared_bytes(device) // at_once - RESERVED - SECTION
-        stages = min(room // _stage_bytes(columns, block, stride_t), SUM_STAGES)
-        at_once = at_once if stages > 1 else at_once // 2
-    if not at_once:
+        stages = min(room // stage, SUM_STAGES)
+        if stages > 1:
+            break
+    else:
         return None
     splits = choose_splits(blocks, sequences * programs, at_once * processors, SUM_START)
     splits = min(splits, MOST_SPLITS)
