@@ -140,8 +140,8 @@ def test_sums_by_warps_compile_for_hopper(in_gluon, shape, start, window) -> Non
     launch = in_gluon["sums_kernel"]
     kernel, named = launch.compile(), launch.calls[-1][1]
     assert matrix_products(kernel.asm["ptx"])["synchronous"]
-    stage = named["ROWS"] + named["COLUMNS"] * (2 * named["BLOCK"] + 4)
-    assert kernel.metadata.shared == named["STAGES"] * stage + hopper.SECTION
+    stage = hopper.stage_bytes(made.tables.layout, named["COLUMNS"], named["BLOCK"])
+    assert kernel.metadata.shared == named["STAGES"] * stage
     assert named["STAGES"] > 1
     # Nothing but what allocates the ring is written there by the compiler, even where it has gone.
     assert len(re.findall(r"\bst\.\S*shared|stmatrix", kernel.asm["ptx"])) == 1
@@ -188,33 +188,30 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
 
 
 @pytest.mark.parametrize(
-    ("sequences", "slots", "words", "wanted"),
+    ("sequences", "slots", "reach", "wanted"),
     [
-        (8, 32768, 73, (4, 4, 11)),  # as many as run at once
-        (8, 32768, 157, (4, 2, 11)),  # less room for rows
-        (8, 8192, 273, (4, 3, 5)),  # one program at a time
-        (64, 2048, 73, (4, 4, 1)),  # more programs would start, and be joined
-        (1, 32768, 73, (4, 4, 32)),
-        (16, 2048, 73, None),  # programs would be too short
+        (8, 32768, 49, (4, 4, 11)),  # as many as run at once
+        (8, 32768, 120, (4, 3, 11)),  # less room for rows
+        (8, 8192, 300, (4, 2, 5)),  # one program at a time
+        (64, 2048, 49, (4, 4, 1)),  # more programs would start, and be joined
+        (1, 32768, 49, (4, 4, 32)),
+        (16, 2048, 49, None),  # programs would be too short
         (8, 32768, 500, None),  # no room for two blocks
     ],
 )
-def test_how_sums_are_shared_out_on_hopper(monkeypatch, sequences, slots, words, wanted) -> None:
-    monkeypatch.setattr(
-        hopper, "shared_bytes", lambda device: SHARED_BYTES - COMPILERS_SHARED_BYTES
-    )
+def test_how_sums_are_shared_out_on_hopper(monkeypatch, sequences, slots, reach, wanted) -> None:
+    left = SHARED_BYTES - COMPILERS_SHARED_BYTES
+    monkeypatch.setattr(hopper, "shared_bytes", lambda device: left)
     codes = [CODES[0][0]] * 4, CODES[1]
     layout = random_case(shape=(32, 8, 128), codes=codes, slots=8, dtype=torch.bfloat16).tables[0]
-    layout = layout._replace(first_item=0, key_items=128, items=384)  # 4 and 8 pieces
-    found = hopper.sums_shape(
-        layout, 32, 64, words, sequences, slots // 64, torch.device("cpu"), 132
-    )
+    layout = layout._replace(first_item=0, key_items=128, items=384, reach=reach)  # 4 and 8 pieces
+    device = torch.device("cpu")
+    found = hopper.sums_shape(layout, 32, 64, sequences, slots // 64, device, 132)
     assert (found and (found.warps, found.stages, found.splits)) == wanted
     assert found is None or found.programs == 3
-    few = hopper.sums_shape(
-        layout._replace(key_items=64, items=128), 16, 64, 15, 64, 128, torch.device("cpu"), 132
-    )
-    assert few.warps == few.programs == 2  # of two pieces each
+    layout = layout._replace(key_items=64, items=128)  # two pieces each
+    found = hopper.sums_shape(layout, 16, 64, 64, 128, device, 132)
+    assert found is None or found.warps == found.programs == 2
 
 
 def test_a_left_side_from_registers_would_be_seen() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.kernel_device import DEVICE, GPU
 from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels.latent_tables import PIECE, PIECES, WORD
 from tpa_convert.kernels.launch_latent import launch_latent
 
 from .kernel_cases import error
@@ -75,6 +76,13 @@ def test_two_items_are_of_one_word(codes, align) -> None:
     assert items[:, 0].unique().numel() > 1  # control
     if codes == "every length":
         assert ((items[:, 0] >> 24 > 0) & (items[:, 1] >> 24 == 0)).any()  # one was left over
+    of_keys = tables.layout.key_items
+    reach = [
+        int(x.max() - x.min()) + 1
+        for part in (tables.items[:of_keys], tables.items[of_keys:])
+        for x in (part & 0xFFFF).split(PIECES * PIECE // WORD)
+    ]
+    assert tables.layout.reach == max(reach)
 
 
 @pytest.fixture(scope="module")

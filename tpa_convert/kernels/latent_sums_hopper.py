@@ -1,8 +1,7 @@
 """Sums as `latent_sums.py` makes them, by warps that only wait for what they read.
 
-Every warp has a piece of the components for itself, and all warps of a program read the same rows,
-of keys or of values. Rows come block by block into a ring in shared memory, as they lie in the
-cache, and so do weights. A thread reads the words that it needs of the slots that it needs, so that
+Every warp has a piece of the components for itself, of keys or of values. What a program needs of
+rows comes block by block into a ring in shared memory, as it lies in the cache, and so do weights. A thread reads the words that it needs of the slots that it needs, so that
 what it takes apart is what the matrix unit wants of it on the right:
 
     sums [C, n] += weights [C, T] · codes [T, n]
@@ -23,30 +22,25 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .latent import AT_RUN_TIME
 from .latent_sums import BLOCKS_AT_ONCE, TERMS
 from .latent_sums_layouts import (
+    all_items_layout,
     fours_layout,
     sums_layout,
     terms_layout,
     weights_layout,
     words_layout,
 )
-from .shared_hopper import (
-    expect,
-    load_four_words,
-    load_word,
-    shared_begin,
-    start_barriers,
-    start_copy,
-    wait,
-)
+from .shared_hopper import load_four_words, load_word, shared_begin, start_copy
 from .split_kv import slot_bounds
 
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier  # of Triton 3.7 on, and of 3.6
 SLOTS = gl.constexpr(32)  # at a time
+GROUP = gl.constexpr(8)  # slots of a thread, side by side
+GAP = gl.constexpr(32)  # bytes behind their rows, so that four threads read from other banks
 ONE = gl.constexpr(2.0**24)  # the last bit of fp16 numbers is this part of one
 
 
@@ -133,9 +127,10 @@ def copy_block(
     index,
     last,
     target,
-    barrier,
     rows,
     before,
+    first_word,
+    count,
     stride_t,
     length,
     maxima,
@@ -146,26 +141,35 @@ def copy_block(
     splits,
     COLUMNS: gl.constexpr,
     BLOCK: gl.constexpr,
-    ROWS: gl.constexpr,
+    CHUNKS: gl.constexpr,
 ):
-    """Starts copies of what a block takes, if it is before the last: rows, weights and maxima.
+    """Starts copies of what a block takes, if it is before the last: `count` words of each row from
+    the first on, weights and maxima.
 
-    `rows` is an address, so many bytes `before` the first row; `target` and `barrier` are one
-    number for all threads."""
+    `target` is the same address for all threads; `rows` is one in global memory, so many bytes
+    `before` the first row.
+    """
+    THREADS: gl.constexpr = target.shape[0]
     WEIGHTS: gl.constexpr = 2 * BLOCK * COLUMNS
-    MAXIMA: gl.constexpr = 4 * COLUMNS
+    thread = gl.arange(0, THREADS, target.type.layout)
     if index < last:
-        slot = (first_block + index * splits) * BLOCK
-        of_rows = rows + slot.to(gl.int64) * (4 * stride_t)
-        of_weights = weights + index.to(gl.int64) * splits * (padded_columns * BLOCK)
-        of_maxima = (maxima + index * stride).to(gl.int64)
-        size = gl.cdiv(gl.minimum(length - slot, BLOCK) * (4 * stride_t) + before, 16) * 16
-        thread = gl.arange(0, target.shape[0], target.type.layout)
-        nothing, one = thread * 0, (thread == 0).to(gl.int32)  # who starts them
-        expect(barrier, one * (size + (WEIGHTS + MAXIMA)))
-        start_copy(target, of_rows + nothing, one * size, barrier)
-        start_copy(target + ROWS, of_weights.to(gl.int64) + nothing, one * WEIGHTS, barrier)
-        start_copy(target + (ROWS + WEIGHTS), of_maxima + nothing, one * MAXIMA, barrier)
+        block = first_block + index * splits
+        left = gl.minimum(length - block * BLOCK, BLOCK) * (4 * stride_t) + before
+        here = rows + block.to(gl.int64) * (4 * BLOCK * stride_t)
+        for i in gl.static_range(0, BLOCK * CHUNKS, THREADS):
+            slot, chunk = (thread + i) // CHUNKS, (thread + i) % CHUNKS
+            at = (before + (slot * stride_t + first_word) * 4 & -16) + chunk * 16
+            at = gl.where((slot < BLOCK) & (chunk < gl.cdiv(count + 3, 4)), at, 0x7FFFFFFF)
+            to = target + (slot * (16 * CHUNKS) + slot // GROUP * GAP + chunk * 16)
+            start_copy(to, here + at, at < left)
+        target += BLOCK * (16 * CHUNKS) + BLOCK // GROUP * GAP + thread * 16
+        here = weights + index.to(gl.int64) * splits * (padded_columns * BLOCK)
+        here = here.to(gl.int64) + thread * 16
+        for i in gl.static_range(0, WEIGHTS, 16 * THREADS):
+            start_copy(target + i, here + i, thread * 16 < WEIGHTS - i)
+        here = (maxima + index * stride).to(gl.int64) + thread * 16
+        start_copy(target + WEIGHTS, here, thread < COLUMNS // 4)
+    async_copy.commit_group()
 
 
 @gluon.jit(do_not_specialize=[*AT_RUN_TIME, "splits", "blocks"])
@@ -199,12 +203,11 @@ def latent_sums_on_hopper(
     window,
     COLUMNS: gl.constexpr,
     TILES: gl.constexpr,
-    PIECE: gl.constexpr,  # places that `first_piece` counts
-    PLACES: gl.constexpr,  # of a warp
+    PLACES: gl.constexpr,  # of a piece
     BLOCK: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
-    ROWS: gl.constexpr,  # bytes that rows of a block take in the ring, of keys or of values
+    CHUNKS: gl.constexpr,  # of 16 bytes, that hold what a program needs of a row
 ):
     """`latent_sums_kernel` for weights in fp16 and a cache in one piece, with a piece for every
     warp. The grid is [programs of keys and then of values, splits, b · tiles]."""
@@ -247,7 +250,7 @@ def latent_sums_on_hopper(
 
     # A program is of keys or of values.
     program = gl.program_id(0)
-    first_item = first_piece * (PIECE // 4)
+    first_item = first_piece * ITEMS
     of_keys = gl.cdiv(key_items - first_item, WARPS * ITEMS)
     first_item += program * (WARPS * ITEMS)
     stride_t, rows = key_stride_t, keys + batch.to(gl.int64) * key_stride_b
@@ -266,8 +269,8 @@ def latent_sums_on_hopper(
     in_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(1, WORDS)))[:, None] * ITEMS
     at = first_item + in_warp
     at = at + gl.arange(0, PAIRS, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, :] * 2
-    one = gl.load(items + at, mask=at < end_item, other=0)
-    other = gl.load(items + at + 1, mask=at + 1 < end_item, other=0)
+    at = gl.minimum(at, end_item - 2)  # what warps behind the last piece find is not stored
+    one, other = gl.load(items + at), gl.load(items + at + 1)
     word = gl.expand_dims(one & 0xFFFF, 1)
     one, other = in_place(one), in_place(other)
     in_step = gl.arange(0, SLOTS, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))
@@ -280,20 +283,26 @@ def latent_sums_on_hopper(
     weighed = gl.full([WARPS, COLUMNS, 8], 0.0, gl.float32, SUMS)
     ones = gl.full([WARPS, SLOTS, 8], 1.0, gl.float16, gl.DotOperandLayout(1, SUMS, 2))
 
+    # Only words between the program's first and last are brought to shared memory.
+    every = first_item + gl.arange(0, WARPS * ITEMS, all_items_layout(WARPS, WARPS * ITEMS))
+    every = gl.minimum(every, end_item - 1)
+    every_word = gl.load(items + every) & 0xFFFF
+    first_word = gl.min(every_word, 0)
+    count = gl.max(every_word, 0) - first_word + 1
+    PITCH: gl.constexpr = 16 * CHUNKS
+    ROWS: gl.constexpr = BLOCK * PITCH + BLOCK // GROUP * GAP
     BYTES: gl.constexpr = ROWS + COLUMNS * (2 * BLOCK + 4)  # of a stage
     ring = gl.allocate_shared_memory(
-        gl.int32, [STAGES * BYTES // 64 + 1, 16], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [STAGES * BYTES // 64, 16], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     ring.index(0).store(gl.full([16], 0, gl.int32, BY_THREAD))  # or it would not be there
-    thread = gl.arange(0, 32 * WARPS, BY_THREAD)
-    target = shared_begin(thread * 0)
-    barriers = target + STAGES * BYTES
-    start_barriers(barriers + thread * 8, thread < STAGES)
     synchronize()
-    stride_4 = 4 * stride_t  # bytes
+    target = shared_begin(gl.full([32 * WARPS], 0, gl.int32, BY_THREAD))
     of_words = shared_begin(gl.full([WARPS, SLOTS, PAIRS], 0, gl.int32, WORDS))
-    of_words += before + (in_step & 24) * stride_4 + word * 4
-    of_row = (in_step & 7) * stride_4
+    word = gl.minimum(word - first_word, 4 * CHUNKS - 4)  # within the ring, whatever is in tables
+    of_words += in_step // GROUP * (GROUP * PITCH + GAP) + word * 4
+    in_group = in_step % GROUP
+    of_row = in_group * PITCH + (before + (in_group * stride_t + first_word) * 4 & 15)
     row = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, FOURS)))
     four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FOURS)))
     of_fours = shared_begin(gl.full([WARPS, COLUMNS, 4], 0, gl.int32, FOURS))
@@ -306,9 +315,10 @@ def latent_sums_on_hopper(
             first + ahead,
             last,
             target + ahead * BYTES,
-            barriers + ahead * 8,
             rows,
             before,
+            first_word,
+            count,
             stride_t,
             length,
             maxima,
@@ -319,7 +329,7 @@ def latent_sums_on_hopper(
             splits,
             COLUMNS,
             BLOCK,
-            ROWS,
+            CHUNKS,
         )
     # While the first blocks come.
     of_split = batch * splits + split
@@ -337,17 +347,18 @@ def latent_sums_on_hopper(
             summed += gl.sum(of_blocks * gl.exp2(factor - shift[None, :]), 0)
         gl.store(out + term * columns, summed, mask=inside)
 
-    stage, free, phase = first * 0, first * 0 + (STAGES - 1), first * 0
+    stage, free = first * 0, first * 0 + (STAGES - 1)
     for index in range(first, last):
-        wait(barriers + stage * 8, thread * 0 + phase)
+        async_copy.wait_group(STAGES - 2)
         synchronize()  # all have read what the next copy takes the place of
         copy_block(
             index + STAGES - 1,
             last,
             target + free * BYTES,
-            barriers + free * 8,
             rows,
             before,
+            first_word,
+            count,
             stride_t,
             length,
             maxima,
@@ -358,13 +369,15 @@ def latent_sums_on_hopper(
             splits,
             COLUMNS,
             BLOCK,
-            ROWS,
+            CHUNKS,
         )
         begins = stage * BYTES
         of_block = load_word(of_terms + begins).to(gl.float32, bitcast=True)
         factor = gl.exp2(of_block - of_sums).to(gl.float16)
         for share in gl.static_range(BLOCK // SLOTS):
-            words = load_word(of_words + (begins + share * SLOTS * stride_4) + of_row)
+            words = load_word(
+                of_words + (begins + share * (SLOTS // GROUP * (GROUP * PITCH + GAP))) + of_row
+            )
             weight = load_four_words(of_fours + begins + share * (2 * SLOTS))
             weight = gl.reshape(weight, [WARPS, COLUMNS, SLOTS // 2])
             weight = gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
@@ -374,7 +387,6 @@ def latent_sums_on_hopper(
             weighed = mma_v2(left, ones, weighed)
         free = stage
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-        phase = gl.where(stage == 0, phase ^ 1, phase)
 
     sums = gl.reshape(sums, [WARPS, COLUMNS, PAIRS // 8, 2, 4, 8])
     sums = gl.reshape(gl.permute(sums, [0, 1, 2, 5, 3, 4]), [WARPS, COLUMNS, PLACES])

@@ -56,6 +56,18 @@ def fours_layout(warps, columns):
 
 
 @gluon.constexpr_function
+def all_items_layout(warps, items):
+    """Of a program's items, all of which every warp has."""
+    return gl.DistributedLinearLayout(
+        reg_bases=highest_bits((0, 1, 32, items)),
+        lane_bases=highest_bits((0, 1, 1, 32)),
+        warp_bases=[[0]] * (warps.bit_length() - 1),
+        block_bases=[],
+        shape=[items],
+    )
+
+
+@gluon.constexpr_function
 def sums_layout(warps, columns, places):
     """Of sums [warps, columns, places]: sixteen places side by side are one thread's, in the order
     in which they are stored."""

@@ -33,6 +33,7 @@ MOST_NOISE = 0.25  # of weights in eight bits, as a part of that of codes
 TINY = 1e-30
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
+PIECES = 4  # that a program's warps may share
 MAX_PAIRS = 64  # of a span
 MAX_NORMED = 128  # the same, where a norm is that of all heads
 
@@ -92,6 +93,7 @@ class Layout(NamedTuple):
         key_items: of the keys.
         first_item: that is summed up: not those of the keys, if values do not follow from them.
         together: see `KeyMap`.
+        reach: words from the first to the last of any `PIECES` pieces that follow each other.
         items, chunks, parts, features: how many; see `LatentTables`.
     """
 
@@ -108,6 +110,7 @@ class Layout(NamedTuple):
     key_items: int
     first_item: int
     together: int
+    reach: int
     items: int
     chunks: int
     parts: int
@@ -185,14 +188,19 @@ class _Places(NamedTuple):
         return _Places(*(x[order] for x in made))
 
     def padded(self, multiple: int) -> _Places:
-        """With items behind that hold nothing."""
-        more = -len(self.items) % multiple
+        """With items behind, of the last word, that hold nothing."""
+        more, word = -len(self.items) % multiple, (self.items & 0xFFFF)[-1:].sum()
         return _Places(
             *(
                 pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=v)
-                for x, v in zip(self, (0, -1, 0), strict=True)
+                for x, v in zip(self, (int(word), -1, 0), strict=True)
             )
         )
+
+    def reach(self, count: int) -> int:
+        """Words from the first to the last of so many items, from a multiple of it on, at most."""
+        words = [x & 0xFFFF for x in self.items.split(count)]
+        return max((int(x.max() - x.min()) + 1 for x in words), default=0)
 
 
 def latent_tables(
@@ -268,6 +276,7 @@ def latent_tables(
         key_items,
         0 if predicted else key_items,
         int(key_map.together),
+        max(x.reach(PIECES * PIECE // WORD) for x in (of_keys, of_values)),
         key_items + len(of_values.items),
         len(chunks),
         *place_of.shape,

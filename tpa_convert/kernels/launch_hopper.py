@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .latent_tables import CHUNK, MAX_PAIRS, PIECE, WORD, Layout
+from .latent_tables import CHUNK, MAX_PAIRS, PIECE, PIECES, WORD, Layout
 from .launch import INTERPRETED, choose_splits, power_of_two, shared_bytes, shares
 
 TILE = 128  # slots of a program of weights at a time
@@ -18,15 +18,14 @@ MOST_STAGES = 8  # of its ring
 MOST_COLUMNS = 16  # queries of half of the heads of a span
 MOST_PAIRS = 128  # of a head
 GROUP = 4  # warps that act as one
-SUM_WARPS = 4  # of a program of sums
-SUM_REGISTERS = {16: 152, 32: 216}  # of each of its threads at most, by padded queries
+SUM_WARPS = PIECES  # of a program of sums
+SUM_REGISTERS = {16: 192, 32: 256}  # of each of its threads at most, by padded queries
 REGISTERS = 1 << 16  # of a multiprocessor
 SUM_STAGES = 4  # of its ring at most
 SUM_START = 8  # blocks that could be summed up while a program starts, stores and is joined
 SUM_BLOCKS = 16  # from which on a program is faster than Triton's
 MOST_SPLITS = 32
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
-SECTION = 64  # bytes that stages are multiples of, and the barriers of all
 
 
 @functools.cache
@@ -131,7 +130,6 @@ def sums_shape(
     layout: Layout,
     columns: int,
     block: int,
-    stride_t: int,
     sequences: int,
     blocks: int,
     device: torch.device,
@@ -142,7 +140,6 @@ def sums_shape(
     Args:
         columns: queries of a program, padded.
         block: slots of one of `blocks`.
-        stride_t: of keys and of values at most, in words.
         sequences: times programs that share the queries of one.
         processors: of the device.
     """
@@ -152,9 +149,9 @@ def sums_shape(
     ]
     warps = SUM_WARPS if max(pieces) > SUM_WARPS // 2 else SUM_WARPS // 2
     programs = sum(shares(x, warps) for x in pieces)
-    stage = _stage_bytes(columns, block, stride_t)
+    stage = stage_bytes(layout, columns, block)
     for at_once in range(REGISTERS // (32 * warps * SUM_REGISTERS[columns]), 0, -1):
-        room = shared_bytes(device) // at_once - RESERVED - SECTION
+        room = shared_bytes(device) // at_once - RESERVED
         stages = min(room // stage, SUM_STAGES)
         if stages > 1:
             break
@@ -167,28 +164,27 @@ def sums_shape(
     return SumsShape(warps, stages, programs, splits)
 
 
-def _row_bytes(block: int, stride_t: int) -> int:
-    """Of the rows of a block in the ring, which begin at any word of a section."""
-    return WORD * block * stride_t + SECTION
+def _chunks(layout: Layout) -> int:
+    """Of 16 bytes, that hold what a program of sums needs of a row, which begins at any word."""
+    return shares(layout.reach + 3, 4)
 
 
-def _stage_bytes(columns: int, block: int, stride_t: int) -> int:
-    """Rows, weights and maxima of a block."""
-    return _row_bytes(block, stride_t) + columns * (2 * block + 4)
+def stage_bytes(layout: Layout, columns: int, block: int) -> int:
+    """Of the ring of sums: what is needed of rows, and gaps; weights and maxima of a block."""
+    return 16 * block * _chunks(layout) + 4 * block + columns * (2 * block + 4)
 
 
 def constants_of_sums(
-    warps: int, stages: int, columns: int, tiles: int, block: int, stride_t: int
+    layout: Layout, warps: int, stages: int, columns: int, tiles: int, block: int
 ) -> dict[str, Any]:
     """Constant arguments of the kernel of sums for `columns` queries of a program, `tiles` programs
     that share them, and blocks of so many slots."""
     return {
         "COLUMNS": columns,
         "TILES": tiles,
-        "PIECE": PIECE,
         "PLACES": PIECE,
         "BLOCK": block,
         "WARPS": warps,
         "STAGES": stages,
-        "ROWS": _row_bytes(block, stride_t),
+        "CHUNKS": _chunks(layout),
     }

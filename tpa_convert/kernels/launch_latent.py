@@ -191,10 +191,8 @@ def latent_shape(
     most = shares(attended, block // SHORTEST)
     sums = None
     if in_gluon:
-        sequences, widest = batch * sum_tiles, max(strides[3:5])
-        sums = hopper.sums_shape(
-            layout, per_sum, block, widest, sequences, most, device, processors
-        )
+        sequences = batch * sum_tiles
+        sums = hopper.sums_shape(layout, per_sum, block, sequences, most, device, processors)
     if sums is None:
         pieces = (layout.items - layout.first_item) // (PIECE // WORD)
         splits = choose_splits(most, batch * sum_tiles * pieces, SUMS_AT_ONCE * processors)
@@ -336,7 +334,7 @@ def latent_constants(
         softmax[-1],
     )
     if in_gluon[1] is not None:
-        named = hopper.constants_of_sums(*in_gluon[1], *sums, block, max(strides[3:5]))
+        named = hopper.constants_of_sums(layout, *in_gluon[1], *sums, block)
         options = {"num_warps": in_gluon[1][0]}
     else:
         named = {

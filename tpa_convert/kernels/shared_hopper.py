@@ -1,12 +1,11 @@
-"""Shared memory by address and bulk copies to it, for kernels in Gluon.
+"""Shared memory by address, for kernels in Gluon.
 
 Gluon's descriptors of shared memory give tiles, not single words at addresses that are found at run
-time, and its bulk copies want descriptors that the host encodes for every tensor. So these are
-instructions, in inline assembly, on addresses from where a program's shared memory begins. That is
-the symbol `global_smem`, by which Triton's compiler calls it: an assembler would refuse another. A
-kernel that uses it must allocate all that it uses of shared memory at once, as its only allocation,
-and nothing that the compiler itself puts there may come; both show in the size that it is compiled
-with, which tests look at.
+time. So these are instructions, in inline assembly, on addresses from where a program's shared
+memory begins. That is the symbol `global_smem`, by which Triton's compiler calls it: an assembler
+would refuse another. A kernel that uses it must allocate all that it uses of shared memory at once,
+as its only allocation, and nothing that the compiler itself puts there may come; both show in what
+it is compiled to, which tests look at.
 """
 
 # mypy: disable-error-code="misc"
@@ -48,76 +47,18 @@ def load_four_words(address):
 
 
 @gluon.jit
-def start_barriers(barrier, known):
-    """Makes barriers of one arrival at addresses, where known; all threads must meet afterwards."""
+def start_copy(target, source, known):
+    """Starts copies of 16 bytes, where known, to addresses from addresses in global memory, which
+    are multiples of 16. The thread's next group of copies has them."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred known;
-        setp.ne.s32 known, $2, 0;
-        @known mbarrier.init.shared::cta.b64 [$1], 1;
-        fence.mbarrier_init.release.cluster;
-        fence.proxy.async.shared::cta;
+        setp.ne.s32 known, $3, 0;
+        @known cp.async.cg.shared.global [$1], [$2], 16;
         mov.b32 $0, 0;
         }""",
-        "=r,r,r",
-        [barrier, known.to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def expect(barrier, size):
-    """Arrives at barriers that so many bytes will come to, where these are more than none."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred some;
-        setp.gt.s32 some, $2, 0;
-        @some mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;
-        mov.b32 $0, 0;
-        }""",
-        "=r,r,r",
-        [barrier, size],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def start_copy(target, source, size, barrier):
-    """Starts copies of so many bytes, where more than none, that barriers count. Addresses, in
-    global memory too, and sizes are multiples of 16."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred some;
-        setp.gt.s32 some, $3, 0;
-        @some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes
-            [$1], [$2], $3, [$4];
-        mov.b32 $0, 0;
-        }""",
-        "=r,r,l,r,r",
-        [target, source, size, barrier],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def wait(barrier, phase):
-    """Waits until all bytes of a phase, 0 and 1 in turn, have come."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred done;
-        AGAIN:
-        mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
-        @!done bra AGAIN;
-        mov.b32 $0, 0;
-        }""",
-        "=r,r,r",
-        [barrier, phase],
+        "=r,r,l,r",
+        [target, source, known.to(gl.int32)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
