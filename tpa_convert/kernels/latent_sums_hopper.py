@@ -1,8 +1,9 @@
 """Sums as `latent_sums.py` makes them, by warps that only wait for what they read.
 
 Every warp has a piece of the components for itself, of keys or of values. What a program needs of
-rows comes block by block into a ring in shared memory, as it lies in the cache, and so do weights. A thread reads the words that it needs of the slots that it needs, so that
-what it takes apart is what the matrix unit wants of it on the right:
+rows comes block by block into a ring in shared memory, as it lies in the cache, and so do weights.
+A thread reads the words that it needs of the slots that it needs, so that what it takes apart is
+what the matrix unit wants of it on the right:
 
     sums [C, n] += weights [C, T] · codes [T, n]
 
