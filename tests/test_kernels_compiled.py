@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 
 import pytest
 import torch
@@ -126,16 +127,24 @@ def test_rings_fit_shared_memory(monkeypatch, in_gluon, shape, blocks, positions
     assert 0.75 * SHARED_BYTES < kernel.metadata.shared <= SHARED_BYTES
 
 
-@pytest.mark.parametrize(("heads", "start", "window"), [(32, False, None), (8, True, 400)])
-def test_sums_by_warps_compile_for_hopper(in_gluon, heads, start, window) -> None:
-    """Nothing goes through shared memory."""
-    codes = [CODES[0][0]] * 4, CODES[1]
-    made = random_case(shape=(heads, 8, 128), codes=codes, slots=512, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("shape", "start", "window"),
+    [((32, 8, 128), False, None), ((8, 8, 128), True, 400), ((9, 3, 64), False, None)],
+)
+def test_sums_by_warps_compile_for_hopper(in_gluon, shape, start, window) -> None:
+    """Their ring is all that is in shared memory: they find it by where that begins."""
+    codes = [CODES[0][0]] * (4 if shape[1] == 8 else 1), CODES[1]
+    made = random_case(shape=shape, codes=codes, slots=512, dtype=torch.bfloat16)
     first = made.start if start else None
     launches.launch_latent(*made.call(), 0.3, first, made.end, window, None)
-    kernel = in_gluon["sums_kernel"].compile()
+    launch = in_gluon["sums_kernel"]
+    kernel, named = launch.compile(), launch.calls[-1][1]
     assert matrix_products(kernel.asm["ptx"])["synchronous"]
-    assert kernel.metadata.shared == 0
+    stage = hopper.stage_bytes(made.tables.layout, named["COLUMNS"], named["BLOCK"])
+    assert kernel.metadata.shared == named["STAGES"] * stage
+    assert named["STAGES"] > 1
+    # Nothing but what allocates the ring is written there by the compiler, even where it has gone.
+    assert len(re.findall(r"\bst\.\S*shared|stmatrix", kernel.asm["ptx"])) == 1
 
 
 @pytest.mark.parametrize(
@@ -176,6 +185,33 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
     launches.latent_shape.cache_clear()
     wanted = hopper.weights_kernel(), hopper.sums_kernel()
     assert tuple(a is b for a, b in zip(shape.kernels, wanted, strict=True)) == in_gluon
+
+
+@pytest.mark.parametrize(
+    ("sequences", "slots", "reach", "wanted"),
+    [
+        (8, 32768, 49, (4, 4, 11)),  # as many as run at once
+        (8, 32768, 120, (4, 3, 11)),  # less room for rows
+        (8, 8192, 300, (4, 2, 5)),  # one program at a time
+        (64, 2048, 49, (4, 4, 1)),  # more programs would start, and be joined
+        (1, 32768, 49, (4, 4, 32)),
+        (16, 2048, 49, None),  # programs would be too short
+        (8, 32768, 500, None),  # no room for two blocks
+    ],
+)
+def test_how_sums_are_shared_out_on_hopper(monkeypatch, sequences, slots, reach, wanted) -> None:
+    left = SHARED_BYTES - COMPILERS_SHARED_BYTES
+    monkeypatch.setattr(hopper, "shared_bytes", lambda device: left)
+    codes = [CODES[0][0]] * 4, CODES[1]
+    layout = random_case(shape=(32, 8, 128), codes=codes, slots=8, dtype=torch.bfloat16).tables[0]
+    layout = layout._replace(first_item=0, key_items=128, items=384, reach=reach)  # 4 and 8 pieces
+    device = torch.device("cpu")
+    found = hopper.sums_shape(layout, 32, 64, sequences, slots // 64, device, 132)
+    assert (found and (found.warps, found.stages, found.splits)) == wanted
+    assert found is None or found.programs == 3
+    layout = layout._replace(key_items=64, items=128)  # two pieces each
+    found = hopper.sums_shape(layout, 16, 64, 64, 128, device, 132)
+    assert found is None or found.warps == found.programs == 2
 
 
 def test_a_left_side_from_registers_would_be_seen() -> None:

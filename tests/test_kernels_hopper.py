@@ -76,6 +76,25 @@ def test_what_is_attended_to(used, positions, window, softcap, slots) -> None:
     assert error(found, truth) < TOLERANCE[torch.bfloat16]
 
 
+def test_sequences_that_begin_at_any_word(used) -> None:
+    case = made("8 of 64", slots=701)
+    assert case.keys.stride(0) % 16  # where copies begin
+    assert case.values.stride(0) % 16
+    found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, None, None)
+    assert error(found, case.truth(scale=0.3)) < TOLERANCE[torch.bfloat16]
+    assert used()
+
+
+def test_a_sequence_without_slots(used) -> None:
+    case = made("8 of 128")
+    start = torch.tensor([0, 500], device="cuda")
+    end = torch.tensor([700, 500], device="cuda")
+    found = launches.launch_latent(*case.call(), 0.3, start, end, 200, None)
+    truth = case.truth(scale=0.3, start=start, end=end, window=200)
+    assert error(found[:1], truth[:1]) < TOLERANCE[torch.bfloat16]
+    assert found[1].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("added", [False, True])
 def test_masks_that_leave_whole_tiles_out(used, added) -> None:
     case = made("8 of 128", slots=1100)

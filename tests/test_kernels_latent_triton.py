@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.kernel_device import DEVICE, GPU
 from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels.latent_tables import PIECE, PIECES, WORD
 from tpa_convert.kernels.launch_latent import launch_latent
 
 from .kernel_cases import error
@@ -63,6 +64,25 @@ def test_latent(shape, codes, slots, positions, window, softcap, dtype, **others
     truth = case.truth(scale=0.3, window=window, softcap=softcap)
     assert found.shape == truth.shape
     assert error(found, truth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("align", [1, 4])
+def test_two_items_are_of_one_word(codes, align) -> None:
+    tables = random_case(codes=CODES[codes], align=align, slots=8).tables
+    items = tables.items.view(-1, 2)
+    words = items & 0xFFFF
+    assert torch.equal(words[:, 0], words[:, 1])
+    assert items[:, 0].unique().numel() > 1  # control
+    if codes == "every length":
+        assert ((items[:, 0] >> 24 > 0) & (items[:, 1] >> 24 == 0)).any()  # one was left over
+    of_keys = tables.layout.key_items
+    reach = [
+        int(x.max() - x.min()) + 1
+        for part in (tables.items[:of_keys], tables.items[of_keys:])
+        for x in (part & 0xFFFF).split(PIECES * PIECE // WORD)
+    ]
+    assert tables.layout.reach == max(reach)
 
 
 @pytest.fixture(scope="module")

@@ -235,3 +235,5 @@ def test_splits_fill_the_device_once() -> None:
     assert choose_splits(512, 8, 132) == 16  # 128 of 132 programs at a time
     assert choose_splits(3, 1, 132) == 3
     assert choose_splits(100, 1000, 132) == 1
+    assert choose_splits(64, 50, 132) == 5  # twice, programs of 13 blocks
+    assert choose_splits(64, 50, 132, start=16) == 2  # once, of 32

@@ -324,7 +324,7 @@ def latent_weights_on_hopper(
     MULTIPLE: gl.constexpr,
     WIDTH: gl.constexpr,  # rotary pairs of a head, padded
     STAGES: gl.constexpr,  # of the ring
-    KEPT: gl.constexpr,  # chunks of weights, where shared memory has room for all; else 0
+    KEPT: gl.constexpr,  # chunks of weights that shared memory has room for; 0 if not for all
 ):
     """`latent_weights_kernel` for keys without a norm, in two spans, in a cache in one piece, and
     cosines in rows of whole words of 16 bytes. The grid is [programs of a sequence, b]."""

@@ -184,34 +184,38 @@ def latent_join_kernel(
 ):
     """Joins the splits of one column: features [columns / together, b, together, features], or
     zeros for no slots."""
-    if OVERLAP:
-        gdc_wait()
     column, batch = tl.program_id(0), tl.program_id(2)
     feature = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     used = feature < features
+    # What the kernel before does not write is loaded while that ends; all else is loaded at once.
+    place = tl.load(place_of + feature, mask=used, other=0)
+    if OVERLAP:
+        gdc_wait()
     stride = TERMS * columns
     partial_terms += batch * splits * stride + column
     partial += (batch * splits * columns + column).to(tl.int64) * places
 
     split = tl.arange(0, SPLITS)
+    known = split < splits
     terms = partial_terms + split * stride
-    total = tl.load(terms + columns, mask=split < splits, other=0.0)
+    total = tl.load(terms + columns, mask=known, other=0.0)
+    shift = tl.load(terms, mask=known, other=float("-inf"))
     valid = total > 0  # others stand for nothing, whatever they are relative to
-    shift = tl.load(terms, mask=valid, other=float("-inf"))
-    highest = tl.max(shift, 0)
-    factor = tl.exp2(shift - tl.where(highest == float("-inf"), 0.0, highest))
+    highest = tl.max(tl.where(valid, shift, float("-inf")), 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    factor = tl.where(valid, tl.exp2(shift - highest), 0.0)
     denominator = tl.sum(total * factor, 0)
     of_split = (split.to(tl.int64) * columns * places)[:, None]
     result = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(PARTS):
-        at = tl.load(place_of + i * features + feature, mask=used, other=-1)
-        known = (at >= 0)[None, :] & valid[:, None]
-        part = tl.load(partial + at[None, :] + of_split, mask=known, other=0.0)
+        at = place if i == 0 else tl.load(place_of + i * features + feature, mask=used, other=-1)
+        there = (at >= 0)[None, :] & used[None, :] & known[:, None]
+        part = tl.load(partial + at[None, :] + of_split, mask=there, other=0.0)
         times = tl.load(step + i * features + feature, mask=used, other=0.0)
-        result += tl.sum(factor[:, None] * part, 0) * times
-    place = tl.load(place_of + feature, mask=used, other=0)
+        result += tl.sum(tl.where(valid[:, None], factor[:, None] * part, 0.0), 0) * times
     for i in tl.static_range(2, TERMS):  # what belongs to the second class
-        of_class = tl.sum(factor * tl.load(terms + i * columns, mask=valid, other=0.0), 0)
+        of_class = tl.load(terms + i * columns, mask=known, other=0.0)
+        of_class = tl.sum(tl.where(valid, factor * of_class, 0.0), 0)
         result += tl.where(used & (place == 1 - i), of_class, 0.0)
     result /= tl.where(denominator == 0, 1.0, denominator)
     row = (column // together * tl.num_programs(2) + batch) * together + column % together

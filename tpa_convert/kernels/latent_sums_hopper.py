@@ -1,16 +1,18 @@
-"""Sums as `latent_sums.py` makes them, by warps that share nothing.
+"""Sums as `latent_sums.py` makes them, by warps that only wait for what they read.
 
-Every warp has a piece of the components for itself. A thread loads the words that it needs of the
-slots that it needs, so that what it takes apart is what the matrix unit wants of it on the right:
+Every warp has a piece of the components for itself, of keys or of values. What a program needs of
+rows comes block by block into a ring in shared memory, as it lies in the cache, and so do weights.
+A thread reads the words that it needs of the slots that it needs, so that what it takes apart is
+what the matrix unit wants of it on the right:
 
     sums [C, n] += weights [C, T] · codes [T, n]
 
-Nothing goes through shared memory and no warp waits for another. The order of slots and of places
-within a product is free; it is chosen so that eight neighbouring slots, and in the end eight
-neighbouring places, are one thread's.
+The order of slots and of places within a product is free; it is chosen so that eight neighbouring
+slots, and in the end sixteen neighbouring places, are one thread's.
 
-Codes stand in the last bits of fp16 numbers, as multiples of 2⁻²¹; what their centres give is taken
-off the sums. Factors between blocks are powers of two, which change nothing in fp16.
+A word is taken apart once for the two items of a pair. Codes stay where they lie in their bytes, as
+numbers of fp16 that are multiples of 2⁻²⁴; what they stand for, and what their centres give, comes
+to the sums in the end. Factors between blocks are powers of two, which change nothing in fp16.
 
 This is written in Gluon, Triton's language of explicit layouts.
 """
@@ -21,126 +23,154 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .latent import AT_RUN_TIME
 from .latent_sums import BLOCKS_AT_ONCE, TERMS
+from .latent_sums_layouts import (
+    all_items_layout,
+    fours_layout,
+    sums_layout,
+    terms_layout,
+    weights_layout,
+    words_layout,
+)
+from .shared_hopper import load_four_words, load_word, shared_begin, start_copy
 from .split_kv import slot_bounds
 
+synchronize = getattr(gl, "barrier", None) or gl.thread_barrier  # of Triton 3.7 on, and of 3.6
 SLOTS = gl.constexpr(32)  # at a time
-ONE = gl.constexpr(2.0**21)  # codes of one are this part of it
+GROUP = gl.constexpr(8)  # slots of a thread, side by side
+GAP = gl.constexpr(32)  # bytes behind their rows, so that four threads read from other banks
+ONE = gl.constexpr(2.0**24)  # the last bit of fp16 numbers is this part of one
 
 
-@gluon.constexpr_function
-def highest_bits(*axes):
-    """Bases of a layout: of each (axis, rank, first, stop) those powers of two."""
-    found = []
-    for axis, rank, first, stop in axes:
-        while first < stop:
-            found.append([first if i == axis else 0 for i in range(rank)])
-            first *= 2
-    return found
-
-
-@gluon.constexpr_function
-def words_layout(warps, items):
-    """Of words [warps, slots, items]: eight slots side by side are one thread's."""
-    return gl.DistributedLinearLayout(
-        reg_bases=highest_bits((1, 3, 1, 8), (2, 3, 8, items)),
-        lane_bases=highest_bits((1, 3, 8, 32), (2, 3, 1, 8)),
-        warp_bases=highest_bits((0, 3, 1, warps)),
-        block_bases=[],
-        shape=[warps, 32, items],
-    )
-
-
-@gluon.constexpr_function
-def weights_layout(warps, columns):
-    """Of weights [warps, columns, slots]: the same."""
-    return gl.DistributedLinearLayout(
-        reg_bases=highest_bits((2, 3, 1, 8), (1, 3, 8, columns)),
-        lane_bases=highest_bits((2, 3, 8, 32), (1, 3, 1, 8)),
-        warp_bases=highest_bits((0, 3, 1, warps)),
-        block_bases=[],
-        shape=[warps, columns, 32],
-    )
-
-
-@gluon.constexpr_function
-def terms_layout(warps, columns, blocks):
-    """Of terms [blocks, columns]: every warp has all, columns as in `weights_layout`."""
-    return gl.DistributedLinearLayout(
-        reg_bases=highest_bits((0, 2, 4, blocks), (1, 2, 8, columns)),
-        lane_bases=highest_bits((0, 2, 1, 4), (1, 2, 1, 8)),
-        warp_bases=[[0, 0]] * (warps.bit_length() - 1),
-        block_bases=[],
-        shape=[blocks, columns],
+@gluon.jit
+def in_place(item):
+    """Masks of an item's codes where they lie in a word's bytes."""
+    keep = (item >> 24) * 0x01010101
+    turn = (item >> 16) & 31
+    return gl.inline_asm_elementwise(
+        "shf.l.wrap.b32 $0, $1, $1, $2;",
+        "=r,r,r",
+        [keep, turn],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
 @gluon.jit
-def codes_of(words, item, SUMS: gl.constexpr):
-    """Codes [warps, slots, places] of words [warps, slots, items], for a product.
-
-    What a word's four bytes hold of two slots comes out as four pairs. Places of eight items stand
-    byte by byte: those of the first bytes, of the third, the second and the fourth.
-    """
+def codes_of(words, first, second, SUMS: gl.constexpr):
+    """Codes [warps, slots, places] of words [warps, slots, pairs], for a product."""
     W: gl.constexpr = words.shape[0]
-    I: gl.constexpr = words.shape[2]  # noqa: E741
-    words = gl.permute(gl.reshape(words, [W, SLOTS // 2, 2, I]), [0, 1, 3, 2])
-    even, odd = gl.split(words)
-    item = gl.convert_layout(item, gl.SliceLayout(1, even.type.layout), assert_trivial=True)
-    item = gl.expand_dims(item, 1)
-    turn = (item >> 16) & 31
-    keep = (item >> 24) * 0x01010101
-    a0, a1, b0, b1, c0, c1, d0, d1 = gl.inline_asm_elementwise(
+    P: gl.constexpr = words.shape[2]
+    first = gl.expand_dims(first & 0x00FF00FF, 1)
+    second = gl.expand_dims(second & 0x00FF00FF, 1)
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
         """{
-        .reg .b32 even, odd, pair;
-        shf.r.wrap.b32 even, $8, $8, $10;
-        shf.r.wrap.b32 odd, $9, $9, $10;
-        and.b32 even, even, $11;
-        and.b32 odd, odd, $11;
-        prmt.b32 pair, even, odd, 0xC480;
-        mov.b32 {$0, $1}, pair;
-        prmt.b32 pair, even, odd, 0xE6A2;
-        mov.b32 {$2, $3}, pair;
-        prmt.b32 pair, even, odd, 0xD591;
-        mov.b32 {$4, $5}, pair;
-        prmt.b32 pair, even, odd, 0xF7B3;
-        mov.b32 {$6, $7}, pair;
+        .reg .b32 a, b, c, d;
+        prmt.b32 a, $8, $9, 0x5410;
+        prmt.b32 b, $8, $9, 0x7632;
+        prmt.b32 c, $8, $9, 0x6521;
+        prmt.b32 d, $8, $9, 0x0703;
+        and.b32 $0, a, $10;
+        and.b32 $1, b, $10;
+        and.b32 $2, c, $10;
+        and.b32 $3, d, $10;
+        and.b32 $4, a, $12;
+        and.b32 $5, b, $12;
+        and.b32 $6, c, $12;
+        and.b32 $7, d, $12;
         }""",
-        "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
-        [even, odd, turn, keep],
-        dtype=(gl.int16,) * 8,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+        [words, first, second],
+        dtype=(gl.float16,) * 8,
         is_pure=True,
-        pack=1,
+        pack=2,
     )
-    low = gl.join(gl.join(a0, a1), gl.join(b0, b1))
-    high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
-    codes = gl.join(low, high)  # [W, slots / 2, items, 2 slots, 2 · 2 places]
-    codes = gl.reshape(codes, [W, 4, 2, 2, I // 8, 8, 2, 2, 2])
-    codes = gl.permute(codes, [0, 2, 3, 1, 6, 4, 8, 7, 5])
-    codes = gl.reshape(codes, [W, SLOTS, 4 * I]).to(gl.float16, bitcast=True)
+    one = gl.join(gl.join(a, b), gl.join(c, d))
+    other = gl.join(gl.join(e, f), gl.join(g, h))
+    codes = gl.join(one, other)  # [W, slots, pairs, 2 · 2 places, 2]
+    codes = gl.reshape(codes, [W, 4, 2, 2, 2, P // 8, 8, 2, 2, 2])
+    codes = gl.permute(codes, [0, 2, 3, 1, 4, 5, 9, 8, 7, 6])
+    codes = gl.reshape(codes, [W, SLOTS, 8 * P])
     return gl.convert_layout(codes, gl.DotOperandLayout(1, SUMS, 2), assert_trivial=True)
 
 
 @gluon.jit
 def scaled(weights, factor, SUMS: gl.constexpr):
-    """Weights [warps, columns, slots] times a factor of each column, for a product."""
+    """Weights [warps, columns, pairs of slots] times a factor of each column, for a product."""
     W: gl.constexpr = weights.shape[0]
     C: gl.constexpr = weights.shape[1]
     factor = gl.expand_dims(gl.expand_dims(factor, 0), 2)
-    found = gl.inline_asm_elementwise(
-        "mul.rn.f16x2 $0, $1, $2;",
-        "=r,r,r",
+    even, odd = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 twice;
+        mov.b32 twice, {$3, $3};
+        mul.rn.f16x2 twice, $2, twice;
+        mov.b32 {$0, $1}, twice;
+        }""",
+        "=h,=h,r,h",
         [weights, factor],
-        dtype=gl.float16,
+        dtype=(gl.int16, gl.int16),
         is_pure=True,
-        pack=2,
+        pack=1,
     )
+    found = gl.join(even, odd).to(gl.float16, bitcast=True)
     found = gl.permute(gl.reshape(found, [W, C, 4, 2, 2, 2]), [0, 1, 3, 4, 2, 5])
     found = gl.reshape(found, [W, C, SLOTS])
     return gl.convert_layout(found, gl.DotOperandLayout(0, SUMS, 2), assert_trivial=True)
+
+
+@gluon.jit
+def copy_block(
+    index,
+    last,
+    target,
+    rows,
+    before,
+    first_word,
+    count,
+    stride_t,
+    length,
+    maxima,
+    stride,
+    weights,
+    padded_columns,
+    first_block,
+    splits,
+    COLUMNS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    CHUNKS: gl.constexpr,
+):
+    """Starts copies of what a block takes, if it is before the last: `count` words of each row from
+    the first on, weights and maxima.
+
+    `target` is the same address for all threads; `rows` is one in global memory, so many bytes
+    `before` the first row.
+    """
+    THREADS: gl.constexpr = target.shape[0]
+    WEIGHTS: gl.constexpr = 2 * BLOCK * COLUMNS
+    thread = gl.arange(0, THREADS, target.type.layout)
+    if index < last:
+        block = first_block + index * splits
+        left = gl.minimum(length - block * BLOCK, BLOCK) * (4 * stride_t) + before
+        here = rows + block.to(gl.int64) * (4 * BLOCK * stride_t)
+        for i in gl.static_range(0, BLOCK * CHUNKS, THREADS):
+            slot, chunk = (thread + i) // CHUNKS, (thread + i) % CHUNKS
+            at = (before + (slot * stride_t + first_word) * 4 & -16) + chunk * 16
+            at = gl.where((slot < BLOCK) & (chunk < gl.cdiv(count + 3, 4)), at, 0x7FFFFFFF)
+            to = target + (slot * (16 * CHUNKS) + slot // GROUP * GAP + chunk * 16)
+            start_copy(to, here + at, at < left)
+        target += BLOCK * (16 * CHUNKS) + BLOCK // GROUP * GAP + thread * 16
+        here = weights + index.to(gl.int64) * splits * (padded_columns * BLOCK)
+        here = here.to(gl.int64) + thread * 16
+        for i in gl.static_range(0, WEIGHTS, 16 * THREADS):
+            start_copy(target + i, here + i, thread * 16 < WEIGHTS - i)
+        here = (maxima + index * stride).to(gl.int64) + thread * 16
+        start_copy(target + WEIGHTS, here, thread < COLUMNS // 4)
+    async_copy.commit_group()
 
 
 @gluon.jit(do_not_specialize=[*AT_RUN_TIME, "splits", "blocks"])
@@ -174,17 +204,22 @@ def latent_sums_on_hopper(
     window,
     COLUMNS: gl.constexpr,
     TILES: gl.constexpr,
-    PIECE: gl.constexpr,  # places that `first_piece` counts
-    PLACES: gl.constexpr,  # of a warp
+    PLACES: gl.constexpr,  # of a piece
     BLOCK: gl.constexpr,
     WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr,  # of 16 bytes, that hold what a program needs of a row
 ):
     """`latent_sums_kernel` for weights in fp16 and a cache in one piece, with a piece for every
-    warp. The grid is [programs that share the pieces, splits, b · tiles]."""
+    warp. The grid is [programs of keys and then of values, splits, b · tiles]."""
     gl.static_assert(pages is None)
     ITEMS: gl.constexpr = PLACES // 4
-    WORDS: gl.constexpr = words_layout(WARPS, ITEMS)
+    PAIRS: gl.constexpr = PLACES // 8
+    WORDS: gl.constexpr = words_layout(WARPS, PAIRS)
     WEIGHTS: gl.constexpr = weights_layout(WARPS, COLUMNS)
+    BY_THREAD: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    FOURS: gl.constexpr = fours_layout(WARPS, COLUMNS)
+    OUT: gl.constexpr = sums_layout(WARPS, COLUMNS, PLACES)
     BY_BLOCK: gl.constexpr = terms_layout(WARPS, COLUMNS, BLOCKS_AT_ONCE)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     OF_COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, WEIGHTS))
@@ -214,88 +249,160 @@ def latent_sums_on_hopper(
         last = gl.maximum(last, gl.max(gl.where(used, index + 1, 0), 0))
     shift = gl.where(highest == float("-inf"), 0.0, highest)
 
-    of_split = batch * splits + split
-    if gl.program_id(0) == 0:
-        out = partial_terms + of_split * (TERMS * columns) + column
-        gl.store(out, shift, mask=inside)
-        for term in gl.static_range(1, TERMS):
-            summed = gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, BY_BLOCK))
-            for i in range(0, own, BLOCKS_AT_ONCE):
-                index = i + in_turn
-                known = (index < own)[:, None] & inside[None, :]
-                of_blocks = terms + (column[None, :] + index[:, None] * stride)
-                factor = gl.load(of_blocks, mask=known, other=float("-inf"))
-                of_blocks = gl.load(of_blocks + term * padded_columns, mask=known, other=0.0)
-                summed += gl.sum(of_blocks * gl.exp2(factor - shift[None, :]), 0)
-            gl.store(out + term * columns, summed, mask=inside)
-
-    # Whether a warp's piece is of keys or of values decides which rows it reads, which weights.
-    first_item = first_piece * (PIECE // 4) + gl.program_id(0) * (WARPS * ITEMS)
-    OF_WARP: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, WORDS))
-    of_values = first_item + gl.arange(0, WARPS, OF_WARP) * ITEMS >= key_items
-    stride_t = gl.where(of_values, value_stride_t, key_stride_t)
-    rows = gl.where(
-        of_values,
-        values + batch.to(gl.int64) * value_stride_b,
-        keys + batch.to(gl.int64) * key_stride_b,
-    )
-    rows = gl.expand_dims(gl.expand_dims(rows, 1), 2)
-    stride_t = gl.expand_dims(gl.expand_dims(stride_t, 1), 2)
+    # A program is of keys or of values.
+    program = gl.program_id(0)
+    first_item = first_piece * ITEMS
+    of_keys = gl.cdiv(key_items - first_item, WARPS * ITEMS)
+    first_item += program * (WARPS * ITEMS)
+    stride_t, rows = key_stride_t, keys + batch.to(gl.int64) * key_stride_b
+    end_item = key_items
+    of_part = 0
+    if program >= of_keys:
+        first_item = key_items + (program - of_keys) * (WARPS * ITEMS)
+        stride_t = value_stride_t
+        rows = values + batch.to(gl.int64) * value_stride_b
+        end_item = total
+        of_part = padded_columns * (BLOCK // 2)
+    # Copies begin at multiples of 16 bytes, as all rows of blocks do or none.
+    rows = rows.to(gl.int64)
+    before = (rows & 15).to(gl.int32)
+    rows -= before
     in_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(1, WORDS)))[:, None] * ITEMS
     at = first_item + in_warp
-    at = at + gl.arange(0, ITEMS, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, :]
-    item = gl.load(items + at, mask=at < total, other=0)
-    word = gl.expand_dims(item & 0xFFFF, 1)
+    at = at + gl.arange(0, PAIRS, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, :] * 2
+    at = gl.minimum(at, end_item - 2)  # what warps behind the last piece find is not stored
+    one, other = gl.load(items + at), gl.load(items + at + 1)
+    word = gl.expand_dims(one & 0xFFFF, 1)
+    one, other = in_place(one), in_place(other)
     in_step = gl.arange(0, SLOTS, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))
     in_step = gl.expand_dims(gl.expand_dims(in_step, 0), 2)
-
     weights += (batch * blocks + first_block).to(gl.int64) * (2 * padded_columns * BLOCK)
     weights += tile * (COLUMNS * BLOCK)
-    OF_WARP_TOO: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, WEIGHTS))
-    part = first_item + gl.arange(0, WARPS, OF_WARP_TOO) * ITEMS >= key_items
-    part = gl.where(part, padded_columns * BLOCK, 0)
-    of_weight = gl.arange(0, COLUMNS, OF_COLUMN) * BLOCK
-    of_weight = gl.expand_dims(gl.expand_dims(part, 1), 2) + of_weight[None, :, None]
-    in_block = gl.arange(0, SLOTS, gl.SliceLayout(0, gl.SliceLayout(1, WEIGHTS)))
-    of_weight = of_weight + in_block[None, None, :]
-    column = tile * COLUMNS + gl.arange(0, COLUMNS, OF_COLUMN)
+    weights = weights.to(gl.pointer_type(gl.int32)) + of_part
     of_sums = gl.convert_layout(shift, OF_COLUMN, assert_trivial=True)
-    SHARES: gl.constexpr = BLOCK // SLOTS  # of a block
-    begins, ends = first * SHARES, last * SHARES
     sums = gl.full([WARPS, COLUMNS, PLACES], 0.0, gl.float32, SUMS)
     weighed = gl.full([WARPS, COLUMNS, 8], 0.0, gl.float32, SUMS)
     ones = gl.full([WARPS, SLOTS, 8], 1.0, gl.float16, gl.DotOperandLayout(1, SUMS, 2))
-    # What the next step adds up is loaded before this one's product; the first step loads only.
-    words = gl.full([WARPS, SLOTS, ITEMS], 0, gl.int32, WORDS)
-    weight = gl.full([WARPS, COLUMNS, SLOTS], 0.0, gl.float16, WEIGHTS)
-    of_block = gl.full([COLUMNS], float("-inf"), gl.float32, OF_COLUMN)
-    for step in range(begins - 1, ends):
-        left = scaled(weight, gl.exp2(of_block - of_sums).to(gl.float16), SUMS)
-        right = codes_of(words, item, SUMS)
 
-        following = gl.minimum(step + 1, ends - 1)
-        index, share = following // SHARES, following % SHARES
-        slot = ((first_block + index * splits) * SHARES + share) * SLOTS
-        # Reading slots that nothing attends to is cheaper than asking which they are.
-        row = gl.minimum(in_step, length - 1 - slot) * stride_t
-        words = gl.load(rows + slot.to(gl.int64) * stride_t + (row + word))
-        of_block = gl.load(terms + index * stride + column)
-        of_slots = weights + index.to(gl.int64) * splits * (2 * padded_columns * BLOCK)
-        weight = gl.load(of_slots + share * SLOTS + of_weight)
-        sums = mma_v2(left, right, sums)
-        weighed = mma_v2(left, ones, weighed)
+    # Only words between the program's first and last are brought to shared memory.
+    every = first_item + gl.arange(0, WARPS * ITEMS, all_items_layout(WARPS, WARPS * ITEMS))
+    every = gl.minimum(every, end_item - 1)
+    every_word = gl.load(items + every) & 0xFFFF
+    first_word = gl.min(every_word, 0)
+    count = gl.max(every_word, 0) - first_word + 1
+    PITCH: gl.constexpr = 16 * CHUNKS
+    ROWS: gl.constexpr = BLOCK * PITCH + BLOCK // GROUP * GAP
+    BYTES: gl.constexpr = ROWS + COLUMNS * (2 * BLOCK + 4)  # of a stage
+    ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES * BYTES // 64, 16], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    ring.index(0).store(gl.full([16], 0, gl.int32, BY_THREAD))  # or it would not be there
+    synchronize()
+    target = shared_begin(gl.full([32 * WARPS], 0, gl.int32, BY_THREAD))
+    of_words = shared_begin(gl.full([WARPS, SLOTS, PAIRS], 0, gl.int32, WORDS))
+    word = gl.minimum(word - first_word, 4 * CHUNKS - 4)  # within the ring, whatever is in tables
+    of_words += in_step // GROUP * (GROUP * PITCH + GAP) + word * 4
+    in_group = in_step % GROUP
+    of_row = in_group * PITCH + (before + (in_group * stride_t + first_word) * 4 & 15)
+    row = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, FOURS)))
+    four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FOURS)))
+    of_fours = shared_begin(gl.full([WARPS, COLUMNS, 4], 0, gl.int32, FOURS))
+    of_fours += ROWS + row[None, :, None] * (2 * BLOCK) + four[None, None, :] * 16
+    of_terms = shared_begin(gl.full([COLUMNS], 0, gl.int32, OF_COLUMN))
+    of_terms += ROWS + COLUMNS * (2 * BLOCK) + gl.arange(0, COLUMNS, OF_COLUMN) * 4
+    maxima = terms + tile * COLUMNS
+    for ahead in gl.static_range(STAGES - 1):
+        copy_block(
+            first + ahead,
+            last,
+            target + ahead * BYTES,
+            rows,
+            before,
+            first_word,
+            count,
+            stride_t,
+            length,
+            maxima,
+            stride,
+            weights,
+            padded_columns,
+            first_block,
+            splits,
+            COLUMNS,
+            BLOCK,
+            CHUNKS,
+        )
+    # While the first blocks come.
+    of_split = batch * splits + split
+    out = partial_terms + of_split * (TERMS * columns) + column
+    if program == 0:
+        gl.store(out, shift, mask=inside)
+    for term in range(1 + program, TERMS, gl.num_programs(0)):
+        summed = gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, BY_BLOCK))
+        for i in range(0, own, BLOCKS_AT_ONCE):
+            index = i + in_turn
+            known = (index < own)[:, None] & inside[None, :]
+            of_blocks = terms + (column[None, :] + index[:, None] * stride)
+            factor = gl.load(of_blocks, mask=known, other=float("-inf"))
+            of_blocks = gl.load(of_blocks + term * padded_columns, mask=known, other=0.0)
+            summed += gl.sum(of_blocks * gl.exp2(factor - shift[None, :]), 0)
+        gl.store(out + term * columns, summed, mask=inside)
 
-    sums = gl.reshape(sums, [WARPS, COLUMNS, ITEMS // 8, 4, 8])
-    sums = gl.reshape(gl.permute(sums, [0, 1, 2, 4, 3]), [WARPS, COLUMNS, PLACES])
-    OUT: gl.constexpr = sums.type.layout
+    stage, free = first * 0, first * 0 + (STAGES - 1)
+    for index in range(first, last):
+        async_copy.wait_group(STAGES - 2)
+        synchronize()  # all have read what the next copy takes the place of
+        copy_block(
+            index + STAGES - 1,
+            last,
+            target + free * BYTES,
+            rows,
+            before,
+            first_word,
+            count,
+            stride_t,
+            length,
+            maxima,
+            stride,
+            weights,
+            padded_columns,
+            first_block,
+            splits,
+            COLUMNS,
+            BLOCK,
+            CHUNKS,
+        )
+        begins = stage * BYTES
+        of_block = load_word(of_terms + begins).to(gl.float32, bitcast=True)
+        factor = gl.exp2(of_block - of_sums).to(gl.float16)
+        for share in gl.static_range(BLOCK // SLOTS):
+            words = load_word(
+                of_words + (begins + share * (SLOTS // GROUP * (GROUP * PITCH + GAP))) + of_row
+            )
+            weight = load_four_words(of_fours + begins + share * (2 * SLOTS))
+            weight = gl.reshape(weight, [WARPS, COLUMNS, SLOTS // 2])
+            weight = gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
+            left = scaled(weight, factor, SUMS)
+            right = codes_of(words, one, other, SUMS)
+            sums = mma_v2(left, right, sums)
+            weighed = mma_v2(left, ones, weighed)
+        free = stage
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+
+    sums = gl.reshape(sums, [WARPS, COLUMNS, PAIRS // 8, 2, 4, 8])
+    sums = gl.reshape(gl.permute(sums, [0, 1, 2, 5, 3, 4]), [WARPS, COLUMNS, PLACES])
+    sums = gl.convert_layout(sums, OUT)  # registers of a thread in the order of places
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(1, OUT)))[:, None]
     place = first_item * 4 + warp * PLACES
     place = place + gl.arange(0, PLACES, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, :]
-    centre = gl.load(items + place // 4, mask=place < 4 * total, other=0) >> 24
-    centre = gl.expand_dims(centre.to(gl.float32) / 16, 1)
+    item = gl.load(items + place // 4, mask=place < 4 * end_item, other=0)
+    mask, keep = in_place(item) & 0xFF, item >> 24
+    one_is = (keep & -keep).to(gl.float32) / gl.maximum(mask & -mask, 1).to(gl.float32)
+    one_is = gl.expand_dims(one_is * (ONE / 8), 1)
+    centre = gl.expand_dims(keep.to(gl.float32) / 16, 1)
     weighed = gl.convert_layout(gl.max(weighed, 2), gl.SliceLayout(2, OUT), assert_trivial=True)
-    sums = sums * ONE - centre * gl.expand_dims(weighed, 2)
+    sums = sums * one_is - centre * gl.expand_dims(weighed, 2)
     column = tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, OUT)))
     row = (of_split * columns + column).to(gl.int64) * (4 * total)
-    inside = (column < columns)[None, :, None] & gl.expand_dims(place < 4 * total, 1)
+    inside = (column < columns)[None, :, None] & gl.expand_dims(place < 4 * end_item, 1)
     gl.store(partial + (row[None, :, None] + gl.expand_dims(place, 1)), sums, mask=inside)

@@ -3,8 +3,8 @@ parameters.
 
 Rows are read by words of four bytes. An *item* is a word, a shift and a mask of at most four bits:
 what is found by them in each of its bytes stands in one of its four *places*, in the order
-`BYTES`. Codes of more bits or of several tiers stand in several places, each taken times what its
-bits are worth: codes add up of them, and components of codes.
+`BYTES`. Two items each are of one word. Codes of more bits or of several tiers stand in several
+places, each taken times what its bits are worth: codes add up of them, and components of codes.
 Items of keys come block by block of rotary pairs, each padded to whole chunks, then those of
 values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
 side by side.
@@ -33,6 +33,7 @@ MOST_NOISE = 0.25  # of weights in eight bits, as a part of that of codes
 TINY = 1e-30
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
+PIECES = 4  # that a program's warps may share
 MAX_PAIRS = 64  # of a span
 MAX_NORMED = 128  # the same, where a norm is that of all heads
 
@@ -92,6 +93,7 @@ class Layout(NamedTuple):
         key_items: of the keys.
         first_item: that is summed up: not those of the keys, if values do not follow from them.
         together: see `KeyMap`.
+        reach: words from the first to the last of any `PIECES` pieces that follow each other.
         items, chunks, parts, features: how many; see `LatentTables`.
     """
 
@@ -108,6 +110,7 @@ class Layout(NamedTuple):
     key_items: int
     first_item: int
     together: int
+    reach: int
     items: int
     chunks: int
     parts: int
@@ -156,7 +159,7 @@ class LatentTables(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """What stands in the places of some items.
+    """What stands in the places of some items, which are even in number, in pairs of one word.
 
     Attributes:
         items: [n].
@@ -174,15 +177,30 @@ class _Places(NamedTuple):
         items = word | (turn + FIRST_BIT - lowest) % 32 << 16 | codes << lowest << 24
         return self._replace(items=items, shift=self.shift + FIRST_BIT - lowest[:, None])
 
+    def in_pairs(self) -> _Places:
+        """By words, the 2j-th item and the next of the same one: that takes it apart for both. An
+        item that holds nothing stands beside one that is left over."""
+        word, count = (self.items & 0xFFFF).unique(return_counts=True)
+        left = word[count % 2 == 1]
+        nothing = torch.full((len(left), WORD), -1), torch.zeros(len(left), WORD, dtype=torch.long)
+        made = _Places(*(torch.cat(x) for x in zip(self, (left, *nothing), strict=True)))
+        order = (made.items & 0xFFFF).argsort(stable=True)
+        return _Places(*(x[order] for x in made))
+
     def padded(self, multiple: int) -> _Places:
-        """With items behind that hold nothing."""
-        more = -len(self.items) % multiple
+        """With items behind, of the last word, that hold nothing."""
+        more, word = -len(self.items) % multiple, (self.items & 0xFFFF)[-1:].sum()
         return _Places(
             *(
                 pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=v)
-                for x, v in zip(self, (0, -1, 0), strict=True)
+                for x, v in zip(self, (int(word), -1, 0), strict=True)
             )
         )
+
+    def reach(self, count: int) -> int:
+        """Words from the first to the last of so many items, from a multiple of it on, at most."""
+        words = [x & 0xFFFF for x in self.items.split(count)]
+        return max((int(x.max() - x.min()) + 1 for x in words), default=0)
 
 
 def latent_tables(
@@ -258,6 +276,7 @@ def latent_tables(
         key_items,
         0 if predicted else key_items,
         int(key_map.together),
+        max(x.reach(PIECES * PIECE // WORD) for x in (of_keys, of_values)),
         key_items + len(of_values.items),
         len(chunks),
         *place_of.shape,
@@ -359,7 +378,7 @@ def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:
         component = torch.where(used, component, -1)[index, word]
         shift = tier.shift + at % tier.bits
         found.append(_Places(items, component, shift[:, None].expand(-1, WORD)))
-    return _Places(*(torch.cat(x) for x in zip(*found, strict=True)))
+    return _Places(*(torch.cat(x) for x in zip(*found, strict=True))).in_pairs()
 
 
 def _parts_of(places: _Places, step: Tensor, first: int, of_class: int) -> tuple[Tensor, Tensor]:

@@ -51,12 +51,13 @@ def options_of(warps: int, overlap: bool) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_splits(blocks: int, sequences: int, slots: int) -> int:
-    """Splits of each sequence's `blocks` that finish first when `slots` programs run at a time."""
+def choose_splits(blocks: int, sequences: int, slots: int, start: int = 1) -> int:
+    """Splits of each sequence's `blocks` that finish first when `slots` programs run at a time,
+    each of which starts and ends in the time of so many blocks."""
     best, fastest = 1, math.inf
     for splits in range(1, min(blocks, max(1, 2 * slots // sequences)) + 1):
         waves = math.ceil(sequences * splits / slots)
-        time = waves * (math.ceil(blocks / splits) + 1)  # each program starts and ends once
+        time = waves * (math.ceil(blocks / splits) + start)
         if time < fastest:
             best, fastest = splits, time
     return best

@@ -10,19 +10,23 @@ import torch
 import triton
 from torch import Tensor
 
-from .latent_tables import CHUNK, MAX_PAIRS, PIECE, Layout
-from .launch import INTERPRETED, power_of_two, shared_bytes
+from .latent_tables import CHUNK, MAX_PAIRS, PIECE, PIECES, WORD, Layout
+from .launch import INTERPRETED, choose_splits, power_of_two, shared_bytes, shares
 
 TILE = 128  # slots of a program of weights at a time
 MOST_STAGES = 8  # of its ring
-FEWEST_STAGES = 3  # where weights are kept beside it
+FEWEST_STAGES = 4  # where weights are kept beside it
 MOST_COLUMNS = 16  # queries of half of the heads of a span
 MOST_PAIRS = 128  # of a head
 GROUP = 4  # warps that act as one
-SUM_WARPS = 2  # of a program of sums
-SUM_PLACES = PIECE  # of each of its warps
-SUMS_AT_ONCE = 4  # programs that a multiprocessor runs
-SUM_BLOCKS = 32  # of slots, from which on a program is faster than Triton's: it starts slowly
+SUM_WARPS = PIECES  # of a program of sums
+SUM_REGISTERS = {16: 192, 32: 256}  # of each of its threads at most, by padded queries
+REGISTERS = 1 << 16  # of a multiprocessor
+SUM_STAGES = 4  # of its ring at most
+SUM_START = 8  # blocks that could be summed up while a program starts, stores and is joined
+SUM_BLOCKS = 16  # from which on a program is faster than Triton's
+MOST_SPLITS = 32
+RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 
 
 @functools.cache
@@ -63,7 +67,7 @@ class Ring(NamedTuple):
 
     Attributes:
         stages: of the ring; 0 if the kernel cannot run a layout.
-        kept: chunks of weights that stay there; 0 where they go through the ring.
+        kept: chunks of weights that may stay there; 0 where they go through the ring.
     """
 
     stages: int = 0
@@ -86,9 +90,9 @@ def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> R
     # Queries, queries times offsets, scores that are passed on and laid out anew.
     beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 24 * TILE)
     room = (shared_bytes(device) - beside) // (size * CHUNK)
-    alone = (room - keys * layout.chunks) // TILE
-    if alone >= FEWEST_STAGES:
-        return Ring(min(alone, MOST_STAGES), layout.chunks)
+    kept = (room - FEWEST_STAGES * TILE) // keys  # the same for all layers that it is enough for
+    if layout.chunks <= kept:
+        return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept)
     stages = room // (TILE + keys)
     return Ring(min(stages, MOST_STAGES)) if stages > 1 else Ring()
 
@@ -123,14 +127,81 @@ def constants_of_weights(
     }
 
 
-def constants_of_sums(columns: int, tiles: int, block: int) -> dict[str, Any]:
+class SumsShape(NamedTuple):
+    """How the kernel of sums shares out a call.
+
+    Attributes:
+        warps: of a program.
+        stages: of its ring.
+        programs: that share the pieces of a sequence.
+        splits: of the slots.
+    """
+
+    warps: int
+    stages: int
+    programs: int
+    splits: int
+
+
+def sums_shape(
+    layout: Layout,
+    columns: int,
+    block: int,
+    sequences: int,
+    blocks: int,
+    device: torch.device,
+    processors: int,
+) -> SumsShape | None:
+    """None where the kernel of sums in Triton is faster, or its ring does not fit.
+
+    Args:
+        columns: queries of a program, padded.
+        block: slots of one of `blocks`.
+        sequences: times programs that share the queries of one.
+        processors: of the device.
+    """
+    pieces = [
+        shares(items, PIECE // WORD)
+        for items in (layout.key_items - layout.first_item, layout.items - layout.key_items)
+    ]
+    warps = SUM_WARPS if max(pieces) > SUM_WARPS // 2 else SUM_WARPS // 2
+    programs = sum(shares(x, warps) for x in pieces)
+    stage = stage_bytes(layout, columns, block)
+    for at_once in range(REGISTERS // (32 * warps * SUM_REGISTERS[columns]), 0, -1):
+        room = shared_bytes(device) // at_once - RESERVED
+        stages = min(room // stage, SUM_STAGES)
+        if stages > 1:
+            break
+    else:
+        return None
+    splits = choose_splits(blocks, sequences * programs, at_once * processors, SUM_START)
+    splits = min(splits, MOST_SPLITS)
+    if shares(blocks, splits) < SUM_BLOCKS:
+        return None
+    return SumsShape(warps, stages, programs, splits)
+
+
+def _chunks(layout: Layout) -> int:
+    """Of 16 bytes, that hold what a program of sums needs of a row, which begins at any word."""
+    return shares(layout.reach + 3, 4)
+
+
+def stage_bytes(layout: Layout, columns: int, block: int) -> int:
+    """Of the ring of sums: what is needed of rows, and gaps; weights and maxima of a block."""
+    return 16 * block * _chunks(layout) + 4 * block + columns * (2 * block + 4)
+
+
+def constants_of_sums(
+    layout: Layout, warps: int, stages: int, columns: int, tiles: int, block: int
+) -> dict[str, Any]:
     """Constant arguments of the kernel of sums for `columns` queries of a program, `tiles` programs
     that share them, and blocks of so many slots."""
     return {
         "COLUMNS": columns,
         "TILES": tiles,
-        "PIECE": PIECE,
-        "PLACES": SUM_PLACES,
+        "PLACES": PIECE,
         "BLOCK": block,
-        "WARPS": SUM_WARPS,
+        "WARPS": warps,
+        "STAGES": stages,
+        "CHUNKS": _chunks(layout),
     }

@@ -35,6 +35,8 @@ SHORTEST = 32  # slots: what all blocks are multiples of
 STAGES = 2  # chunks of weights in flight
 SUM_SHAPE = 64, 4  # slots at a time, warps
 MOST_SPLITS = 16  # joining 32 takes as long as a short text's sums
+JOINED = 2048  # sums that a program joins: their loads wait for memory together
+JOIN_CHUNK = 128, 512  # its features; one and more a thread, so that a thread adds up all splits
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 ALIGNED = 128  # bytes that parts of a buffer begin at multiples of
 
@@ -186,16 +188,17 @@ def latent_shape(
     if ring.stages:
         block = hopper.TILE // 2
     blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles
-    pieces = (layout.items - layout.first_item) // (PIECE // WORD)
     most = shares(attended, block // SHORTEST)
-    splits = choose_splits(most, batch * sum_tiles * pieces, SUMS_AT_ONCE * processors)
+    sums = None
     if in_gluon:
-        fewer = shares(pieces * PIECE, hopper.SUM_WARPS * hopper.SUM_PLACES)
-        others = choose_splits(most, batch * sum_tiles * fewer, hopper.SUMS_AT_ONCE * processors)
-        in_gluon = shares(most, min(others, MOST_SPLITS)) >= hopper.SUM_BLOCKS
-        if in_gluon:
-            pieces, splits = fewer, others
-    splits = min(splits, MOST_SPLITS)
+        sequences = batch * sum_tiles
+        sums = hopper.sums_shape(layout, per_sum, block, sequences, most, device, processors)
+    if sums is None:
+        pieces = (layout.items - layout.first_item) // (PIECE // WORD)
+        splits = choose_splits(most, batch * sum_tiles * pieces, SUMS_AT_ONCE * processors)
+        splits = min(splits, MOST_SPLITS)
+    else:
+        pieces, splits = sums.programs, sums.splits
     constants = latent_constants(
         layout,
         epsilon,
@@ -208,10 +211,10 @@ def latent_shape(
         (block, warps, STAGES),
         (per_program, tiles),
         (per_sum, sum_tiles),
-        power_of_two(splits, 1, MOST_SPLITS),
+        power_of_two(splits, 1, splits * 2),
         by_group,
         overlapped(device),
-        (ring, in_gluon),
+        (ring, sums and sums[:2]),
     )
     grid = (blocks, batch, layout.spans * tiles)
     if ring.stages:  # they stay, and share the tiles of a sequence
@@ -229,7 +232,7 @@ def latent_shape(
     return LatentShape(
         kernels=(
             hopper.weights_kernel() if ring.stages else latent_weights_kernel,
-            hopper.sums_kernel() if in_gluon else latent_sums_kernel,
+            hopper.sums_kernel() if sums else latent_sums_kernel,
         ),
         constants=constants,
         grids=(
@@ -265,7 +268,7 @@ def latent_constants(
     splits: int,
     by_group: bool,
     overlap: bool,
-    in_gluon: tuple[hopper.Ring, bool],
+    in_gluon: tuple[hopper.Ring, tuple[int, int] | None],
 ) -> tuple[Constants, Constants, Constants]:
     """Of the kernels of weights, of sums, and of what joins them.
 
@@ -274,8 +277,8 @@ def latent_constants(
         program: slots of a block, warps and stages.
         weights, sums: queries of a program and programs that share them, of either kernel.
         splits: at most.
-        in_gluon: the ring of the kernel of weights, without stages if it is in Triton; whether that
-            of sums is.
+        in_gluon: the ring of the kernel of weights, without stages if it is in Triton; warps and
+            stages of that of sums, or None.
     """
     (heads, positions), (block, warps, stages) = queries, program
     exact, columns, padded_columns = types[0] == torch.float32, heads * positions, sums[0] * sums[1]
@@ -330,9 +333,9 @@ def latent_constants(
         padded_columns,
         softmax[-1],
     )
-    if in_gluon[1]:
-        named = hopper.constants_of_sums(*sums, block)
-        options = {"num_warps": hopper.SUM_WARPS}
+    if in_gluon[1] is not None:
+        named = hopper.constants_of_sums(layout, *in_gluon[1], *sums, block)
+        options = {"num_warps": in_gluon[1][0]}
     else:
         named = {
             "COLUMNS": sums[0],
@@ -356,7 +359,7 @@ def latent_constants(
             layout.features,
         ),
         PARTS=layout.parts,
-        CHUNK=power_of_two(layout.features, 16, 64),
+        CHUNK=power_of_two(min(layout.features, JOINED // splits), *JOIN_CHUNK),
         SPLITS=splits,
         OVERLAP=overlap,
     )
