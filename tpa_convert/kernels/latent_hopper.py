@@ -59,8 +59,8 @@ copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_cop
 
 WARPS = gl.constexpr(4)  # of a group
 OF_CONSUMER = gl.constexpr(168)  # registers of a thread
-OF_FINISHER = gl.constexpr(104)
-OF_PRODUCER = gl.constexpr(72)
+OF_FINISHER = gl.constexpr(112)
+OF_PRODUCER = gl.constexpr(64)
 WORDS = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte

@@ -209,6 +209,8 @@ def latent_join_kernel(
     result = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(PARTS):
         at = place if i == 0 else tl.load(place_of + i * features + feature, mask=used, other=-1)
+        # Neighbours mostly are near each other: lanes of a warp should take them, not splits.
+        at = tl.max_contiguous(at, CHUNK)
         there = (at >= 0)[None, :] & used[None, :] & known[:, None]
         part = tl.load(partial + at[None, :] + of_split, mask=there, other=0.0)
         times = tl.load(step + i * features + feature, mask=used, other=0.0)
