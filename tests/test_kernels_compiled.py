@@ -193,7 +193,9 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
         (8, 32768, 49, (4, 4, 11)),  # as many as run at once
         (8, 32768, 120, (4, 3, 11)),  # less room for rows
         (8, 8192, 300, (4, 2, 5)),  # one program at a time
-        (64, 2048, 49, (4, 4, 1)),  # more programs would start, and be joined
+        (64, 2048, 49, (4, 4, 2)),  # each processor has three, two of them at a time
+        (4, 8192, 49, (4, 4, 11)),  # two at a time would take turns
+        (1, 8192, 49, None),
         (1, 32768, 49, (4, 4, 32)),
         (16, 2048, 49, None),  # programs would be too short
         (8, 32768, 500, None),  # no room for two blocks

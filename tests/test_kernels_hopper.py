@@ -12,6 +12,7 @@ from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels.latent import latent_weights_kernel
 from tpa_convert.kernels.latent_sums import latent_sums_kernel
+from tpa_convert.kernels.latent_tables import BYTES, WORD
 
 from .kernel_cases import error
 from .latent_cases import random_case
@@ -56,12 +57,36 @@ def made(layer: str, **others):
     return random_case(shape=shape, codes=(keys, VALUES), **settings)
 
 
+def in_numbers(tables, rounded=False):
+    """Tables whose weights do not come in whole numbers, or come of those."""
+    weight = tables.weight
+    if rounded:
+        whole = tables.whole.float() * tables.unit[tables.chunks[:-1]].repeat(1, 1, 2)[..., None]
+        order = list(BYTES)
+        weight = 16 * whole.unflatten(-1, (-1, WORD))[..., order].flatten(-2)
+    return tables._replace(weight=weight.to(tables.weight.dtype), whole=None, unit=None)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_layers(used, layer, dtype) -> None:
     case = made(layer, dtype=dtype)
-    found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, None, None)
-    assert error(found, case.truth(scale=0.3)) < TOLERANCE[dtype]
+    call = *case.call()[:5], in_numbers(case.tables), 0.3, case.start, case.end, None, None
+    assert error(launches.launch_latent(*call), case.truth(scale=0.3)) < TOLERANCE[dtype]
+    assert used()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_whole_numbers_give_what_they_stand_for(used, layer, dtype) -> None:
+    """And that is near the truth."""
+    case = made(layer, dtype=dtype)
+    others = 0.3, case.start, case.end, None, None
+    found = launches.launch_latent(*case.call(), *others)
+    rounded = in_numbers(case.tables, rounded=True)
+    same = launches.launch_latent(*case.call()[:5], rounded, *others)
+    assert error(found, same) < TOLERANCE[dtype]
+    assert error(found, case.truth(scale=0.3)) < 2e-2
     assert used()
 
 
@@ -108,13 +133,15 @@ def test_masks_that_leave_whole_tiles_out(used, added) -> None:
     assert used()
 
 
-@pytest.mark.parametrize("table", ["items", "weight", "offset", "chunks"])
+@pytest.mark.parametrize("table", ["items", "weight", "whole", "unit", "offset", "behind"])
 def test_everything_matters(used, table) -> None:
     """Control: with another table, the result is another."""
     case = made("8 of 128", dtype=torch.float16)
+    if table == "weight":
+        case = case._replace(tables=in_numbers(case.tables))
     wrong = getattr(case.tables, table).clone()
-    if table == "chunks":
-        wrong[1] += 1
+    if table == "behind":
+        wrong[0] += 1  # as many chunks in all
     else:
         wrong = wrong.roll(1, -1)
     tables = case.tables._replace(**{table: wrong})

@@ -1,5 +1,5 @@
-"""What offsets of keys give to scores in `latent_hopper.py`: only cosines and sines differ from slot
-to slot, so that queries and offsets are multiplied before.
+"""What offsets of keys give to scores in `latent_hopper.py`: only cosines and sines differ from
+slot to slot, so that queries and offsets are multiplied before.
 """
 
 # mypy: disable-error-code="assignment, misc"

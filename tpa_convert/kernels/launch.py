@@ -51,13 +51,14 @@ def options_of(warps: int, overlap: bool) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_splits(blocks: int, sequences: int, slots: int, start: int = 1) -> int:
-    """Splits of each sequence's `blocks` that finish first when `slots` programs run at a time,
-    each of which starts and ends in the time of so many blocks."""
+def choose_splits(blocks: int, sequences: int, slots: int, start: int = 1, beside: int = 1) -> int:
+    """Splits of each sequence's `blocks` that finish first when each of `slots` runs so many
+    programs `beside` each other, which take turns, and each of which starts and ends in the time of
+    so many blocks."""
     best, fastest = 1, math.inf
-    for splits in range(1, min(blocks, max(1, 2 * slots // sequences)) + 1):
-        waves = math.ceil(sequences * splits / slots)
-        time = waves * (math.ceil(blocks / splits) + start)
+    for splits in range(1, min(blocks, max(1, 2 * slots * beside // sequences)) + 1):
+        turns = math.ceil(sequences * splits / slots)
+        time = turns * math.ceil(blocks / splits) + math.ceil(turns / beside) * start
         if time < fastest:
             best, fastest = splits, time
     return best

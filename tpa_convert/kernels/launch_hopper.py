@@ -23,8 +23,8 @@ SUM_WARPS = PIECES  # of a program of sums
 SUM_REGISTERS = {16: 192, 32: 256}  # of each of its threads at most, by padded queries
 REGISTERS = 1 << 16  # of a multiprocessor
 SUM_STAGES = 4  # of its ring at most
-SUM_START = 8  # blocks that could be summed up while a program starts, stores and is joined
-SUM_BLOCKS = 16  # from which on a program is faster than Triton's
+SUM_START = 14  # blocks that could be summed up while a program starts, stores and is joined
+SUM_BLOCKS = 8  # from which on a program is faster than Triton's
 MOST_SPLITS = 32
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 
@@ -60,6 +60,12 @@ def rows_fit(cosine: Tensor, sine: Tensor) -> bool:
     *_, stride_t, stride_p = cosine.stride()
     places = cosine.data_ptr() | sine.data_ptr() | stride_t * cosine.itemsize
     return stride_p == 1 and places % 16 == 0
+
+
+def enough_tiles(slots: int, sequences: int, processors: int) -> bool:
+    """Whether most processors have a tile of weights: with fewer, Triton's programs are faster,
+    which are shorter."""
+    return 4 * shares(slots, TILE) * sequences >= 3 * processors
 
 
 class Ring(NamedTuple):
@@ -174,7 +180,7 @@ def sums_shape(
             break
     else:
         return None
-    splits = choose_splits(blocks, sequences * programs, at_once * processors, SUM_START)
+    splits = choose_splits(blocks, sequences * programs, processors, SUM_START, at_once)
     splits = min(splits, MOST_SPLITS)
     if shares(blocks, splits) < SUM_BLOCKS:
         return None
