@@ -143,6 +143,16 @@ def test_numbers_of_a_mask_are_added_to_scores() -> None:
     assert error(found, truth) < TOLERANCE[DTYPES[0]]
 
 
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_blocks_of_pairs_that_nothing_is_kept_of(empty) -> None:
+    """Their keys are their offsets."""
+    blocks = [[(4, 20)], [(2, 12), (1, 8)], [(8, 4)]]
+    blocks[empty] = []
+    case = random_case(shape=(4, 2, 24), codes=(blocks, [(4, 8)]), slots=70, device=DEVICE)
+    found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, None, None)
+    assert error(found, case.truth(scale=0.3)) < 1e-5
+
+
 def test_nothing_to_attend_to_gives_zeros() -> None:
     case = random_case(codes=CODES["one block"], slots=200, dtype=DTYPES[0], device=DEVICE)
     mask = torch.zeros(2, 200, dtype=torch.bool, device=DEVICE)

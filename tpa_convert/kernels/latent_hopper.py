@@ -125,9 +125,8 @@ def consume(
                     synchronize()
                     mbarrier.arrive(empty.index(stage), count=1)
                     n += 1
-                if last > first:
-                    one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)
-                    other = add_scores(other, of_other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
+                one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)
+                other = add_scores(other, of_other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
                 first = last
             mbarrier.wait(taken.index(me), tiles % 2 ^ 1)
             S.index(me).store(side_by_side(one, other))

@@ -5,8 +5,8 @@ Rows are read by words of four bytes. An *item* is a word, a shift and a mask of
 what is found by them in each of its bytes stands in one of its four *places*, in the order
 `BYTES`. Two items each are of one word. Codes of more bits or of several tiers stand in several
 places, each taken times what its bits are worth: codes add up of them, and components of codes.
-Items of keys come block by block of rotary pairs, each padded to whole chunks, then those of
-values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
+Items of keys come block by block of rotary pairs, each padded to whole chunks (one at least, for
+keys may be no more than their offsets), then those of values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
 side by side.
 """
 
@@ -188,8 +188,9 @@ class _Places(NamedTuple):
         return _Places(*(x[order] for x in made))
 
     def padded(self, multiple: int) -> _Places:
-        """With items behind, of the last word, that hold nothing."""
-        more, word = -len(self.items) % multiple, (self.items & 0xFFFF)[-1:].sum()
+        """With items behind, of the last word, that hold nothing; `multiple` at least."""
+        count, word = len(self.items), (self.items & 0xFFFF)[-1:].sum()
+        more = -count % multiple if count else multiple
         return _Places(
             *(
                 pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=v)
