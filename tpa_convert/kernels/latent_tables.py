@@ -6,8 +6,8 @@ what is found by them in each of its bytes stands in one of its four *places*, i
 `BYTES`. Two items each are of one word. Codes of more bits or of several tiers stand in several
 places, each taken times what its bits are worth: codes add up of them, and components of codes.
 Items of keys come block by block of rotary pairs, each padded to whole chunks (one at least, for
-keys may be no more than their offsets), then those of values. Keys of all heads come out in *spans*: whole heads whose pairs in one block fit one program
-side by side.
+keys may be no more than their offsets), then those of values. Keys of all heads come out in
+*spans*: whole heads whose pairs in one block fit one program side by side.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ FIRST_BIT = 3  # where the lowest bit of a code comes to lie, and stands for one
 LOWEST_BIT = 1  # where it may lie at least: centres are multiples of a half
 MASK_BITS = 7
 FINEST = 8  # weights of that part of the largest, and smaller ones, are of codes as low as can be
-MOST_NOISE = 0.5  # of weights in eight bits, as a part of that of codes, by an estimate that is high
+MOST_NOISE = (
+    0.5  # of weights in eight bits, as a part of that of codes, by an estimate that is high
+)
 TINY = 1e-30
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
