@@ -62,7 +62,8 @@ class Void(CompiledKernel):
     def __init__(self, name: str, kernel: Any):
         self.name, self.module, self.src, self.kernel = name, None, None, ()
         same = kernel.kwargs["do_not_specialize"] or ()
-        self.params = [SimpleNamespace(do_not_specialize=x in same) for x in kernel.arg_names]
+        self.arg_names = kernel.arg_names
+        self.params = [SimpleNamespace(do_not_specialize=x in same) for x in self.arg_names]
         self.function = self.packed_metadata = None
         self._run = self.count
 

@@ -94,6 +94,6 @@ def latent_on_kernel(
     """
     cached = query, keys, values, cosine, sine
     if torch.compiler.is_compiling():
-        return ops.decode_latent(*cached, list(tables.layout), *tables[1:], *call)
+        return ops.decode_latent(*cached, list(tables.layout), *tables[1:-1], *call)
     # As an operator it costs the host as much again; only compilers need one.
     return ops.run_latent(*cached, tables, *call)

@@ -13,7 +13,7 @@ side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,7 @@ class LatentTables(NamedTuple):
             the features of the second class the first is −1 for that of values, −2 for keys. Zeros
             behind those of values and of keys, up to whole words, have `NOTHING`.
         step: what each of them is taken times, fp32 [parts, features].
+        launches: what `launch_latent` has worked out for these tables.
     """
 
     layout: Layout
@@ -140,6 +141,7 @@ class LatentTables(NamedTuple):
     norm: Tensor | None
     place_of: Tensor
     step: Tensor
+    launches: dict[Any, Any]
 
 
 class _Places(NamedTuple):
@@ -249,6 +251,7 @@ def latent_tables(
         norm,
         place_of.int().to(device),
         step.float().contiguous().to(device),
+        {},
     )
 
 
