@@ -43,13 +43,17 @@ from tpa_convert.kernels import (  # noqa: E402
     launch,
     launch_encode,
     launch_latent,
+    launch_products,
     launch_rotation,
+    launch_token,
 )
 
 KERNELS = {
     launch: ("split_kernel", "join_kernel"),
     launch_encode: ("encode_kernel",),
     launch_rotation: ("rotate_kernel",),
+    launch_token: ("encode_kernel",),
+    launch_products: ("product_kernel", "projections_kernel"),
     launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
 }
 LAUNCHES: Counter[str] = Counter()

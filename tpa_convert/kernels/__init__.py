@@ -9,6 +9,7 @@ from .encode_reference import CodeTables, RowTables, row_codes, row_tables
 from .latent_tables import KeyMap, LatentTables, Rows, latent_tables
 from .rotation import rotate, rotate_on_kernel
 from .rows import CodedRows, Tier
+from .tokens import take_in, takes_in, token_tables
 
 INTERFACE = 2
 """To be raised whenever a function that exported models take from here (`modeling/tpa_kernels.py`)
@@ -43,5 +44,8 @@ __all__ = [
     "runs_components",
     "runs_latent",
     "straight_through",
+    "take_in",
+    "takes_in",
+    "token_tables",
     "wanted",
 ]

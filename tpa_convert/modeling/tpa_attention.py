@@ -161,20 +161,32 @@ class TPAAttention(nn.Module):
                 position_embeddings[:1], self.table_kind, lambda: self.tables(position_embeddings)
             )
         table, query_table, key_table = tables
-        query = part_of(self, "q_proj")(hidden_states)
-        if self.q_norm is not None:
-            query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
-        query = query.view(batch, length, self.num_heads, -1)
         held = None if cache is None else tokens_in(cache, self.layer_idx)
-        on_kernels, coded = self.coded, None  # tables of kernels
-        if on_kernels is not None and cache is not None:
-            coded = on_kernels.prepare(query, keys, values, cache, held)
-        if on_kernels is None or coded is None:
-            query = rotate(query.transpose(1, 2), query_table, keys.rotation)
-            key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
+        on_kernels, coded, features = self.coded, None, None  # tables of kernels
+        taken = None
+        if on_kernels is not None and cache is not None and length == 1 and self.q_norm is None:
+            projections = (
+                part_of(self, "q_proj"),
+                part_of(keys, "feature_factor"),
+                part_of(values, "feature_factor"),
+            )
+            of_token = query_table, keys, values, cache, held
+            taken = on_kernels.take_in(hidden_states, projections, *of_token)
+        if taken is not None:
+            coded, query, key, value = taken
         else:
-            given = hidden_states, query, query_table, keys, values
-            query, key, value, features = on_kernels.pack(coded, *given)
+            query = part_of(self, "q_proj")(hidden_states)
+            if self.q_norm is not None:
+                query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
+            query = query.view(batch, length, self.num_heads, -1)
+            if on_kernels is not None and cache is not None:
+                coded = on_kernels.prepare(query, keys, values, cache, held)
+            if on_kernels is None or coded is None:
+                query = rotate(query.transpose(1, 2), query_table, keys.rotation)
+                key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
+            else:
+                given = hidden_states, query, query_table, keys, values
+                query, key, value, features = on_kernels.pack(coded, *given)
         of_slots = None
         if cache is not None:
             prompt = stock and length > 1 and held == 0

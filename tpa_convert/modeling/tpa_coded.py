@@ -2,6 +2,7 @@
 all rows. See `tpa_keys` for letters."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .tpa_kernels import (
     find_coded,
     mask_of_slots,
     part_of,
+    plain_product,
     wants_gradients,
 )
 from .tpa_keys import KeyLayout
@@ -31,6 +33,7 @@ class CodedTables(NamedTuple):
         keys, values: of the kernel that codes components.
         prediction: what values take off for features of keys in whole words, [key features,
             width]; None where they are not predicted.
+        tokens: of the kernels that take in single tokens.
         decoding: of the kernels that decode; None where they do not run.
         key_gauge, key_offset: of all heads together, [j · d, features] and [j · d]; None where keys
             are normalised, or made block by block of rotary pairs.
@@ -40,6 +43,7 @@ class CodedTables(NamedTuple):
     keys: Any
     values: Any
     prediction: Tensor | None
+    tokens: Any
     decoding: Any
     key_gauge: Tensor | None
     key_offset: Tensor | None
@@ -77,7 +81,7 @@ class CodedLayer:
         """Tables for queries of this type and place; None where no kernel is to run.
 
         Args:
-            query: [b, s, h, d].
+            query: [b, s, ...].
             cache: that rows go to, and how many tokens it is known to hold; None if it is not.
         """
         made_for, several = (query.dtype, query.device), query.shape[1] > 1
@@ -118,6 +122,43 @@ class CodedLayer:
             self.made_of, self.made_for = Sources(parts), made_for
         self.cache = None if held is None else weakref.ref(cache)
         return self.tables
+
+    def take_in(
+        self,
+        hidden_states: Tensor,
+        projections: Sequence[nn.Module],
+        table: Table,
+        keys: KeyLayout,
+        values: StaticValues,
+        cache: Any,
+        held: Any,
+    ) -> tuple[CodedTables, Tensor, Tensor, Tensor] | None:
+        """Tables, rotated queries [b, h, 1, d], and rows of the keys and values of one new token of
+        each sequence, [b, 1, 1, bytes]; None where `prepare` and `pack` have to find them.
+
+        Args:
+            hidden_states: [b, 1, D].
+            projections: to queries, and to components of keys and of values.
+            table: that queries are rotated by, see `rotate`.
+            cache, held: see `prepare`.
+        """
+        kernels = self.kernels
+        if kernels is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return None
+        weights, biases = [], []
+        for projection in projections:
+            found = plain_product(projection, hidden_states)
+            if found is None:
+                return None
+            weights.append(found[0])
+            biases.append(found[1])
+        tables = self.prepare(hidden_states, keys, values, cache, held)
+        if tables is None or not kernels.takes_in(hidden_states):
+            return None
+        given = hidden_states, weights, biases, tables.tokens, *table, keys.head_dim
+        return tables, *kernels.take_in(*given)
 
     def pack(
         self,
@@ -249,12 +290,16 @@ def tables_of(
         dtype,
         keys.shape.predict_values,
     )
-    prediction = values.key_prediction
+    prediction = None
+    if values.key_prediction is not None:
+        prediction = values.key_prediction.matrix().to(dtype)
+    key_codes, value_codes = codes_of(kernels, key_coder), codes_of(kernels, value_coder)
     whole = None if keys.norm is not None else keys.gauge.whole()
     return CodedTables(
-        codes_of(kernels, key_coder),
-        codes_of(kernels, value_coder),
-        None if prediction is None else prediction.matrix().to(dtype).mT,
+        key_codes,
+        value_codes,
+        None if prediction is None else prediction.mT,
+        kernels.token_tables(key_codes, value_codes, prediction),
         decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
         None if whole is None else whole[0].to(dtype).flatten(0, 1),
         None if whole is None else whole[1].to(dtype).flatten(),

@@ -1,0 +1,66 @@
+"""One new token of each of a few sequences on its way into a cache of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .encode_reference import RowCodes
+from .ops import launches
+from .rows import FEATURES
+
+MOST_TOKENS = 16  # more of them keep a GPU busy for longer than the host
+
+
+class TokenTables(NamedTuple):
+    """What new tokens of one layer are taken in by.
+
+    Attributes:
+        keys, values: what codes components.
+        prediction: what values take off for features of keys, [width, features in whole words];
+            None where they are not predicted.
+        launches: what `launch_token` has worked out for these tables.
+    """
+
+    keys: RowCodes
+    values: RowCodes
+    prediction: Tensor | None
+    launches: dict[Any, Any]
+
+
+def token_tables(keys: RowCodes, values: RowCodes, prediction: Tensor | None) -> TokenTables:
+    """Of one layer; the prediction is in the type of its weights."""
+    prediction = None if prediction is None else prediction.contiguous()
+    return TokenTables(keys, values, prediction, {})
+
+
+def takes_in(states: Tensor) -> bool:
+    """Whether kernels take in tokens of such states [b, 1, D], where they code components."""
+    batch, _, hidden_size = states.shape
+    return batch <= MOST_TOKENS and hidden_size % FEATURES == 0
+
+
+def take_in(
+    states: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tables: TokenTables,
+    cosine: Tensor,
+    sine: Tensor,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [b, h, 1, d], and rows of bytes of keys and of values, [b, 1, 1, bytes]; for
+    those who know that kernels run it. Products add up in fp32, and are rounded once. No operator
+    for compilers, which do without; without gradients.
+
+    Args:
+        states: of one token of each sequence, [b, 1, D].
+        weights: of the projections to queries, and to components of keys and values, [n, D] each,
+            in the type of the states.
+        biases: theirs, [n] each, None for those without.
+        cosine, sine: that queries are rotated by, see `rotation.rotate`.
+    """
+    launch = launches(".launch_token").launch_token
+    return launch(states.contiguous(), weights, biases, tables, cosine, sine, head_dim)
