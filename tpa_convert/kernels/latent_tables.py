@@ -144,6 +144,24 @@ class LatentTables(NamedTuple):
     launches: dict[Any, Any]
 
 
+class OutputMap(NamedTuple):
+    """What follows attention: matrices that make heads of features, and the output projection.
+
+    Attributes:
+        gauge, offset: of the j groups of heads, [j, d, features] and [j, d] or None.
+        projection, bias: [D, h · d] and [D] or None.
+    """
+
+    gauge: Tensor
+    offset: Tensor | None
+    projection: Tensor
+    bias: Tensor | None
+
+    def kind(self) -> tuple[int, bool, bool]:
+        """What kernels are launched by: size of what comes out, and what is added."""
+        return len(self.projection), self.offset is not None, self.bias is not None
+
+
 class _Places(NamedTuple):
     """What stands in the places of some items.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import launch_hopper as hopper
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout
+from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout, OutputMap
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -26,6 +26,7 @@ from .launch import (
     shares,
     types_of,
 )
+from .launch_products import product_launch
 from .start import Calls, Constants, Part, laid_out
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
@@ -39,9 +40,12 @@ SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
 MOST_LAUNCHES = 16  # that are kept of a layer: caches that take turns
 # What kernels call their arguments: tensors of the tables, tensors and numbers of a call.
 TABLES = "chunks", "items", "weight", "offset", "norm", "place_of", "step"
-TENSORS = "query", "keys", "values", "cosine", "sine", "pages", "start", "end", "mask", "output"
+BOUNDS = "pages", "start", "end", "mask"
+MAP = "gauge", "gauge_offset", "projection", "projection_bias"
+TENSORS = "query", "keys", "values", "cosine", "sine", *BOUNDS, "output", *MAP
 STRIDES = "pages_stride_b", "mask_stride_b", "key_stride_b", "value_stride_b"
 NUMBERS = *STRIDES, "table_rows", "length"
+NO_MAP = None, None, None, None
 
 
 def launch_latent(
@@ -59,9 +63,10 @@ def launch_latent(
     mask: Tensor | None = None,
     pages: Tensor | None = None,
     by_group: bool = False,
+    output_map: OutputMap | None = None,
 ) -> Tensor:
     """`decode_latent.latent_on_kernel`, for any strides but the last of queries, keys and
-    values."""
+    values; with an output map `decode_latent.attend_on_kernel`."""
     query = query if query.stride(-1) == 1 else query.contiguous()
     length, page, pages_stride = keys.shape[2], 0, 0
     if pages is not None:
@@ -88,6 +93,7 @@ def launch_latent(
         (shares(length, SHORTEST), page),
         (scale, softcap, window),
         by_group,
+        None if output_map is None else output_map.kind(),
     )
     of_tables = tables[2:-1]
     launch = tables.launches.get(kind)
@@ -98,7 +104,8 @@ def launch_latent(
         tables.launches[kind] = launch
     scratch = query.new_empty(launch.scratch, dtype=torch.uint8)
     output = query.new_empty(launch.output)
-    tensors = query, keys, values, cosine, sine, pages, start, end, mask, output
+    last = output_map or NO_MAP
+    tensors = query, keys, values, cosine, sine, pages, start, end, mask, output, *last
     numbers = (
         pages_stride,
         mask_stride,
@@ -116,7 +123,8 @@ class LatentLaunch(NamedTuple):
 
     Attributes:
         tables: tensors of the tables that it was made for.
-        calls: of the kernels of weights, of sums, and of what joins them.
+        calls: of the kernels of weights, of sums, and of what joins them; and of those of products
+            with what comes out.
         scratch: bytes of what one kernel writes and another reads.
         output: size.
     """
@@ -136,6 +144,7 @@ def latent_launch(
     lengths: tuple[int, int],
     softmax: tuple[float, float | None, int | None],
     by_group: bool,
+    mapped: tuple[int, bool, bool] | None,
 ) -> LatentLaunch:
     """See `latent_shape`; of `types` and `lengths` those that do not follow from other arguments
     are given."""
@@ -153,20 +162,37 @@ def latent_launch(
         SHAPES,
         by_group,
     )
-    of_tables = {name: getattr(tables, name) for name in TABLES}
-    calls = Calls(
-        [
-            (shape.kernels[0], shape.grids[0], shape.constants[0], {"weights_out": "weights"}),
-            (shape.kernels[1], shape.grids[1], shape.constants[1], {}),
-            (latent_join_kernel, shape.grids[2], shape.constants[2], {}),
-        ],
-        TENSORS,
-        shape.parts,
-        {**of_tables, "splits": shape.splits, "blocks": shape.blocks},
-        NUMBERS,
-        viewed={"keys": torch.int32, "values": torch.int32},
-    )
-    return LatentLaunch(tables[2:-1], calls, shape.scratch, shape.output)
+    kernels: list[tuple[Any, ...]] = [
+        (shape.kernels[0], shape.grids[0], shape.constants[0], {"weights_out": "weights"}),
+        (shape.kernels[1], shape.grids[1], shape.constants[1], {}),
+        (latent_join_kernel, shape.grids[2], shape.constants[2], {}),
+    ]
+    parts, scratch, output = shape.parts, shape.scratch, shape.output
+    batch, heads, _, head_dim = queries
+    groups, rows, features = output if mapped is not None else (1, 1, 1)
+    if mapped is not None:
+        size, *biased = mapped
+        more, scratch = laid_out(
+            {
+                "features": (output, query.dtype),
+                "heads": ((batch, heads * head_dim), query.dtype),
+            },
+            scratch,
+        )
+        parts, output = parts | more, (batch, 1, size)
+        place, widths = (query.device, query.dtype), (features, head_dim)
+        gauge = product_launch(*place, rows, *widths, biased[0], groups, heads // groups)
+        project = product_launch(*place, batch, heads * head_dim, size, biased[1])
+        of_gauge = {"weight": "gauge", "bias": "gauge_offset", "output": "heads"}
+        kernels[-1][-1]["output"] = "features"
+        kernels += [(*gauge, of_gauge | {"x": "features", "rows": "group_rows"})]
+        of_output = {"x": "heads", "weight": "projection", "bias": "projection_bias"}
+        kernels += [(*project, of_output | {"rows": "tokens"})]
+    fixed = {name: getattr(tables, name) for name in TABLES}
+    fixed |= {"splits": shape.splits, "blocks": shape.blocks, "group_rows": rows, "tokens": batch}
+    viewed = {"keys": torch.int32, "values": torch.int32}
+    calls = Calls(kernels, TENSORS, parts, fixed, NUMBERS, viewed)
+    return LatentLaunch(tables[2:-1], calls, scratch, output)
 
 
 class LatentShape(NamedTuple):

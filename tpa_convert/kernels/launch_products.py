@@ -30,6 +30,7 @@ def product_launch(
     rows: int,
     width: int,
     size: int,
+    biased: bool,
     groups: int = 1,
     heads: int = 1,
     taken: bool = False,
@@ -39,6 +40,7 @@ def product_launch(
     Args:
         width: of rows and of matrices, in whole words.
         size: of what comes out.
+        biased: whether there is a bias.
         groups, heads: that have a matrix each, and rows of a group that belong to one token.
         taken: whether the product is taken off what is there.
     """
@@ -51,7 +53,12 @@ def product_launch(
 
 @functools.lru_cache(maxsize=1024)
 def projections_launch(
-    device: torch.device, dtype: torch.dtype, rows: int, width: int, sizes: tuple[int, int, int]
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    width: int,
+    sizes: tuple[int, int, int],
+    biased: tuple[bool, bool, bool],
 ) -> Launch:
     """Of `projections_kernel`; see `product_launch`."""
     program = shape_of(rows, width)

@@ -66,12 +66,12 @@ def launch_token(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `tokens.take_in`; all tensors are contiguous."""
     batch, heads = len(states), len(weights[0]) // head_dim
-    missing = biases[0] is None, biases[1] is None, biases[2] is None
-    kind = states.shape, heads, head_dim, missing, len(cosine), cosine.dtype
+    biased = biases[0] is not None, biases[1] is not None, biases[2] is not None
+    kind = states.shape, head_dim, biased, len(cosine), cosine.dtype
     of_tables = tensors_of(tables)
     launch = tables.launches.get(kind)
     if launch is None or not all(map(is_, launch.tables, of_tables)):
-        launch = token_launch(states, weights, tables, cosine, heads, head_dim)
+        launch = token_launch(states, weights, biased, tables, cosine, head_dim)
         if len(tables.launches) >= MOST_LAUNCHES:
             tables.launches.clear()
         tables.launches[kind] = launch
@@ -86,15 +86,16 @@ def launch_token(
 def token_launch(
     states: Tensor,
     weights: Sequence[Tensor],
+    biased: tuple[bool, bool, bool],
     tables: TokenTables,
     cosine: Tensor,
-    heads: int,
     head_dim: int,
 ) -> TokenLaunch:
     """Of calls like this one."""
     batch, _, hidden_size = states.shape
     device, dtype = states.device, states.dtype
-    query_size, key_size, value_size = (len(weight) for weight in weights)
+    query_size, key_size, value_size = sizes = tuple(len(weight) for weight in weights)
+    heads = query_size // head_dim
     key_features, value_features = whole_words(key_size + 1), whole_words(value_size + 1)
     key_bytes, value_bytes = tables.keys.places.shape[1], tables.values.places.shape[1]
     parts, scratch = laid_out(
@@ -135,13 +136,11 @@ def token_launch(
     def of_token(launch: Launch, **named: str) -> tuple[Any, ...]:
         return *launch, named
 
-    sizes = query_size, key_size, value_size
-    project = projections_launch(device, dtype, batch, hidden_size, sizes)
+    project = projections_launch(device, dtype, batch, hidden_size, sizes, biased)
     kernels = [of_token(project, x="states"), coding("key", tables.keys, cosine)]
     if tables.prediction is not None:
-        predict = product_launch(
-            device, dtype, batch, key_features, value_size, taken=True
-        )
+        size = key_features, value_size
+        predict = product_launch(device, dtype, batch, *size, biased=False, taken=True)
         named = {"weight": "prediction", "bias": "nothing", "output": "value"}
         kernels.append(of_token(predict, x="key_features", **named))
     kernels.append(coding("value", tables.values, None))

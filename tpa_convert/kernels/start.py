@@ -82,10 +82,11 @@ class Part(NamedTuple):
 
 
 def laid_out(
-    sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], first: int = 0
 ) -> tuple[dict[str, Part], int]:
-    """Parts of such shapes and types behind each other, and the bytes of a buffer for all."""
-    parts, first = {}, 0
+    """Parts of such shapes and types behind each other, and the bytes of a buffer for all; `first`
+    are taken."""
+    parts = {}
     for name, (shape, dtype) in sizes.items():
         parts[name] = Part(first, shape, dtype)
         first += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
@@ -130,6 +131,7 @@ class Calls:
         self.viewed = {tensors.index(name): dtype for name, dtype in (viewed or {}).items()}
         self.parts, self.fixed = (*parts.values(),), (*fixed.values(),)
         names = (*tensors, *parts, *fixed, *numbers)
+        assert len({*names}) == len(names), "a name for two things"
         are_numbers = {*numbers, *(name for name, x in fixed.items() if isinstance(x, int))}
         place = {name: i for i, name in enumerate(names)}
         self.calls = []

@@ -36,10 +36,10 @@ def token_tables(keys: RowCodes, values: RowCodes, prediction: Tensor | None) ->
     return TokenTables(keys, values, prediction, {})
 
 
-def takes_in(states: Tensor) -> bool:
-    """Whether kernels take in tokens of such states [b, 1, D], where they code components."""
-    batch, _, hidden_size = states.shape
-    return batch <= MOST_TOKENS and hidden_size % FEATURES == 0
+def takes_in(tokens: int, width: int) -> bool:
+    """Whether kernels multiply so many rows of such a width by matrices: `take_in` by those of
+    projections, and `attend_on_kernel` by that of the output, where they do the rest."""
+    return tokens <= MOST_TOKENS and width % FEATURES == 0
 
 
 def take_in(

@@ -212,8 +212,10 @@ class TPAAttention(nn.Module):
             eager = implementation == "eager" and self.softcap and not self._forward_hooks
             if eager or (implementation == "sdpa" and not self.softcap):
                 pairs = pairs_of(table) if of_slots is None else of_slots[1]
-                cached = query, key, value, attention_mask, pairs
-                output = on_kernels.decode(coded, *cached, self.scaling, self.softcap)
+                cached = query, key, value, attention_mask, pairs, part_of(self, "o_proj")
+                projected = on_kernels.decode(coded, *cached, self.scaling, self.softcap)
+                if projected is not None:
+                    return projected, None
         if output is None:
             if of_slots is not None:
                 table = of_slots[0]

@@ -18,6 +18,7 @@ from .tpa_kernels import (
     find_coded,
     mask_of_slots,
     part_of,
+    plain_inference,
     plain_product,
     wants_gradients,
 )
@@ -37,7 +38,7 @@ class CodedTables(NamedTuple):
         decoding: of the kernels that decode; None where they do not run.
         key_gauge, key_offset: of all heads together, [j · d, features] and [j · d]; None where keys
             are normalised, or made block by block of rotary pairs.
-        gauge, offset: of the values, [j, features, d] and [j, 1, d]; None where U is absorbed.
+        gauge, offset: of the values, [j, d, features] and [j, 1, d]; None where U is absorbed.
     """
 
     keys: Any
@@ -143,9 +144,7 @@ class CodedLayer:
             cache, held: see `prepare`.
         """
         kernels = self.kernels
-        if kernels is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return None
-        if torch.is_autocast_enabled(hidden_states.device.type):
+        if kernels is None or not plain_inference(hidden_states):
             return None
         weights, biases = [], []
         for projection in projections:
@@ -155,7 +154,7 @@ class CodedLayer:
             weights.append(found[0])
             biases.append(found[1])
         tables = self.prepare(hidden_states, keys, values, cache, held)
-        if tables is None or not kernels.takes_in(hidden_states):
+        if tables is None or not kernels.takes_in(len(hidden_states), hidden_states.shape[-1]):
             return None
         given = hidden_states, weights, biases, tables.tokens, *table, keys.head_dim
         return tables, *kernels.take_in(*given)
@@ -205,38 +204,41 @@ class CodedLayer:
         value: Tensor,
         attention_mask: Tensor | None,
         table: Table,
+        projection: nn.Module,
         scaling: float,
         softcap: float | None = None,
     ) -> Tensor | None:
-        """Attention of one query position on rows, as they are cached; None where no kernel runs
-        it.
+        """Output [b, 1, D] of the attention of one query position on rows, as they are cached;
+        None where no kernel runs it.
 
         Args:
             query: rotated, [b, h, 1, d].
             key, value: the cache of this layer, [b, 1, t, bytes].
             attention_mask: as the attention function takes it.
             table: cosines and sines of the pairs at the cached positions, [b or 1, t, d / 2].
-
-        Returns: what the output projection reads, [b, 1, h · (width or d)].
+            projection: of the output.
         """
         known, mask = mask_of_slots(attention_mask, added=True)
         if tables.decoding is None or not known:
             return None
         assert self.kernels is not None
-        cached = query, key, value, *table, tables.decoding
+        kernels, cached = self.kernels, (query, key, value, *table, tables.decoding)
+        gauge, offset, batch = tables.gauge, tables.offset, len(query)
+        plain = None
+        if gauge is not None and plain_inference(query):
+            plain = plain_product(projection, query)
+        if plain is not None and kernels.takes_in(batch, plain[0].shape[1]):
+            output_map = kernels.output_map(gauge, offset, *plain)
+            return kernels.attend(*cached, scaling, softcap, mask, output_map)
         bounds = None, None, None  # start, end and window: the mask says all
-        gauge, call = tables.gauge, (scaling, *bounds, softcap, mask, None)
-        batch = len(query)
+        call = scaling, *bounds, softcap, mask, None
         if gauge is None:
-            return self.kernels.decode(*cached, *call, False).view(batch, 1, -1)
-        mixed = self.kernels.decode(*cached, *call, True)  # [j, b · h / j, width]
-        if tables.offset is None:
-            found = torch.bmm(mixed, gauge)
-        else:
-            found = torch.baddbmm(tables.offset, mixed, gauge)
-        if batch == 1:
-            return found.view(1, 1, -1)
-        return found.view(len(gauge), batch, -1).transpose(0, 1).reshape(batch, 1, -1)
+            return projection(kernels.decode(*cached, *call, False).view(batch, 1, -1))
+        mixed, gauge = kernels.decode(*cached, *call, True), gauge.mT  # [j, b · h / j, width]
+        found = torch.bmm(mixed, gauge) if offset is None else torch.baddbmm(offset, mixed, gauge)
+        if batch > 1:
+            found = found.view(len(gauge), batch, -1).transpose(0, 1)
+        return projection(found.reshape(batch, 1, -1))
 
     def expand(
         self, tables: CodedTables, key: Tensor, value: Tensor, table: Table
@@ -251,13 +253,13 @@ class CodedLayer:
         if tables.key_gauge is None or tables.gauge is None or torch.compiler.is_compiling():
             return None
         assert self.kernels is not None
-        groups, width, head_dim = tables.gauge.shape
+        groups, head_dim, width = tables.gauge.shape
         batch, _, length, _ = key.shape
         shape = batch, length, groups, head_dim
         key = nn.functional.linear(key, tables.key_gauge, tables.key_offset).view(shape)
         key = self.kernels.rotate(key, *table)
         offset = None if tables.offset is None else tables.offset.view(-1)
-        gauge = tables.gauge.mT.view(-1, width)
+        gauge = tables.gauge.view(-1, width)
         value = nn.functional.linear(value, gauge, offset).view(shape)
         return key.transpose(1, 2), value.transpose(1, 2)
 
@@ -303,7 +305,7 @@ def tables_of(
         decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
         None if whole is None else whole[0].to(dtype).flatten(0, 1),
         None if whole is None else whole[1].to(dtype).flatten(),
-        None if gauge is None else gauge.matrix().to(dtype).mT,
+        None if gauge is None else gauge.matrix().to(dtype).contiguous(),
         None if gauge is None or gauge.offset is None else gauge.offset.to(dtype)[:, None],
     )
 

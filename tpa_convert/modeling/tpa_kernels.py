@@ -83,6 +83,8 @@ class CodedKernels(NamedTuple):
     rotate: Callable[..., torch.Tensor]
     decodes: Callable[..., bool]
     decode: Callable[..., torch.Tensor]
+    attend: Callable[..., torch.Tensor]
+    output_map: Callable[..., Any]
     tables: Callable[..., Any]
     key_map: Callable[..., Any]
     rows: Callable[..., Any]
@@ -93,8 +95,9 @@ def find_coded() -> CodedKernels | None:
     `find_kernel`."""
     encoding = "runs_components", "rows_on_kernel", "CodeTables", "row_tables", "row_codes"
     of_tokens = "token_tables", "takes_in", "take_in"
-    decoding = "runs_latent", "latent_on_kernel", "latent_tables", "KeyMap", "Rows"
-    found = _of_kernels("wanted", *encoding, *of_tokens, "rotate_on_kernel", *decoding)
+    decoding = "runs_latent", "latent_on_kernel", "attend_on_kernel", "OutputMap"
+    tables = "latent_tables", "KeyMap", "Rows"
+    found = _of_kernels("wanted", *encoding, *of_tokens, "rotate_on_kernel", *decoding, *tables)
     return None if found is None else CodedKernels(*found)
 
 
@@ -107,6 +110,14 @@ def find_rotation() -> Callable[..., torch.Tensor | None] | None:
 def part_of(module: nn.Module, name: str) -> Any:
     """A module inside of another, past the look-up of `nn.Module`, which takes the host 1 µs."""
     return module._modules[name]
+
+
+def plain_inference(x: torch.Tensor) -> bool:
+    """Whether nothing but numbers is asked for, in the type of a tensor: no gradients, no graph for
+    a compiler, no other types by autocast."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 HOOKS = (  # of all modules
