@@ -214,24 +214,26 @@ def test_kernels_of_one_call_are_those_that_triton_looks_up(monkeypatch, offset)
         start(self, buffers[0], *given)
 
     monkeypatch.setattr(Calls, "start", noted)
+    monkeypatch.setattr(launch_latent, "overlapped", lambda device: True)
     with looked_up(*kernels) as found:
         call, output_map, token = layer(offset)
         launch_latent.launch_latent(*call, output_map=output_map)
         launch_token.launch_token(*token)
         for calls, given in started:
-            assert calls.ready == (calls is started[0][0] or not offset)
-            for buffer in buffers:  # as if nothing was known, and as it is
+            for buffer in buffers:
                 runs = []
-                for ready in (False, calls.ready):
+                for known in (False, True):
                     for kernel in found.values():
                         kernel.ran.clear()
-                    calls.ready = ready
-                    for constants in {call.constants for call in calls.calls}:
-                        constants.compiled, constants.usual = {}, None if not ready else constants.usual
+                    if not known:
+                        calls.ready = False
+                        for called in calls.calls:
+                            called.constants.compiled, called.constants.usual = {}, None
                     start(calls, buffer, *given)
                     runs.append([run for kernel in found.values() for run in kernel.ran])
                 assert len(runs[0]) == len(runs[1]) == len(calls.calls)
                 assert all(map(same, *runs))
+            assert calls.ready == (calls is started[0][0] or not offset)
     assert len(started) == 2
 
 
