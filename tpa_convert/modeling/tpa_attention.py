@@ -154,13 +154,13 @@ class TPAAttention(nn.Module):
         values: StaticValues = part_of(self, "values")
         batch, length, _ = hidden_states.shape
         latent, stock = isinstance(keys, LatentKeys), isinstance(cache, Cache)
-        if self.rotary_emb is None:
-            tables = self.tables(position_embeddings)
+        # The config, too, takes long to be asked.
+        known = lambda: (self.tables(position_embeddings), self.config._attn_implementation)  # noqa: E731
+        if self.rotary_emb is not None:
+            shared = self.rotary_emb.shared(position_embeddings[:1], self.table_kind, known)
         else:
-            tables = self.rotary_emb.shared(
-                position_embeddings[:1], self.table_kind, lambda: self.tables(position_embeddings)
-            )
-        table, query_table, key_table = tables
+            shared = known()
+        (table, query_table, key_table), implementation = shared
         held = None if cache is None else tokens_in(cache, self.layer_idx)
         on_kernels, coded, features = self.coded, None, None  # tables of kernels
         taken = None
@@ -204,7 +204,6 @@ class TPAAttention(nn.Module):
                 features = None
         if self.rotary_emb is not None:
             self.rotary_emb.done()
-        implementation = self.config._attn_implementation
         one = length == 1 and (cache is None or stock)
         output = weights = None
         if one and features is None and on_kernels is not None and coded is not None:
