@@ -154,13 +154,13 @@ class TPAAttention(nn.Module):
         values: StaticValues = part_of(self, "values")
         batch, length, _ = hidden_states.shape
         latent, stock = isinstance(keys, LatentKeys), isinstance(cache, Cache)
-        # The config, too, takes long to be asked.
-        known = lambda: (self.tables(position_embeddings), self.config._attn_implementation)  # noqa: E731
-        if self.rotary_emb is not None:
-            shared = self.rotary_emb.shared(position_embeddings[:1], self.table_kind, known)
+        if self.rotary_emb is None:
+            of_pass = self.known_of(position_embeddings)
         else:
-            shared = known()
-        (table, query_table, key_table), implementation = shared
+            of_pass = self.rotary_emb.shared(
+                position_embeddings[:1], self.table_kind, lambda: self.known_of(position_embeddings)
+            )
+        (table, query_table, key_table), implementation = of_pass
         held = None if cache is None else tokens_in(cache, self.layer_idx)
         on_kernels, coded, features = self.coded, None, None  # tables of kernels
         taken = None
@@ -202,24 +202,23 @@ class TPAAttention(nn.Module):
                 of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
             if length == 1 or key.shape[2] != length:  # something was cached before
                 features = None
-        if self.rotary_emb is not None:
-            self.rotary_emb.done()
         one = length == 1 and (cache is None or stock)
-        output = weights = None
+        output = weights = projected = None
         if one and features is None and on_kernels is not None and coded is not None:
             # Who hooks into this module may want weights, which only eager attention gives.
             eager = implementation == "eager" and self.softcap and not self._forward_hooks
             if eager or (implementation == "sdpa" and not self.softcap):
-                pairs = pairs_of(table) if of_slots is None else of_slots[1]
+                pairs = pairs_of(table) if of_slots is None else of_slots
                 cached = query, key, value, attention_mask, pairs, part_of(self, "o_proj")
                 projected = on_kernels.decode(coded, *cached, self.scaling, self.softcap)
-                if projected is not None:
-                    return projected, None
-        if output is None:
-            if of_slots is not None:
-                table = of_slots[0]
-            key, value = features or self.unpack(key, value, query.dtype)
-        if output is None and one and implementation == "sdpa" and not self.softcap:
+        if projected is None and of_slots is not None:
+            table = self.features_of(of_slots)
+        if self.rotary_emb is not None:
+            self.rotary_emb.done()
+        if projected is not None:
+            return projected, None
+        key, value = features or self.unpack(key, value, query.dtype)
+        if one and implementation == "sdpa" and not self.softcap:
             output = self.decode(query, key, value, attention_mask, table)
         if output is None:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -261,6 +260,11 @@ class TPAAttention(nn.Module):
         if mode or self.training:
             Sources.trained()
         return super().train(mode)
+
+    def known_of(self, position_embeddings: Table) -> tuple[tuple[Table, Table, Table], str]:
+        """What layers share in a forward pass: `tables`, and the name of the attention function,
+        for which the config takes the host as long as a launch."""
+        return self.tables(position_embeddings), self.config._attn_implementation
 
     def tables(self, position_embeddings: Table) -> tuple[Table, Table, Table]:
         """Tables of the new tokens: that of the features of a head, [b, 1, s, d], and those of
@@ -344,10 +348,10 @@ class TPAAttention(nn.Module):
         position_embeddings: Table,
         attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[Table, Table] | None:
-        """Tables of all positions that a cache of transformers will hold with the new tokens in it,
-        of features and of pairs, for keys that are rotated where they are used; None if it holds no
-        others."""
+    ) -> Table | None:
+        """The table of pairs, [b or 1, t, f], at all positions that a cache of transformers will
+        hold with the new tokens in it, for keys that are rotated where they are used; None if it
+        holds no others."""
         length, positions = hidden_states.shape[1], kwargs.get("position_ids")
         slots_t = cache.get_mask_sizes(length, self.layer_idx)[0]
         if slots_t == length:
@@ -363,7 +367,7 @@ class TPAAttention(nn.Module):
 
     def table_of_pages(
         self, slots: int, hidden_states: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Table, Table] | None:
+    ) -> Table | None:
         """The same of the `slots` that a paged cache has returned."""
         if slots == hidden_states.shape[1]:
             return None
@@ -371,13 +375,21 @@ class TPAAttention(nn.Module):
         positions = paged_positions(starts_q, starts_k, kwargs["position_ids"], slots)
         return self.table_at(hidden_states, positions)
 
-    def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> tuple[Table, Table]:
-        """Tables of features and of pairs at positions [b or 1, t], in the type and place of what
-        comes in."""
+    def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Table:
+        """The table of pairs at positions [b or 1, t], in the type and place of what comes in."""
         assert self.rotary_emb is not None, "set by replace_attention"
-        cos, sin = (x.to(hidden_states.device) for x in self.rotary_emb(hidden_states, positions))
-        table = feature_table(pair_table((cos, sin), self.head_dim // 2, self.table_order))
-        return table, pairs_of(table)
+        table = self.rotary_emb(hidden_states, positions)
+        if table[0].device != hidden_states.device:
+            table = table[0].to(hidden_states.device), table[1].to(hidden_states.device)
+        cos, sin = pair_table(table, self.head_dim // 2, self.table_order)
+        return cos[:, 0], sin[:, 0]
+
+    def features_of(self, pairs: Table) -> Table:
+        """The table of features [b, 1, t, d] in one of pairs [b, t, f]."""
+        assert self.rotary_emb is not None, "set by replace_attention"
+        cos, sin = pairs
+        given = cos[:, None], sin[:, None]
+        return self.rotary_emb.shared(pairs, (cos.shape,), lambda: feature_table(given))
 
     def decode(
         self,
