@@ -149,6 +149,17 @@ def test_every_projection_matters(token, part) -> None:
         assert (differing(wrong[2], truth[2]) > 0.1) == (part > 0)
 
 
+def test_normalised_queries(token) -> None:
+    """Rounded on the way."""
+    tables = token_tables(*token.codes(), token.prediction)
+    given = token.states, token.weights, token.biases, tables, *token.table, token.head_dim
+    plain = take_in(*given)
+    for _ in range(2):
+        other = take_in(*given, lambda query: (2 * query.float()).view(3, 1, -1, 16).mT.mT)
+        assert error(other[0], 2 * plain[0].double()) < TOLERANCE[token.dtype]
+        assert all(map(torch.equal, plain[1:], other[1:]))
+
+
 def test_prediction_and_tables_matter(token) -> None:
     truth = token.truth()
     token.prediction = token.prediction.roll(1, 0)
@@ -160,7 +171,7 @@ def test_prediction_and_tables_matter(token) -> None:
 @some
 @given(
     shape=st.sampled_from([(4, 2, 16), (9, 3, 32), (6, 6, 24), (5, 1, 8), (16, 2, 64)]),
-    batch=st.sampled_from([1, 2, 5, 16]),
+    batch=st.sampled_from([1, 2, 5]),
     size=st.sampled_from([8, 40, 264]),
     biased=st.tuples(st.booleans(), st.booleans()),
     softcap=st.sampled_from([None, 3.0]),

@@ -3,7 +3,7 @@ values, and rotated queries, in one call and without a tensor that only kernels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -39,12 +39,14 @@ class TokenLaunch(NamedTuple):
 
     Attributes:
         tables: tensors of the tables that it was made for.
-        calls: of the kernels.
+        project: of the kernel that projects, where queries are normalised behind it.
+        calls: of the others.
         scratch: bytes of all that they write but rotated queries.
         rows: sizes, strides and first bytes of rows of keys and of values.
     """
 
     tables: tuple[Tensor | None, ...]
+    project: Calls | None
     calls: Calls
     scratch: int
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
@@ -63,22 +65,28 @@ def launch_token(
     cosine: Tensor,
     sine: Tensor,
     head_dim: int,
+    normalise: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `tokens.take_in`; all tensors are contiguous."""
     batch, heads = len(states), len(weights[0]) // head_dim
     biased = biases[0] is not None, biases[1] is not None, biases[2] is not None
-    kind = states.shape, head_dim, biased, len(cosine), cosine.dtype
+    kind = states.shape, head_dim, biased, len(cosine), cosine.dtype, normalise is None
     of_tables = tensors_of(tables)
     launch = tables.launches.get(kind)
     if launch is None or not all(map(is_, launch.tables, of_tables)):
-        launch = token_launch(states, weights, biased, tables, cosine, head_dim)
+        launch = token_launch(states, weights, tables, cosine, *kind)
         if len(tables.launches) >= MOST_LAUNCHES:
             tables.launches.clear()
         tables.launches[kind] = launch
     scratch = states.new_empty(launch.scratch, dtype=torch.uint8)
     rotated = states.new_empty((batch, heads, 1, head_dim))
     tensors = states, *weights, *biases, cosine, sine, rotated
-    launch.calls.start(scratch, tensors, (batch, batch * heads, len(cosine)))
+    numbers = batch, batch * heads, len(cosine)
+    if launch.project is not None and normalise is not None:
+        query = states.new_empty((batch, 1, heads * head_dim))
+        launch.project.start(scratch, (*tensors, query), numbers)
+        tensors = *tensors, normalise(query).to(states.dtype).contiguous()
+    launch.calls.start(scratch, tensors, numbers)
     key, value = launch.rows
     return rotated, scratch.as_strided(*key), scratch.as_strided(*value)
 
@@ -86,29 +94,31 @@ def launch_token(
 def token_launch(
     states: Tensor,
     weights: Sequence[Tensor],
-    biased: tuple[bool, bool, bool],
     tables: TokenTables,
     cosine: Tensor,
+    shape: tuple[int, int, int],
     head_dim: int,
+    biased: tuple[bool, bool, bool],
+    *others: Any,
 ) -> TokenLaunch:
-    """Of calls like this one."""
-    batch, _, hidden_size = states.shape
+    """Of calls of this kind, whose last part says whether queries are not normalised."""
+    batch, _, hidden_size = shape
     device, dtype = states.device, states.dtype
     query_size, key_size, value_size = sizes = tuple(len(weight) for weight in weights)
     heads = query_size // head_dim
     key_features, value_features = whole_words(key_size + 1), whole_words(value_size + 1)
     key_bytes, value_bytes = tables.keys.places.shape[1], tables.values.places.shape[1]
-    parts, scratch = laid_out(
-        {
-            "query": ((batch, query_size), dtype),
-            "key": ((batch, key_size), dtype),
-            "value": ((batch, value_size), dtype),
-            "key_features": ((batch, key_features), dtype),
-            "value_features": ((batch, value_features), dtype),
-            "key_rows": ((batch, key_bytes), torch.uint8),
-            "value_rows": ((batch, value_bytes), torch.uint8),
-        }
-    )
+    together = others[-1]
+    sizes_of = {
+        **({"query": ((batch, query_size), dtype)} if together else {}),
+        "key": ((batch, key_size), dtype),
+        "value": ((batch, value_size), dtype),
+        "key_features": ((batch, key_features), dtype),
+        "value_features": ((batch, value_features), dtype),
+        "key_rows": ((batch, key_bytes), torch.uint8),
+        "value_rows": ((batch, value_bytes), torch.uint8),
+    }
+    parts, scratch = laid_out(sizes_of)
 
     def coding(of: str, codes: RowCodes, rotated: Tensor | None) -> tuple[Any, ...]:
         numbers, places, *header = codes
@@ -144,10 +154,12 @@ def token_launch(
         named = {"weight": "prediction", "bias": "nothing", "output": "value"}
         kernels.append(of_token(predict, x="key_features", **named))
     kernels.append(coding("value", tables.values, None))
-    fixed = dict(zip(TABLES, tensors_of(tables), strict=True))
-    calls = Calls(kernels, TENSORS, parts, {**fixed, "nothing": None, "no_rows": 0}, NUMBERS)
+    fixed = dict(zip(TABLES, tensors_of(tables), strict=True)) | {"nothing": None, "no_rows": 0}
+    of_calls = TENSORS if together else (*TENSORS, "query"), parts, fixed, NUMBERS
+    alone = None if together else Calls(kernels[:1], *of_calls)
+    calls = Calls(kernels if together else kernels[1:], *of_calls)
     rows = tuple(
         ((batch, 1, 1, size), (size, size, size, 1), parts[name].first)
         for name, size in (("key_rows", key_bytes), ("value_rows", value_bytes))
     )
-    return TokenLaunch(tensors_of(tables), calls, scratch, rows)
+    return TokenLaunch(tensors_of(tables), alone, calls, scratch, rows)

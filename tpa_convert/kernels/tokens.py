@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,6 +50,7 @@ def take_in(
     cosine: Tensor,
     sine: Tensor,
     head_dim: int,
+    normalise: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries [b, h, 1, d], and rows of bytes of keys and of values, [b, 1, 1, bytes]; for
     those who know that kernels run it. Products add up in fp32, and are rounded once. No operator
@@ -61,6 +62,7 @@ def take_in(
             in the type of the states.
         biases: theirs, [n] each, None for those without.
         cosine, sine: that queries are rotated by, see `rotation.rotate`.
+        normalise: what comes before: queries [b, 1, h · d] in any shape of so many numbers.
     """
-    launch = launches(".launch_token").launch_token
-    return launch(states.contiguous(), weights, biases, tables, cosine, sine, head_dim)
+    given = states.contiguous(), weights, biases, tables, cosine, sine, head_dim, normalise
+    return launches(".launch_token").launch_token(*given)

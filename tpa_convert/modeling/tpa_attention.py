@@ -164,20 +164,21 @@ class TPAAttention(nn.Module):
         held = None if cache is None else tokens_in(cache, self.layer_idx)
         on_kernels, coded, features = self.coded, None, None  # tables of kernels
         taken = None
-        if on_kernels is not None and cache is not None and length == 1 and self.q_norm is None:
+        if on_kernels is not None and cache is not None and length == 1:
             projections = (
                 part_of(self, "q_proj"),
                 part_of(keys, "feature_factor"),
                 part_of(values, "feature_factor"),
             )
-            of_token = query_table, keys, values, cache, held
+            normalise = None if self.q_norm is None else self.normalised_queries
+            of_token = query_table, keys, values, cache, held, normalise
             taken = on_kernels.take_in(hidden_states, projections, *of_token)
         if taken is not None:
             coded, query, key, value = taken
         else:
             query = part_of(self, "q_proj")(hidden_states)
             if self.q_norm is not None:
-                query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
+                query = self.normalised_queries(query)
             query = query.view(batch, length, self.num_heads, -1)
             if on_kernels is not None and cache is not None:
                 coded = on_kernels.prepare(query, keys, values, cache, held)
@@ -253,6 +254,11 @@ class TPAAttention(nn.Module):
             if output.shape[-1] != values.output_width:
                 output = output[..., : values.output_width]
         return part_of(self, "o_proj")(output.reshape(batch, length, -1)), weights
+
+    def normalised_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries [b, s, h · d] by the norm of the source, [b, s, heads or 1, ...]."""
+        assert self.q_norm is not None
+        return self.q_norm(query.view(*query.shape[:2], -1, self.query_norm_width))
 
     def train(self, mode: bool = True) -> "TPAAttention":
         """What decoding keeps of the parameters is made anew after training, but not where nothing

@@ -2,7 +2,7 @@
 all rows. See `tpa_keys` for letters."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +133,7 @@ class CodedLayer:
         values: StaticValues,
         cache: Any,
         held: Any,
+        normalise: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[CodedTables, Tensor, Tensor, Tensor] | None:
         """Tables, rotated queries [b, h, 1, d], and rows of the keys and values of one new token of
         each sequence, [b, 1, 1, bytes]; None where `prepare` and `pack` have to find them.
@@ -142,6 +143,7 @@ class CodedLayer:
             projections: to queries, and to components of keys and of values.
             table: that queries are rotated by, see `rotate`.
             cache, held: see `prepare`.
+            normalise: queries, [b, 1, h · d] in any shape.
         """
         kernels = self.kernels
         if kernels is None or not plain_inference(hidden_states):
@@ -156,7 +158,7 @@ class CodedLayer:
         tables = self.prepare(hidden_states, keys, values, cache, held)
         if tables is None or not kernels.takes_in(len(hidden_states), hidden_states.shape[-1]):
             return None
-        given = hidden_states, weights, biases, tables.tokens, *table, keys.head_dim
+        given = hidden_states, weights, biases, tables.tokens, *table, keys.head_dim, normalise
         return tables, *kernels.take_in(*given)
 
     def pack(
