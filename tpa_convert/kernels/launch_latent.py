@@ -26,7 +26,7 @@ from .launch import (
     shares,
     types_of,
 )
-from .launch_products import product_launch
+from .launch_products import map_launches
 from .start import Calls, Constants, Part, laid_out
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
@@ -80,7 +80,7 @@ def launch_latent(
         cosine, sine = cosine.contiguous(), sine.contiguous()
         _, table_stride_t, table_stride_p = cosine.stride()
         table_rows = cosine.shape[1]
-    kind = (
+    kind: tuple[Any, ...] = (
         (cosine.dtype, *types_of(pages, start, end, mask)),
         query.shape,
         (
@@ -167,29 +167,17 @@ def latent_launch(
         (shape.kernels[1], shape.grids[1], shape.constants[1], {}),
         (latent_join_kernel, shape.grids[2], shape.constants[2], {}),
     ]
-    parts, scratch, output = shape.parts, shape.scratch, shape.output
-    batch, heads, _, head_dim = queries
-    groups, rows, features = output if mapped is not None else (1, 1, 1)
-    if mapped is not None:
-        size, *biased = mapped
-        more, scratch = laid_out(
-            {
-                "features": (output, query.dtype),
-                "heads": ((batch, heads * head_dim), query.dtype),
-            },
-            scratch,
-        )
-        parts, output = parts | more, (batch, 1, size)
-        place, widths = (query.device, query.dtype), (features, head_dim)
-        gauge = product_launch(*place, rows, *widths, biased[0], groups, heads // groups)
-        project = product_launch(*place, batch, heads * head_dim, size, biased[1])
-        of_gauge = {"weight": "gauge", "bias": "gauge_offset", "output": "heads"}
-        kernels[-1][-1]["output"] = "features"
-        kernels += [(*gauge, of_gauge | {"x": "features", "rows": "group_rows"})]
-        of_output = {"x": "heads", "weight": "projection", "bias": "projection_bias"}
-        kernels += [(*project, of_output | {"rows": "tokens"})]
     fixed = {name: getattr(tables, name) for name in TABLES}
-    fixed |= {"splits": shape.splits, "blocks": shape.blocks, "group_rows": rows, "tokens": batch}
+    fixed |= {"splits": shape.splits, "blocks": shape.blocks}
+    parts, scratch, output = shape.parts, shape.scratch, shape.output
+    if mapped is not None:
+        kernels[-1][-1]["output"] = "features"
+        size, *biased = mapped
+        more = map_launches(query, output, size, *biased)
+        kernels += more.kernels
+        added, scratch = laid_out(more.parts, scratch)
+        parts, output = parts | added, (len(query), 1, size)
+        fixed |= more.numbers
     viewed = {"keys": torch.int32, "values": torch.int32}
     calls = Calls(kernels, TENSORS, parts, fixed, NUMBERS, viewed)
     return LatentLaunch(tables[2:-1], calls, scratch, output)

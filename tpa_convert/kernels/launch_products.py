@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .launch import power_of_two, shares
 from .products import product_kernel, projections_kernel
@@ -66,6 +67,46 @@ def projections_launch(
     named = {**program, "PRECISION": precision(dtype)}
     constants = Constants(device, options(rows), (width // FEATURES, *sizes), **named)
     return projections_kernel, (programs, shares(rows, program["ROWS"]), 1), constants
+
+
+class MapLaunches(NamedTuple):
+    """What follows attention, by the names in `latent_tables.OutputMap` and `launch_latent`.
+
+    Attributes:
+        kernels: as `start.Calls` takes them.
+        parts: shapes and types of what stands between them.
+        numbers: of their arguments.
+    """
+
+    kernels: list[tuple[Any, ...]]
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    numbers: dict[str, int]
+
+
+def map_launches(
+    query: Tensor, features: tuple[int, int, int], size: int, offset: bool, biased: bool
+) -> MapLaunches:
+    """Of heads made of features [groups, rows, n], and of the output projection.
+
+    Args:
+        query: [b, h, 1, d].
+        size: of what comes out.
+        offset, biased: whether there is an offset of heads, and a bias.
+    """
+    (batch, heads, _, head_dim), (groups, rows, width) = query.shape, features
+    place, whole = (query.device, query.dtype), heads * head_dim
+    gauge = product_launch(*place, rows, width, head_dim, offset, groups, heads // groups)
+    project = product_launch(*place, batch, whole, size, biased)
+    of_gauge = {"x": "features", "weight": "gauge", "bias": "gauge_offset", "output": "heads"}
+    of_output = {"x": "heads", "weight": "projection", "bias": "projection_bias"}
+    return MapLaunches(
+        [
+            (*gauge, of_gauge | {"rows": "group_rows"}),
+            (*project, of_output | {"rows": "tokens"}),
+        ],
+        {"features": (features, query.dtype), "heads": ((batch, whole), query.dtype)},
+        {"group_rows": rows, "tokens": batch},
+    )
 
 
 def shape_of(rows: int, width: int) -> dict[str, int]:

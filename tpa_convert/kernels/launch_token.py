@@ -70,7 +70,14 @@ def launch_token(
     """See `tokens.take_in`; all tensors are contiguous."""
     batch, heads = len(states), len(weights[0]) // head_dim
     biased = biases[0] is not None, biases[1] is not None, biases[2] is not None
-    kind = states.shape, head_dim, biased, len(cosine), cosine.dtype, normalise is None
+    kind: tuple[Any, ...] = (
+        states.shape,
+        head_dim,
+        biased,
+        len(cosine),
+        cosine.dtype,
+        normalise is None,
+    )
     of_tables = tensors_of(tables)
     launch = tables.launches.get(kind)
     if launch is None or not all(map(is_, launch.tables, of_tables)):

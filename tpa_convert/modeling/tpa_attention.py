@@ -424,23 +424,3 @@ class TPAAttention(nn.Module):
             cached = query, key, value, attention_mask
             output = decode_rotated(*cached, keys, values, self.kernel, scaling)
         return output.transpose(1, 2)
-
-
-def replace_attention(decoder: Any, names: AttentionNames) -> None:
-    """Puts Tensor Product Attention in every layer of a decoder of transformers, in place.
-
-    The layers know the decoder's rotary embedding, since latent keys are rotated where they are
-    used; it stays the decoder's own module.
-    """
-    rotary = getattr(decoder, names.rotary)
-    by_type = "layer_type" in signature(type(rotary).forward).parameters
-    layers = getattr(decoder, names.layers)
-    kept: dict[Any, Any] = {}
-    for i, layer in enumerate(layers):
-        attention = TPAAttention(decoder.config, i, getattr(layer, names.attention), names)
-        kind = {"layer_type": decoder.config.layer_types[i]} if by_type else {}
-        # Past nn.Module's own setter, which would make it a submodule of every layer.
-        object.__setattr__(
-            attention, "rotary_emb", LayerRotary(rotary, kind, kept, i + 1 == len(layers))
-        )
-        setattr(layer, names.attention, attention)
