@@ -166,6 +166,23 @@ def test_a_part_of_a_buffer_is_a_tensor_to_kernels() -> None:
     assert same(*kernel.ran)
 
 
+@pytest.fixture(autouse=True)
+def nothing_worked_out() -> Iterator[None]:
+    """What is kept of launches holds kernels that are not there."""
+    kept = (
+        launch_latent.latent_shape,
+        launch_latent.latent_constants,
+        launch_products.product_launch,
+        launch_products.projections_launch,
+        launch_encode.encode_constants,
+    )
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
 def layer(offset: int = 0) -> tuple[Any, ...]:
     """Arguments of `launch_latent`, a map for it, and arguments of `launch_token`; states of the
     token are `offset` numbers away from an aligned place."""
@@ -203,17 +220,17 @@ KERNELS = {
 def test_kernels_of_one_call_are_those_that_triton_looks_up(monkeypatch, offset) -> None:
     """At every start the same, with the same arguments: the first, later ones, and those after
     which tensors lie elsewhere."""
-    for cached in (launch_latent.latent_shape, launch_products.product_launch):
-        cached.cache_clear()
     kernels = [getattr(module, name) for module, names in KERNELS.items() for name in names]
-    buffers, started = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(2)], []
-    start = Calls.start
+    buffers = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(2)]
+    started, single, start = [], [], Calls.start
 
     def noted(self, buffer, *given) -> None:
         started.append((self, given))
         start(self, buffers[0], *given)
 
     monkeypatch.setattr(Calls, "start", noted)
+    alone = lambda *launch: single.append(1) or start_kernel(*launch)  # noqa: E731
+    monkeypatch.setattr(starting, "start_kernel", alone)
     monkeypatch.setattr(launch_latent, "overlapped", lambda device: True)
     with looked_up(*kernels) as found:
         call, output_map, token = layer(offset)
@@ -229,11 +246,13 @@ def test_kernels_of_one_call_are_those_that_triton_looks_up(monkeypatch, offset)
                         calls.ready = False
                         for called in calls.calls:
                             called.constants.compiled, called.constants.usual = {}, None
+                    single.clear()
                     start(calls, buffer, *given)
+                    one_by_one = not known or (offset and calls is started[1][0])
+                    assert len(single) == (len(calls.calls) if one_by_one else 0)
                     runs.append([run for kernel in found.values() for run in kernel.ran])
                 assert len(runs[0]) == len(runs[1]) == len(calls.calls)
                 assert all(map(same, *runs))
-            assert calls.ready == (calls is started[0][0] or not offset)
     assert len(started) == 2
 
 

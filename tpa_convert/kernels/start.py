@@ -145,7 +145,7 @@ class Calls:
         self.addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in self.fixed]
         held = [x for x in self.fixed if isinstance(x, Tensor)]
         self.aligned = all(x.data_ptr() % ALIGNMENT == 0 for x in held)
-        self.ready = False  # whether Triton has compiled all, for what is aligned
+        self.ready = self.compiled()
 
     def start(
         self, buffer: Tensor, tensors: Sequence[Tensor | None], numbers: tuple[int, ...]
@@ -177,8 +177,12 @@ class Calls:
                 return None
         for launch in self.each(buffer, tensors, numbers):
             start_kernel(*launch)
-        self.ready = self.aligned and all(call.constants.usual for call in self.calls)
+        self.ready = self.compiled()
         return None
+
+    def compiled(self) -> bool:
+        """Whether Triton has compiled all, for what is aligned."""
+        return self.aligned and all(call.constants.usual for call in self.calls)
 
     def each(
         self, buffer: Tensor, tensors: Sequence[Tensor | None], numbers: tuple[int, ...]
