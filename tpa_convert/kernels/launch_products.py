@@ -84,7 +84,7 @@ class MapLaunches(NamedTuple):
 
 
 def map_launches(
-    query: Tensor, features: tuple[int, int, int], size: int, offset: bool, biased: bool
+    query: Tensor, features: tuple[int, ...], size: int, offset: bool, biased: bool
 ) -> MapLaunches:
     """Of heads made of features [groups, rows, n], and of the output projection.
 
