@@ -43,13 +43,17 @@ from tpa_convert.kernels import (  # noqa: E402
     launch,
     launch_encode,
     launch_latent,
+    launch_products,
     launch_rotation,
+    launch_token,
 )
 
 KERNELS = {
     launch: ("split_kernel", "join_kernel"),
     launch_encode: ("encode_kernel",),
     launch_rotation: ("rotate_kernel",),
+    launch_token: ("encode_kernel",),
+    launch_products: ("product_kernel", "projections_kernel"),
     launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
 }
 LAUNCHES: Counter[str] = Counter()
@@ -62,7 +66,8 @@ class Void(CompiledKernel):
     def __init__(self, name: str, kernel: Any):
         self.name, self.module, self.src, self.kernel = name, None, None, ()
         same = kernel.kwargs["do_not_specialize"] or ()
-        self.params = [SimpleNamespace(do_not_specialize=x in same) for x in kernel.arg_names]
+        self.arg_names = kernel.arg_names
+        self.params = [SimpleNamespace(do_not_specialize=x in same) for x in self.arg_names]
         self.function = self.packed_metadata = None
         self._run = self.count
 

@@ -30,9 +30,9 @@ from tpa_convert.kernels import (
     decode_attention,
     decode_latent,
     latent_tables,
-    launch_latent,
 )
 from tpa_convert.kernels.launch import launch_rotated
+from tpa_convert.kernels.start import Calls, start_kernel
 from tpa_convert.modeling.tpa_codes import LOWEST_OCTAVE
 
 # Names of sources: query heads, key/value heads, head dim.
@@ -118,22 +118,22 @@ def coded(percent: float, source: str, batch: int, slots: int) -> tuple[float, i
 def each_kernel(call: Callable[[int], object], count: int) -> list[tuple[str, float]]:
     """Names and seconds of the kernels that `call(i)`, i in range(count), launches."""
     calls: list[list[tuple[Any, ...]]] = []
-    start = launch_latent.start_kernel
+    start = Calls.start
 
-    def noted(*launch: Any) -> None:
-        calls[-1].append(launch)
-        start(*launch)
+    def noted(together: Calls, *given: Any) -> None:
+        calls[-1] += together.each(*given)
+        start(together, *given)
 
-    launch_latent.start_kernel = noted
+    Calls.start = noted  # type: ignore[method-assign]
     try:
         for i in range(count):
             calls.append([])
             call(i)
     finally:
-        launch_latent.start_kernel = start
+        Calls.start = start  # type: ignore[method-assign]
     found = []
     for k, (kernel, *_) in enumerate(calls[0]):
-        time = seconds(lambda i, k=k: start(*calls[i][k]), count)  # type: ignore[misc]
+        time = seconds(lambda i, k=k: start_kernel(*calls[i][k]), count)  # type: ignore[misc]
         found.append((kernel.__name__, time))
     return found
 

@@ -29,7 +29,7 @@ class Launches:
     """Stands for a kernel and keeps what it is launched with."""
 
     def __init__(self, kernel: Any):
-        self.kernel = kernel
+        self.kernel, self.arg_names = kernel, kernel.arg_names
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:

@@ -18,11 +18,12 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tpa_convert.kernels import launch_encode
+from tpa_convert.kernels import launch_encode, launch_products
 from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels.encode_reference import row_codes, row_tables
 from tpa_convert.kernels.launch import COMPILERS_SHARED_BYTES
+from tpa_convert.kernels.start import start_kernel
 
 from .compiled import Launches, matrix_products
 from .encode_cases import random_components, random_tables
@@ -240,3 +241,32 @@ def test_coding_compiles_for_hopper(monkeypatch, rotated) -> None:
     launch_encode.launch_rows(x, row_codes(tables, where), rotation)
     ptx = launch.compile().asm["ptx"]
     assert "bar.sync" in ptx or "bar.warp.sync" in ptx  # between codes that are written and read
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("kernel", ["projections_kernel", "product_kernel"])
+def test_products_compile_for_hopper(monkeypatch, kernel, rows) -> None:
+    """Matrices are read in words of 16 bytes; several rows are multiplied by the matrix unit."""
+    launch = Launches(getattr(launch_products, kernel))
+    monkeypatch.setattr(launch_products, kernel, launch)
+    launch_products.product_launch.cache_clear()
+    launch_products.projections_launch.cache_clear()
+    place, width = (torch.device("cpu"), torch.bfloat16, rows), 2048
+    if kernel == "product_kernel":
+        width = 808  # of features: whole words, but not of 32 bytes
+        made = launch_products.product_launch(*place, width, 64, True, 8, 4)
+        outputs = [torch.zeros(rows, 64).bfloat16()]
+    else:
+        sizes, biased = (2048, 352, 440), (False, True, True)
+        made = launch_products.projections_launch(*place, width, sizes, biased)
+        outputs = [torch.zeros(rows, size).bfloat16() for size in sizes]
+    weights = [torch.zeros(8, width).bfloat16() for _ in outputs]
+    biases = [torch.zeros(8).bfloat16() for _ in outputs]
+    tensors = torch.zeros(rows, width).bfloat16(), *weights, *biases, *outputs
+    start_kernel(*made, tensors, (rows,))
+    launch_products.product_launch.cache_clear()
+    launch_products.projections_launch.cache_clear()
+    ptx = launch.compile().asm["ptx"]
+    wide = "cp.async.cg.shared.global" if rows > 1 else "ld.global.v4"
+    assert wide in ptx
+    assert bool(matrix_products(ptx)["synchronous"]) == (rows > 1)

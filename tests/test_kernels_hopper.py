@@ -10,6 +10,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels import start as starting
 from tpa_convert.kernels.latent import latent_weights_kernel
 from tpa_convert.kernels.latent_sums import latent_sums_kernel
 from tpa_convert.kernels.latent_tables import BYTES, WORD
@@ -37,14 +38,14 @@ def used(monkeypatch):
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     found = []
-    start = launches.start_kernel
+    start = starting.start_kernel
 
     def noted(kernel, *rest):
         found.append(kernel)
         start(kernel, *rest)
 
     launches.latent_shape.cache_clear()
-    monkeypatch.setattr(launches, "start_kernel", noted)
+    monkeypatch.setattr(starting, "start_kernel", noted)
     ours = {hopper.weights_kernel(), hopper.sums_kernel()}
     others = {latent_weights_kernel, latent_sums_kernel}
     yield lambda: ours <= set(found) and not others & set(found)

@@ -18,8 +18,10 @@ TESTS = [
         "test_kernels_encode_triton.py",
         "test_kernels_latent_triton.py",
         "test_kernels_rotation_triton.py",
+        "test_kernels_tokens_triton.py",
         "test_kernels_model.py",
         "test_kernels_latent_model.py",
+        "test_kernels_tokens_model.py",
     )
 ]
 

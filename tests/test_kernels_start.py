@@ -27,10 +27,18 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tpa_convert.kernels import launch, launch_encode, launch_latent
+from tpa_convert.kernels import (
+    OutputMap,
+    launch,
+    launch_encode,
+    launch_latent,
+    launch_products,
+    launch_token,
+    token_tables,
+)
 from tpa_convert.kernels import start as starting
 from tpa_convert.kernels.encode_reference import row_codes, row_tables
-from tpa_convert.kernels.start import Constants, Part, start_kernel
+from tpa_convert.kernels.start import Calls, Constants, Part, start_kernel
 
 from .compiled import HOPPER
 from .encode_cases import random_components, random_tables
@@ -158,11 +166,102 @@ def test_a_part_of_a_buffer_is_a_tensor_to_kernels() -> None:
     assert same(*kernel.ran)
 
 
+@pytest.fixture(autouse=True)
+def nothing_worked_out() -> Iterator[None]:
+    """What is kept of launches holds kernels that are not there."""
+    kept = (
+        launch_latent.latent_shape,
+        launch_latent.latent_constants,
+        launch_products.product_launch,
+        launch_products.projections_launch,
+        launch_encode.encode_constants,
+    )
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
+def layer(offset: int = 0) -> tuple[Any, ...]:
+    """Arguments of `launch_latent`, a map for it, and arguments of `launch_token`; states of the
+    token are `offset` numbers away from an aligned place."""
+    generator = torch.Generator().manual_seed(0)
+    shape, size, codes = (4, 2, 16), 32, ([[(4, 8), (2, 8)]], [(4, 16)])
+    case = random_case(shape=shape, slots=100, batch=1, codes=codes, dtype=torch.float16)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator).half()
+
+    features = case.tables.place_of.shape[1]
+    output_map = OutputMap(random(2, 16, features), random(2, 16), random(size, 64), None)
+    coders = []
+    for _ in range(2):
+        layout, row_bytes = random_layout([(4, 16)], 2, generator)
+        where = row_tables(layout.tiers, layout.header, row_bytes)
+        coders.append(row_codes(random_tables(16, 2, generator), where))
+    tables = token_tables(*coders, random(16, 24))
+    weights = random(64, size), random(16, size), random(16, size)
+    states = random(1, 1, 2 * size).flatten()[offset : offset + size].view(1, 1, size)
+    table = random(1, 1, 1, 16)
+    token = states, weights, (None, random(16), random(16)), tables, table, table, 16
+    call = *case.call(), 0.3, None, None, None, None, None, None, True
+    return call, output_map, token
+
+
+KERNELS = {
+    launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
+    launch_products: ("projections_kernel", "product_kernel"),
+    launch_token: ("encode_kernel",),
+}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_kernels_of_one_call_are_those_that_triton_looks_up(monkeypatch, offset) -> None:
+    """At every start the same, with the same arguments: the first, later ones, and those after
+    which tensors lie elsewhere."""
+    kernels = [getattr(module, name) for module, names in KERNELS.items() for name in names]
+    buffers = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(2)]
+    started, single, start = [], [], Calls.start
+
+    def noted(self, buffer, *given) -> None:
+        started.append((self, given))
+        start(self, buffers[0], *given)
+
+    monkeypatch.setattr(Calls, "start", noted)
+    alone = lambda *launch: single.append(1) or start_kernel(*launch)  # noqa: E731
+    monkeypatch.setattr(starting, "start_kernel", alone)
+    monkeypatch.setattr(launch_latent, "overlapped", lambda device: True)
+    with looked_up(*kernels) as found:
+        call, output_map, token = layer(offset)
+        launch_latent.launch_latent(*call, output_map=output_map)
+        launch_token.launch_token(*token)
+        for calls, given in started:
+            for buffer in buffers:
+                runs = []
+                for known in (False, True):
+                    for kernel in found.values():
+                        kernel.ran.clear()
+                    if not known:
+                        calls.ready = False
+                        for called in calls.calls:
+                            called.constants.compiled, called.constants.usual = {}, None
+                    single.clear()
+                    start(calls, buffer, *given)
+                    one_by_one = not known or (offset and calls is started[1][0])
+                    assert len(single) == (len(calls.calls) if one_by_one else 0)
+                    runs.append([run for kernel in found.values() for run in kernel.ran])
+                assert len(runs[0]) == len(runs[1]) == len(calls.calls)
+                assert all(map(same, *runs))
+    assert len(started) == 2
+
+
 @pytest.mark.parametrize("coded", [False, True])
 def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, coded) -> None:
     started = []
-    for module in (launch, launch_encode, launch_latent):
+    for module in (launch, launch_encode, starting):
         monkeypatch.setattr(module, "start_kernel", lambda *given: started.append(given))
+    for module in (launch, launch_latent):
         monkeypatch.setattr(module, "overlapped", lambda device: True, raising=False)
     query, cache = torch.zeros(1, 4, 1, 16), torch.zeros(1, 1, 100, 16)
     launch.launch_rotated(query, cache, cache, 0.3, None, None, None, None)
@@ -174,7 +273,10 @@ def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, code
     tables = random_tables(16, 2, generator)
     where = row_tables(layout.tiers, layout.header, row_bytes)
     launch_encode.launch_rows(random_components(3, tables, generator), row_codes(tables, where))
-    assert len(started) == 6
+    call, output_map, token = layer()
+    launch_latent.launch_latent(*call, output_map=output_map)
+    launch_token.launch_token(*token)
+    assert len(started) == 6 + 5 + 4
     for kernel, _, constants, tensors, numbers, *_ in started:
         count = len(tensors) + len(numbers) + len(constants.numbers)
         constant = kernel.arg_names[count:]

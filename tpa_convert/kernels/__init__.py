@@ -3,12 +3,13 @@ they agree with."""
 
 from .backends import BACKENDS, Backend, BackendError, Case, choose_backend, wanted
 from .decode import decode_attention, decode_on_kernel
-from .decode_latent import decode_latent, latent_on_kernel, runs_latent
+from .decode_latent import attend_on_kernel, decode_latent, latent_on_kernel, runs_latent
 from .encode import encode, encode_rows, rows_on_kernel, runs_components, straight_through
 from .encode_reference import CodeTables, RowTables, row_codes, row_tables
-from .latent_tables import KeyMap, LatentTables, Rows, latent_tables
+from .latent_tables import KeyMap, LatentTables, OutputMap, Rows, latent_tables
 from .rotation import rotate, rotate_on_kernel
 from .rows import CodedRows, Tier
+from .tokens import take_in, takes_in, token_tables
 
 INTERFACE = 2
 """To be raised whenever a function that exported models take from here (`modeling/tpa_kernels.py`)
@@ -24,9 +25,11 @@ __all__ = [
     "CodedRows",
     "KeyMap",
     "LatentTables",
+    "OutputMap",
     "RowTables",
     "Rows",
     "Tier",
+    "attend_on_kernel",
     "choose_backend",
     "decode_attention",
     "decode_latent",
@@ -43,5 +46,8 @@ __all__ = [
     "runs_components",
     "runs_latent",
     "straight_through",
+    "take_in",
+    "takes_in",
+    "token_tables",
     "wanted",
 ]

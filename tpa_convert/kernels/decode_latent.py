@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import Case, choose_backend
-from .latent_tables import WORD, LatentTables
+from .latent_tables import WORD, LatentTables, OutputMap
 
 
 def decode_latent(
@@ -94,6 +94,26 @@ def latent_on_kernel(
     """
     cached = query, keys, values, cosine, sine
     if torch.compiler.is_compiling():
-        return ops.decode_latent(*cached, list(tables.layout), *tables[1:], *call)
+        return ops.decode_latent(*cached, list(tables.layout), *tables[1:-1], *call)
     # As an operator it costs the host as much again; only compilers need one.
     return ops.run_latent(*cached, tables, *call)
+
+
+def attend_on_kernel(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    tables: LatentTables,
+    scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+    output_map: OutputMap,
+) -> Tensor:
+    """The output of a layer [b, 1, D] for one query position of at most `tokens.MOST_TOKENS`
+    sequences, where `runs_latent` says yes: heads are made of features, and projected, in products
+    that add up in fp32 and are rounded once each. No operator for compilers, which do without."""
+    bounds = None, None, None  # start, end and window: the mask says all
+    call = scale, *bounds, softcap, mask, None, True, output_map
+    return ops.run_latent(query, keys, values, cosine, sine, tables, *call)

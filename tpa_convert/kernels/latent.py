@@ -147,6 +147,7 @@ AT_RUN_TIME = [
     "key_stride_t",
     "value_stride_b",
     "value_stride_t",
+    "table_rows",
     "header_k",
     "header_v",
 ]
@@ -175,7 +176,7 @@ def latent_weights_kernel(
     mask_stride_b,
     key_stride_b,
     value_stride_b,
-    table_stride_b,
+    table_rows,
     length,
     query_stride_b,
     query_stride_h,
@@ -283,7 +284,7 @@ def latent_weights_kernel(
         of_column = head * query_stride_h + position * query_stride_s
         in_block = tl.minimum(tl.arange(0, BLOCK), length - 1 - block * BLOCK)
         one_head = tl.arange(0, PADDED)
-        table = batch.to(tl.int64) * table_stride_b
+        table = batch.to(tl.int64) * table_rows * table_stride_t
         table += tl.cast(block, tl.int64) * BLOCK * table_stride_t
         cosine += table
         sine += table

@@ -158,7 +158,7 @@ def latent_weights_on_hopper(
     mask_stride_b,
     key_stride_b,
     value_stride_b,
-    table_stride_b,
+    table_rows,
     length,
     query_stride_b,
     query_stride_h,
@@ -242,7 +242,7 @@ def latent_weights_on_hopper(
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
     keys += batch.to(gl.int64) * key_stride_b
     values += batch.to(gl.int64) * value_stride_b
-    table = batch.to(gl.int64) * table_stride_b
+    table = batch.to(gl.int64) * table_rows * table_stride_t
     if mask is not None:
         mask += batch.to(gl.int64) * mask_stride_b
     filled = X, W, full, empty

@@ -13,7 +13,7 @@ keys may be no more than their offsets), then those of values. Keys of all heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,6 +144,7 @@ class LatentTables(NamedTuple):
             the features of the second class the first is −1 for that of values, −2 for keys. Zeros
             behind those of values and of keys, up to whole words, have `NOTHING`.
         step: what each of them is taken times, fp32 [parts, features].
+        launches: what `launch_latent` has worked out for these tables.
     """
 
     layout: Layout
@@ -158,6 +159,25 @@ class LatentTables(NamedTuple):
     norm: Tensor | None
     place_of: Tensor
     step: Tensor
+    launches: dict[Any, Any]
+
+
+class OutputMap(NamedTuple):
+    """What follows attention: matrices that make heads of features, and the output projection.
+
+    Attributes:
+        gauge, offset: of the j groups of heads, [j, d, features] and [j, d] or None.
+        projection, bias: [D, h · d] and [D] or None.
+    """
+
+    gauge: Tensor
+    offset: Tensor | None
+    projection: Tensor
+    bias: Tensor | None
+
+    def kind(self) -> tuple[int, bool, bool]:
+        """What kernels are launched by: size of what comes out, and what is added."""
+        return len(self.projection), self.offset is not None, self.bias is not None
 
 
 class _Places(NamedTuple):
@@ -297,6 +317,7 @@ def latent_tables(
         norm,
         place_of.int().to(device),
         step.float().contiguous().to(device),
+        {},
     )
 
 

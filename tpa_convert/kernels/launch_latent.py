@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import launch_hopper as hopper
 from .latent import latent_weights_kernel
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout
+from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout, OutputMap
 from .launch import (
     INTERPRETED,
     choose_splits,
@@ -26,7 +26,8 @@ from .launch import (
     shares,
     types_of,
 )
-from .start import Constants, Part, start_kernel
+from .launch_products import map_launches
+from .start import Calls, Constants, Part, laid_out
 
 MAX_COLUMNS = 32  # queries of a program, all heads and positions
 # Slots of a block and warps: the first that gives every multiprocessor a program, or the last.
@@ -38,7 +39,16 @@ MOST_SPLITS = 16  # joining 32 takes as long as a short text's sums
 JOINED = 2048  # sums that a program joins: their loads wait for memory together
 JOIN_CHUNK = 128, 512  # its features; one and more a thread, so that a thread adds up all splits
 SUMS_AT_ONCE = 4  # programs of sums that a multiprocessor runs
-ALIGNED = 128  # bytes that parts of a buffer begin at multiples of
+MOST_LAUNCHES = 16  # that are kept of a layer: caches that take turns
+# What kernels call their arguments: tensors of the tables, tensors and numbers of a call.
+OF_KEYS = "chunks", "behind", "weight", "whole", "unit", "offset", "norm"
+TABLES = *OF_KEYS, "items", "place_of", "step"
+BOUNDS = "pages", "start", "end", "mask"
+MAP = "gauge", "gauge_offset", "projection", "projection_bias"
+TENSORS = "query", "keys", "values", "cosine", "sine", *BOUNDS, "output", *MAP
+STRIDES = "pages_stride_b", "mask_stride_b", "key_stride_b", "value_stride_b"
+NUMBERS = *STRIDES, "table_rows", "length"
+NO_MAP = None, None, None, None
 
 
 def launch_latent(
@@ -56,69 +66,131 @@ def launch_latent(
     mask: Tensor | None = None,
     pages: Tensor | None = None,
     by_group: bool = False,
+    output_map: OutputMap | None = None,
 ) -> Tensor:
     """`decode_latent.latent_on_kernel`, for any strides but the last of queries, keys and
-    values."""
+    values; with an output map `decode_latent.attend_on_kernel`."""
     query = query if query.stride(-1) == 1 else query.contiguous()
     length, page, pages_stride = keys.shape[2], 0, 0
     if pages is not None:
         page, length, pages_stride = length, length * pages.shape[1], pages.stride(0)
-    keys, values = keys.view(torch.int32), values.view(torch.int32)
     key_stride_b, _, key_stride_t, _ = keys.stride()
     value_stride_b, _, value_stride_t, _ = values.stride()
     mask, mask_stride = in_rows(mask)
-    if sine.stride() != cosine.stride():
+    table_stride_b, table_stride_t, table_stride_p = cosine.stride()
+    table_rows = table_stride_b // max(1, table_stride_t)  # between sequences
+    if sine.stride() != cosine.stride() or table_rows * table_stride_t != table_stride_b:
         cosine, sine = cosine.contiguous(), sine.contiguous()
-    table_stride_b, *table_strides = cosine.stride()
-    attended = longest(length, query.shape[2], window)
+        _, table_stride_t, table_stride_p = cosine.stride()
+        table_rows = cosine.shape[1]
+    kind: tuple[Any, ...] = (
+        (cosine.dtype, *types_of(pages, start, end, mask)),
+        query.shape,
+        (
+            *query.stride()[:3],
+            key_stride_t // WORD,
+            value_stride_t // WORD,
+            table_stride_t,
+            table_stride_p,
+        ),
+        (shares(length, SHORTEST), page),
+        (scale, softcap, window),
+        by_group,
+        hopper.rows_fit(cosine, sine),
+        None if output_map is None else output_map.kind(),
+    )
+    of_tables = tables[2:-1]
+    launch = tables.launches.get(kind)
+    if launch is None or not all(map(is_, launch.tables, of_tables)):
+        launch = latent_launch(query, tables, *kind)
+        if len(tables.launches) >= MOST_LAUNCHES:
+            tables.launches.clear()
+        tables.launches[kind] = launch
+    scratch = query.new_empty(launch.scratch, dtype=torch.uint8)
+    output = query.new_empty(launch.output)
+    last = output_map or NO_MAP
+    tensors = query, keys, values, cosine, sine, pages, start, end, mask, output, *last
+    numbers = (
+        pages_stride,
+        mask_stride,
+        key_stride_b // WORD,
+        value_stride_b // WORD,
+        table_rows if len(cosine) > 1 else 0,
+        length,
+    )
+    launch.calls.start(scratch, tensors, numbers)
+    return output
+
+
+class LatentLaunch(NamedTuple):
+    """All that calls of one kind have in common.
+
+    Attributes:
+        tables: tensors of the tables that it was made for.
+        calls: of the kernels of weights, of sums, and of what joins them; and of those of products
+            with what comes out.
+        scratch: bytes of what one kernel writes and another reads.
+        output: size.
+    """
+
+    tables: tuple[Tensor | None, ...]
+    calls: Calls
+    scratch: int
+    output: tuple[int, ...]
+
+
+def latent_launch(
+    query: Tensor,
+    tables: LatentTables,
+    types: tuple[torch.dtype | None, ...],
+    queries: tuple[int, int, int, int],
+    strides: tuple[int, ...],
+    lengths: tuple[int, int],
+    softmax: tuple[float, float | None, int | None],
+    by_group: bool,
+    rows_fit: bool,
+    mapped: tuple[int, bool, bool] | None,
+) -> LatentLaunch:
+    """See `latent_shape`; of `types` and `lengths` those that do not follow from other arguments
+    are given."""
+    (cosines, *bounds), (length, page) = types, lengths
+    attended = longest(length * SHORTEST, queries[2], softmax[-1])
     shape = latent_shape(
         tables.layout,
         tables.epsilon,
         query.device,
-        (query.dtype, cosine.dtype, *types_of(tables.norm, pages, start, end, mask)),
-        query.shape,
-        (*query.stride()[:3], key_stride_t, value_stride_t, *table_strides),
-        (shares(length, SHORTEST), shares(attended, SHORTEST), page),
-        (scale, softcap, window),
+        (query.dtype, cosines, *types_of(tables.norm), *bounds),
+        queries,
+        strides,
+        (length, shares(attended, SHORTEST), page),
+        softmax,
         SHAPES,
         by_group,
-        hopper.rows_fit(cosine, sine),
+        rows_fit,
         tables.whole is not None,
     )
-    scratch = query.new_empty(shape.scratch, dtype=torch.uint8)
-    weights, block_terms, partial, partial_terms = shape.parts
-    bounds = pages, start, end, mask
-    of_keys: tuple[Tensor | None, ...]
-    if shape.kernels[0] is latent_weights_kernel:
-        of_keys = tables.chunks, tables.weight, tables.offset, tables.norm
-    else:
-        whole = tables.weight if tables.whole is None else tables.whole
-        of_keys = tables.behind, whole, tables.unit, tables.offset, tables.norm
-    weigh = (
-        query,
-        keys,
-        values,
-        tables.items,
-        *of_keys,
-        cosine,
-        sine,
-        weights,
-        block_terms,
-        *bounds,
-    )
-    strides = pages_stride, mask_stride, key_stride_b, value_stride_b
-    table_stride_b = table_stride_b if len(cosine) > 1 else 0
-    numbers: tuple[int, ...] = *strides, table_stride_b, length
-    weights_kernel, sums_kernel = shape.kernels
-    start_kernel(weights_kernel, shape.grids[0], shape.constants[0], weigh, numbers, scratch)
-    add = keys, values, tables.items, weights, block_terms, partial, partial_terms, *bounds
-    numbers = *strides, length, shape.splits, shape.blocks
-    start_kernel(sums_kernel, shape.grids[1], shape.constants[1], add, numbers, scratch)
-    output = query.new_empty(shape.output)
-    join = partial, partial_terms, output, tables.place_of, tables.step
-    numbers = (shape.splits,)
-    start_kernel(latent_join_kernel, shape.grids[2], shape.constants[2], join, numbers, scratch)
-    return output
+    of_keys = {"weights_out": "weights"}
+    if tables.whole is not None and shape.kernels[0] is not latent_weights_kernel:
+        of_keys["weight"] = "whole"
+    kernels: list[tuple[Any, ...]] = [
+        (shape.kernels[0], shape.grids[0], shape.constants[0], of_keys),
+        (shape.kernels[1], shape.grids[1], shape.constants[1], {}),
+        (latent_join_kernel, shape.grids[2], shape.constants[2], {}),
+    ]
+    fixed = {name: getattr(tables, name) for name in TABLES}
+    fixed |= {"splits": shape.splits, "blocks": shape.blocks}
+    parts, scratch, output = shape.parts, shape.scratch, shape.output
+    if mapped is not None:
+        kernels[-1][-1]["output"] = "features"
+        size, *biased = mapped
+        more = map_launches(query, output, size, *biased)
+        kernels += more.kernels
+        added, scratch = laid_out(more.parts, scratch)
+        parts, output = parts | added, (len(query), 1, size)
+        fixed |= more.numbers
+    viewed = {"keys": torch.int32, "values": torch.int32}
+    calls = Calls(kernels, TENSORS, parts, fixed, NUMBERS, viewed)
+    return LatentLaunch(tables[2:-1], calls, scratch, output)
 
 
 class LatentShape(NamedTuple):
@@ -128,7 +200,7 @@ class LatentShape(NamedTuple):
         kernels: of weights and of sums.
         constants, grids: of the kernels of weights, of sums, and of what joins them.
         scratch: bytes of what one kernel writes and another reads.
-        parts: of these: weights, terms of blocks, partial sums and terms of splits.
+        parts: of these, by the names that kernels have for them.
         output: size.
         splits: of the slots, that are summed up by themselves.
         blocks: of slots.
@@ -138,7 +210,7 @@ class LatentShape(NamedTuple):
     constants: tuple[Constants, Constants, Constants]
     grids: tuple[tuple[int, int, int], ...]
     scratch: int
-    parts: tuple[Part, Part, Part, Part]
+    parts: dict[str, Part]
     output: tuple[int, ...]
     splits: int
     blocks: int
@@ -219,16 +291,17 @@ def latent_shape(
     grid = (blocks, batch, layout.spans * tiles)
     if ring.stages:  # they stay, and share the tiles of a sequence
         grid = (min(max(1, processors // batch), shares(blocks, 2)), batch, 1)
-    sizes = (
-        ((batch, blocks, 2, padded_columns, block), torch.float32 if exact else torch.float16),
-        ((batch, blocks, 4, padded_columns), torch.float32),
-        ((batch, splits, columns, WORD * layout.items), torch.float32),
-        ((batch, splits, 4, columns), torch.float32),
+    parts, scratch = laid_out(
+        {
+            "weights": (
+                (batch, blocks, 2, padded_columns, block),
+                torch.float32 if exact else torch.float16,
+            ),
+            "block_terms": ((batch, blocks, 4, padded_columns), torch.float32),
+            "partial": ((batch, splits, columns, WORD * layout.items), torch.float32),
+            "partial_terms": ((batch, splits, 4, columns), torch.float32),
+        }
     )
-    parts, first = [], 0
-    for size, dtype in sizes:
-        parts.append(Part(first, size, dtype))
-        first += shares(math.prod(size) * dtype.itemsize, ALIGNED) * ALIGNED
     return LatentShape(
         kernels=(
             hopper.weights_kernel() if ring.stages else latent_weights_kernel,
@@ -240,8 +313,8 @@ def latent_shape(
             (pieces, splits, batch * sum_tiles),
             (columns, shares(layout.features, constants[2].named["CHUNK"]), batch),
         ),
-        scratch=first,
-        parts=(parts[0], parts[1], parts[2], parts[3]),
+        scratch=scratch,
+        parts=parts,
         output=(
             (layout.groups, batch * columns // layout.groups, layout.features)
             if by_group

@@ -99,7 +99,7 @@ def decode_latent(
     """`decode_latent.latent_on_kernel`; what is not of a call is `latent_tables.LatentTables`."""
     of_keys = weight, whole, unit, offset, norm
     constants = epsilon, chunks, behind, items, *of_keys, place_of, step
-    tables = LatentTables(Layout(*layout), *constants)
+    tables = LatentTables(Layout(*layout), *constants, {})
     cached = query, keys, values, cosine, sine
     call = scale, start, end, window, softcap, mask, pages, by_group
     return run_latent(*cached, tables, *call)

@@ -15,7 +15,8 @@ set, see the first launch only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 LARGEST = 2**31 - 1  # larger integers are passed in 64 bits
+ALIGNMENT = 16  # bytes: addresses that are multiples are told from others
+ALIGNED = 128  # bytes that parts of a buffer begin at multiples of
+NO_HOOKS = None, None, None  # what they are told, before and after
 
 
 class Constants:
@@ -53,6 +57,10 @@ class Constants:
         # The one for aligned tensors and no long numbers, where Triton asks nothing else.
         self.usual: tuple[Any, ...] | None = None
 
+    def elsewhere(self) -> bool:
+        """Whether another device than theirs is the current one."""
+        return self.chosen and self.device.index != driver.active.get_current_device()
+
 
 class Part(NamedTuple):
     """Where a tensor that only kernels see lies in a buffer: a view takes the host much longer.
@@ -73,6 +81,122 @@ class Part(NamedTuple):
         return buffer[self.first : self.first + size].view(self.dtype).view(self.shape)
 
 
+def laid_out(
+    sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], first: int = 0
+) -> tuple[dict[str, Part], int]:
+    """Parts of such shapes and types behind each other, and the bytes of a buffer for all; `first`
+    are taken."""
+    parts = {}
+    for name, (shape, dtype) in sizes.items():
+        parts[name] = Part(first, shape, dtype)
+        first += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+    return parts, first
+
+
+class Call(NamedTuple):
+    """One of several kernels that are started together.
+
+    Attributes:
+        pick: what it takes of all that they are given.
+        tensors: how many of these are.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    constants: Constants
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
+    tensors: int
+
+
+class Calls:
+    """Kernels that are started one after the other, each with what it has names for.
+
+    Args:
+        kernels: with grids, constants, and other names for some of their arguments.
+        tensors, numbers: names of what differs from start to start.
+        parts: of a buffer that comes with each start.
+        fixed: tensors and numbers that all starts have in common.
+        viewed: types that some of the tensors are read as.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[tuple[Any, tuple[int, int, int], Constants, Mapping[str, str]]],
+        tensors: Sequence[str],
+        parts: Mapping[str, Part],
+        fixed: Mapping[str, Tensor | int | None],
+        numbers: Sequence[str],
+        viewed: Mapping[str, torch.dtype] | None = None,
+    ):
+        self.viewed = {tensors.index(name): dtype for name, dtype in (viewed or {}).items()}
+        self.parts, self.fixed = (*parts.values(),), (*fixed.values(),)
+        names = (*tensors, *parts, *fixed, *numbers)
+        assert len({*names}) == len(names), "a name for two things"
+        are_numbers = {*numbers, *(name for name, x in fixed.items() if isinstance(x, int))}
+        place = {name: i for i, name in enumerate(names)}
+        self.calls = []
+        for kernel, grid, constants, others in kernels:
+            own = kernel.arg_names[: len(kernel.arg_names) - len(constants.last)]
+            taken = [others.get(name, name) for name in own]
+            count = sum(name not in are_numbers for name in taken)
+            pick = itemgetter(*map(place.__getitem__, taken))
+            self.calls.append(Call(kernel, grid, constants, pick, count))
+        self.first = [part.first for part in self.parts]
+        self.addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in self.fixed]
+        held = [x for x in self.fixed if isinstance(x, Tensor)]
+        self.aligned = all(x.data_ptr() % ALIGNMENT == 0 for x in held)
+        self.ready = self.compiled()
+
+    def start(
+        self, buffer: Tensor, tensors: Sequence[Tensor | None], numbers: tuple[int, ...]
+    ) -> None:
+        """Launches them; what is given is in the order of its names."""
+        constants = self.calls[0].constants
+        if constants.elsewhere():
+            with torch.cuda.device(constants.device):
+                return self.start(buffer, tensors, numbers)
+        if self.ready:
+            base = buffer.data_ptr()
+            addresses: list[int | None] = []
+            together = base
+            for x in tensors:
+                if x is None:
+                    addresses.append(None)
+                else:
+                    address = x.data_ptr()
+                    addresses.append(address)
+                    together |= address
+            if together % ALIGNMENT == 0 and max(numbers) <= LARGEST:
+                addresses += [base + first for first in self.first]
+                given = (*addresses, *self.addresses, *numbers)
+                stream = driver.active.get_current_stream(constants.device.index)
+                for call in self.calls:
+                    run, function, metadata = call.constants.usual  # type: ignore[misc]
+                    arguments = *NO_HOOKS, *call.pick(given), *call.constants.last
+                    run(*call.grid, stream, function, metadata, *arguments)
+                return None
+        for launch in self.each(buffer, tensors, numbers):
+            start_kernel(*launch)
+        self.ready = self.compiled()
+        return None
+
+    def compiled(self) -> bool:
+        """Whether Triton has compiled all, for what is aligned."""
+        return self.aligned and all(call.constants.usual for call in self.calls)
+
+    def each(
+        self, buffer: Tensor, tensors: Sequence[Tensor | None], numbers: tuple[int, ...]
+    ) -> Iterator[tuple[Any, ...]]:
+        """The same one by one, as arguments of `start_kernel`."""
+        seen: list[Any] = list(tensors)
+        for i, dtype in self.viewed.items():
+            seen[i] = seen[i].view(dtype)
+        given = (*seen, *self.parts, *self.fixed, *numbers)
+        for kernel, grid, constants, pick, count in self.calls:
+            arguments = pick(given)
+            yield kernel, grid, constants, arguments[:count], arguments[count:], buffer
+
+
 def start_kernel(
     kernel: Any,
     grid: tuple[int, int, int],
@@ -88,7 +212,7 @@ def start_kernel(
         numbers: that differ from launch to launch, each 0 or more; at least one.
         buffer: that parts are of.
     """
-    if constants.chosen and constants.device.index != driver.active.get_current_device():
+    if constants.elsewhere():
         with torch.cuda.device(constants.device):
             return start_kernel(kernel, grid, constants, tensors, numbers, buffer)
     addresses: list[int | None] = []
@@ -100,10 +224,10 @@ def start_kernel(
             address = base + x.first if isinstance(x, Part) else x.data_ptr()
             addresses.append(address)
             together |= address
-    usual = not together & 15 and max(numbers) <= LARGEST
+    usual = together % ALIGNMENT == 0 and max(numbers) <= LARGEST
     found = constants.usual if usual else None
     if found is None:
-        kinds = kinds_of(addresses if together & 15 else (), numbers)
+        kinds = kinds_of(addresses if together % ALIGNMENT else (), numbers)
         found = constants.compiled.get(kinds)
     if found is None:
         given = [x.of(buffer) if isinstance(x, Part) else x for x in tensors]
@@ -116,8 +240,7 @@ def start_kernel(
         return
     run, function, metadata = found
     stream = driver.active.get_current_stream(constants.device.index)
-    hooks = None, None, None  # what they are told, before and after
-    run(*grid, stream, function, metadata, *hooks, *addresses, *numbers, *constants.last)
+    run(*grid, stream, function, metadata, *NO_HOOKS, *addresses, *numbers, *constants.last)
 
 
 def kinds_of(addresses: Sequence[int | None], numbers: tuple[int, ...]) -> tuple[Any, ...]:

@@ -155,26 +155,39 @@ class TPAAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         latent, stock = isinstance(keys, LatentKeys), isinstance(cache, Cache)
         if self.rotary_emb is None:
-            tables = self.tables(position_embeddings)
+            of_pass = self.known_of(position_embeddings)
         else:
-            tables = self.rotary_emb.shared(
-                position_embeddings[:1], self.table_kind, lambda: self.tables(position_embeddings)
+            of_pass = self.rotary_emb.shared(
+                position_embeddings[:1], self.table_kind, lambda: self.known_of(position_embeddings)
             )
-        table, query_table, key_table = tables
-        query = part_of(self, "q_proj")(hidden_states)
-        if self.q_norm is not None:
-            query = self.q_norm(query.view(batch, length, -1, self.query_norm_width))
-        query = query.view(batch, length, self.num_heads, -1)
+        (table, query_table, key_table), implementation = of_pass
         held = None if cache is None else tokens_in(cache, self.layer_idx)
-        on_kernels, coded = self.coded, None  # tables of kernels
-        if on_kernels is not None and cache is not None:
-            coded = on_kernels.prepare(query, keys, values, cache, held)
-        if on_kernels is None or coded is None:
-            query = rotate(query.transpose(1, 2), query_table, keys.rotation)
-            key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
+        on_kernels, coded, features = self.coded, None, None  # tables of kernels
+        taken = None
+        if on_kernels is not None and cache is not None and length == 1:
+            projections = (
+                part_of(self, "q_proj"),
+                part_of(keys, "feature_factor"),
+                part_of(values, "feature_factor"),
+            )
+            normalise = None if self.q_norm is None else self.normalised_queries
+            of_token = query_table, keys, values, cache, held, normalise
+            taken = on_kernels.take_in(hidden_states, projections, *of_token)
+        if taken is not None:
+            coded, query, key, value = taken
         else:
-            given = hidden_states, query, query_table, keys, values
-            query, key, value, features = on_kernels.pack(coded, *given)
+            query = part_of(self, "q_proj")(hidden_states)
+            if self.q_norm is not None:
+                query = self.normalised_queries(query)
+            query = query.view(batch, length, self.num_heads, -1)
+            if on_kernels is not None and cache is not None:
+                coded = on_kernels.prepare(query, keys, values, cache, held)
+            if on_kernels is None or coded is None:
+                query = rotate(query.transpose(1, 2), query_table, keys.rotation)
+                key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
+            else:
+                given = hidden_states, query, query_table, keys, values
+                query, key, value, features = on_kernels.pack(coded, *given)
         of_slots = None
         if cache is not None:
             prompt = stock and length > 1 and held == 0
@@ -190,23 +203,23 @@ class TPAAttention(nn.Module):
                 of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
             if length == 1 or key.shape[2] != length:  # something was cached before
                 features = None
-        if self.rotary_emb is not None:
-            self.rotary_emb.done()
-        implementation = self.config._attn_implementation
         one = length == 1 and (cache is None or stock)
-        output = weights = None
+        output = weights = projected = None
         if one and features is None and on_kernels is not None and coded is not None:
             # Who hooks into this module may want weights, which only eager attention gives.
             eager = implementation == "eager" and self.softcap and not self._forward_hooks
             if eager or (implementation == "sdpa" and not self.softcap):
-                pairs = pairs_of(table) if of_slots is None else of_slots[1]
-                cached = query, key, value, attention_mask, pairs
-                output = on_kernels.decode(coded, *cached, self.scaling, self.softcap)
-        if output is None:
-            if of_slots is not None:
-                table = of_slots[0]
-            key, value = features or self.unpack(key, value, query.dtype)
-        if output is None and one and implementation == "sdpa" and not self.softcap:
+                pairs = pairs_of(table) if of_slots is None else of_slots
+                cached = query, key, value, attention_mask, pairs, part_of(self, "o_proj")
+                projected = on_kernels.decode(coded, *cached, self.scaling, self.softcap)
+        if projected is None and of_slots is not None:
+            table = self.features_of(of_slots)
+        if self.rotary_emb is not None:
+            self.rotary_emb.done()
+        if projected is not None:
+            return projected, None
+        key, value = features or self.unpack(key, value, query.dtype)
+        if one and implementation == "sdpa" and not self.softcap:
             output = self.decode(query, key, value, attention_mask, table)
         if output is None:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -242,12 +255,22 @@ class TPAAttention(nn.Module):
                 output = output[..., : values.output_width]
         return part_of(self, "o_proj")(output.reshape(batch, length, -1)), weights
 
+    def normalised_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries [b, s, h · d] by the norm of the source, [b, s, heads or 1, ...]."""
+        assert self.q_norm is not None
+        return self.q_norm(query.view(*query.shape[:2], -1, self.query_norm_width))
+
     def train(self, mode: bool = True) -> "TPAAttention":
         """What decoding keeps of the parameters is made anew after training, but not where nothing
         changes: many call `eval` before every use."""
         if mode or self.training:
             Sources.trained()
         return super().train(mode)
+
+    def known_of(self, position_embeddings: Table) -> tuple[tuple[Table, Table, Table], str]:
+        """What layers share in a forward pass: `tables`, and the name of the attention function,
+        for which the config takes the host as long as a launch."""
+        return self.tables(position_embeddings), self.config._attn_implementation
 
     def tables(self, position_embeddings: Table) -> tuple[Table, Table, Table]:
         """Tables of the new tokens: that of the features of a head, [b, 1, s, d], and those of
@@ -331,10 +354,10 @@ class TPAAttention(nn.Module):
         position_embeddings: Table,
         attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[Table, Table] | None:
-        """Tables of all positions that a cache of transformers will hold with the new tokens in it,
-        of features and of pairs, for keys that are rotated where they are used; None if it holds no
-        others."""
+    ) -> Table | None:
+        """The table of pairs, [b or 1, t, f], at all positions that a cache of transformers will
+        hold with the new tokens in it, for keys that are rotated where they are used; None if it
+        holds no others."""
         length, positions = hidden_states.shape[1], kwargs.get("position_ids")
         slots_t = cache.get_mask_sizes(length, self.layer_idx)[0]
         if slots_t == length:
@@ -350,7 +373,7 @@ class TPAAttention(nn.Module):
 
     def table_of_pages(
         self, slots: int, hidden_states: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Table, Table] | None:
+    ) -> Table | None:
         """The same of the `slots` that a paged cache has returned."""
         if slots == hidden_states.shape[1]:
             return None
@@ -358,13 +381,21 @@ class TPAAttention(nn.Module):
         positions = paged_positions(starts_q, starts_k, kwargs["position_ids"], slots)
         return self.table_at(hidden_states, positions)
 
-    def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> tuple[Table, Table]:
-        """Tables of features and of pairs at positions [b or 1, t], in the type and place of what
-        comes in."""
+    def table_at(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Table:
+        """The table of pairs at positions [b or 1, t], in the type and place of what comes in."""
         assert self.rotary_emb is not None, "set by replace_attention"
-        cos, sin = (x.to(hidden_states.device) for x in self.rotary_emb(hidden_states, positions))
-        table = feature_table(pair_table((cos, sin), self.head_dim // 2, self.table_order))
-        return table, pairs_of(table)
+        table = self.rotary_emb(hidden_states, positions)
+        if table[0].device != hidden_states.device:
+            table = table[0].to(hidden_states.device), table[1].to(hidden_states.device)
+        cos, sin = pair_table(table, self.head_dim // 2, self.table_order)
+        return cos[:, 0], sin[:, 0]
+
+    def features_of(self, pairs: Table) -> Table:
+        """The table of features [b, 1, t, d] in one of pairs [b, t, f]."""
+        assert self.rotary_emb is not None, "set by replace_attention"
+        cos, sin = pairs
+        given = cos[:, None], sin[:, None]
+        return self.rotary_emb.shared(pairs, (cos.shape,), lambda: feature_table(given))
 
     def decode(
         self,
@@ -393,23 +424,3 @@ class TPAAttention(nn.Module):
             cached = query, key, value, attention_mask
             output = decode_rotated(*cached, keys, values, self.kernel, scaling)
         return output.transpose(1, 2)
-
-
-def replace_attention(decoder: Any, names: AttentionNames) -> None:
-    """Puts Tensor Product Attention in every layer of a decoder of transformers, in place.
-
-    The layers know the decoder's rotary embedding, since latent keys are rotated where they are
-    used; it stays the decoder's own module.
-    """
-    rotary = getattr(decoder, names.rotary)
-    by_type = "layer_type" in signature(type(rotary).forward).parameters
-    layers = getattr(decoder, names.layers)
-    kept: dict[Any, Any] = {}
-    for i, layer in enumerate(layers):
-        attention = TPAAttention(decoder.config, i, getattr(layer, names.attention), names)
-        kind = {"layer_type": decoder.config.layer_types[i]} if by_type else {}
-        # Past nn.Module's own setter, which would make it a submodule of every layer.
-        object.__setattr__(
-            attention, "rotary_emb", LayerRotary(rotary, kind, kept, i + 1 == len(layers))
-        )
-        setattr(layer, names.attention, attention)

@@ -2,6 +2,7 @@
 all rows. See `tpa_keys` for letters."""
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from .tpa_kernels import (
     find_coded,
     mask_of_slots,
     part_of,
+    plain_inference,
+    plain_product,
     wants_gradients,
 )
 from .tpa_keys import KeyLayout
@@ -31,15 +34,17 @@ class CodedTables(NamedTuple):
         keys, values: of the kernel that codes components.
         prediction: what values take off for features of keys in whole words, [key features,
             width]; None where they are not predicted.
+        tokens: of the kernels that take in single tokens.
         decoding: of the kernels that decode; None where they do not run.
         key_gauge, key_offset: of all heads together, [j · d, features] and [j · d]; None where keys
             are normalised, or made block by block of rotary pairs.
-        gauge, offset: of the values, [j, features, d] and [j, 1, d]; None where U is absorbed.
+        gauge, offset: of the values, [j, d, features] and [j, 1, d]; None where U is absorbed.
     """
 
     keys: Any
     values: Any
     prediction: Tensor | None
+    tokens: Any
     decoding: Any
     key_gauge: Tensor | None
     key_offset: Tensor | None
@@ -77,7 +82,7 @@ class CodedLayer:
         """Tables for queries of this type and place; None where no kernel is to run.
 
         Args:
-            query: [b, s, h, d].
+            query: [b, s, ...].
             cache: that rows go to, and how many tokens it is known to hold; None if it is not.
         """
         made_for, several = (query.dtype, query.device), query.shape[1] > 1
@@ -118,6 +123,43 @@ class CodedLayer:
             self.made_of, self.made_for = Sources(parts), made_for
         self.cache = None if held is None else weakref.ref(cache)
         return self.tables
+
+    def take_in(
+        self,
+        hidden_states: Tensor,
+        projections: Sequence[nn.Module],
+        table: Table,
+        keys: KeyLayout,
+        values: StaticValues,
+        cache: Any,
+        held: Any,
+        normalise: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[CodedTables, Tensor, Tensor, Tensor] | None:
+        """Tables, rotated queries [b, h, 1, d], and rows of the keys and values of one new token of
+        each sequence, [b, 1, 1, bytes]; None where `prepare` and `pack` have to find them.
+
+        Args:
+            hidden_states: [b, 1, D].
+            projections: to queries, and to components of keys and of values.
+            table: that queries are rotated by, see `rotate`.
+            cache, held: see `prepare`.
+            normalise: queries, [b, 1, h · d] in any shape.
+        """
+        kernels = self.kernels
+        if kernels is None or not plain_inference(hidden_states):
+            return None
+        weights, biases = [], []
+        for projection in projections:
+            found = plain_product(projection, hidden_states)
+            if found is None:
+                return None
+            weights.append(found[0])
+            biases.append(found[1])
+        tables = self.prepare(hidden_states, keys, values, cache, held)
+        if tables is None or not kernels.takes_in(len(hidden_states), hidden_states.shape[-1]):
+            return None
+        given = hidden_states, weights, biases, tables.tokens, *table, keys.head_dim, normalise
+        return tables, *kernels.take_in(*given)
 
     def pack(
         self,
@@ -164,38 +206,41 @@ class CodedLayer:
         value: Tensor,
         attention_mask: Tensor | None,
         table: Table,
+        projection: nn.Module,
         scaling: float,
         softcap: float | None = None,
     ) -> Tensor | None:
-        """Attention of one query position on rows, as they are cached; None where no kernel runs
-        it.
+        """Output [b, 1, D] of the attention of one query position on rows, as they are cached;
+        None where no kernel runs it.
 
         Args:
             query: rotated, [b, h, 1, d].
             key, value: the cache of this layer, [b, 1, t, bytes].
             attention_mask: as the attention function takes it.
             table: cosines and sines of the pairs at the cached positions, [b or 1, t, d / 2].
-
-        Returns: what the output projection reads, [b, 1, h · (width or d)].
+            projection: of the output.
         """
         known, mask = mask_of_slots(attention_mask, added=True)
         if tables.decoding is None or not known:
             return None
         assert self.kernels is not None
-        cached = query, key, value, *table, tables.decoding
+        kernels, cached = self.kernels, (query, key, value, *table, tables.decoding)
+        gauge, offset, batch = tables.gauge, tables.offset, len(query)
+        plain = None
+        if gauge is not None and plain_inference(query):
+            plain = plain_product(projection, query)
+        if plain is not None and kernels.takes_in(batch, plain[0].shape[1]):
+            output_map = kernels.output_map(gauge, offset, *plain)
+            return kernels.attend(*cached, scaling, softcap, mask, output_map)
         bounds = None, None, None  # start, end and window: the mask says all
-        gauge, call = tables.gauge, (scaling, *bounds, softcap, mask, None)
-        batch = len(query)
+        call = scaling, *bounds, softcap, mask, None
         if gauge is None:
-            return self.kernels.decode(*cached, *call, False).view(batch, 1, -1)
-        mixed = self.kernels.decode(*cached, *call, True)  # [j, b · h / j, width]
-        if tables.offset is None:
-            found = torch.bmm(mixed, gauge)
-        else:
-            found = torch.baddbmm(tables.offset, mixed, gauge)
-        if batch == 1:
-            return found.view(1, 1, -1)
-        return found.view(len(gauge), batch, -1).transpose(0, 1).reshape(batch, 1, -1)
+            return projection(kernels.decode(*cached, *call, False).view(batch, 1, -1))
+        mixed, gauge = kernels.decode(*cached, *call, True), gauge.mT  # [j, b · h / j, width]
+        found = torch.bmm(mixed, gauge) if offset is None else torch.baddbmm(offset, mixed, gauge)
+        if batch > 1:
+            found = found.view(len(gauge), batch, -1).transpose(0, 1)
+        return projection(found.reshape(batch, 1, -1))
 
     def expand(
         self, tables: CodedTables, key: Tensor, value: Tensor, table: Table
@@ -210,13 +255,13 @@ class CodedLayer:
         if tables.key_gauge is None or tables.gauge is None or torch.compiler.is_compiling():
             return None
         assert self.kernels is not None
-        groups, width, head_dim = tables.gauge.shape
+        groups, head_dim, width = tables.gauge.shape
         batch, _, length, _ = key.shape
         shape = batch, length, groups, head_dim
         key = nn.functional.linear(key, tables.key_gauge, tables.key_offset).view(shape)
         key = self.kernels.rotate(key, *table)
         offset = None if tables.offset is None else tables.offset.view(-1)
-        gauge = tables.gauge.mT.view(-1, width)
+        gauge = tables.gauge.view(-1, width)
         value = nn.functional.linear(value, gauge, offset).view(shape)
         return key.transpose(1, 2), value.transpose(1, 2)
 
@@ -249,16 +294,20 @@ def tables_of(
         dtype,
         keys.shape.predict_values,
     )
-    prediction = values.key_prediction
+    prediction = None
+    if values.key_prediction is not None:
+        prediction = values.key_prediction.matrix().to(dtype)
+    key_codes, value_codes = codes_of(kernels, key_coder), codes_of(kernels, value_coder)
     whole = None if keys.norm is not None else keys.gauge.whole()
     return CodedTables(
-        codes_of(kernels, key_coder),
-        codes_of(kernels, value_coder),
-        None if prediction is None else prediction.matrix().to(dtype).mT,
+        key_codes,
+        value_codes,
+        None if prediction is None else prediction.mT,
+        kernels.token_tables(key_codes, value_codes, prediction),
         decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
         None if whole is None else whole[0].to(dtype).flatten(0, 1),
         None if whole is None else whole[1].to(dtype).flatten(),
-        None if gauge is None else gauge.matrix().to(dtype).mT,
+        None if gauge is None else gauge.matrix().to(dtype).contiguous(),
         None if gauge is None or gauge.offset is None else gauge.offset.to(dtype)[:, None],
     )
 

@@ -77,9 +77,14 @@ class CodedKernels(NamedTuple):
     code_tables: Callable[..., Any]
     row_tables: Callable[..., Any]
     row_codes: Callable[..., Any]
+    token_tables: Callable[..., Any]
+    takes_in: Callable[..., bool]
+    take_in: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     rotate: Callable[..., torch.Tensor]
     decodes: Callable[..., bool]
     decode: Callable[..., torch.Tensor]
+    attend: Callable[..., torch.Tensor]
+    output_map: Callable[..., Any]
     tables: Callable[..., Any]
     key_map: Callable[..., Any]
     rows: Callable[..., Any]
@@ -89,8 +94,10 @@ def find_coded() -> CodedKernels | None:
     """What codes rows and decodes over them on a GPU, None where no package has it; see
     `find_kernel`."""
     encoding = "runs_components", "rows_on_kernel", "CodeTables", "row_tables", "row_codes"
-    decoding = "runs_latent", "latent_on_kernel", "latent_tables", "KeyMap", "Rows"
-    found = _of_kernels("wanted", *encoding, "rotate_on_kernel", *decoding)
+    of_tokens = "token_tables", "takes_in", "take_in"
+    decoding = "runs_latent", "latent_on_kernel", "attend_on_kernel", "OutputMap"
+    tables = "latent_tables", "KeyMap", "Rows"
+    found = _of_kernels("wanted", *encoding, *of_tokens, "rotate_on_kernel", *decoding, *tables)
     return None if found is None else CodedKernels(*found)
 
 
@@ -103,6 +110,39 @@ def find_rotation() -> Callable[..., torch.Tensor | None] | None:
 def part_of(module: nn.Module, name: str) -> Any:
     """A module inside of another, past the look-up of `nn.Module`, which takes the host 1 µs."""
     return module._modules[name]
+
+
+def plain_inference(x: torch.Tensor) -> bool:
+    """Whether nothing but numbers is asked for, in the type of a tensor: no gradients, no graph for
+    a compiler, no other types by autocast."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
+
+
+HOOKS = (  # of all modules
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+
+
+def plain_product(
+    module: nn.Module, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight and bias of a module that does nothing but multiply by the one and add the other, in
+    the type and place of a tensor; None of others: those that somebody hooks into, adapts,
+    quantises, parametrises or splits among devices."""
+    own = module.__dict__
+    if type(module) is not nn.Linear or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return None
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    if type(weight) is not nn.Parameter or "forward" in own or any(HOOKS):
+        return None
+    if weight.dtype != like.dtype or weight.device != like.device or not weight.is_contiguous():
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != like.dtype):
+        return None
+    return weight, bias
 
 
 class Sources:

@@ -1,16 +1,18 @@
 """What all converted models share, whatever their family."""
 
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers import initialization as init
 
 from .tpa_adapters import tell_peft
-from .tpa_attention import TPAAttention, replace_attention
+from .tpa_attention import TPAAttention
 from .tpa_coder import RowCoder
 from .tpa_gauges import BlockGauge, HeadGauge, PairGauge
 from .tpa_keys import KeyNorm, RotatedKeys
 from .tpa_paged import pack_paged_cache
+from .tpa_rotary import LayerRotary
 from .tpa_source import AttentionNames
 from .tpa_values import KeyPrediction
 
@@ -56,3 +58,23 @@ class TPAModelMixin:
     def _get_static_cache_init_shape(self) -> None:
         # The cache is packed: its shapes follow from the first update, not from the config's heads.
         return None
+
+
+def replace_attention(decoder: Any, names: AttentionNames) -> None:
+    """Puts Tensor Product Attention in every layer of a decoder of transformers, in place.
+
+    The layers know the decoder's rotary embedding, since latent keys are rotated where they are
+    used; it stays the decoder's own module.
+    """
+    rotary = getattr(decoder, names.rotary)
+    by_type = "layer_type" in signature(type(rotary).forward).parameters
+    layers = getattr(decoder, names.layers)
+    kept: dict[Any, Any] = {}
+    for i, layer in enumerate(layers):
+        attention = TPAAttention(decoder.config, i, getattr(layer, names.attention), names)
+        kind = {"layer_type": decoder.config.layer_types[i]} if by_type else {}
+        # Past nn.Module's own setter, which would make it a submodule of every layer.
+        object.__setattr__(
+            attention, "rotary_emb", LayerRotary(rotary, kind, kept, i + 1 == len(layers))
+        )
+        setattr(layer, names.attention, attention)

@@ -96,12 +96,16 @@ def slot_positions(
     """
     first = cache.get_seq_length(layer_idx)
     slots_t, offset = cache.get_mask_sizes(length, layer_idx)
-    slots = offset + torch.arange(slots_t, device=device)[None]
     last = first + length - 1
+    if position_ids is not None and attention_mask is None and length == 1:
+        # As below, in fewer steps: every token asks.
+        if isinstance(last, int) and last == offset + slots_t - 1:  # no free slots
+            return position_ids + torch.arange(offset - last, 1, device=device)
+        slots = offset + torch.arange(slots_t, device=device)
+        return position_ids + (slots - last).clamp(max=0)
+    slots = offset + torch.arange(slots_t, device=device)[None]
     if position_ids is None:
         return slots.clamp(max=last)
-    if attention_mask is None and length == 1:  # as below, in fewer steps: every token asks
-        return position_ids + (slots - last).clamp(max=0)
     attended = slots <= last
     if isinstance(attention_mask, torch.Tensor):
         mask = attention_mask

@@ -1,0 +1,68 @@
+"""One new token of each of a few sequences on its way into a cache of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .encode_reference import RowCodes
+from .ops import launches
+from .rows import FEATURES
+
+MOST_TOKENS = 16  # more of them keep a GPU busy for longer than the host
+
+
+class TokenTables(NamedTuple):
+    """What new tokens of one layer are taken in by.
+
+    Attributes:
+        keys, values: what codes components.
+        prediction: what values take off for features of keys, [width, features in whole words];
+            None where they are not predicted.
+        launches: what `launch_token` has worked out for these tables.
+    """
+
+    keys: RowCodes
+    values: RowCodes
+    prediction: Tensor | None
+    launches: dict[Any, Any]
+
+
+def token_tables(keys: RowCodes, values: RowCodes, prediction: Tensor | None) -> TokenTables:
+    """Of one layer; the prediction is in the type of its weights."""
+    prediction = None if prediction is None else prediction.contiguous()
+    return TokenTables(keys, values, prediction, {})
+
+
+def takes_in(tokens: int, width: int) -> bool:
+    """Whether kernels multiply so many rows of such a width by matrices: `take_in` by those of
+    projections, and `attend_on_kernel` by that of the output, where they do the rest."""
+    return tokens <= MOST_TOKENS and width % FEATURES == 0
+
+
+def take_in(
+    states: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tables: TokenTables,
+    cosine: Tensor,
+    sine: Tensor,
+    head_dim: int,
+    normalise: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [b, h, 1, d], and rows of bytes of keys and of values, [b, 1, 1, bytes]; for
+    those who know that kernels run it. Products add up in fp32, and are rounded once. No operator
+    for compilers, which do without; without gradients.
+
+    Args:
+        states: of one token of each sequence, [b, 1, D].
+        weights: of the projections to queries, and to components of keys and values, [n, D] each,
+            in the type of the states.
+        biases: theirs, [n] each, None for those without.
+        cosine, sine: that queries are rotated by, see `rotation.rotate`.
+        normalise: what comes before: queries [b, 1, h · d] in any shape of so many numbers.
+    """
+    given = states.contiguous(), weights, biases, tables, cosine, sine, head_dim, normalise
+    return launches(".launch_token").launch_token(*given)
