@@ -262,7 +262,8 @@ def latent_tables(
     weight = torch.where(component >= 0, weight, 0).unflatten(-1, (-1, CHUNK)).permute(2, 0, 1, 3)
     lowest = _lowest_bits(weight, of_keys.items.to(device))
     of_keys, weight = of_keys.at(lowest.cpu()), weight * _of_places(torch.exp2(FIRST_BIT - lowest))
-    whole, unit = _in_eight_bits(weight, of_keys.items.to(device), chunks, blocks, scaled)
+    items, whole, unit = _in_eight_bits(weight, of_keys.items.to(device), chunks, blocks, scaled)
+    of_keys = of_keys._replace(items=items.cpu())
     offsets = [key_map.offset, key_map.of_class]
 
     def by_block(x: Tensor | None) -> Tensor:
@@ -356,8 +357,12 @@ def _lowest_bits(weight: Tensor, items: Tensor) -> Tensor:
 
 def _in_eight_bits(
     weight: Tensor, items: Tensor, chunks: Sequence[int], blocks: int, of_components: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """`LatentTables.whole` and `unit`; None where rounding to them would add to the error of codes.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Items, and `LatentTables.whole` and `unit`; None where rounding to them would add to the
+    error of codes.
+
+    What rounding takes off the weights of some codes stands in items that held nothing: the same
+    codes again, lower in their bytes, so that what they are multiples of is a part of that.
 
     Args:
         weight: [chunks, spans, 2 N, CHUNK].
@@ -365,22 +370,46 @@ def _in_eight_bits(
         chunks: the block of pairs of each chunk, of so many `blocks`.
         of_components: weights of codes that are whole, [spans, 2 N, w].
     """
-    keep, block = items >> 24, torch.tensor(chunks, device=weight.device)
+    block = torch.tensor(chunks, device=weight.device)
     size = weight.abs().amax(-1).unflatten(-1, (2, -1)).amax(-2)  # of a chunk, [chunks, spans, N]
     of_block = block[:, None, None].expand_as(size)
     largest = size.new_zeros(blocks, *size.shape[1:]).scatter_reduce(0, of_block, size, "amax")
     unit = largest.clamp_min(TINY) / 127
-    steps = unit[block].repeat(1, 1, 2)
-    # Rounding to whole numbers is off by a twelfth, squared and on average; codes are taken to be
-    # as often one as another.
-    squares = (keep.square() + 2 * keep * (keep & -keep)).float().view(len(chunks), -1)
-    noise = (steps.square() * squares.sum(-1)[:, None, None]).sum() * WORD / 3 / 16**2
-    if noise > MOST_NOISE * of_components.square().sum():
-        return None, None
-    whole = (weight / steps[..., None]).round().to(torch.int8)
-    in_memory = [BYTES.index(i) for i in range(WORD)]
-    whole = whole.unflatten(-1, (-1, WORD))[..., in_memory].flatten(-2)
-    return whole.contiguous(), unit / 16
+    # Pair by pair of items, [chunks · pairs, spans, 2 N, 2, 4].
+    pairs = CHUNK // WORD // 2
+    exact = weight.unflatten(-1, (pairs, 2, WORD)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
+    block, items = block.repeat_interleave(pairs), items.view(-1, 2)
+    step = unit[block].repeat(1, 1, 2)[..., None, None]
+    whole = (exact / step).round()
+    left = exact / step - whole
+    noise = _noise(left * step, items)
+    for i in range(blocks):
+        own = block == i
+        free = (own & (items >> 24 == 0).all(1)).nonzero()[:, 0]
+        worst = torch.where(own, noise, -1).argsort(descending=True, stable=True)
+        count = min(len(free), int((own & (noise > 0)).sum()))
+        to, of = free[:count], worst[:count]
+        keep = items[of] >> 24
+        lower = (torch.log2((keep & -keep).clamp_min(1)) - LOWEST_BIT).clamp_min(0).int()
+        turn = ((items[of] >> 16) + lower) % 32
+        items[to] = items[of] & 0xFFFF | turn << 16 | keep >> lower << 24
+        rest = left[of] * torch.exp2(lower)[:, None, None, :, None]
+        whole[to] = rest.round()
+        noise[of] = _noise((rest - whole[to]) * step[of], items[to])
+    items = items.flatten()
+    if noise.sum() > MOST_NOISE * of_components.square().sum() / 12:
+        return items, None, None
+    whole = whole[..., [BYTES.index(i) for i in range(WORD)]]  # in the order of memory
+    whole = whole.unflatten(0, (-1, pairs)).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    return items, whole.to(torch.int8).contiguous(), unit / 16
+
+
+def _noise(error: Tensor, items: Tensor) -> Tensor:
+    """What errors of weights [pairs, spans, 2 N, 2, 4] give keys, squared and on average, where
+    codes are as often one as another: more than they do."""
+    keep = items >> 24  # [pairs, 2]
+    squares = (keep.square() + 2 * keep * (keep & -keep)) / (3 * 16**2)
+    return (error.square().sum((1, 2, 4)) * squares).sum(-1)
 
 
 def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:
