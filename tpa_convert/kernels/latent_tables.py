@@ -29,9 +29,7 @@ FIRST_BIT = 3  # where the lowest bit of a code comes to lie, and stands for one
 LOWEST_BIT = 1  # where it may lie at least: centres are multiples of a half
 MASK_BITS = 7
 FINEST = 8  # weights of that part of the largest, and smaller ones, are of codes as low as can be
-MOST_NOISE = (
-    0.5  # of weights in eight bits, as a part of that of codes, by an estimate that is high
-)
+MOST_NOISE = 0.05  # of weights in eight bits, of that of codes; both are estimates
 TINY = 1e-30
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
