@@ -22,6 +22,7 @@ TESTS = [
         "test_kernels_model.py",
         "test_kernels_latent_model.py",
         "test_kernels_tokens_model.py",
+        "test_kernels_room_model.py",
     )
 ]
 

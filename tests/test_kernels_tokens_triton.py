@@ -245,3 +245,19 @@ def test_what_was_worked_out_for_other_tables_is_not_taken(token) -> None:
     tables = tables._replace(prediction=tables.prediction * 2)
     _, _, others = take_in(*given, tables, *token.table, token.head_dim)
     assert differing(rows, others) > 0.1
+
+
+def test_rows_go_where_there_is_room(token) -> None:
+    """In the slot that is named, and nowhere else."""
+    tables = token_tables(*token.codes(), token.prediction)
+    given = token.states, token.weights, token.biases, tables, *token.table, token.head_dim
+    query, *rows = take_in(*given)
+    for slots, slot in ((5, 3), (5, 0), (9, 8)):
+        room = [torch.full((3, 1, slots, x.shape[-1]), 7, dtype=torch.uint8) for x in rows]
+        room = [x.to(DEVICE) for x in room]
+        expected = [x.clone() for x in room]
+        for x, row in zip(expected, rows, strict=True):
+            x[:, :, slot] = row[:, :, 0]
+        found, *written = take_in(*given, None, (*room, slot))
+        assert torch.equal(found, query)
+        assert all(map(torch.equal, written, expected))

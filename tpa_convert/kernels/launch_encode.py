@@ -93,7 +93,9 @@ def _launch(
         tensors = x, numbers, *outputs, places, query, cosine, sine, rotated
         coders, rotators = constants.named["ROWS"], constants.named["QUERIES"]
         grid = (shares(count, coders) + shares(query_rows, rotators), 1, 1)
-        start_kernel(encode_kernel, grid, constants, tensors, (count, query_rows, table_rows))
+        row_bytes = 0 if places is None else places.shape[1]
+        rows = count, query_rows, table_rows, 0, row_bytes
+        start_kernel(encode_kernel, grid, constants, tensors, rows)
     return rotated
 
 

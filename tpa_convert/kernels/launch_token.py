@@ -26,9 +26,12 @@ TENSORS = (
     "states",
     *("query_weight", "key_weight", "value_weight"),
     *("query_bias", "key_bias", "value_bias"),
-    *("cosine", "sine", "rotated"),
+    *("cosine", "sine", "rotated", "key_rows", "value_rows"),
 )
-NUMBERS = "rows", "query_rows", "table_rows"
+NUMBERS = (
+    *("rows", "query_rows", "table_rows"),
+    *("key_first", "key_stride", "value_first", "value_stride"),
+)
 NOTHING = dict.fromkeys(("header", "codes", "inside", "label"), "nothing")
 UNROTATED = dict.fromkeys(("query", "cosine", "sine", "rotated"), "nothing")
 NO_QUERIES = dict.fromkeys(("query_rows", "table_rows"), "no_rows")
@@ -41,15 +44,15 @@ class TokenLaunch(NamedTuple):
         tables: tensors of the tables that it was made for.
         project: of the kernel that projects, where queries are normalised behind it.
         calls: of the others.
-        scratch: bytes of all that they write but rotated queries.
-        rows: sizes, strides and first bytes of rows of keys and of values.
+        scratch: bytes of all that they write but rotated queries and rows.
+        rows: bytes of a row of keys and of values.
     """
 
     tables: tuple[Tensor | None, ...]
     project: Calls | None
     calls: Calls
     scratch: int
-    rows: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+    rows: tuple[int, int]
 
 
 def tensors_of(tables: TokenTables) -> tuple[Tensor | None, ...]:
@@ -66,6 +69,7 @@ def launch_token(
     sine: Tensor,
     head_dim: int,
     normalise: Callable[[Tensor], Tensor] | None = None,
+    room: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `tokens.take_in`; all tensors are contiguous."""
     batch, heads = len(states), len(weights[0]) // head_dim
@@ -87,15 +91,22 @@ def launch_token(
         tables.launches[kind] = launch
     scratch = states.new_empty(launch.scratch, dtype=torch.uint8)
     rotated = states.new_empty((batch, heads, 1, head_dim))
-    tensors = states, *weights, *biases, cosine, sine, rotated
-    numbers = batch, batch * heads, len(cosine)
+    key_bytes, value_bytes = launch.rows
+    if room is not None:
+        keys, values, slot = room
+    else:
+        keys = states.new_empty((batch, 1, 1, key_bytes), dtype=torch.uint8)
+        values = states.new_empty((batch, 1, 1, value_bytes), dtype=torch.uint8)
+        slot = 0
+    tensors = states, *weights, *biases, cosine, sine, rotated, keys, values
+    rows = slot * key_bytes, keys.stride(0), slot * value_bytes, values.stride(0)
+    numbers = batch, batch * heads, len(cosine), *rows
     if launch.project is not None and normalise is not None:
         query = states.new_empty((batch, 1, heads * head_dim))
         launch.project.start(scratch, (*tensors, query), numbers)
         tensors = *tensors, normalise(query).to(states.dtype).contiguous()
     launch.calls.start(scratch, tensors, numbers)
-    key, value = launch.rows
-    return rotated, scratch.as_strided(*key), scratch.as_strided(*value)
+    return rotated, keys, values
 
 
 def token_launch(
@@ -122,8 +133,6 @@ def token_launch(
         "value": ((batch, value_size), dtype),
         "key_features": ((batch, key_features), dtype),
         "value_features": ((batch, value_features), dtype),
-        "key_rows": ((batch, key_bytes), torch.uint8),
-        "value_rows": ((batch, value_bytes), torch.uint8),
     }
     parts, scratch = laid_out(sizes_of)
 
@@ -145,6 +154,8 @@ def token_launch(
             "x": of,
             "scaled": f"{of}_features",
             "packed": f"{of}_rows",
+            "packed_first": f"{of}_first",
+            "packed_stride": f"{of}_stride",
             "numbers_of": f"{of}_numbers",
             "places": f"{of}_places",
         }
@@ -165,8 +176,5 @@ def token_launch(
     of_calls = TENSORS if together else (*TENSORS, "query"), parts, fixed, NUMBERS
     alone = None if together else Calls(kernels[:1], *of_calls)
     calls = Calls(kernels if together else kernels[1:], *of_calls)
-    rows = tuple(
-        ((batch, 1, 1, size), (size, size, size, 1), parts[name].first)
-        for name, size in (("key_rows", key_bytes), ("value_rows", value_bytes))
-    )
+    rows = key_bytes, value_bytes
     return TokenLaunch(tensors_of(tables), alone, calls, scratch, rows)

@@ -29,7 +29,7 @@ def code_of(u, reach):
     return round_to_even(tl.minimum(tl.maximum(u + reach, 0.0), 2 * reach))
 
 
-@triton.jit(do_not_specialize=["rows", "query_rows", "table_rows"])
+@triton.jit(do_not_specialize=["rows", "query_rows", "table_rows", "packed_first", "packed_stride"])
 def encode_kernel(
     x,
     numbers_of,
@@ -47,6 +47,8 @@ def encode_kernel(
     rows,
     query_rows,
     table_rows,
+    packed_first,
+    packed_stride,
     stride,
     scaled_stride,
     width,
@@ -69,9 +71,10 @@ def encode_kernel(
 
     Of the outputs those are written that are not None: `header`, `codes`, `scaled` (in rows
     `scaled_stride` apart, numbers of two bytes or more), `label`, `inside`, and `packed`, which is
-    `encode_reference.pack` of codes that wait where `scaled` will be. Without `label`, the class is
-    written behind each row of `scaled`, and zeros behind it up to the next row: fewer than
-    FEATURES. `rotated` is what `rotate_rows` makes of `query`, QUERIES rows a program.
+    `encode_reference.pack` of codes that wait where `scaled` will be; its rows are `packed_stride`
+    bytes apart and begin at `packed_first`. Without `label`, the class is written behind each row
+    of `scaled`, and zeros behind it up to the next row: fewer than FEATURES. `rotated` is what
+    `rotate_rows` makes of `query`, QUERIES rows a program.
     """
     program = tl.program_id(0)
     if rotated is not None:
@@ -163,7 +166,8 @@ def encode_kernel(
             field = (read.to(tl.int32) >> shift) & ((1 << taken) - 1)
             result |= field << tl.minimum(plane * taken, 8)
         result = tl.where((byte == header_at)[None, :], head[:, None], result)
-        tl.store(packed + of_row * bytes + byte[None, :], result.to(tl.uint8), mask=of_bytes)
+        packed += tl.cast(packed_first, tl.int64) + of_row * packed_stride
+        tl.store(packed + byte[None, :], result.to(tl.uint8), mask=of_bytes)
         tl.debug_barrier()  # all have read them
     if scaled is not None:
         numbers = scale[:, None] * size[None, :] * (code - limit)

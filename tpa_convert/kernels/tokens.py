@@ -51,10 +51,13 @@ def take_in(
     sine: Tensor,
     head_dim: int,
     normalise: Callable[[Tensor], Tensor] | None = None,
+    room: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [b, h, 1, d], and rows of bytes of keys and of values, [b, 1, 1, bytes]; for
-    those who know that kernels run it. Products add up in fp32, and are rounded once. No operator
-    for compilers, which do without; without gradients.
+    """Rotated queries [b, h, 1, d], and rows of bytes of keys and of values, [b, 1, 1, bytes], or
+    the room that they are in; for those who know that kernels run it.
+
+    Products add up in fp32, and are rounded once. No operator for compilers, which do without;
+    without gradients.
 
     Args:
         states: of one token of each sequence, [b, 1, D].
@@ -63,6 +66,8 @@ def take_in(
         biases: theirs, [n] each, None for those without.
         cosine, sine: that queries are rotated by, see `rotation.rotate`.
         normalise: what comes before: queries [b, 1, h · d] in any shape of so many numbers.
+        room: where rows are to go: of keys and of values, [b, 1, slots, bytes] each, contiguous
+            within a sequence, and the slot.
     """
-    given = states.contiguous(), weights, biases, tables, cosine, sine, head_dim, normalise
+    given = states.contiguous(), weights, biases, tables, cosine, sine, head_dim, normalise, room
     return launches(".launch_token").launch_token(*given)

@@ -163,7 +163,7 @@ class TPAAttention(nn.Module):
         (table, query_table, key_table), implementation = of_pass
         held = None if cache is None else tokens_in(cache, self.layer_idx)
         on_kernels, coded, features = self.coded, None, None  # tables of kernels
-        taken = None
+        taken = room = None
         if on_kernels is not None and cache is not None and length == 1:
             projections = (
                 part_of(self, "q_proj"),
@@ -171,10 +171,10 @@ class TPAAttention(nn.Module):
                 part_of(values, "feature_factor"),
             )
             normalise = None if self.q_norm is None else self.normalised_queries
-            of_token = query_table, keys, values, cache, held, normalise
+            of_token = query_table, keys, values, cache, held, self.layer_idx, normalise
             taken = on_kernels.take_in(hidden_states, projections, *of_token)
         if taken is not None:
-            coded, query, key, value = taken
+            coded, query, key, value, room = taken
         else:
             query = part_of(self, "q_proj")(hidden_states)
             if self.q_norm is not None:
@@ -194,7 +194,10 @@ class TPAAttention(nn.Module):
             if latent and stock and not prompt:  # before the cache counts the new tokens
                 known = hidden_states, position_embeddings, attention_mask
                 of_slots = self.table_of_slots(cache, *known, kwargs)
-            key, value = self.update(cache, key, value, hidden_states.dtype, kwargs, not held)
+            if room is not None:
+                key, value = room.take(cache.layers[self.layer_idx])
+            else:
+                key, value = self.update(cache, key, value, hidden_states.dtype, kwargs, not held)
             if prompt and key.shape[2] > length:  # free slots lie behind it
                 key, value = key[:, :, :length], value[:, :, :length]
                 if isinstance(attention_mask, torch.Tensor):

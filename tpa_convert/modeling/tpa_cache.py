@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedLayer
 
 from .tpa_paged import holds_rows
 
@@ -37,6 +37,57 @@ def refuse_quantised(cache: Cache, layer_idx: int) -> None:
             "the cache of this model is coded in bits already: use a dynamic or static cache, not "
             "a quantized one"
         )
+
+
+class Room:
+    """Rows of a layer of a dynamic cache, with room for more behind them: one token more needs no
+    copy of those before.
+
+    The layer holds views of the room that end with the last row. Whoever has seen them, a copy of
+    the cache too, sees no row behind, so that no row is ever written twice.
+    """
+
+    least, share = 64, 32  # slots behind the others, or a share of those in use
+
+    def __init__(self, layer: DynamicLayer):
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        self.slots = keys.shape[2]
+        self.size = self.slots + max(self.least, self.slots // self.share)
+        self.whole = [x.new_empty((len(x), 1, self.size, x.shape[3])) for x in (keys, values)]
+        for room, x in zip(self.whole, (keys, values), strict=True):
+            room[:, :, : self.slots] = x
+        self.held = keys, values
+
+    def __reduce__(self) -> Any:
+        """A copy of the cache makes its own."""
+        return type(None), ()
+
+    def take(self, layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer holds with the row that has been written behind the others."""
+        self.slots += 1
+        keys, values = self.whole
+        self.held = layer.keys, layer.values = keys[:, :, : self.slots], values[:, :, : self.slots]
+        return self.held
+
+
+def room_in(cache: Any, layer_idx: int) -> Room | None:
+    """Room behind the rows of a layer of a plain dynamic cache; None in others, and where there are
+    no rows."""
+    if type(cache) is not DynamicCache or cache.offloading or layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    if type(layer) is not DynamicLayer or not layer.is_initialized:
+        return None
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or keys.dtype != torch.uint8 or not keys.numel():
+        return None
+    room: Room | None = layer.__dict__.get("room")
+    ours = room is not None and room.held[0] is keys and room.held[1] is values
+    if room is None or not ours or room.slots == room.size:
+        room = layer.room = Room(layer)
+    return room
 
 
 def cache_grid(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .tpa_cache import Room, room_in
 from .tpa_coder import CODED_BY, RowCoder
 from .tpa_codes import LOWEST_OCTAVE
 from .tpa_gauges import BlockGauge
@@ -133,16 +134,18 @@ class CodedLayer:
         values: StaticValues,
         cache: Any,
         held: Any,
+        layer_idx: int,
         normalise: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[CodedTables, Tensor, Tensor, Tensor] | None:
+    ) -> tuple[CodedTables, Tensor, Tensor, Tensor, Room | None] | None:
         """Tables, rotated queries [b, h, 1, d], and rows of the keys and values of one new token of
-        each sequence, [b, 1, 1, bytes]; None where `prepare` and `pack` have to find them.
+        each sequence, [b, 1, 1, bytes], or the room where they are in the cache; None where
+        `prepare` and `pack` have to find them.
 
         Args:
             hidden_states: [b, 1, D].
             projections: to queries, and to components of keys and of values.
             table: that queries are rotated by, see `rotate`.
-            cache, held: see `prepare`.
+            cache, held, layer_idx: see `prepare`, and which layer of it.
             normalise: queries, [b, 1, h · d] in any shape.
         """
         kernels = self.kernels
@@ -158,8 +161,10 @@ class CodedLayer:
         tables = self.prepare(hidden_states, keys, values, cache, held)
         if tables is None or not kernels.takes_in(len(hidden_states), hidden_states.shape[-1]):
             return None
+        room = room_in(cache, layer_idx)
+        place = None if room is None else (*room.whole, room.slots)
         given = hidden_states, weights, biases, tables.tokens, *table, keys.head_dim, normalise
-        return tables, *kernels.take_in(*given)
+        return tables, *kernels.take_in(*given, place), room
 
     def pack(
         self,
