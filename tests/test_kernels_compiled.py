@@ -128,6 +128,18 @@ def test_rings_fit_shared_memory(monkeypatch, in_gluon, shape, blocks, positions
     assert 0.75 * SHARED_BYTES < kernel.metadata.shared <= SHARED_BYTES
 
 
+def test_kinds_of_weights_are_compiled_apart(monkeypatch) -> None:
+    """Of what launches have in common, which keeps what was compiled for them."""
+    codes = [CODES[0][0]] * 4, CODES[1]
+    tables = random_case(shape=(32, 8, 128), codes=codes, slots=8, dtype=torch.bfloat16).tables
+    monkeypatch.setattr(hopper, "MOST_STAGES", 2)  # both have room for
+    found = [
+        hopper.ring_of.__wrapped__(tables.layout, 16, size, torch.device("cpu")) for size in (1, 2)
+    ]
+    assert found[0] != found[1]
+    assert found[0][:1] == found[1][:1]
+
+
 @pytest.mark.parametrize(
     ("shape", "start", "window"),
     [((32, 8, 128), False, None), ((8, 8, 128), True, 400), ((9, 3, 64), False, None)],

@@ -38,14 +38,14 @@ def used(monkeypatch):
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     found = []
-    start = starting.start_kernel
+    start = starting.Calls.start
 
-    def noted(kernel, *rest):
-        found.append(kernel)
-        start(kernel, *rest)
+    def noted(together, *given):
+        found.extend(call.kernel for call in together.calls)
+        start(together, *given)
 
     launches.latent_shape.cache_clear()
-    monkeypatch.setattr(starting, "start_kernel", noted)
+    monkeypatch.setattr(starting.Calls, "start", noted)
     ours = {hopper.weights_kernel(), hopper.sums_kernel()}
     others = {latent_weights_kernel, latent_sums_kernel}
     yield lambda: ours <= set(found) and not others & set(found)

@@ -74,10 +74,12 @@ class Ring(NamedTuple):
     Attributes:
         stages: of the ring; 0 if the kernel cannot run a layout.
         kept: chunks of weights that may stay there; 0 where they go through the ring.
+        size: bytes of a code, and of a weight.
     """
 
     stages: int = 0
     kept: int = 0
+    size: int = 0
 
 
 @functools.cache
@@ -98,9 +100,9 @@ def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> R
     room = (shared_bytes(device) - beside) // (size * CHUNK)
     kept = (room - FEWEST_STAGES * TILE) // keys  # the same for all layers that it is enough for
     if layout.chunks <= kept:
-        return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept)
+        return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept, size)
     stages = room // (TILE + keys)
-    return Ring(min(stages, MOST_STAGES)) if stages > 1 else Ring()
+    return Ring(min(stages, MOST_STAGES), 0, size) if stages > 1 else Ring()
 
 
 def _width(layout: Layout) -> int:
