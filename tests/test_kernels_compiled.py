@@ -32,6 +32,7 @@ from .latent_cases import random_case
 
 KERNELS = ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel")
 SHARED_BYTES = 227 * 1024
+WHOLE = [(4, 30), (3, 20), (2, 60), (1, 40)]  # codes whose weights come in whole numbers
 CODES = [[(8, 4), (4, 30), (3, 20), (2, 60), (1, 40)]], [(4, 100), (2, 60), (1, 20)]
 CASES = {
     "coded": {"shape": (9, 3, 64), "codes": CODES},
@@ -80,8 +81,8 @@ def in_gluon(monkeypatch):
     monkeypatch.setattr(hopper, "ring_of", lambda *_: hopper.Ring(3))
     monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     monkeypatch.setattr(launches, "overlapped", lambda device: True)
-    join = launches.latent_join_kernel
-    monkeypatch.setattr(launches, "latent_join_kernel", Launches(join))
+    for name in ("latent_weights_kernel", "latent_join_kernel"):
+        monkeypatch.setattr(launches, name, Launches(getattr(launches, name)))
     launches.latent_shape.cache_clear()
     launches.latent_constants.cache_clear()
     yield launched
@@ -95,14 +96,14 @@ def in_gluon(monkeypatch):
 )
 def test_warps_that_differ_compile_for_hopper(in_gluon, positions, added, window, softcap) -> None:
     """In Triton's newest release here; the oldest is that of the GPU tests."""
-    codes = [CODES[0][0]] * 4, CODES[1]
+    codes = [WHOLE] * 4, CODES[1]
     made = random_case(
         shape=(32, 8, 128), codes=codes, slots=512, positions=positions, dtype=torch.bfloat16
     )
     mask = None
     if added is not None:
         mask = torch.ones(2, 512, dtype=torch.bfloat16 if added else torch.bool)
-    launches.launch_latent(*made.call(), 0.3, None, made.end, window, softcap, mask)
+    launches.launch_latent(*made.call(), 0.3, None, None, window, softcap, mask)
     kernel = in_gluon["weights_kernel"].compile()
     products = matrix_products(kernel.asm["ptx"])
     assert products["registers"] == 0
@@ -118,26 +119,14 @@ def test_rings_fit_shared_memory(monkeypatch, in_gluon, shape, blocks, positions
     monkeypatch.setattr(hopper, "ring_of", ring_of)
     left = SHARED_BYTES - COMPILERS_SHARED_BYTES
     monkeypatch.setattr(hopper, "shared_bytes", lambda device: left)
-    codes = [CODES[0][0]] * blocks, CODES[1]
+    codes = [WHOLE] * blocks, CODES[1]
     made = random_case(
         shape=shape, codes=codes, slots=512, positions=positions, dtype=torch.bfloat16
     )
     mask = torch.ones(2, 512, dtype=torch.bool)
-    launches.launch_latent(*made.call(), 0.3, None, made.end, None, None, mask)
+    launches.launch_latent(*made.call(), 0.3, None, None, None, None, mask)
     kernel = in_gluon["weights_kernel"].compile()
     assert 0.75 * SHARED_BYTES < kernel.metadata.shared <= SHARED_BYTES
-
-
-def test_kinds_of_weights_are_compiled_apart(monkeypatch) -> None:
-    """Of what launches have in common, which keeps what was compiled for them."""
-    codes = [CODES[0][0]] * 4, CODES[1]
-    tables = random_case(shape=(32, 8, 128), codes=codes, slots=8, dtype=torch.bfloat16).tables
-    monkeypatch.setattr(hopper, "MOST_STAGES", 2)  # both have room for
-    found = [
-        hopper.ring_of.__wrapped__(tables.layout, 16, size, torch.device("cpu")) for size in (1, 2)
-    ]
-    assert found[0] != found[1]
-    assert found[0][:1] == found[1][:1]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +160,9 @@ def test_sums_by_warps_compile_for_hopper(in_gluon, shape, start, window) -> Non
         (8, 32768, {"dtype": torch.float32}, (False, False)),
         (8, 32768, {"page": 16}, (False, False)),
         (8, 32768, {"rows_fit": False}, (False, True)),
-        (8, 32768, {"whole": False}, (True, True)),
+        (8, 32768, {"whole": False}, (False, True)),
+        (8, 32768, {"start": torch.int64}, (False, True)),
+        (8, 32768, {"mask": torch.bool}, (True, True)),
     ],
 )
 def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon) -> None:
@@ -185,7 +176,11 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
         tables.layout,
         0.0,
         torch.device("cpu"),
-        (others.get("dtype", torch.bfloat16), torch.bfloat16, others.get("norm"), *[None] * 4),
+        (
+            others.get("dtype", torch.bfloat16),
+            torch.bfloat16,
+            *(others.get(name) for name in ("norm", "pages", "start", "end", "mask")),
+        ),
         (batch, 32, 1, 128),
         (4096, 128, 128, 256, 512, 64, 1),
         (slots // 32, others.get("window", slots) // 32, others.get("page", 0)),

@@ -28,6 +28,8 @@ LAYERS = {
     "3 of 64": ((9, 3, 64), [BLOCK]),
     "32 of 128": ((32, 32, 128), [BLOCK[1:3]] * 16),
     "8 of 96": ((24, 8, 96), [BLOCK] * 3),
+    "8 of 96, 4 blocks": ((24, 8, 96), [BLOCK] * 4),
+    "32 of 96": ((32, 32, 96), [BLOCK[1:3]] * 16),
 }
 
 
@@ -48,7 +50,13 @@ def used(monkeypatch):
     monkeypatch.setattr(starting.Calls, "start", noted)
     ours = {hopper.weights_kernel(), hopper.sums_kernel()}
     others = {latent_weights_kernel, latent_sums_kernel}
-    yield lambda: ours <= set(found) and not others & set(found)
+
+    def ours_alone() -> bool:
+        seen = set(found)
+        found.clear()
+        return ours <= seen and not others & seen
+
+    yield ours_alone
     launches.latent_shape.cache_clear()
 
 
@@ -58,36 +66,50 @@ def made(layer: str, **others):
     return random_case(shape=shape, codes=(keys, VALUES), **settings)
 
 
-def in_numbers(tables, rounded=False):
-    """Tables whose weights do not come in whole numbers, or come of those."""
-    weight = tables.weight
-    if rounded:
-        whole = tables.whole.float() * tables.unit[tables.chunks[:-1]].repeat(1, 1, 2)[..., None]
-        order = list(BYTES)
-        weight = 16 * whole.unflatten(-1, (-1, WORD))[..., order].flatten(-2)
+def call_of(case, tables=None, softcap=None):
+    """What is launched for a case whose bounds are given as a mask."""
+    slot = torch.arange(case.keys.shape[2], device="cuda")
+    mask = (slot >= case.start[:, None]) & (slot < case.end[:, None])
+    bounds = None, None, None
+    return *case.call()[:5], tables or case.tables, 0.3, *bounds, softcap, mask
+
+
+def in_numbers(tables):
+    """Tables whose weights are what those in whole numbers stand for."""
+    whole = tables.whole.float() * tables.unit[tables.chunks[:-1]].repeat(1, 1, 2)[..., None]
+    weight = 16 * whole.unflatten(-1, (-1, WORD))[..., list(BYTES)].flatten(-2)
     return tables._replace(weight=weight.to(tables.weight.dtype), whole=None, unit=None)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_layers(used, layer, dtype) -> None:
+def test_whole_numbers_give_what_they_stand_for(used, layer, dtype) -> None:
+    """As Triton's kernel of weights finds it; and that is near the truth."""
     case = made(layer, dtype=dtype)
-    call = *case.call()[:5], in_numbers(case.tables), 0.3, case.start, case.end, None, None
-    assert error(launches.launch_latent(*call), case.truth(scale=0.3)) < TOLERANCE[dtype]
+    found = launches.launch_latent(*call_of(case))
+    assert used()
+    same = launches.launch_latent(*call_of(case, in_numbers(case.tables)))
+    assert not used()
+    assert error(found, same) < TOLERANCE[dtype]
+    assert error(found, case.truth(scale=0.3)) < 2e-2
+
+
+@pytest.mark.parametrize(("softcap", "slots"), [(None, 700), (3.0, 513), (None, 1100)])
+def test_soft_caps_and_lengths(used, softcap, slots) -> None:
+    case = made("8 of 128", slots=slots)
+    found = launches.launch_latent(*call_of(case, softcap=softcap))
+    assert error(found, case.truth(scale=0.3, softcap=softcap)) < TOLERANCE[torch.bfloat16]
     assert used()
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_whole_numbers_give_what_they_stand_for(used, layer, dtype) -> None:
-    """And that is near the truth."""
-    case = made(layer, dtype=dtype)
-    others = 0.3, case.start, case.end, None, None
-    found = launches.launch_latent(*case.call(), *others)
-    rounded = in_numbers(case.tables, rounded=True)
-    same = launches.launch_latent(*case.call()[:5], rounded, *others)
-    assert error(found, same) < TOLERANCE[dtype]
-    assert error(found, case.truth(scale=0.3)) < 2e-2
+def test_whatever_stands_where_nothing_attends_to(used) -> None:
+    case = made("8 of 128", slots=700)
+    nothing = torch.full_like(case.cosine, float("nan"))
+    slot = torch.arange(700, device="cuda")
+    inside = (slot >= case.start[:, None]) & (slot < case.end[:, None])
+    cosine, sine = (torch.where(inside[..., None], x, nothing) for x in (case.cosine, case.sine))
+    found = launches.launch_latent(*call_of(case._replace(cosine=cosine, sine=sine)))
+    assert error(found, case.truth(scale=0.3)) < TOLERANCE[torch.bfloat16]
     assert used()
 
 
@@ -95,7 +117,8 @@ def test_whole_numbers_give_what_they_stand_for(used, layer, dtype) -> None:
     ("positions", "window", "softcap", "slots"),
     [(1, 40, None, 900), (3, None, None, 700), (3, 300, 3.0, 1000), (1, None, 3.0, 513)],
 )
-def test_what_is_attended_to(used, positions, window, softcap, slots) -> None:
+def test_bounds_and_several_positions(positions, window, softcap, slots) -> None:
+    """Weights are Triton's there, whatever sums are."""
     case = made("8 of 128", positions=positions, slots=slots)
     found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, window, softcap)
     truth = case.truth(scale=0.3, window=window, softcap=softcap)
@@ -106,7 +129,7 @@ def test_sequences_that_begin_at_any_word(used) -> None:
     case = made("8 of 64", slots=701)
     assert case.keys.stride(0) % 16  # where copies begin
     assert case.values.stride(0) % 16
-    found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, None, None)
+    found = launches.launch_latent(*call_of(case))
     assert error(found, case.truth(scale=0.3)) < TOLERANCE[torch.bfloat16]
     assert used()
 
@@ -134,21 +157,16 @@ def test_masks_that_leave_whole_tiles_out(used, added) -> None:
     assert used()
 
 
-@pytest.mark.parametrize("table", ["items", "weight", "whole", "unit", "offset", "behind"])
+@pytest.mark.parametrize("table", ["items", "whole", "unit", "offset", "behind"])
 def test_everything_matters(used, table) -> None:
     """Control: with another table, the result is another."""
     case = made("8 of 128", dtype=torch.float16)
-    if table == "weight":
-        case = case._replace(tables=in_numbers(case.tables))
     wrong = getattr(case.tables, table).clone()
     if table == "behind":
         wrong[0] += 1  # as many chunks in all
     else:
         wrong = wrong.roll(1, -1)
     tables = case.tables._replace(**{table: wrong})
-    call = *case.call()[:5], tables, 0.3, case.start, case.end, None, None
-    assert (
-        not error(launches.launch_latent(*call), case.truth(scale=0.3))
-        < 2 * TOLERANCE[torch.float16]
-    )
+    found = launches.launch_latent(*call_of(case, tables))
+    assert not error(found, case.truth(scale=0.3)) < 2e-2
     assert used()

@@ -142,6 +142,18 @@ def test_numbers_of_a_mask_are_added_to_scores() -> None:
     assert error(found, truth) < TOLERANCE[DTYPES[0]]
 
 
+def test_rows_begin_at_words() -> None:
+    case = random_case(codes=CODES["two blocks"], slots=20, device=DEVICE)
+    wider = torch.nn.functional.pad(case.keys, (0, 3))
+    call = case.query, wider[..., :-3], *case.call()[2:]
+    with pytest.raises(ValueError, match="multiples of 4 bytes"):
+        launch_latent(*call, 0.3, None, None, None, None)
+    wider = torch.nn.functional.pad(case.keys, (0, 4))
+    call = case.query, wider[..., :-4], *case.call()[2:]
+    found = launch_latent(*call, 0.3, case.start, case.end, None, None)
+    assert error(found, case.truth(scale=0.3)) < 1e-5
+
+
 @pytest.mark.parametrize("empty", [0, 1, 2])
 def test_blocks_of_pairs_that_nothing_is_kept_of(empty) -> None:
     """Their keys are their offsets."""

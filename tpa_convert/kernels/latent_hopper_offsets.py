@@ -21,6 +21,7 @@ from .latent_hopper_scores import (
 )
 
 EIGHT = gl.constexpr(8)  # numbers of 16 bits that a thread loads at once
+OF_OFFSETS = gl.constexpr(2.0**-6)  # times what offsets give: fp16 holds that of large ones too
 
 
 @gluon.jit
@@ -53,43 +54,40 @@ def load_offsets(
     imaginary = gl.load(at + BLOCKS * PAIRS, mask=inside, other=0.0).to(gl.float32)
     group = head // shared
     of_head = group // HEADS * (2 * PAIRS_OF_SPAN) + group % HEADS * LOW
-    of_pair = pair // PAIRS * (SPANS * 2 * PAIRS_OF_SPAN) + pair % LOW
-    of_pair += pair % PAIRS // LOW * (HEADS * LOW)
+    in_block = pair % PAIRS
+    of_pair = pair // PAIRS * (SPANS * 2 * PAIRS_OF_SPAN)
+    of_pair += in_block // LOW * (HEADS * LOW) + in_block % LOW
     at = offset + of_head[:, None] + of_pair[None, :]
     for label in gl.static_range(2):
         a = gl.load(at, mask=inside, other=0.0)
         b = gl.load(at + PAIRS_OF_SPAN, mask=inside, other=0.0)
-        O.index(2 * label).store((real * a + imaginary * b).to(O.dtype))
-        O.index(2 * label + 1).store((imaginary * a - real * b).to(O.dtype))
+        O.index(2 * label).store(((real * a + imaginary * b) * OF_OFFSETS).to(O.dtype))
+        O.index(2 * label + 1).store(((imaginary * a - real * b) * OF_OFFSETS).to(O.dtype))
         at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
 
 
 @gluon.jit
-def load_tables(
+def scores_of_offsets(
+    O,  # noqa: E741
     cosine,
     sine,
-    block,
-    length,
+    last,
     stride_t,
+    label,
+    any_class,
     PAIRS: gl.constexpr,  # of a head
-    WIDTH: gl.constexpr,
-    T: gl.constexpr,
 ):
-    """Cosines and sines [T, pairs] of a block of slots, for products."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
-    slot = gl.minimum(block * T + gl.arange(0, T, gl.SliceLayout(1, LEFT)), length - 1)
-    pair = gl.arange(0, WIDTH, gl.SliceLayout(0, LEFT))[None, :]
-    of_row = (slot.to(gl.int64) * stride_t)[:, None]
-    cos = load_row(whole_rows(cosine, of_row), 0, pair, PAIRS, WIDTH)
-    return cos, load_row(whole_rows(sine, of_row), 0, pair, PAIRS, WIDTH)
-
-
-@gluon.jit
-def scores_of_offsets(O, cos, sin, label, any_class):  # noqa: E741
-    """What offsets of keys add to the scores [T, columns] of a block of slots."""
+    """What offsets of keys add to the scores [T, columns] of a block of slots, of the rows of
+    cosines and sines from its first on."""
     T: gl.constexpr = label.shape[0]
-    cos = cos.to(O.dtype)
-    sin = sin.to(O.dtype)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
+    slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
+    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, LEFT))
+    of_row = (slot * stride_t)[:, None]
+    cosine = whole_rows(cosine, of_row)
+    sine = whole_rows(sine, of_row)
+    cos = load_row(cosine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
+    sin = load_row(sine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
     scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
     scores = mma_v2(cos, offsets_of(O, 0), scores)
     scores = mma_v2(sin, offsets_of(O, 1), scores)
@@ -98,7 +96,7 @@ def scores_of_offsets(O, cos, sin, label, any_class):  # noqa: E741
         more = mma_v2(cos, offsets_of(O, 2), more)
         more = mma_v2(sin, offsets_of(O, 3), more)
         scores += more * gl.convert_layout(label, gl.SliceLayout(1, SCORES))[:, None]
-    return scores
+    return scores * (1 / OF_OFFSETS)
 
 
 @gluon.jit

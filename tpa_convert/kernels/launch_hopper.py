@@ -74,21 +74,18 @@ class Ring(NamedTuple):
     Attributes:
         stages: of the ring; 0 if the kernel cannot run a layout.
         kept: chunks of weights that may stay there; 0 where they go through the ring.
-        size: bytes of a code, and of a weight.
     """
 
     stages: int = 0
     kept: int = 0
-    size: int = 0
 
 
 @functools.cache
-def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> Ring:
+def ring_of(layout: Layout, per_span: int, device: torch.device) -> Ring:
     """What shared memory has room for.
 
     Args:
         per_span: queries of a span.
-        size: bytes of a code, and of a weight.
     """
     known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
     wide = per_span > 2 * MOST_COLUMNS or layout.blocks * layout.pairs > MOST_PAIRS
@@ -97,12 +94,12 @@ def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> R
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
     # Queries, queries times offsets, scores that are passed on and laid out anew.
     beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 24 * TILE)
-    room = (shared_bytes(device) - beside) // (size * CHUNK)
+    room = (shared_bytes(device) - beside) // CHUNK
     kept = (room - FEWEST_STAGES * TILE) // keys  # the same for all layers that it is enough for
     if layout.chunks <= kept:
-        return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept, size)
+        return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept)
     stages = room // (TILE + keys)
-    return Ring(min(stages, MOST_STAGES), 0, size) if stages > 1 else Ring()
+    return Ring(min(stages, MOST_STAGES)) if stages > 1 else Ring()
 
 
 def _width(layout: Layout) -> int:

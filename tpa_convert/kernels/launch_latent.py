@@ -76,6 +76,8 @@ def launch_latent(
         page, length, pages_stride = length, length * pages.shape[1], pages.stride(0)
     key_stride_b, _, key_stride_t, _ = keys.stride()
     value_stride_b, _, value_stride_t, _ = values.stride()
+    if (key_stride_t | value_stride_t | key_stride_b | value_stride_b) % WORD:
+        raise ValueError(f"rows of a coded cache must begin at multiples of {WORD} bytes")
     mask, mask_stride = in_rows(mask)
     table_stride_b, table_stride_t, table_stride_p = cosine.stride()
     table_rows = table_stride_b // max(1, table_stride_t)  # between sequences
@@ -170,7 +172,7 @@ def latent_launch(
         tables.whole is not None,
     )
     of_keys = {"weights_out": "weights"}
-    if tables.whole is not None and shape.kernels[0] is not latent_weights_kernel:
+    if shape.kernels[0] is not latent_weights_kernel:
         of_keys["weight"] = "whole"
     kernels: list[tuple[Any, ...]] = [
         (shape.kernels[0], shape.grids[0], shape.constants[0], of_keys),
@@ -255,8 +257,10 @@ def latent_shape(
     exact, normed, paged = types[0] == torch.float32, types[2] is not None, page > 0
     in_gluon = hopper.runs_on(device) and not (exact or normed or paged)
     ring = hopper.Ring()
-    if in_gluon and rows_fit and hopper.enough_tiles(attended * SHORTEST, batch, processors):
-        ring = hopper.ring_of(layout, per_span, 1 if whole else 2, device)
+    bounded = types[4] is not None or types[5] is not None
+    enough = hopper.enough_tiles(attended * SHORTEST, batch, processors)
+    if in_gluon and enough and whole and rows_fit and not bounded:
+        ring = hopper.ring_of(layout, per_span, device)
     if ring.stages:
         block = hopper.TILE // 2
     blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles
