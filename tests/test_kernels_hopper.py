@@ -12,8 +12,8 @@ from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels import start as starting
 from tpa_convert.kernels.latent import latent_weights_kernel
+from tpa_convert.kernels.latent_places import BYTES, WORD
 from tpa_convert.kernels.latent_sums import latent_sums_kernel
-from tpa_convert.kernels.latent_tables import BYTES, WORD
 
 from .kernel_cases import error
 from .latent_cases import random_case

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.kernel_device import DEVICE, GPU
 from tpa_convert.kernels import launch_latent as launches
-from tpa_convert.kernels.latent_tables import PIECE, PIECES, WORD
+from tpa_convert.kernels.latent_places import WORD
+from tpa_convert.kernels.latent_tables import PIECE, PIECES
 from tpa_convert.kernels.launch_latent import launch_latent
 
 from .kernel_cases import error

@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tpa_convert.kernels.latent_places import BYTES, LOWEST_BIT, MASK_BITS, WORD
 from tpa_convert.kernels.latent_reference import rebuild
-from tpa_convert.kernels.latent_tables import (
-    BYTES,
-    CHUNK,
-    LOWEST_BIT,
-    MASK_BITS,
-    WORD,
-    Rows,
-    latent_tables,
-)
+from tpa_convert.kernels.latent_tables import CHUNK, Rows, latent_tables
 
 from .kernel_cases import error, exact
 from .latent_cases import LatentCase, random_case

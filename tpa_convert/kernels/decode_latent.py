@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import ops
 from .backends import Case, choose_backend
-from .latent_tables import WORD, LatentTables, OutputMap
+from .latent_places import WORD
+from .latent_tables import LatentTables, OutputMap
 
 
 def decode_latent(

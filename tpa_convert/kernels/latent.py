@@ -99,7 +99,7 @@ def numbers_of(words, item, DTYPE: tl.constexpr):
     """Codes less their centres, exact in any type, [T, 4 I], of what `load_words` gives: four of
     each word, one of every byte.
 
-    A code in the fourth bit and those above it is added to a number whose last bit is worth an
+    A code in the second bit and those above it is added to a number whose last bit is worth an
     eighth by being set in it, two codes at once.
     """
     words = words.to(tl.uint32, bitcast=True)

@@ -3,10 +3,10 @@ parameters.
 
 Rows are read by words of four bytes. An *item* is a word, a shift and a mask of at most four bits:
 what is found by them in each of its bytes stands in one of its four *places*, in the order
-`BYTES`. Two items each are of one word. Codes of more bits or of several tiers stand in several
-places, each taken times what its bits are worth: codes add up of them, and components of codes.
-Items of keys come block by block of rotary pairs, each padded to whole chunks (one at least, for
-keys may be no more than their offsets), then those of values. Keys of all heads come out in
+`latent_places.BYTES`. Two items each are of one word. Codes of more bits or of several tiers stand
+in several places, each taken times what its bits are worth: codes add up of them, and components of
+codes. Items of keys come block by block of rotary pairs, each padded to whole chunks (one at least,
+for keys may be no more than their offsets), then those of values. Keys of all heads come out in
 *spans*: whole heads whose pairs in one block fit one program side by side.
 """
 
@@ -19,18 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .rows import Tier, whole_words
+from .latent_places import FIRST_BIT, WORD, Places, parts_of, places_of
+from .latent_whole import in_eight_bits, lowest_bits, of_places
+from .rows import Tier
 
-NOTHING = -3  # a place of features that are zero
-WORD = 4  # bytes of a row that are read at once; an item's places
-BYTES = 0, 2, 1, 3  # of a word, in the order of its places: two codes lie in one half and the other
-NIBBLE = 4  # bits of an item at most
-FIRST_BIT = 3  # where the lowest bit of a code comes to lie, and stands for one
-LOWEST_BIT = 1  # where it may lie at least: centres are multiples of a half
-MASK_BITS = 7
-FINEST = 8  # weights of that part of the largest, and smaller ones, are of codes as low as can be
-MOST_NOISE = 0.05  # of weights in eight bits, of that of codes; both are estimates
-TINY = 1e-30
 CHUNK = 64  # places of keys that a product adds up
 PIECE = 128  # places that a program sums over slots
 PIECES = 4  # that a program's warps may share
@@ -140,7 +132,8 @@ class LatentTables(NamedTuple):
         norm: `unscale` and `gain`, fp32 [2, B, spans, 2 N], or None.
         place_of: places that each feature is summed up of, int32 [parts, features]; −1 for none. Of
             the features of the second class the first is −1 for that of values, −2 for keys. Zeros
-            behind those of values and of keys, up to whole words, have `NOTHING`.
+            behind those of values and of keys, up to whole words, have
+            `latent_places.NOTHING`.
         step: what each of them is taken times, fp32 [parts, features].
         launches: what `launch_latent` has worked out for these tables.
     """
@@ -178,52 +171,6 @@ class OutputMap(NamedTuple):
         return len(self.projection), self.offset is not None, self.bias is not None
 
 
-class _Places(NamedTuple):
-    """What stands in the places of some items, which are even in number, in pairs of one word.
-
-    Attributes:
-        items: [n].
-        component: [n, 4], −1 for nothing.
-        shift: of the code that lies in earlier tiers, [n, 4].
-    """
-
-    items: Tensor
-    component: Tensor
-    shift: Tensor
-
-    def at(self, lowest: Tensor) -> _Places:
-        """With the codes of each item from another bit of their bytes on than FIRST_BIT."""
-        word, turn, codes = self.items & 0xFFFF, self.items >> 16, self.items >> 24 >> FIRST_BIT
-        items = word | (turn + FIRST_BIT - lowest) % 32 << 16 | codes << lowest << 24
-        return self._replace(items=items, shift=self.shift + FIRST_BIT - lowest[:, None])
-
-    def in_pairs(self) -> _Places:
-        """By words, the 2j-th item and the next of the same one: that takes it apart for both. An
-        item that holds nothing stands beside one that is left over."""
-        word, count = (self.items & 0xFFFF).unique(return_counts=True)
-        left = word[count % 2 == 1]
-        nothing = torch.full((len(left), WORD), -1), torch.zeros(len(left), WORD, dtype=torch.long)
-        made = _Places(*(torch.cat(x) for x in zip(self, (left, *nothing), strict=True)))
-        order = (made.items & 0xFFFF).argsort(stable=True)
-        return _Places(*(x[order] for x in made))
-
-    def padded(self, multiple: int) -> _Places:
-        """With items behind, of the last word, that hold nothing; `multiple` at least."""
-        count, word = len(self.items), (self.items & 0xFFFF)[-1:].sum()
-        more = -count % multiple if count else multiple
-        return _Places(
-            *(
-                pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=v)
-                for x, v in zip(self, (int(word), -1, 0), strict=True)
-            )
-        )
-
-    def reach(self, count: int) -> int:
-        """Words from the first to the last of so many items, from a multiple of it on, at most."""
-        words = [x & 0xFFFF for x in self.items.split(count)]
-        return max((int(x.max() - x.min()) + 1 for x in words), default=0)
-
-
 def latent_tables(
     keys: Rows, values: Rows, key_map: KeyMap, dtype: torch.dtype, predicted: bool
 ) -> LatentTables:
@@ -245,12 +192,12 @@ def latent_tables(
     chunks, behind, of_blocks = [], [], []
     first = 0
     for i, count in enumerate(key_map.widths):
-        of_blocks.append(_places_of(keys.tiers, first, first + count).padded(CHUNK // WORD))
+        of_blocks.append(places_of(keys.tiers, first, first + count).padded(CHUNK // WORD))
         chunks += [i] * (len(of_blocks[-1].items) // (CHUNK // WORD))
         behind.append(len(chunks))
         first += count
-    of_keys = _Places(*(torch.cat(x) for x in zip(*of_blocks, strict=True)))
-    of_values = _places_of(values.tiers, 0, len(values.step)).padded(PIECE // WORD)
+    of_keys = Places(*(torch.cat(x) for x in zip(*of_blocks, strict=True)))
+    of_values = places_of(values.tiers, 0, len(values.step)).padded(PIECE // WORD)
 
     # [g, 2, pairs, w] of heads in spans to [chunks, spans, 2 N, CHUNK].
     component, shift = of_keys.component.flatten().to(device), of_keys.shift.flatten().to(device)
@@ -258,9 +205,12 @@ def latent_tables(
     scaled = _in_spans(scaled.unflatten(1, (2, pairs)), heads, spans, padded)  # [spans, 2 N, w]
     weight = scaled[..., component.clamp_min(0)] * torch.exp2(shift.float())
     weight = torch.where(component >= 0, weight, 0).unflatten(-1, (-1, CHUNK)).permute(2, 0, 1, 3)
-    lowest = _lowest_bits(weight, of_keys.items.to(device))
-    of_keys, weight = of_keys.at(lowest.cpu()), weight * _of_places(torch.exp2(FIRST_BIT - lowest))
-    items, whole, unit = _in_eight_bits(weight, of_keys.items.to(device), chunks, blocks, scaled)
+    lowest = lowest_bits(weight, of_keys.items.to(device))
+    of_keys, weight = (
+        of_keys.at(lowest.cpu()),
+        weight * of_places(torch.exp2(FIRST_BIT - lowest), CHUNK),
+    )
+    items, whole, unit = in_eight_bits(weight, of_keys.items.to(device), chunks, blocks, scaled)
     of_keys = of_keys._replace(items=items.cpu())
     offsets = [key_map.offset, key_map.of_class]
 
@@ -276,9 +226,9 @@ def latent_tables(
         norm = torch.stack((by_block(key_map.unscale), by_block(key_map.gain))).contiguous()
     of_keys = of_keys.padded(PIECE // WORD)
     key_items = len(of_keys.items)
-    features = [_parts_of(of_values, values.step, WORD * key_items, -1)]
+    features = [parts_of(of_values, values.step, WORD * key_items, -1)]
     if predicted:
-        features.append(_parts_of(of_keys, keys.step, 0, -2))
+        features.append(parts_of(of_keys, keys.step, 0, -2))
     parts = max(len(place) for place, _ in features)
     place_of, step = (
         torch.cat([pad(x, (0, 0, 0, parts - len(x)), value=v) for x in tables], 1)
@@ -328,124 +278,3 @@ def _in_spans(x: Tensor, heads: int, spans: int, padded: int) -> Tensor:
     made = pad(x, (0, 0, 0, padded - pairs, 0, 0, 0, heads * spans - groups))
     made = made.unflatten(0, (spans, heads)).unflatten(3, (-1, low))
     return made.permute(0, 2, 3, 1, 4, 5).flatten(1, 4)
-
-
-def _of_places(x: Tensor) -> Tensor:
-    """Numbers of items of whole chunks, for weights [chunks, spans, 2 N, CHUNK]."""
-    return x.repeat_interleave(WORD).view(-1, 1, 1, CHUNK)
-
-
-def _lowest_bits(weight: Tensor, items: Tensor) -> Tensor:
-    """Where in their bytes the codes of each item should begin.
-
-    The larger weights are, the higher: they then are multiples of something smaller, and rounding
-    them to that takes less off them.
-
-    Args:
-        weight: of codes, [chunks, spans, 2 N, CHUNK].
-        items: with codes from FIRST_BIT on.
-    """
-    bits = torch.log2((items >> 24 >> FIRST_BIT) + 1.0)
-    size = weight.abs()
-    share = size / size.amax((0, 3), keepdim=True).clamp_min(TINY)
-    share = share.unflatten(-1, (-1, WORD)).amax((1, 2, 4)).flatten()
-    higher = torch.ceil(torch.log2(share * FINEST)).clamp_min(0)
-    return LOWEST_BIT + higher.minimum(MASK_BITS - LOWEST_BIT - bits).int()
-
-
-def _in_eight_bits(
-    weight: Tensor, items: Tensor, chunks: Sequence[int], blocks: int, of_components: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Items, and `LatentTables.whole` and `unit`; None where rounding to them would add to the
-    error of codes.
-
-    What rounding takes off the weights of some codes stands in items that held nothing: the same
-    codes again, lower in their bytes, so that what they are multiples of is a part of that.
-
-    Args:
-        weight: [chunks, spans, 2 N, CHUNK].
-        items: that they belong to.
-        chunks: the block of pairs of each chunk, of so many `blocks`.
-        of_components: weights of codes that are whole, [spans, 2 N, w].
-    """
-    block = torch.tensor(chunks, device=weight.device)
-    size = weight.abs().amax(-1).unflatten(-1, (2, -1)).amax(-2)  # of a chunk, [chunks, spans, N]
-    of_block = block[:, None, None].expand_as(size)
-    largest = size.new_zeros(blocks, *size.shape[1:]).scatter_reduce(0, of_block, size, "amax")
-    unit = largest.clamp_min(TINY) / 127
-    # Pair by pair of items, [chunks · pairs, spans, 2 N, 2, 4].
-    pairs = CHUNK // WORD // 2
-    exact = weight.unflatten(-1, (pairs, 2, WORD)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
-    block, items = block.repeat_interleave(pairs), items.view(-1, 2)
-    step = unit[block].repeat(1, 1, 2)[..., None, None]
-    whole = (exact / step).round()
-    left = exact / step - whole
-    noise = _noise(left * step, items)
-    for i in range(blocks):
-        own = block == i
-        free = (own & (items >> 24 == 0).all(1)).nonzero()[:, 0]
-        worst = torch.where(own, noise, -1).argsort(descending=True, stable=True)
-        count = min(len(free), int((own & (noise > 0)).sum()))
-        to, of = free[:count], worst[:count]
-        keep = items[of] >> 24
-        lower = (torch.log2((keep & -keep).clamp_min(1)) - LOWEST_BIT).clamp_min(0).int()
-        turn = ((items[of] >> 16) + lower) % 32
-        items[to] = items[of] & 0xFFFF | turn << 16 | keep >> lower << 24
-        rest = left[of] * torch.exp2(lower)[:, None, None, :, None]
-        whole[to] = rest.round()
-        noise[of] = _noise((rest - whole[to]) * step[of], items[to])
-    items = items.flatten()
-    if noise.sum() > MOST_NOISE * of_components.square().sum() / 12:
-        return items, None, None
-    whole = whole[..., [BYTES.index(i) for i in range(WORD)]]  # in the order of memory
-    whole = whole.unflatten(0, (-1, pairs)).permute(0, 2, 3, 1, 4, 5).flatten(3)
-    return items, whole.to(torch.int8).contiguous(), unit / 16
-
-
-def _noise(error: Tensor, items: Tensor) -> Tensor:
-    """What errors of weights [pairs, spans, 2 N, 2, 4] give keys, squared and on average, where
-    codes are as often one as another: more than they do."""
-    keep = items >> 24  # [pairs, 2]
-    squares = (keep.square() + 2 * keep * (keep & -keep)) / (3 * 16**2)
-    return (error.square().sum((1, 2, 4)) * squares).sum(-1)
-
-
-def _places_of(tiers: Sequence[Tier], first: int, last: int) -> _Places:
-    """Items that hold the components from `first` on, before `last`."""
-    found = []
-    for tier in tiers:
-        bits = min(tier.bits, NIBBLE)
-        words = torch.arange(tier.offset // WORD, -(-(tier.offset + tier.size) // WORD))
-        byte = WORD * words[:, None] + torch.tensor(BYTES) - tier.offset
-        at = torch.arange(0, 8, bits)[:, None, None]  # where codes begin in a byte, or their halves
-        code = at // tier.bits * tier.size + byte  # […, words, 4]
-        component = tier.first + code
-        used = (byte >= 0) & (byte < tier.size) & (code < tier.components)
-        used &= (component >= first) & (component < last)
-        index, word = used.any(-1).nonzero().T
-        at = at[index, 0, 0]
-        turn, keep = (at - FIRST_BIT) % 32, (2**bits - 1) << FIRST_BIT
-        items = words[word] | turn << 16 | keep << 24
-        component = torch.where(used, component, -1)[index, word]
-        shift = tier.shift + at % tier.bits
-        found.append(_Places(items, component, shift[:, None].expand(-1, WORD)))
-    return _Places(*(torch.cat(x) for x in zip(*found, strict=True))).in_pairs()
-
-
-def _parts_of(places: _Places, step: Tensor, first: int, of_class: int) -> tuple[Tensor, Tensor]:
-    """`LatentTables.place_of` and `step` of one part's components and its second class, whose
-    places begin with `first`."""
-    component, shift = places.component.flatten(), places.shift.flatten()
-    place = (component >= 0).nonzero()[:, 0]
-    place = place[component[place].argsort(stable=True)]
-    component, shift = component[place], shift[place]
-    start = torch.searchsorted(component, component)
-    part = torch.arange(len(place)) - start
-    count = len(step)
-    place_of = torch.full((int(part.max()) + 1, whole_words(count + 1)), -1)
-    place_of[part, component] = first + place
-    place_of[0, count] = of_class
-    place_of[0, count + 1 :] = NOTHING
-    steps = torch.zeros(place_of.shape)
-    steps[part, component] = step.float().cpu()[component] * torch.exp2(shift.float())
-    return place_of, steps

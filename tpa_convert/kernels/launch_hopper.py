@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .latent_tables import CHUNK, MAX_PAIRS, PIECE, PIECES, WORD, Layout
+from .latent_places import WORD
+from .latent_tables import CHUNK, MAX_PAIRS, PIECE, PIECES, Layout
 from .launch import INTERPRETED, choose_splits, power_of_two, shared_bytes, shares
 
 TILE = 128  # slots of a program of weights at a time

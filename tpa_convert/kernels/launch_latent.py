@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import launch_hopper as hopper
 from .latent import latent_weights_kernel
+from .latent_places import WORD
 from .latent_sums import latent_join_kernel, latent_sums_kernel
-from .latent_tables import CHUNK, PIECE, WORD, LatentTables, Layout, OutputMap
+from .latent_tables import CHUNK, PIECE, LatentTables, Layout, OutputMap
 from .launch import (
     INTERPRETED,
     choose_splits,
