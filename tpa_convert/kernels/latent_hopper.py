@@ -123,6 +123,8 @@ def consume(
                     synchronize()
                     mbarrier.arrive(empty.index(stage), count=1)
                     n += 1
+                # Always true, as tables give every block a chunk. It stays because a version of
+                # this kernel without it, among other differences, hung on a GPU; why is unknown.
                 if last > first:
                     one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)
                     other = add_scores(other, of_other, Q, of_pairs * 8 + 4, cos, sin, HEADS)

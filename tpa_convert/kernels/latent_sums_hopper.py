@@ -311,27 +311,22 @@ def latent_sums_on_hopper(
     of_terms = shared_begin(gl.full([COLUMNS], 0, gl.int32, OF_COLUMN))
     of_terms += ROWS + COLUMNS * (2 * BLOCK) + gl.arange(0, COLUMNS, OF_COLUMN) * 4
     maxima = terms + tile * COLUMNS
+    of_program = (
+        rows,
+        before,
+        first_word,
+        count,
+        stride_t,
+        length,
+        maxima,
+        stride,
+        weights,
+        padded_columns,
+        first_block,
+        splits,
+    )
     for ahead in gl.static_range(STAGES - 1):
-        copy_block(
-            first + ahead,
-            last,
-            target + ahead * BYTES,
-            rows,
-            before,
-            first_word,
-            count,
-            stride_t,
-            length,
-            maxima,
-            stride,
-            weights,
-            padded_columns,
-            first_block,
-            splits,
-            COLUMNS,
-            BLOCK,
-            CHUNKS,
-        )
+        copy_block(first + ahead, last, target + ahead * BYTES, *of_program, COLUMNS, BLOCK, CHUNKS)
     # While the first blocks come.
     of_split = batch * splits + split
     out = partial_terms + of_split * (TERMS * columns) + column
@@ -353,24 +348,7 @@ def latent_sums_on_hopper(
         async_copy.wait_group(STAGES - 2)
         synchronize()  # all have read what the next copy takes the place of
         copy_block(
-            index + STAGES - 1,
-            last,
-            target + free * BYTES,
-            rows,
-            before,
-            first_word,
-            count,
-            stride_t,
-            length,
-            maxima,
-            stride,
-            weights,
-            padded_columns,
-            first_block,
-            splits,
-            COLUMNS,
-            BLOCK,
-            CHUNKS,
+            index + STAGES - 1, last, target + free * BYTES, *of_program, COLUMNS, BLOCK, CHUNKS
         )
         begins = stage * BYTES
         of_block = load_word(of_terms + begins).to(gl.float32, bitcast=True)
