@@ -71,14 +71,15 @@ ring_of = hopper.ring_of.__wrapped__
 
 @pytest.fixture
 def in_gluon(monkeypatch):
-    """Launches of the kernels in Gluon, as a GPU that has three stages of room would have them."""
+    """Launches of the kernels in Gluon, as a GPU that has room for three stages of weights in eight
+    bits, and for two in 16, would have them."""
     launched = {
         name: Launches(getattr(hopper, name)()) for name in ("weights_kernel", "sums_kernel")
     }
     for name, launch in launched.items():
         monkeypatch.setattr(hopper, name, lambda launch=launch: launch)
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
-    monkeypatch.setattr(hopper, "ring_of", lambda *_: hopper.Ring(3))
+    monkeypatch.setattr(hopper, "ring_of", lambda _, __, size, ___: hopper.Ring(4 - size))
     monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     monkeypatch.setattr(launches, "overlapped", lambda device: True)
     for name in ("latent_weights_kernel", "latent_join_kernel"):
@@ -91,19 +92,24 @@ def in_gluon(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("positions", "added", "window", "softcap"),
-    [(1, None, None, None), (3, False, 400, 3.0), (1, True, 400, None)],
+    ("whole", "positions", "added", "window", "softcap"),
+    [(True, 1, None, None, None), (False, 3, False, 400, 3.0), (True, 1, True, 400, None)],
 )
-def test_warps_that_differ_compile_for_hopper(in_gluon, positions, added, window, softcap) -> None:
+def test_warps_that_differ_compile_for_hopper(
+    in_gluon, whole, positions, added, window, softcap
+) -> None:
     """In Triton's newest release here; the oldest is that of the GPU tests."""
     codes = [WHOLE] * 4, CODES[1]
     made = random_case(
         shape=(32, 8, 128), codes=codes, slots=512, positions=positions, dtype=torch.bfloat16
     )
+    assert made.tables.whole is not None
+    if not whole:
+        made = made._replace(tables=made.tables._replace(whole=None, unit=None))
     mask = None
     if added is not None:
         mask = torch.ones(2, 512, dtype=torch.bfloat16 if added else torch.bool)
-    launches.launch_latent(*made.call(), 0.3, None, None, window, softcap, mask)
+    launches.launch_latent(*made.call(), 0.3, None, made.end, window, softcap, mask)
     kernel = in_gluon["weights_kernel"].compile()
     products = matrix_products(kernel.asm["ptx"])
     assert products["registers"] == 0
@@ -124,9 +130,21 @@ def test_rings_fit_shared_memory(monkeypatch, in_gluon, shape, blocks, positions
         shape=shape, codes=codes, slots=512, positions=positions, dtype=torch.bfloat16
     )
     mask = torch.ones(2, 512, dtype=torch.bool)
-    launches.launch_latent(*made.call(), 0.3, None, None, None, None, mask)
+    launches.launch_latent(*made.call(), 0.3, None, made.end, None, None, mask)
     kernel = in_gluon["weights_kernel"].compile()
     assert 0.75 * SHARED_BYTES < kernel.metadata.shared <= SHARED_BYTES
+
+
+def test_kinds_of_weights_are_compiled_apart(monkeypatch) -> None:
+    """Of what launches have in common, which keeps what was compiled for them."""
+    codes = [WHOLE] * 4, CODES[1]
+    tables = random_case(shape=(32, 8, 128), codes=codes, slots=8, dtype=torch.bfloat16).tables
+    monkeypatch.setattr(hopper, "MOST_STAGES", 2)  # both have room for
+    found = [
+        hopper.ring_of.__wrapped__(tables.layout, 16, size, torch.device("cpu")) for size in (1, 2)
+    ]
+    assert found[0] != found[1]
+    assert found[0][:1] == found[1][:1]
 
 
 @pytest.mark.parametrize(
@@ -153,15 +171,16 @@ def test_sums_by_warps_compile_for_hopper(in_gluon, shape, start, window) -> Non
     ("batch", "slots", "others", "in_gluon"),
     [
         (8, 32768, {}, (True, True)),
-        (16, 2048, {}, (True, False)),  # programs of sums would be too short
+        (16, 2048, {}, (True, True)),
+        (16, 512, {}, (False, False)),  # programs of sums would be too few
         (1, 2048, {}, (False, False)),  # too few of them
         (8, 32768, {"window": 1024}, (False, False)),
         (8, 32768, {"norm": torch.float32}, (False, False)),
         (8, 32768, {"dtype": torch.float32}, (False, False)),
         (8, 32768, {"page": 16}, (False, False)),
         (8, 32768, {"rows_fit": False}, (False, True)),
-        (8, 32768, {"whole": False}, (False, True)),
-        (8, 32768, {"start": torch.int64}, (False, True)),
+        (8, 32768, {"whole": False}, (True, True)),
+        (8, 32768, {"start": torch.int64}, (True, True)),
         (8, 32768, {"mask": torch.bool}, (True, True)),
     ],
 )
@@ -201,11 +220,13 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
         (8, 32768, 49, (4, 4, 11)),  # as many as run at once
         (8, 32768, 120, (4, 3, 11)),  # less room for rows
         (8, 8192, 300, (4, 2, 5)),  # one program at a time
+        (8, 16384, 49, (4, 4, 11)),
         (64, 2048, 49, (4, 4, 2)),  # each processor has three, two of them at a time
         (4, 8192, 49, (4, 4, 11)),  # two at a time would take turns
         (1, 8192, 49, None),
         (1, 32768, 49, (4, 4, 32)),
-        (16, 2048, 49, None),  # programs would be too short
+        (16, 2048, 49, (4, 4, 4)),  # as short as they may be
+        (16, 256, 49, None),
         (8, 32768, 500, None),  # no room for two blocks
     ],
 )

@@ -62,42 +62,53 @@ def used(monkeypatch):
 
 def made(layer: str, **others):
     shape, keys = LAYERS[layer]
-    settings = {"slots": 700, "dtype": torch.bfloat16, "device": "cuda"} | others
-    return random_case(shape=shape, codes=(keys, VALUES), **settings)
+    settings = {"codes": (keys, VALUES), "slots": 700, "dtype": torch.bfloat16, "device": "cuda"}
+    return random_case(shape=shape, **settings | others)
 
 
-def call_of(case, tables=None, softcap=None):
-    """What is launched for a case whose bounds are given as a mask."""
-    slot = torch.arange(case.keys.shape[2], device="cuda")
-    mask = (slot >= case.start[:, None]) & (slot < case.end[:, None])
-    bounds = None, None, None
-    return *case.call()[:5], tables or case.tables, 0.3, *bounds, softcap, mask
+def call_of(case, tables=None, softcap=None, masked=False, window=None):
+    """What is launched for a case, whose bounds may be given as a mask."""
+    bounds, mask = (case.start, case.end), None
+    if masked:
+        slot = torch.arange(case.keys.shape[2], device="cuda")
+        bounds, mask = (None, None), (slot >= bounds[0][:, None]) & (slot < bounds[1][:, None])
+    return *case.call()[:5], tables or case.tables, 0.3, *bounds, window, softcap, mask
 
 
-def in_numbers(tables):
-    """Tables whose weights are what those in whole numbers stand for."""
-    whole = tables.whole.float() * tables.unit[tables.chunks[:-1]].repeat(1, 1, 2)[..., None]
-    weight = 16 * whole.unflatten(-1, (-1, WORD))[..., list(BYTES)].flatten(-2)
+def in_numbers(tables, rounded=False):
+    """Tables whose weights do not come in whole numbers, or come of those."""
+    weight = tables.weight
+    if rounded:
+        whole = tables.whole.float() * tables.unit[tables.chunks[:-1]].repeat(1, 1, 2)[..., None]
+        weight = 16 * whole.unflatten(-1, (-1, WORD))[..., list(BYTES)].flatten(-2)
     return tables._replace(weight=weight.to(tables.weight.dtype), whole=None, unit=None)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
+def test_weights_in_16_bits(used, layer, dtype) -> None:
+    case = made(layer, dtype=dtype)
+    found = launches.launch_latent(*call_of(case, in_numbers(case.tables)))
+    assert error(found, case.truth(scale=0.3)) < TOLERANCE[dtype]
+    assert used()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_whole_numbers_give_what_they_stand_for(used, layer, dtype) -> None:
-    """As Triton's kernel of weights finds it; and that is near the truth."""
+    """And that is near the truth."""
     case = made(layer, dtype=dtype)
     found = launches.launch_latent(*call_of(case))
+    same = launches.launch_latent(*call_of(case, in_numbers(case.tables, rounded=True)))
     assert used()
-    same = launches.launch_latent(*call_of(case, in_numbers(case.tables)))
-    assert not used()
     assert error(found, same) < TOLERANCE[dtype]
     assert error(found, case.truth(scale=0.3)) < 2e-2
 
 
 @pytest.mark.parametrize(("softcap", "slots"), [(None, 700), (3.0, 513), (None, 1100)])
-def test_soft_caps_and_lengths(used, softcap, slots) -> None:
+def test_bounds_as_masks(used, softcap, slots) -> None:
     case = made("8 of 128", slots=slots)
-    found = launches.launch_latent(*call_of(case, softcap=softcap))
+    found = launches.launch_latent(*call_of(case, softcap=softcap, masked=True))
     assert error(found, case.truth(scale=0.3, softcap=softcap)) < TOLERANCE[torch.bfloat16]
     assert used()
 
@@ -117,16 +128,16 @@ def test_whatever_stands_where_nothing_attends_to(used) -> None:
     ("positions", "window", "softcap", "slots"),
     [(1, 40, None, 900), (3, None, None, 700), (3, 300, 3.0, 1000), (1, None, 3.0, 513)],
 )
-def test_bounds_and_several_positions(positions, window, softcap, slots) -> None:
-    """Weights are Triton's there, whatever sums are."""
+def test_windows_soft_caps_and_positions(used, positions, window, softcap, slots) -> None:
     case = made("8 of 128", positions=positions, slots=slots)
-    found = launches.launch_latent(*case.call(), 0.3, case.start, case.end, window, softcap)
+    found = launches.launch_latent(*call_of(case, softcap=softcap, window=window))
     truth = case.truth(scale=0.3, window=window, softcap=softcap)
     assert error(found, truth) < TOLERANCE[torch.bfloat16]
+    assert used()
 
 
 def test_sequences_that_begin_at_any_word(used) -> None:
-    case = made("8 of 64", slots=701)
+    case = made("8 of 64", slots=701, codes=(LAYERS["8 of 64"][1], VALUES[:2]))
     assert case.keys.stride(0) % 16  # where copies begin
     assert case.values.stride(0) % 16
     found = launches.launch_latent(*call_of(case))
@@ -157,10 +168,12 @@ def test_masks_that_leave_whole_tiles_out(used, added) -> None:
     assert used()
 
 
-@pytest.mark.parametrize("table", ["items", "whole", "unit", "offset", "behind"])
+@pytest.mark.parametrize("table", ["items", "weight", "whole", "unit", "offset", "behind"])
 def test_everything_matters(used, table) -> None:
     """Control: with another table, the result is another."""
     case = made("8 of 128", dtype=torch.float16)
+    if table == "weight":
+        case = case._replace(tables=in_numbers(case.tables))
     wrong = getattr(case.tables, table).clone()
     if table == "behind":
         wrong[0] += 1  # as many chunks in all

@@ -290,6 +290,8 @@ def test_a_compiled_prompt_does_without_tables(monkeypatch, coded) -> None:
         coded.model.layers[1].self_attn.values.coder.step.mul_(3.0)
         for model in (compiled, coded):
             found.append(model(**prompts(), use_cache=True).logits)
+            # Kernels round otherwise, and codes at an edge fall to its other side.
+            monkeypatch.setenv("TPA_CONVERT_BACKEND", "reference")
     assert close(*found)
     assert not close(before, found[1])
 

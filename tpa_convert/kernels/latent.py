@@ -80,7 +80,12 @@ def load_bias(mask, batch, stride_b, slot, begin, stop):
 @triton.jit
 def load_header(rows, offset, octave, header_byte):
     """Scale [T] of each token, and 1 for those of the second class, in fp32."""
-    word = tl.load(rows + offset + header_byte // 4)
+    return read_header(tl.load(rows + offset + header_byte // 4), octave, header_byte)
+
+
+@triton.jit
+def read_header(word, octave, header_byte):
+    """The same, of the word [T] that the header is in."""
     header = (word >> (header_byte % 4 * 8)) & 255
     scale = tl.exp2((header % SCALES).to(tl.float32) / STEPS + octave)
     return scale, (header // SCALES).to(tl.float32)

@@ -10,11 +10,10 @@ The matrix unit works for one while the other rotates. The last group, the *fini
 of the scores of both meanwhile. Programs stay: each goes through tiles of two blocks, so that what
 is the same for all slots is brought to shared memory once.
 
-Codes and weights are whole numbers of eight bits, whose products are exact; queries are taken times
-what keys are multiples of. Layers for which those are not enough are left to `latent.py`. The scale
-of a token comes to its scores in the end, and what offsets of keys give to scores, where only
-cosines and sines differ from slot to slot, comes from queries and offsets that were multiplied
-before.
+Codes and weights are whole numbers of eight bits, where those are enough, and their products are
+exact; queries are taken times what keys are multiples of. The scale of a token comes to its scores
+in the end, and what offsets of keys give to scores, where only cosines and sines differ from slot
+to slot, comes from queries and offsets that were multiplied before.
 
 This is written in Gluon, Triton's language of explicit layouts, where warps may differ: in plain
 Triton all warps wait at every step for each other. Nothing computed is on the left of an
@@ -53,10 +52,9 @@ from .latent_hopper_scores import (
 from .split_kv import slot_bounds
 
 WARPS = gl.constexpr(4)  # of a group
-KEYS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
 OF_CONSUMER = gl.constexpr(168)  # registers of a thread
-OF_FINISHER = gl.constexpr(104)
-OF_PRODUCER = gl.constexpr(72)
+OF_FINISHER = gl.constexpr(112)
+OF_PRODUCER = gl.constexpr(64)
 
 
 @gluon.jit
@@ -83,6 +81,10 @@ def consume(
     T: gl.constexpr = X.shape[1] // 2
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     HIGH: gl.constexpr = PADDED // LOW
+    WHOLE: gl.constexpr = X.dtype == gl.int8
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, 2 * PAIRS_OF_SPAN, 32 if WHOLE else 16]
+    )
     # Cosines [T, high, low] serve all heads of a span: they are laid out as a head's keys are.
     a_span = gl.full([T, PAIRS_OF_SPAN], 0.0, Q.dtype, PAIRS_OF_KEYS)
     a_span = gl.reshape(a_span, [T, HIGH, HEADS, LOW])
@@ -91,7 +93,7 @@ def consume(
     low = gl.arange(0, LOW, gl.SliceLayout(0, gl.SliceLayout(1, A_HEAD)))
     pair = gl.expand_dims(high[None, :], 2) * LOW + gl.expand_dims(low[None, :], 1)
     in_block = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, A_HEAD)))
-    zeros = gl.full([T, 2 * PAIRS_OF_SPAN], 0, gl.int32, KEYS)
+    zeros = gl.full([T, 2 * PAIRS_OF_SPAN], 0, gl.int32 if WHOLE else gl.float32, KEYS)
     nothing = gl.full([T, Q.shape[1]], 0.0, gl.float32, SCORES)
     n, tiles = 0, 0
     for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
@@ -121,13 +123,12 @@ def consume(
                     b = warpgroup_mma(codes, right, of_other, is_async=True)
                     of_one, of_other = warpgroup_mma_wait(0, deps=(a, b))
                     synchronize()
-                    mbarrier.arrive(empty.index(stage), count=1)
+                    # Always true. Values that only bounds of inner loops read are not kept from
+                    # block to block by Triton 3.6 (triton-lang/triton#9036).
+                    mbarrier.arrive(empty.index(stage), count=1, pred=last > first)
                     n += 1
-                # Always true, as tables give every block a chunk. It stays because a version of
-                # this kernel without it, among other differences, hung on a GPU; why is unknown.
-                if last > first:
-                    one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)
-                    other = add_scores(other, of_other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
+                one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)
+                other = add_scores(other, of_other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
                 first = last
             mbarrier.wait(taken.index(me), tiles % 2 ^ 1)
             S.index(me).store(side_by_side(one, other))
@@ -193,24 +194,23 @@ def latent_weights_on_hopper(
     STAGES: gl.constexpr,  # of the ring
     KEPT: gl.constexpr,  # chunks of weights that shared memory has room for; 0 if not for all
 ):
-    """`latent_weights_kernel` for keys without a norm, in two spans, in a cache in one piece whose
-    masks say all, and cosines in rows of whole words of 16 bytes. The grid is [programs of a
-    sequence, b]."""
+    """`latent_weights_kernel` for keys without a norm, in two spans, in a cache in one piece, and
+    cosines in rows of whole words of 16 bytes. The grid is [programs of a sequence, b]."""
     gl.static_assert(norm is None and pages is None and table_stride_p == 1)
-    gl.static_assert(start is None and end is None)
     DTYPE: gl.constexpr = query.dtype.element_ty
+    CODES: gl.constexpr = weight.dtype.element_ty
     ROWS: gl.constexpr = 2 * PAIRS_OF_SPAN
     EACH: gl.constexpr = PAIRS_OF_SPAN // 2
     batch = gl.program_id(1)
     X = gl.allocate_shared_memory(
-        gl.int8,
+        CODES,
         [STAGES, 2 * BLOCK, CHUNK],
-        gl.NVMMASharedLayout.get_default_for([2 * BLOCK, CHUNK], gl.int8),
+        gl.NVMMASharedLayout.get_default_for([2 * BLOCK, CHUNK], CODES),
     )
     W = gl.allocate_shared_memory(
-        gl.int8,
+        CODES,
         [SPANS * (KEPT or STAGES), ROWS, CHUNK],
-        gl.NVMMASharedLayout.get_default_for([ROWS, CHUNK], gl.int8),
+        gl.NVMMASharedLayout.get_default_for([ROWS, CHUNK], CODES),
     )
     Q = gl.allocate_shared_memory(
         DTYPE,

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
+from .latent import numbers_of
 from .latent_hopper_scores import IN_LINE, SPANS, attended_to, synchronize
 
 # Names of Triton 3.7 and later, and of 3.6.
@@ -24,7 +25,12 @@ copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_cop
 WORDS = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
-COPIED = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))  # 16 bytes a thread
+
+
+@gluon.constexpr_function
+def copied(element):
+    """Layout of weights that are copied: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 128 // element.primitive_bitwidth], [8, 4], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -33,9 +39,15 @@ def store_codes(X, words, one, other):
     products read them."""
     T: gl.constexpr = X.shape[0]
     ITEMS: gl.constexpr = X.shape[1] // 4
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, ITEMS], gl.int32)
-    codes = gl.reshape(gl.join(codes_of(words, one), codes_of(words, other)), [T, ITEMS])
-    reinterpret(X, gl.int32, [T, ITEMS], LAYOUT).store(codes)
+    if X.dtype == gl.int8:
+        codes = gl.join(codes_of(words, one), codes_of(words, other))
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, ITEMS], gl.int32)
+        codes = gl.reshape(codes, [T, ITEMS])
+        reinterpret(X, gl.int32, [T, ITEMS], LAYOUT).store(codes)
+    else:
+        a = gl.reshape(numbers_of(words, one, X.dtype), [T, ITEMS // 2, 4])
+        b = gl.reshape(numbers_of(words, other, X.dtype), [T, ITEMS // 2, 4])
+        X.store(gl.reshape(gl.permute(gl.join(a, b), [0, 1, 3, 2]), [T, 4 * ITEMS]))
 
 
 @gluon.jit
@@ -77,6 +89,7 @@ def produce(
     CHUNK: gl.constexpr = X.shape[2]
     ROWS: gl.constexpr = W.shape[1]
     ITEMS: gl.constexpr = CHUNK // 4
+    COPIED: gl.constexpr = copied(W.dtype)
     of_item = items + gl.arange(0, ITEMS // 2, gl.SliceLayout(0, WORDS)) * 2
     of_weight = (gl.arange(0, ROWS, gl.SliceLayout(1, COPIED)) * CHUNK)[:, None]
     of_weight = of_weight + gl.arange(0, CHUNK, gl.SliceLayout(0, COPIED))[None, :]

@@ -8,8 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .latent import NEVER, load_header
-from .latent_hopper_offsets import scores_of_offsets
+from .latent import NEVER, read_header
+from .latent_hopper_offsets import load_tables, scores_of_offsets
 from .latent_hopper_scores import IN_LINE, attended_to, columns_of, synchronize, whole_rows
 from .split_kv import LOG2_E, tanh
 
@@ -48,6 +48,10 @@ def finish(
     per_half = HEADS // 2 * (heads // GROUPS) * positions
     column, used = columns_of(OF_COLUMNS, ALL, per_half, heads * positions)
     in_block = gl.arange(0, T, IN_LINE)
+    # Words of headers are loaded a block ahead.
+    block = gl.program_id(0) * 2
+    of_key = load_row_words(keys, block, length, key_stride_t, header_k // 4, T)
+    of_value = load_row_words(values, block, length, value_stride_t, header_v // 4, T)
     tiles = 0
     for tile in range(gl.program_id(0), gl.cdiv(length, 2 * T), gl.num_programs(0)):
         attended = attended_to(tile, begin, stop, mask, T)
@@ -57,26 +61,19 @@ def finish(
             of_block = gl.program_id(1) * blocks + block
             terms = block_terms + of_block * (4 * padded_columns)
             of_weights = weights_out + of_block.to(gl.int64) * (2 * padded_columns * T)
+            key_scale, key_class = read_header(of_key, octave_k, header_k)
+            value_scale, value_class = read_header(of_value, octave_v, header_v)
+            following = block + 1
+            if half > 0:
+                following = (tile + gl.num_programs(0)) * 2
+            of_key = load_row_words(keys, following, length, key_stride_t, header_k // 4, T)
+            of_value = load_row_words(values, following, length, value_stride_t, header_v // 4, T)
             if attended:
-                base = gl.minimum(block * T, length - 1)
-                row = gl.minimum(in_block, length - 1 - base)
-                rows = keys + base.to(gl.int64) * key_stride_t
-                key_scale, key_class = load_header(rows, row * key_stride_t, octave_k, header_k)
-                rows = values + base.to(gl.int64) * value_stride_t
-                row *= value_stride_t
-                value_scale, value_class = load_header(rows, row, octave_v, header_v)
-                any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
-                table = base.to(gl.int64) * table_stride_t
-                of_offsets = scores_of_offsets(
-                    O,
-                    cosine + table,
-                    sine + table,
-                    length - 1 - base,
-                    table_stride_t,
-                    key_class,
-                    any_class,
-                    PAIRS,
+                cos, sin = load_tables(
+                    cosine, sine, block, length, table_stride_t, PAIRS, O.shape[2], T
                 )
+                any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
+                of_offsets = scores_of_offsets(O, cos, sin, key_class, any_class)
                 of_offsets = gl.convert_layout(of_offsets, OF_WEIGHTS)
                 slot = block * T + in_block
                 valid = (slot >= begin) & (slot < stop)
@@ -135,6 +132,13 @@ def finish(
             else:
                 write_nothing(terms, of_weights, padded_columns, block < blocks, T)
         tiles += attended.to(gl.int32)
+
+
+@gluon.jit
+def load_row_words(rows, block, length, stride_t, word, T: gl.constexpr):
+    """One word of each row [T] of a block of slots, of the last row for those behind it."""
+    slot = gl.minimum(block * T + gl.arange(0, T, IN_LINE), length - 1)
+    return gl.load(rows + (slot.to(gl.int64) * stride_t + word))
 
 
 @gluon.jit

@@ -67,27 +67,31 @@ def load_offsets(
 
 
 @gluon.jit
-def scores_of_offsets(
-    O,  # noqa: E741
+def load_tables(
     cosine,
     sine,
-    last,
+    block,
+    length,
     stride_t,
-    label,
-    any_class,
     PAIRS: gl.constexpr,  # of a head
+    WIDTH: gl.constexpr,
+    T: gl.constexpr,
 ):
-    """What offsets of keys add to the scores [T, columns] of a block of slots, of the rows of
-    cosines and sines from its first on."""
-    T: gl.constexpr = label.shape[0]
+    """Cosines and sines [T, pairs] of a block of slots, for products."""
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
-    slot = gl.minimum(gl.arange(0, T, gl.SliceLayout(1, LEFT)), last)
-    pair = gl.arange(0, O.shape[2], gl.SliceLayout(0, LEFT))
-    of_row = (slot * stride_t)[:, None]
-    cosine = whole_rows(cosine, of_row)
-    sine = whole_rows(sine, of_row)
-    cos = load_row(cosine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
-    sin = load_row(sine, 0, pair[None, :], PAIRS, O.shape[2]).to(O.dtype)
+    slot = gl.minimum(block * T + gl.arange(0, T, gl.SliceLayout(1, LEFT)), length - 1)
+    pair = gl.arange(0, WIDTH, gl.SliceLayout(0, LEFT))[None, :]
+    of_row = (slot.to(gl.int64) * stride_t)[:, None]
+    cos = load_row(whole_rows(cosine, of_row), 0, pair, PAIRS, WIDTH)
+    return cos, load_row(whole_rows(sine, of_row), 0, pair, PAIRS, WIDTH)
+
+
+@gluon.jit
+def scores_of_offsets(O, cos, sin, label, any_class):  # noqa: E741
+    """What offsets of keys add to the scores [T, columns] of a block of slots."""
+    T: gl.constexpr = label.shape[0]
+    cos = cos.to(O.dtype)
+    sin = sin.to(O.dtype)
     scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
     scores = mma_v2(cos, offsets_of(O, 0), scores)
     scores = mma_v2(sin, offsets_of(O, 1), scores)

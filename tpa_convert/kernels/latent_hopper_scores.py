@@ -58,7 +58,7 @@ def load_queries(
 ):
     """Queries [4 · 2 · blocks of pairs, C, pairs] of the halves of all spans, zero where a pair is
     of another head: for each block of pairs and each span the real parts of both halves, then the
-    imaginary ones. They are taken times what keys are multiples of."""
+    imaginary ones. Where keys come in units, queries are taken times them."""
     LOW: gl.constexpr = 8 if PADDED > 8 else PADDED
     AT_ONCE: gl.constexpr = HEADS // 2
     shared = heads // GROUPS
@@ -79,13 +79,15 @@ def load_queries(
             index = block * 8 + half // 2 * 4 + half % 2
             real = gl.load(at + block * PAIRS, mask=mine, other=0.0)
             imaginary = gl.load(at + (BLOCKS + block) * PAIRS, mask=mine, other=0.0)
-            in_span = pair // (LOW * AT_ONCE) * (LOW * HEADS) + pair % (LOW * AT_ONCE)
-            in_span += half % 2 * (LOW * AT_ONCE)
-            units = gl.load(unit + (block * SPANS + half // 2) * PAIRS_OF_SPAN + in_span)
-            if Q.dtype == gl.float16:
-                units = units / UNIT
-            real = (real.to(gl.float32) * units[None, :]).to(Q.dtype)
-            imaginary = (imaginary.to(gl.float32) * units[None, :]).to(Q.dtype)
+            if unit is not None:
+                in_span = pair // (LOW * AT_ONCE) * (LOW * HEADS) + pair % (LOW * AT_ONCE)
+                in_span += half % 2 * (LOW * AT_ONCE)
+                units = gl.load(unit + (block * SPANS + half // 2) * PAIRS_OF_SPAN + in_span)
+                if Q.dtype == gl.float16:
+                    units = units / UNIT
+                units = units[None, :]
+                real = (real.to(gl.float32) * units).to(Q.dtype)
+                imaginary = (imaginary.to(gl.float32) * units).to(Q.dtype)
             Q.index(index).store(real)
             Q.index(index + 2).store(imaginary)
 
@@ -109,14 +111,15 @@ def load_row(rows, first, pair, PAIRS: gl.constexpr, PADDED: gl.constexpr):
 
 @gluon.jit
 def add_scores(scores, keys, Q, index, cos, sin, HEADS: gl.constexpr):
-    """Adds what a span's keys [T, 128] in one block of pairs, whole numbers with real parts first,
-    give to the scores of its two halves of heads."""
+    """Adds what a span's keys [T, 128] in one block of pairs, real parts first, give to the scores
+    of its two halves of heads."""
     T: gl.constexpr = keys.shape[0]
     HIGH: gl.constexpr = cos.shape[1]
     LOW: gl.constexpr = cos.shape[2]
-    keys = keys.to(gl.float32)
-    if Q.dtype == gl.float16:
-        keys = keys * UNIT
+    if keys.dtype == gl.int32:
+        keys = keys.to(gl.float32)
+        if Q.dtype == gl.float16:
+            keys = keys * UNIT
     real, imaginary = gl.split(gl.permute(gl.reshape(keys, [T, 2, PAIRS_OF_SPAN]), [0, 2, 1]))
     a = gl.convert_layout(real, PAIRS_OF_KEYS, assert_trivial=True)
     b = gl.convert_layout(imaginary, PAIRS_OF_KEYS, assert_trivial=True)

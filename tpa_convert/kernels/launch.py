@@ -51,14 +51,30 @@ def options_of(warps: int, overlap: bool) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_splits(blocks: int, sequences: int, slots: int, start: int = 1, beside: int = 1) -> int:
-    """Splits of each sequence's `blocks` that finish first when each of `slots` runs so many
-    programs `beside` each other, which take turns, and each of which starts and ends in the time of
-    so many blocks."""
+def choose_splits(
+    blocks: int,
+    sequences: int,
+    slots: int,
+    start: int = 1,
+    beside: int = 1,
+    slowed: float = 0.0,
+    most: int | None = None,
+) -> int:
+    """Splits of each sequence's `blocks`, `most` at most, that finish first when each of `slots`
+    runs so many programs `beside` each other at most.
+
+    Args:
+        start: blocks in whose time a program starts and ends.
+        slowed: part of its time that a program takes longer for each that runs beside it.
+    """
     best, fastest = 1, math.inf
-    for splits in range(1, min(blocks, max(1, 2 * slots * beside // sequences)) + 1):
-        turns = math.ceil(sequences * splits / slots)
-        time = turns * math.ceil(blocks / splits) + math.ceil(turns / beside) * start
+    for splits in range(
+        1, min(blocks, most or blocks, max(1, 2 * slots * beside // sequences)) + 1
+    ):
+        turns, rest = divmod(math.ceil(sequences * splits / slots), beside)
+        rounds = [beside] * turns + [rest] * (rest > 0)
+        length = math.ceil(blocks / splits)
+        time = sum(start + length * (1 + slowed * (programs - 1)) for programs in rounds)
         if time < fastest:
             best, fastest = splits, time
     return best

@@ -24,8 +24,9 @@ SUM_WARPS = PIECES  # of a program of sums
 SUM_REGISTERS = {16: 192, 32: 256}  # of each of its threads at most, by padded queries
 REGISTERS = 1 << 16  # of a multiprocessor
 SUM_STAGES = 4  # of its ring at most
-SUM_START = 14  # blocks that could be summed up while a program starts, stores and is joined
-SUM_BLOCKS = 8  # from which on a program is faster than Triton's
+SUM_START = 8  # blocks that could be summed up while a program starts, stores and is joined
+SUM_BLOCKS = 8  # of a program at least
+SUM_SLOWED = 1 / 6  # part of its time that a program takes longer for each warp that runs beside it
 MOST_SPLITS = 32
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 
@@ -75,18 +76,21 @@ class Ring(NamedTuple):
     Attributes:
         stages: of the ring; 0 if the kernel cannot run a layout.
         kept: chunks of weights that may stay there; 0 where they go through the ring.
+        size: bytes of a code, and of a weight.
     """
 
     stages: int = 0
     kept: int = 0
+    size: int = 0
 
 
 @functools.cache
-def ring_of(layout: Layout, per_span: int, device: torch.device) -> Ring:
+def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> Ring:
     """What shared memory has room for.
 
     Args:
         per_span: queries of a span.
+        size: bytes of a code, and of a weight.
     """
     known = layout.spans == 2 and layout.heads > 1 and layout.heads * layout.padded == MAX_PAIRS
     wide = per_span > 2 * MOST_COLUMNS or layout.blocks * layout.pairs > MOST_PAIRS
@@ -95,12 +99,12 @@ def ring_of(layout: Layout, per_span: int, device: torch.device) -> Ring:
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
     # Queries, queries times offsets, scores that are passed on and laid out anew.
     beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 24 * TILE)
-    room = (shared_bytes(device) - beside) // CHUNK
+    room = (shared_bytes(device) - beside) // (size * CHUNK)
     kept = (room - FEWEST_STAGES * TILE) // keys  # the same for all layers that it is enough for
     if layout.chunks <= kept:
-        return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept)
+        return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept, size)
     stages = room // (TILE + keys)
-    return Ring(min(stages, MOST_STAGES)) if stages > 1 else Ring()
+    return Ring(min(stages, MOST_STAGES), 0, size) if stages > 1 else Ring()
 
 
 def _width(layout: Layout) -> int:
@@ -180,9 +184,13 @@ def sums_shape(
             break
     else:
         return None
-    splits = choose_splits(blocks, sequences * programs, processors, SUM_START, at_once)
-    splits = min(splits, MOST_SPLITS)
-    if shares(blocks, splits) < SUM_BLOCKS:
+    most = min(blocks // SUM_BLOCKS, MOST_SPLITS)
+    if most == 0:
+        return None
+    of_sequences = sequences * programs
+    slowed = SUM_SLOWED * warps
+    splits = choose_splits(blocks, of_sequences, processors, SUM_START, at_once, slowed, most)
+    if 2 * of_sequences * splits < processors:  # Triton's programs are shorter, and more
         return None
     return SumsShape(warps, stages, programs, splits)
 

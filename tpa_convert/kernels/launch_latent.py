@@ -173,7 +173,7 @@ def latent_launch(
         tables.whole is not None,
     )
     of_keys = {"weights_out": "weights"}
-    if shape.kernels[0] is not latent_weights_kernel:
+    if tables.whole is not None and shape.kernels[0] is not latent_weights_kernel:
         of_keys["weight"] = "whole"
     kernels: list[tuple[Any, ...]] = [
         (shape.kernels[0], shape.grids[0], shape.constants[0], of_keys),
@@ -258,10 +258,8 @@ def latent_shape(
     exact, normed, paged = types[0] == torch.float32, types[2] is not None, page > 0
     in_gluon = hopper.runs_on(device) and not (exact or normed or paged)
     ring = hopper.Ring()
-    bounded = types[4] is not None or types[5] is not None
-    enough = hopper.enough_tiles(attended * SHORTEST, batch, processors)
-    if in_gluon and enough and whole and rows_fit and not bounded:
-        ring = hopper.ring_of(layout, per_span, device)
+    if in_gluon and rows_fit and hopper.enough_tiles(attended * SHORTEST, batch, processors):
+        ring = hopper.ring_of(layout, per_span, 1 if whole else 2, device)
     if ring.stages:
         block = hopper.TILE // 2
     blocks, padded_columns = shares(length, block // SHORTEST), per_sum * sum_tiles
