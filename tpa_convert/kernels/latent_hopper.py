@@ -53,8 +53,39 @@ from .split_kv import slot_bounds
 
 WARPS = gl.constexpr(4)  # of a group
 OF_CONSUMER = gl.constexpr(168)  # registers of a thread
-OF_FINISHER = gl.constexpr(112)
-OF_PRODUCER = gl.constexpr(64)
+OF_FINISHER = gl.constexpr(104)
+OF_PRODUCER = gl.constexpr(72)
+
+
+@gluon.jit
+def multiply(
+    me: gl.constexpr,
+    ring,
+    of_one,
+    of_other,
+    chunk,
+    n,
+    T: gl.constexpr,
+    STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
+):
+    """Adds what the n-th codes of the ring give to keys of both spans, and gives their stage back.
+    To zeros that are constant nothing is added."""
+    _, X, W, full, empty = ring
+    stage = n % STAGES
+    at = SPANS * (chunk if KEPT else stage)
+    mbarrier.wait(full.index(stage), n // STAGES % 2)
+    codes = X.index(stage).slice(me * T, T)
+    right = W.index(at).permute((1, 0))
+    of_one = warpgroup_mma(codes, right, of_one, is_async=True)
+    right = W.index(at + 1).permute((1, 0))
+    of_other = warpgroup_mma(codes, right, of_other, is_async=True)
+    of_one, of_other = warpgroup_mma_wait(0, deps=(of_one, of_other))
+    synchronize()
+    # `chunk` is never below: values that only bounds of inner loops read are not kept from turn to
+    # turn of outer ones by Triton 3.6 (triton-lang/triton#9036).
+    mbarrier.arrive(empty.index(stage), count=1, pred=chunk >= 0)
+    return of_one, of_other
 
 
 @gluon.jit
@@ -74,7 +105,7 @@ def consume(
     KEPT: gl.constexpr,
 ):
     """Empties the ring: scores of the first or the second block of each tile."""
-    Q, X, W, full, empty = ring
+    Q, X, _W, _full, _empty = ring
     S, given, taken = passed
     behind, cosine, sine = inputs
     mask, begin, stop = bounds
@@ -111,22 +142,12 @@ def consume(
                 following = gl.load(behind + gl.minimum(of_pairs + 1, BLOCKS - 1))
                 cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
                 sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
-                of_one, of_other = zeros, zeros
-                for chunk in range(first, last):
-                    stage = n % STAGES
-                    at = SPANS * (chunk if KEPT else stage)
-                    mbarrier.wait(full.index(stage), n // STAGES % 2)
-                    codes = X.index(stage).slice(me * T, T)
-                    right = W.index(at).permute((1, 0))
-                    a = warpgroup_mma(codes, right, of_one, is_async=True)
-                    right = W.index(at + 1).permute((1, 0))
-                    b = warpgroup_mma(codes, right, of_other, is_async=True)
-                    of_one, of_other = warpgroup_mma_wait(0, deps=(a, b))
-                    synchronize()
-                    # Always true. Values that only bounds of inner loops read are not kept from
-                    # block to block by Triton 3.6 (triton-lang/triton#9036).
-                    mbarrier.arrive(empty.index(stage), count=1, pred=last > first)
+                keys = multiply(me, ring, zeros, zeros, first, n, T, STAGES, KEPT)
+                n += 1
+                for chunk in range(first + 1, last):
+                    keys = multiply(me, ring, *keys, chunk, n, T, STAGES, KEPT)
                     n += 1
+                of_one, of_other = keys
                 one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)
                 other = add_scores(other, of_other, Q, of_pairs * 8 + 4, cos, sin, HEADS)
                 first = last
@@ -222,6 +243,9 @@ def latent_weights_on_hopper(
         [4, 4 * COLUMNS, WIDTH],
         gl.NVMMASharedLayout.get_default_for([4 * COLUMNS, WIDTH], DTYPE),
     )
+    C = gl.allocate_shared_memory(
+        DTYPE, [2, BLOCK, WIDTH], gl.NVMMASharedLayout.get_default_for([BLOCK, WIDTH], DTYPE)
+    )
     S = gl.allocate_shared_memory(
         gl.float32, [2, BLOCK, 4 * COLUMNS], gl.SwizzledSharedLayout(4, 1, 8, [0, 1])
     )
@@ -252,7 +276,7 @@ def latent_weights_on_hopper(
     passed = S, given, taken
     of_keys = behind, cosine + table, sine + table
     attended = mask, begin, stop
-    inputs = O, keys, values, cosine + table, sine + table
+    inputs = O, C, keys, values, cosine + table, sine + table
     outputs = weights_out, block_terms
     bounds = mask, begin, stop, window
     strides = key_stride_t, value_stride_t, table_stride_t

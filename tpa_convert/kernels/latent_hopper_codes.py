@@ -15,12 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .latent import numbers_of
-from .latent_hopper_scores import IN_LINE, SPANS, attended_to, synchronize
+from .latent_hopper_scores import IN_LINE, SPANS, attended_to, copy_to_shared, synchronize
 
-# Names of Triton 3.7 and later, and of 3.6.
+# The name in Triton 3.7 and later, and in 3.6.
 _memory = gl.shared_memory_descriptor
 reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
-copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 WORDS = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
@@ -100,9 +99,9 @@ def produce(
             # Reading slots that nothing attends to is cheaper than asking which they are.
             base = tile * TILE
             rows = keys + base.to(gl.int64) * stride_t
-            row = (gl.minimum(in_tile, length - 1 - base) * stride_t)[:, None]
+            rows += (gl.minimum(in_tile, length - 1 - base) * stride_t)[:, None]
             one, other = gl.load(of_item), gl.load(of_item + 1)  # of the same word
-            words = gl.load(rows + (row + (one & 0xFFFF)[None, :]))
+            words = gl.load(rows + (one & 0xFFFF)[None, :])
             at = of_item + gl.minimum(1, chunk_count - 1) * ITEMS
             next_one, next_other = gl.load(at), gl.load(at + 1)
             later = base + gl.num_programs(0) * TILE
@@ -118,12 +117,12 @@ def produce(
                         copy_to_shared(W.index(to + span), of_chunk + span * (ROWS * CHUNK))
                 async_copy.commit_group()
                 store_codes(X.index(stage), words, one, other)
-                words = gl.load(rows + (row + (next_one & 0xFFFF)[None, :]))
+                async_copy.wait_group(1)
+                fence_async_shared()  # waits for loads too: the next ones come behind it
+                words = gl.load(rows + (next_one & 0xFFFF)[None, :])
                 one, other = next_one, next_other
                 at = of_item + gl.minimum(chunk + 2, chunk_count - 1) * ITEMS
                 next_one, next_other = gl.load(at), gl.load(at + 1)
-                async_copy.wait_group(1)
-                fence_async_shared()
                 synchronize()
                 mbarrier.arrive(full.index((n + STAGES - 1) % STAGES), count=1, pred=chunk > 0)
                 n += 1

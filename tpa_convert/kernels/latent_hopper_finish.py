@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from .latent import NEVER, read_header
-from .latent_hopper_offsets import load_tables, scores_of_offsets
+from .latent_hopper_offsets import copy_tables, scores_of_offsets
 from .latent_hopper_scores import IN_LINE, attended_to, columns_of, synchronize, whole_rows
 from .split_kv import LOG2_E, tanh
 
@@ -35,7 +35,7 @@ def finish(
 ):
     """Weights of both blocks of each tile, and their terms; see `latent_weights_kernel`."""
     S, given, taken = passed
-    O, keys, values, cosine, sine = inputs  # noqa: E741
+    O, C, keys, values, cosine, sine = inputs  # noqa: E741
     weights_out, block_terms = outputs
     mask, begin, stop, window = bounds
     key_stride_t, value_stride_t, table_stride_t = strides
@@ -48,8 +48,10 @@ def finish(
     per_half = HEADS // 2 * (heads // GROUPS) * positions
     column, used = columns_of(OF_COLUMNS, ALL, per_half, heads * positions)
     in_block = gl.arange(0, T, IN_LINE)
-    # Words of headers are loaded a block ahead.
+    # Words of headers are loaded a block ahead, and so are cosines and sines.
     block = gl.program_id(0) * 2
+    tables = cosine, sine
+    copy_tables(C, *tables, block, length, table_stride_t, PAIRS)
     of_key = load_row_words(keys, block, length, key_stride_t, header_k // 4, T)
     of_value = load_row_words(values, block, length, value_stride_t, header_v // 4, T)
     tiles = 0
@@ -68,13 +70,14 @@ def finish(
                 following = (tile + gl.num_programs(0)) * 2
             of_key = load_row_words(keys, following, length, key_stride_t, header_k // 4, T)
             of_value = load_row_words(values, following, length, value_stride_t, header_v // 4, T)
+            async_copy.wait_group(0)
+            synchronize()
             if attended:
-                cos, sin = load_tables(
-                    cosine, sine, block, length, table_stride_t, PAIRS, O.shape[2], T
-                )
                 any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever
-                of_offsets = scores_of_offsets(O, cos, sin, key_class, any_class)
-                of_offsets = gl.convert_layout(of_offsets, OF_WEIGHTS)
+                of_offsets = scores_of_offsets(O, C, key_class, any_class)
+                synchronize()
+                copy_tables(C, *tables, following, length, table_stride_t, PAIRS)
+                of_offsets = gl.convert_layout(gl.permute(of_offsets, (1, 0)), OF_WEIGHTS)
                 slot = block * T + in_block
                 valid = (slot >= begin) & (slot < stop)
                 bias = gl.full([T], 0.0, gl.float32, IN_LINE)
@@ -130,6 +133,7 @@ def finish(
                 at = whole_rows(at, padded_columns * T)
                 gl.store(at, (weights * of_values).to(WEIGHT), mask=every)
             else:
+                copy_tables(C, *tables, following, length, table_stride_t, PAIRS)
                 write_nothing(terms, of_weights, padded_columns, block < blocks, T)
         tiles += attended.to(gl.int32)
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .latent_hopper_scores import (
     PAIRS_OF_SPAN,
     QUERIES,
-    SCORES,
     SPANS,
     columns_of,
-    load_row,
+    copy_to_shared,
     whole_rows,
 )
 
-EIGHT = gl.constexpr(8)  # numbers of 16 bits that a thread loads at once
+# Of scores [columns, T].
+OF_COLUMNS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))
 OF_OFFSETS = gl.constexpr(2.0**-6)  # times what offsets give: fp16 holds that of large ones too
 
 
@@ -66,43 +66,58 @@ def load_offsets(
         at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
 
 
+@gluon.constexpr_function
+def copied(width):
+    """Layout of rows of numbers of 16 bits that are copied: 16 bytes a thread."""
+    threads = min(width // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+
+
 @gluon.jit
-def load_tables(
+def copy_tables(
+    C,
     cosine,
     sine,
     block,
     length,
     stride_t,
     PAIRS: gl.constexpr,  # of a head
-    WIDTH: gl.constexpr,
-    T: gl.constexpr,
 ):
-    """Cosines and sines [T, pairs] of a block of slots, for products."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, EIGHT)
-    slot = gl.minimum(block * T + gl.arange(0, T, gl.SliceLayout(1, LEFT)), length - 1)
-    pair = gl.arange(0, WIDTH, gl.SliceLayout(0, LEFT))[None, :]
-    of_row = (slot.to(gl.int64) * stride_t)[:, None]
-    cos = load_row(whole_rows(cosine, of_row), 0, pair, PAIRS, WIDTH)
-    return cos, load_row(whole_rows(sine, of_row), 0, pair, PAIRS, WIDTH)
+    """Has cosines and sines of a block of slots brought to shared memory, [2, T, pairs]. Behind
+    those of a head stand others, of which nothing comes."""
+    T: gl.constexpr = C.shape[1]
+    WIDTH: gl.constexpr = C.shape[2]
+    COPIED: gl.constexpr = copied(WIDTH)
+    LAST: gl.constexpr = (PAIRS - 1) // 8
+    slot = gl.minimum(block * T + gl.arange(0, T, gl.SliceLayout(1, COPIED)), length - 1)
+    pair = gl.arange(0, WIDTH, gl.SliceLayout(0, COPIED))
+    if LAST < WIDTH // 8 - 1:
+        pair = gl.minimum(pair // 8, LAST) * 8 + pair % 8
+    at = (slot.to(gl.int64) * stride_t)[:, None] + pair[None, :]
+    copy_to_shared(C.index(0), whole_rows(cosine, at))
+    copy_to_shared(C.index(1), whole_rows(sine, at))
+    async_copy.commit_group()
 
 
 @gluon.jit
-def scores_of_offsets(O, cos, sin, label, any_class):  # noqa: E741
-    """What offsets of keys add to the scores [T, columns] of a block of slots."""
-    T: gl.constexpr = label.shape[0]
-    cos = cos.to(O.dtype)
-    sin = sin.to(O.dtype)
-    scores = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-    scores = mma_v2(cos, offsets_of(O, 0), scores)
-    scores = mma_v2(sin, offsets_of(O, 1), scores)
+def scores_of_offsets(O, C, label, any_class):  # noqa: E741
+    """What offsets of keys add to the scores [columns, T] of a block of slots."""
+    scores = gl.full([O.shape[1], C.shape[1]], 0.0, gl.float32, OF_COLUMNS)
+    scores = mma_v2(offsets_of(O, 0), tables_of(C, 0), scores)
+    scores = mma_v2(offsets_of(O, 1), tables_of(C, 1), scores)
     if any_class > 0:
-        more = gl.full([T, O.shape[1]], 0.0, gl.float32, SCORES)
-        more = mma_v2(cos, offsets_of(O, 2), more)
-        more = mma_v2(sin, offsets_of(O, 3), more)
-        scores += more * gl.convert_layout(label, gl.SliceLayout(1, SCORES))[:, None]
+        more = gl.full([O.shape[1], C.shape[1]], 0.0, gl.float32, OF_COLUMNS)
+        more = mma_v2(offsets_of(O, 2), tables_of(C, 0), more)
+        more = mma_v2(offsets_of(O, 3), tables_of(C, 1), more)
+        scores += more * gl.convert_layout(label, gl.SliceLayout(0, OF_COLUMNS))[None, :]
     return scores * (1 / OF_OFFSETS)
 
 
 @gluon.jit
 def offsets_of(O, index):  # noqa: E741
-    return O.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, SCORES, EIGHT))
+    return O.index(index).load(gl.DotOperandLayout(0, OF_COLUMNS, 2))
+
+
+@gluon.jit
+def tables_of(C, index):
+    return C.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, OF_COLUMNS, 2))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .latent import NEVER
 
-# The name in Triton 3.7 and later, and in 3.6.
+# Names in Triton 3.7 and later, and in 3.6.
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
+copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 SPANS = gl.constexpr(2)
 PAIRS_OF_SPAN = gl.constexpr(64)

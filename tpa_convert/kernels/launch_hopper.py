@@ -12,7 +12,14 @@ from torch import Tensor
 
 from .latent_places import WORD
 from .latent_tables import CHUNK, MAX_PAIRS, PIECE, PIECES, Layout
-from .launch import INTERPRETED, choose_splits, power_of_two, shared_bytes, shares
+from .launch import (
+    COMPILERS_SHARED_BYTES,
+    INTERPRETED,
+    choose_splits,
+    power_of_two,
+    shared_bytes,
+    shares,
+)
 
 TILE = 128  # slots of a program of weights at a time
 MOST_STAGES = 8  # of its ring
@@ -28,6 +35,7 @@ SUM_START = 8  # blocks that could be summed up while a program starts, stores a
 SUM_BLOCKS = 8  # of a program at least
 SUM_SLOWED = 1 / 6  # part of its time that a program takes longer for each warp that runs beside it
 MOST_SPLITS = 32
+SCRATCH = 2560  # bytes of shared memory that the compiler takes in the kernel of weights, at most
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 
 
@@ -97,9 +105,10 @@ def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> R
     if wide or not known:
         return Ring()
     keys = 2 * layout.spans * MAX_PAIRS  # rebuilt of a slot in one block of pairs
-    # Queries, queries times offsets, scores that are passed on and laid out anew.
-    beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 24 * TILE)
-    room = (shared_bytes(device) - beside) // (size * CHUNK)
+    # Queries, queries times offsets, scores that are passed on; cosines and sines.
+    beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 16 * TILE)
+    beside += 2 * TILE * _width(layout) + SCRATCH
+    room = (shared_bytes(device) + COMPILERS_SHARED_BYTES - beside) // (size * CHUNK)
     kept = (room - FEWEST_STAGES * TILE) // keys  # the same for all layers that it is enough for
     if layout.chunks <= kept:
         return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept, size)
