@@ -125,11 +125,16 @@ def test_whatever_stands_where_nothing_attends_to(used) -> None:
 
 
 @pytest.mark.parametrize(
-    ("positions", "window", "softcap", "slots"),
-    [(1, 40, None, 900), (3, None, None, 700), (3, 300, 3.0, 1000), (1, None, 3.0, 513)],
+    ("layer", "positions", "window", "softcap", "slots"),
+    [
+        ("8 of 128", 1, 300, None, 900),
+        ("8 of 128", 1, None, 3.0, 513),
+        ("3 of 64", 3, None, None, 700),
+        ("3 of 64", 3, 400, 3.0, 1000),
+    ],
 )
-def test_windows_soft_caps_and_positions(used, positions, window, softcap, slots) -> None:
-    case = made("8 of 128", positions=positions, slots=slots)
+def test_windows_soft_caps_and_positions(used, layer, positions, window, softcap, slots) -> None:
+    case = made(layer, positions=positions, slots=slots)
     found = launches.launch_latent(*call_of(case, softcap=softcap, window=window))
     truth = case.truth(scale=0.3, window=window, softcap=softcap)
     assert error(found, truth) < TOLERANCE[torch.bfloat16]
