@@ -179,6 +179,7 @@ def test_sums_by_warps_compile_for_hopper(in_gluon, shape, start, window) -> Non
         (8, 32768, {"dtype": torch.float32}, (False, False)),
         (8, 32768, {"page": 16}, (False, False)),
         (8, 32768, {"rows_fit": False}, (False, True)),
+        (8, 32768, {"cosines": torch.float32}, (False, True)),
         (8, 32768, {"whole": False}, (True, True)),
         (8, 32768, {"start": torch.int64}, (True, True)),
         (8, 32768, {"mask": torch.bool}, (True, True)),
@@ -197,7 +198,7 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
         torch.device("cpu"),
         (
             others.get("dtype", torch.bfloat16),
-            torch.bfloat16,
+            others.get("cosines", torch.bfloat16),
             *(others.get(name) for name in ("norm", "pages", "start", "end", "mask")),
         ),
         (batch, 32, 1, 128),

@@ -140,8 +140,8 @@ def consume(
             for of_pairs in range(BLOCKS):
                 last = following
                 following = gl.load(behind + gl.minimum(of_pairs + 1, BLOCKS - 1))
-                cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
-                sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED).to(Q.dtype)
+                cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED)
+                sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED)
                 keys = multiply(me, ring, zeros, zeros, first, n, T, STAGES, KEPT)
                 n += 1
                 for chunk in range(first + 1, last):
@@ -217,8 +217,9 @@ def latent_weights_on_hopper(
 ):
     """`latent_weights_kernel` for keys without a norm, in two spans, in a cache in one piece, and
     cosines in rows of whole words of 16 bytes. The grid is [programs of a sequence, b]."""
-    gl.static_assert(norm is None and pages is None and table_stride_p == 1)
     DTYPE: gl.constexpr = query.dtype.element_ty
+    gl.static_assert(norm is None and pages is None and table_stride_p == 1)
+    gl.static_assert(cosine.dtype.element_ty == DTYPE)
     CODES: gl.constexpr = weight.dtype.element_ty
     ROWS: gl.constexpr = 2 * PAIRS_OF_SPAN
     EACH: gl.constexpr = PAIRS_OF_SPAN // 2

@@ -70,7 +70,7 @@ def finish(
                 following = (tile + gl.num_programs(0)) * 2
             of_key = load_row_words(keys, following, length, key_stride_t, header_k // 4, T)
             of_value = load_row_words(values, following, length, value_stride_t, header_v // 4, T)
-            async_copy.wait_group(0)
+            async_copy.wait_group(0)  # of cosines and sines
             synchronize()
             if attended:
                 any_class = gl.max(gl.maximum(key_class, value_class), 0)  # hardly ever

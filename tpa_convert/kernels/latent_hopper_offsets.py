@@ -19,8 +19,8 @@ from .latent_hopper_scores import (
     whole_rows,
 )
 
-# Of scores [columns, T].
-OF_COLUMNS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))
+# Of scores [columns, T], which warps share by slots.
+TRANSPOSED = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))
 OF_OFFSETS = gl.constexpr(2.0**-6)  # times what offsets give: fp16 holds that of large ones too
 
 
@@ -102,22 +102,22 @@ def copy_tables(
 @gluon.jit
 def scores_of_offsets(O, C, label, any_class):  # noqa: E741
     """What offsets of keys add to the scores [columns, T] of a block of slots."""
-    scores = gl.full([O.shape[1], C.shape[1]], 0.0, gl.float32, OF_COLUMNS)
+    scores = gl.full([O.shape[1], C.shape[1]], 0.0, gl.float32, TRANSPOSED)
     scores = mma_v2(offsets_of(O, 0), tables_of(C, 0), scores)
     scores = mma_v2(offsets_of(O, 1), tables_of(C, 1), scores)
     if any_class > 0:
-        more = gl.full([O.shape[1], C.shape[1]], 0.0, gl.float32, OF_COLUMNS)
+        more = gl.full([O.shape[1], C.shape[1]], 0.0, gl.float32, TRANSPOSED)
         more = mma_v2(offsets_of(O, 2), tables_of(C, 0), more)
         more = mma_v2(offsets_of(O, 3), tables_of(C, 1), more)
-        scores += more * gl.convert_layout(label, gl.SliceLayout(0, OF_COLUMNS))[None, :]
+        scores += more * gl.convert_layout(label, gl.SliceLayout(0, TRANSPOSED))[None, :]
     return scores * (1 / OF_OFFSETS)
 
 
 @gluon.jit
 def offsets_of(O, index):  # noqa: E741
-    return O.index(index).load(gl.DotOperandLayout(0, OF_COLUMNS, 2))
+    return O.index(index).load(gl.DotOperandLayout(0, TRANSPOSED, 2))
 
 
 @gluon.jit
 def tables_of(C, index):
-    return C.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, OF_COLUMNS, 2))
+    return C.index(index).permute((1, 0)).load(gl.DotOperandLayout(1, TRANSPOSED, 2))

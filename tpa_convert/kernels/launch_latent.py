@@ -258,7 +258,8 @@ def latent_shape(
     exact, normed, paged = types[0] == torch.float32, types[2] is not None, page > 0
     in_gluon = hopper.runs_on(device) and not (exact or normed or paged)
     ring = hopper.Ring()
-    if in_gluon and rows_fit and hopper.enough_tiles(attended * SHORTEST, batch, processors):
+    enough = hopper.enough_tiles(attended * SHORTEST, batch, processors)
+    if in_gluon and enough and rows_fit and types[0] == types[1]:
         ring = hopper.ring_of(layout, per_span, 1 if whole else 2, device)
     if ring.stages:
         block = hopper.TILE // 2
