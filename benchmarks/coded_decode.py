@@ -42,7 +42,7 @@ from tpa_convert.forward.cached import cache_argument  # noqa: E402
 from tpa_convert.kernels import (  # noqa: E402
     launch,
     launch_encode,
-    launch_latent,
+    launch_latent_shape,
     launch_products,
     launch_rotation,
     launch_token,
@@ -54,7 +54,7 @@ KERNELS = {
     launch_rotation: ("rotate_kernel",),
     launch_token: ("encode_kernel",),
     launch_products: ("product_kernel", "projections_kernel"),
-    launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
+    launch_latent_shape: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
 }
 LAUNCHES: Counter[str] = Counter()
 

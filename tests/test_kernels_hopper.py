@@ -10,6 +10,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels import launch_latent_shape as shapes
 from tpa_convert.kernels import start as starting
 from tpa_convert.kernels.latent import latent_weights_kernel
 from tpa_convert.kernels.latent_places import BYTES, WORD
@@ -37,7 +38,7 @@ LAYERS = {
 def used(monkeypatch):
     """Whether both kernels in Gluon were launched, and not those that they stand for, where four
     programs are enough for them."""
-    monkeypatch.setattr(launches, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(shapes, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(hopper, "SUM_BLOCKS", 1)
     found = []
     start = starting.Calls.start
@@ -46,7 +47,7 @@ def used(monkeypatch):
         found.extend(call.kernel for call in together.calls)
         start(together, *given)
 
-    launches.latent_shape.cache_clear()
+    shapes.latent_shape.cache_clear()
     monkeypatch.setattr(starting.Calls, "start", noted)
     ours = {hopper.weights_kernel(), hopper.sums_kernel()}
     others = {latent_weights_kernel, latent_sums_kernel}
@@ -57,7 +58,7 @@ def used(monkeypatch):
         return ours <= seen and not others & seen
 
     yield ours_alone
-    launches.latent_shape.cache_clear()
+    shapes.latent_shape.cache_clear()
 
 
 def made(layer: str, **others):

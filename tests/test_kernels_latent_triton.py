@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.kernel_device import DEVICE, GPU
 from tpa_convert.kernels import launch_latent as launches
+from tpa_convert.kernels import launch_latent_shape
 from tpa_convert.kernels.latent_places import WORD
 from tpa_convert.kernels.latent_tables import PIECE, PIECES
 from tpa_convert.kernels.launch_latent import launch_latent
@@ -195,7 +196,7 @@ def test_pages() -> None:
 @pytest.mark.parametrize("stages", [1, 2, 3] if GPU else [2])
 def test_every_shape_of_a_program(monkeypatch, shape, stages) -> None:
     monkeypatch.setattr(launches, "SHAPES", (shape,))
-    monkeypatch.setattr(launches, "STAGES", stages)
+    monkeypatch.setattr(launch_latent_shape, "STAGES", stages)
     case = random_case(codes=CODES["every length"], slots=300, dtype=DTYPES[0], device=DEVICE)
     found = launch_latent(*case.call(), 0.3, case.start, case.end, None, None)
     assert error(found, case.truth(scale=0.3)) < TOLERANCE[DTYPES[0]]

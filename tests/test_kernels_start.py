@@ -32,6 +32,7 @@ from tpa_convert.kernels import (
     launch,
     launch_encode,
     launch_latent,
+    launch_latent_shape,
     launch_products,
     launch_token,
     token_tables,
@@ -170,8 +171,8 @@ def test_a_part_of_a_buffer_is_a_tensor_to_kernels() -> None:
 def nothing_worked_out() -> Iterator[None]:
     """What is kept of launches holds kernels that are not there."""
     kept = (
-        launch_latent.latent_shape,
-        launch_latent.latent_constants,
+        launch_latent_shape.latent_shape,
+        launch_latent_shape.latent_constants,
         launch_products.product_launch,
         launch_products.projections_launch,
         launch_encode.encode_constants,
@@ -210,7 +211,7 @@ def layer(offset: int = 0) -> tuple[Any, ...]:
 
 
 KERNELS = {
-    launch_latent: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
+    launch_latent_shape: ("latent_weights_kernel", "latent_sums_kernel", "latent_join_kernel"),
     launch_products: ("projections_kernel", "product_kernel"),
     launch_token: ("encode_kernel",),
 }
@@ -231,7 +232,7 @@ def test_kernels_of_one_call_are_those_that_triton_looks_up(monkeypatch, offset)
     monkeypatch.setattr(Calls, "start", noted)
     alone = lambda *launch: single.append(1) or start_kernel(*launch)  # noqa: E731
     monkeypatch.setattr(starting, "start_kernel", alone)
-    monkeypatch.setattr(launch_latent, "overlapped", lambda device: True)
+    monkeypatch.setattr(launch_latent_shape, "overlapped", lambda device: True)
     with looked_up(*kernels) as found:
         call, output_map, token = layer(offset)
         launch_latent.launch_latent(*call, output_map=output_map)
@@ -261,7 +262,7 @@ def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, code
     started = []
     for module in (launch, launch_encode, starting):
         monkeypatch.setattr(module, "start_kernel", lambda *given: started.append(given))
-    for module in (launch, launch_latent):
+    for module in (launch, launch_latent_shape):
         monkeypatch.setattr(module, "overlapped", lambda device: True, raising=False)
     query, cache = torch.zeros(1, 4, 1, 16), torch.zeros(1, 1, 100, 16)
     launch.launch_rotated(query, cache, cache, 0.3, None, None, None, None)
