@@ -83,7 +83,7 @@ def multiply(
     of_one, of_other = warpgroup_mma_wait(0, deps=(of_one, of_other))
     synchronize()
     # `chunk` is never below: values that only bounds of inner loops read are not kept from turn to
-    # turn of outer ones by Triton 3.6 (triton-lang/triton#9036).
+    # turn of outer ones by Triton before 3.8 (triton-lang/triton#9036).
     mbarrier.arrive(empty.index(stage), count=1, pred=chunk >= 0)
     return of_one, of_other
 
