@@ -105,7 +105,7 @@ def consume(
     KEPT: gl.constexpr,
 ):
     """Empties the ring: scores of the first or the second block of each tile."""
-    Q, X, _W, _full, _empty = ring
+    Q, X = ring[0], ring[1]
     S, given, taken = passed
     behind, cosine, sine = inputs
     mask, begin, stop = bounds

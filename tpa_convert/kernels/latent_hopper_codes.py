@@ -105,8 +105,8 @@ def produce(
             at = of_item + gl.minimum(1, chunk_count - 1) * ITEMS
             next_one, next_other = gl.load(at), gl.load(at + 1)
             later = base + gl.num_programs(0) * TILE
-            bring_closer(keys, later, length, stride_t, 0, stride_t)
-            bring_closer(values, later, length, value_stride_t, header_v // 4, 1)
+            bring_closer(keys, later, length, stride_t, 0, stride_t, TILE)
+            bring_closer(values, later, length, value_stride_t, header_v // 4, 1, TILE)
             for chunk in range(chunk_count):
                 stage = n % STAGES
                 mbarrier.wait(empty.index(stage), n // STAGES % 2 ^ 1)
@@ -133,11 +133,11 @@ def produce(
 
 
 @gluon.jit
-def bring_closer(rows, first, length, stride_t, word, count):
+def bring_closer(rows, first, length, stride_t, word, count, TILE: gl.constexpr):
     """Has the memory of L2 fetch `count` words from one of each row of a tile, for another tile's
     turn."""
     LINE: gl.constexpr = 32  # words
-    slot = gl.minimum(first + gl.arange(0, 128, IN_LINE), length - 1)
+    slot = gl.minimum(first + gl.arange(0, TILE, IN_LINE), length - 1)
     rows = rows + (slot.to(gl.int64) * stride_t + word)
     for i in range(0, count, LINE):
         gl.inline_asm_elementwise(
