@@ -237,3 +237,10 @@ def test_splits_fill_the_device_once() -> None:
     assert choose_splits(100, 1000, 132) == 1
     assert choose_splits(64, 50, 132) == 5  # twice, programs of 13 blocks
     assert choose_splits(64, 50, 132, start=16) == 2  # once, of 32
+
+
+def test_programs_beside_each_other_are_slower_but_faster_than_in_turns() -> None:
+    assert choose_splits(512, 64, 132, start=8, beside=2, slowed=2 / 3) == 4  # two at a time
+    assert choose_splits(512, 64, 132, start=8, beside=2, slowed=1) == 2  # one, as fast
+    assert choose_splits(128, 128, 132, start=8, beside=5, slowed=1 / 3) == 5
+    assert choose_splits(128, 128, 132, start=8, beside=5, slowed=1 / 3, most=4) == 4
