@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -107,16 +107,18 @@ def noted_memory(directory: Path, *models: nn.Module) -> Iterator[None]:
     """Each process notes what it holds of both models, as a share of their bytes: when one of them
     is about to be sharded, and before the first step. The models that are shared have to be those
     whose passes were made fast."""
-    elsewhere = tensor_bytes() - sum(p.nbytes for p in parameters(*models) if not p.is_meta)
+    of_models = {p.untyped_storage().data_ptr() for p in parameters(*models) if not p.is_meta}
+    # Kept, so that nothing comes to lie in their places, whenever others let go of them.
+    elsewhere = {place: x for place, x in tensors().items() if place not in of_models}
     prepare, prepared = distributed.fsdp2_prepare_model, DistillationTrainer.create_scheduler
     held: list[int] = []
 
     def noting_prepare(*arguments: Any) -> nn.Module:
-        held.append(tensor_bytes() - elsewhere)
+        held.append(tensor_bytes(elsewhere))
         return prepare(*arguments)
 
     def noting_prepared(trainer: DistillationTrainer, *arguments: Any, **options: Any) -> Any:
-        held.append(tensor_bytes() - elsewhere)
+        held.append(tensor_bytes(elsewhere))
         shared = trainer.model, trainer.teacher
         assert all(model.config._attn_implementation == CAUSAL_SDPA for model in shared)
         whole = sum(p.nbytes for p in parameters(*shared))
@@ -134,12 +136,17 @@ def parameters(*models: nn.Module) -> list[nn.Parameter]:
     return [p for model in models for p in model.parameters()]
 
 
-def tensor_bytes() -> int:
-    """What all tensors of this process take."""
+def tensors() -> dict[int, Tensor]:
+    """One tensor of this process for each place in memory that tensors take."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter) and not x.is_meta]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
+    found = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter) and not x.is_meta]
+    return {x.untyped_storage().data_ptr(): x for x in found}
+
+
+def tensor_bytes(elsewhere: Mapping[int, Tensor]) -> int:
+    """What all tensors of this process take that do not lie elsewhere."""
+    held = (x for place, x in tensors().items() if place not in elsewhere)
+    return sum(x.untyped_storage().nbytes() for x in held)
 
 
 def use_fsdp() -> None:
