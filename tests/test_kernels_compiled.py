@@ -124,8 +124,7 @@ def test_warps_that_differ_compile_for_hopper(
 def test_rings_fit_shared_memory(monkeypatch, in_gluon, shape, blocks, positions) -> None:
     """As many stages as are said to fit, in layers that leave little room beside them."""
     monkeypatch.setattr(hopper, "ring_of", ring_of)
-    left = SHARED_BYTES - COMPILERS_SHARED_BYTES
-    monkeypatch.setattr(hopper, "shared_bytes", lambda device: left)
+    monkeypatch.setattr(hopper, "all_shared_bytes", lambda device: SHARED_BYTES)
     codes = [WHOLE] * blocks, CODES[1]
     made = random_case(
         shape=shape, codes=codes, slots=512, positions=positions, dtype=torch.bfloat16

@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon_names import synchronize
 from .latent import AT_RUN_TIME
 from .latent_hopper_codes import produce
 from .latent_hopper_finish import finish
@@ -46,7 +47,6 @@ from .latent_hopper_scores import (
     load_queries,
     load_row,
     side_by_side,
-    synchronize,
     whole_rows,
 )
 from .split_kv import slot_bounds
@@ -65,7 +65,6 @@ def multiply(
     of_other,
     chunk,
     n,
-    T: gl.constexpr,
     STAGES: gl.constexpr,
     KEPT: gl.constexpr,
 ):
@@ -75,6 +74,7 @@ def multiply(
     stage = n % STAGES
     at = SPANS * (chunk if KEPT else stage)
     mbarrier.wait(full.index(stage), n // STAGES % 2)
+    T: gl.constexpr = X.shape[1] // 2
     codes = X.index(stage).slice(me * T, T)
     right = W.index(at).permute((1, 0))
     of_one = warpgroup_mma(codes, right, of_one, is_async=True)
@@ -142,10 +142,10 @@ def consume(
                 following = gl.load(behind + gl.minimum(of_pairs + 1, BLOCKS - 1))
                 cos = load_row(cosines, of_pairs * PAIRS, pair, PAIRS, PADDED)
                 sin = load_row(sines, of_pairs * PAIRS, pair, PAIRS, PADDED)
-                keys = multiply(me, ring, zeros, zeros, first, n, T, STAGES, KEPT)
+                keys = multiply(me, ring, zeros, zeros, first, n, STAGES, KEPT)
                 n += 1
                 for chunk in range(first + 1, last):
-                    keys = multiply(me, ring, *keys, chunk, n, T, STAGES, KEPT)
+                    keys = multiply(me, ring, *keys, chunk, n, STAGES, KEPT)
                     n += 1
                 of_one, of_other = keys
                 one = add_scores(one, of_one, Q, of_pairs * 8, cos, sin, HEADS)

@@ -14,22 +14,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
+from .gluon_names import copy_to_shared, reinterpret, synchronize
 from .latent import numbers_of
-from .latent_hopper_scores import IN_LINE, SPANS, attended_to, copy_to_shared, synchronize
-
-# The name in Triton 3.7 and later, and in 3.6.
-_memory = gl.shared_memory_descriptor
-reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
+from .latent_hopper_scores import IN_LINE, SPANS, attended_to, copied
 
 WORDS = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 EVERY_BYTE = gl.constexpr(0x01010101)
 SIGNS = gl.constexpr(-0x7F7F7F80)  # the highest bit of every byte
-
-
-@gluon.constexpr_function
-def copied(element):
-    """Layout of weights that are copied: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 128 // element.primitive_bitwidth], [8, 4], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -88,7 +79,7 @@ def produce(
     CHUNK: gl.constexpr = X.shape[2]
     ROWS: gl.constexpr = W.shape[1]
     ITEMS: gl.constexpr = CHUNK // 4
-    COPIED: gl.constexpr = copied(W.dtype)
+    COPIED: gl.constexpr = copied(W.dtype, 4)
     of_item = items + gl.arange(0, ITEMS // 2, gl.SliceLayout(0, WORDS)) * 2
     of_weight = (gl.arange(0, ROWS, gl.SliceLayout(1, COPIED)) * CHUNK)[:, None]
     of_weight = of_weight + gl.arange(0, CHUNK, gl.SliceLayout(0, COPIED))[None, :]

@@ -8,9 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
+from .gluon_names import synchronize
 from .latent import NEVER, read_header
 from .latent_hopper_offsets import copy_tables, scores_of_offsets
-from .latent_hopper_scores import IN_LINE, attended_to, columns_of, synchronize, whole_rows
+from .latent_hopper_scores import IN_LINE, attended_to, columns_of, whole_rows
 from .split_kv import LOG2_E, tanh
 
 # Of scores and weights [T, columns]: a warp has all slots of its columns, a thread neighbours.

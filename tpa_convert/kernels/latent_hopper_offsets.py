@@ -10,12 +10,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .gluon_names import copy_to_shared
 from .latent_hopper_scores import (
     PAIRS_OF_SPAN,
     QUERIES,
     SPANS,
     columns_of,
-    copy_to_shared,
+    copied,
     whole_rows,
 )
 
@@ -66,13 +67,6 @@ def load_offsets(
         at += BLOCKS * (SPANS * 2 * PAIRS_OF_SPAN)
 
 
-@gluon.constexpr_function
-def copied(width):
-    """Layout of rows of numbers of 16 bits that are copied: 16 bytes a thread."""
-    threads = min(width // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
-
-
 @gluon.jit
 def copy_tables(
     C,
@@ -87,7 +81,7 @@ def copy_tables(
     those of a head stand others, of which nothing comes."""
     T: gl.constexpr = C.shape[1]
     WIDTH: gl.constexpr = C.shape[2]
-    COPIED: gl.constexpr = copied(WIDTH)
+    COPIED: gl.constexpr = copied(C.dtype, WIDTH // 8)
     LAST: gl.constexpr = (PAIRS - 1) // 8
     slot = gl.minimum(block * T + gl.arange(0, T, gl.SliceLayout(1, COPIED)), length - 1)
     pair = gl.arange(0, WIDTH, gl.SliceLayout(0, COPIED))

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .latent import NEVER
-
-# Names in Triton 3.7 and later, and in 3.6.
-synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
-copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 SPANS = gl.constexpr(2)
 PAIRS_OF_SPAN = gl.constexpr(64)
@@ -23,6 +19,13 @@ QUERIES = gl.constexpr(gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0]))
 PAIRS_OF_KEYS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
 UNIT = gl.constexpr(2.0**-9)  # of whole numbers, so that they are not too large for fp16
+
+
+@gluon.constexpr_function
+def copied(element, threads):
+    """Layout of rows that are copied, 16 bytes a thread, so many threads for each."""
+    numbers = 128 // element.primitive_bitwidth
+    return gl.BlockedLayout([1, numbers], [32 // threads, threads], [4, 1], [1, 0])
 
 
 @gluon.jit

@@ -25,6 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .gluon_names import synchronize
 from .latent import AT_RUN_TIME
 from .latent_sums import BLOCKS_AT_ONCE, TERMS
 from .latent_sums_layouts import (
@@ -38,7 +39,6 @@ from .latent_sums_layouts import (
 from .shared_hopper import load_four_words, load_word, shared_begin, start_copy
 from .split_kv import slot_bounds
 
-synchronize = getattr(gl, "barrier", None) or gl.thread_barrier  # of Triton 3.7 on, and of 3.6
 SLOTS = gl.constexpr(32)  # at a time
 GROUP = gl.constexpr(8)  # slots of a thread, side by side
 GAP = gl.constexpr(32)  # bytes behind their rows, so that four threads read from other banks

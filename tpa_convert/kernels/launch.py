@@ -31,12 +31,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that blocks and queries of one program may take."""
+def all_shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take."""
     if device.type != "cuda":
         return 1 << 30
     properties: Any = torch.cuda.get_device_properties(device)  # stubs lack the limit
-    return properties.shared_memory_per_block_optin - COMPILERS_SHARED_BYTES
+    return properties.shared_memory_per_block_optin
+
+
+def shared_bytes(device: torch.device) -> int:
+    """What blocks and queries of it may take."""
+    return all_shared_bytes(device) - COMPILERS_SHARED_BYTES
 
 
 @functools.cache

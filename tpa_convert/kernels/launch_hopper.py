@@ -13,8 +13,8 @@ from torch import Tensor
 from .latent_places import WORD
 from .latent_tables import CHUNK, MAX_PAIRS, PIECE, PIECES, Layout
 from .launch import (
-    COMPILERS_SHARED_BYTES,
     INTERPRETED,
+    all_shared_bytes,
     choose_splits,
     power_of_two,
     shared_bytes,
@@ -108,7 +108,7 @@ def ring_of(layout: Layout, per_span: int, size: int, device: torch.device) -> R
     # Queries, queries times offsets, scores that are passed on; cosines and sines.
     beside = _per_half(per_span) * (2 * layout.blocks * keys + 32 * _width(layout) + 16 * TILE)
     beside += 2 * TILE * _width(layout) + SCRATCH
-    room = (shared_bytes(device) + COMPILERS_SHARED_BYTES - beside) // (size * CHUNK)
+    room = (all_shared_bytes(device) - beside) // (size * CHUNK)
     kept = (room - FEWEST_STAGES * TILE) // keys  # the same for all layers that it is enough for
     if layout.chunks <= kept:
         return Ring(min((room - kept * keys) // TILE, MOST_STAGES), kept, size)
