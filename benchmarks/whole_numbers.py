@@ -21,36 +21,45 @@ from common.models import load
 from tpa_convert.export.save import load_converted
 from tpa_convert.forward.divergence import forward_kl
 from tpa_convert.kernels.latent_places import BYTES, WORD
-from tpa_convert.kernels.latent_tables import CHUNK, LatentTables, latent_tables
+from tpa_convert.kernels.latent_tables import CHUNK, KeyMap, LatentTables, latent_tables
 from tpa_convert.modeling.tpa_coded import key_map_of, rows_of
 from tpa_convert.modeling.tpa_codes import LOWEST_OCTAVE, SCALES_PER_OCTAVE
 from tpa_convert.modeling.tpa_kernels import CodedKernels, find_coded
 from tpa_convert.modeling.tpa_rotary import rotate
 
 
+def left_of_bytes(rows: Tensor, tables: LatentTables) -> tuple[Tensor, Tensor]:
+    """What the masks of items leave of the bytes of rows [b, t, bytes], in the order of memory,
+    [b, t, items, 4], and the masks [items, 1]."""
+    items = tables.items[: tables.layout.chunks * CHUNK // WORD].long()
+    words = rows.contiguous().view(torch.int32).long()[..., items & 0xFFFF] % 2**32
+    turn, keep = (items >> 16) & 31, (items >> 24)[:, None]
+    turned = (words >> turn | words << (32 - turn)) % 2**32
+    return (turned[..., None] >> 8 * torch.arange(WORD)) % 256 & keep, keep
+
+
+def in_blocks(places: Tensor, weight: Tensor, tables: LatentTables) -> Tensor:
+    """Keys [b, t, B, spans, 2 N] of the numbers in places [b, t, chunks · CHUNK], before they are
+    scaled and offsets are added, for weights in the type of the places."""
+    places = places.unflatten(-1, (-1, CHUNK))
+    of_chunks = torch.einsum("btkc,ksnc->btksn", places, weight.to(places.dtype))
+    found = of_chunks.new_zeros(*of_chunks.shape[:2], tables.layout.blocks, *weight.shape[1:3])
+    return found.index_add(2, tables.chunks[:-1].long(), of_chunks)
+
+
 def keys_of(rows: Tensor, tables: LatentTables, whole: bool) -> Tensor:
     """Keys [b, g, t, d] of rows of bytes [b, t, bytes] without their offsets, of weights as they
     are or in eight bits."""
     layout = tables.layout
-    items = tables.items[: layout.chunks * CHUNK // WORD].long()
-    words = rows.contiguous().view(torch.int32).long()[..., items & 0xFFFF] % 2**32
-    turn, keep = (items >> 16) & 31, (items >> 24)[:, None]
-    turned = (words >> turn | words << (32 - turn)) % 2**32
-    left = (turned[..., None] >> 8 * torch.arange(WORD)) % 256 & keep  # in the order of memory
+    left, keep = left_of_bytes(rows, tables)
     if whole:
         assert tables.whole is not None
         assert tables.unit is not None
-        codes, weight = (2 * left - keep).float(), tables.whole.float()
-    else:
-        codes, weight = (left / 8 - keep / 16)[..., list(BYTES)], tables.weight
-    of_chunks = torch.einsum(
-        "btkc,ksnc->btksn", codes.flatten(-2).unflatten(-1, (-1, CHUNK)).float(), weight.float()
-    )
-    blocks = tables.chunks[:-1].long()
-    keys = of_chunks.new_zeros(*of_chunks.shape[:2], layout.blocks, *weight.shape[1:3])
-    keys = keys.index_add(2, blocks, of_chunks)
-    if whole:
+        keys = in_blocks((2 * left - keep).flatten(-2).float(), tables.whole, tables)
         keys = keys * tables.unit.repeat(1, 1, 2)
+    else:
+        numbers = (left / 8 - keep / 16)[..., list(BYTES)]
+        keys = in_blocks(numbers.flatten(-2), tables.weight, tables)
     header = rows[..., layout.header_k].int() % 128
     scale = torch.exp2(header / SCALES_PER_OCTAVE + LOWEST_OCTAVE)
     keys = keys * scale[..., None, None, None]
@@ -61,20 +70,19 @@ def keys_of(rows: Tensor, tables: LatentTables, whole: bool) -> Tensor:
     return keys.flatten(3)[:, : layout.groups]
 
 
-def emulate(attention: Any, kernels: CodedKernels, whole: bool) -> bool:
-    """Has a layer make its keys so; whether kernels would have its weights in eight bits."""
+def made_for(attention: Any, kernels: CodedKernels) -> tuple[LatentTables, KeyMap]:
+    """What kernels have of a layer."""
     keys, values = attention.keys, attention.values
+    rows = rows_of(kernels, keys.coder), rows_of(kernels, values.coder)
     key_map = key_map_of(kernels, keys)
-    tables = latent_tables(
-        rows_of(kernels, keys.coder),
-        rows_of(kernels, values.coder),
-        key_map,
-        torch.float32,
-        keys.shape.predict_values,
-    )
     if key_map.unscale is not None:
         raise SystemExit("keys that are normalised have no weights in eight bits")
-    coder, seen = keys.coder, {}
+    return latent_tables(*rows, key_map, torch.float32, keys.shape.predict_values), key_map
+
+
+def emulate(attention: Any, tables: LatentTables, key_map: KeyMap, whole: bool) -> bool:
+    """Has a layer make its keys so; whether kernels would have its weights in eight bits."""
+    coder, seen = attention.keys.coder, {}
     code = type(coder).forward
 
     def noted(x: Tensor, *others: Any, **settings: Any) -> Any:
@@ -93,7 +101,7 @@ def emulate(attention: Any, kernels: CodedKernels, whole: bool) -> bool:
             made = made + label[:, None, :, None] * key_map.of_class[:, None]
         return rotate(made if heads is None else made[:, heads], table)
 
-    coder.forward, keys.expand = noted, expand
+    coder.forward, attention.keys.expand = noted, expand
     return in_eight
 
 
@@ -131,8 +139,9 @@ def main() -> None:
         name, layers = Path(directory).name, [x.self_attn for x in converted.model.layers]
         found = divergence(converted, windows, of_source)
         print(f"| {name} | of features | | {found:.5f} |", flush=True)
+        tables = [made_for(layer, kernels) for layer in layers]
         for whole in (False, True):
-            in_eight = sum(emulate(layer, kernels, whole) for layer in layers)
+            in_eight = sum(emulate(x, *y, whole) for x, y in zip(layers, tables, strict=True))
             found = divergence(converted, windows, of_source)
             what = "of codes, weights in eight bits" if whole else "of codes"
             print(f"| {name} | {what} | {in_eight} of {len(layers)} | {found:.5f} |", flush=True)

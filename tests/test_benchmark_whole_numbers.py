@@ -15,11 +15,13 @@ def test_keys_of_codes_are_those_of_features_and_eight_bits_round_them() -> None
     model = convert_coded(make_tiny_llama())
     layers = [layer.self_attn for layer in model.model.layers]
     ids = random_blocks(count=2, length=40)
-    emulate, kernels, found = benchmark("whole_numbers").emulate, find_coded(), []
+    emulation, kernels, found = benchmark("whole_numbers"), find_coded(), []
+    tables = [emulation.made_for(layer, kernels) for layer in layers]
     with torch.no_grad():
         found.append(model(input_ids=ids, use_cache=True).logits)
         for whole in (False, True):
-            in_eight = [emulate(layer, kernels, whole) for layer in layers]
+            pairs = zip(layers, tables, strict=True)
+            in_eight = [emulation.emulate(layer, *made, whole) for layer, made in pairs]
             assert any(in_eight) == whole
             found.append(model(input_ids=ids, use_cache=True).logits)
     truth, of_codes, in_eight_bits = found

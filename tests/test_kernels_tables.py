@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpa_convert.kernels.latent_places import BYTES, LOWEST_BIT, MASK_BITS, WORD
+from tpa_convert.kernels.latent_places import BYTES, LOWEST_BIT, MASK_BITS
 from tpa_convert.kernels.latent_reference import rebuild
-from tpa_convert.kernels.latent_tables import CHUNK, Rows, latent_tables
+from tpa_convert.kernels.latent_tables import Rows, latent_tables
 
+from .benchmarks import benchmark
 from .kernel_cases import error, exact
 from .latent_cases import LatentCase, random_case
 
+emulation = benchmark("whole_numbers")
 BLOCK = [(8, 3), (4, 30), (3, 20), (2, 40), (1, 25)]
 VALUES = [(4, 20), (1, 12)]
 EIGHT_BITS = 0.02  # of keys, that rounding weights may cost: codes cost ten times as much
@@ -24,24 +26,11 @@ def made(*blocks: list[tuple[int, int]]) -> LatentCase:
 
 
 def left_of_bytes(case: LatentCase) -> tuple[Tensor, Tensor]:
-    """What the masks of items leave of the bytes of rows [b, t, items, 4], in the order of memory,
-    and the masks [items, 1]."""
-    layout = case.tables.layout
-    items = case.tables.items[: layout.chunks * CHUNK // WORD].long()
-    words = case.keys[:, 0].contiguous().view(torch.int32).long()[..., items & 0xFFFF] % 2**32
-    turn, keep = (items >> 16) & 31, (items >> 24)[:, None]
-    turned = (words >> turn | words << (32 - turn)) % 2**32
-    return (turned[..., None] >> 8 * torch.arange(WORD)) % 256 & keep, keep
+    return emulation.left_of_bytes(case.keys[:, 0], case.tables)
 
 
 def keys_of(case: LatentCase, places: Tensor, weight: Tensor) -> Tensor:
-    """Keys [b, t, B, spans, 2 N] of the numbers in places [b, t, chunks · CHUNK], before they are
-    scaled and offsets are added."""
-    places = places.unflatten(-1, (-1, CHUNK)).double()
-    of_chunks = torch.einsum("btkc,ksnc->btksn", places, weight.double())
-    blocks = case.tables.chunks[:-1].long()
-    found = of_chunks.new_zeros(*of_chunks.shape[:2], case.tables.layout.blocks, *weight.shape[1:3])
-    return found.index_add(2, blocks, of_chunks)
+    return emulation.in_blocks(places.double(), weight, case.tables)
 
 
 def truth_of(case: LatentCase) -> Tensor:
