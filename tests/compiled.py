@@ -22,7 +22,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
 
 class Launches:
@@ -78,3 +78,36 @@ def matrix_products(ptx: str) -> dict[str, int]:
         "shared": len(asynchronous) - registers,
         "synchronous": len(re.findall(r"\bmma\.sync", ptx)),
     }
+
+
+def overwritten_left_sides(assembly: str) -> list[str]:
+    """Instructions of Hopper that write registers which an asynchronous product may still read.
+
+    Args:
+        assembly: with one instruction a line; products in flight end in the order of groups, each
+            of which ends where some of them are waited for.
+    """
+    groups: list[set[int]] = []
+    group: set[int] = set()
+    found = []
+    for line in assembly.splitlines():
+        instruction = re.search(r"(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)((?:\.\w+)*)\s+(.*)", line)
+        if instruction is None:
+            continue
+        name, kind, operands = instruction.groups()
+        if name == "HGMMA":
+            left = re.match(r"R\d+, R(\d+)", operands)
+            group |= set(range(int(left[1]), int(left[1]) + 4)) if left else set()
+        elif name == "WARPGROUP" and kind.startswith(".DEPBAR"):
+            if group:
+                groups.append(group)
+                group = set()
+            waiting = re.search(r"gsb0, 0x(\d+)", operands)
+            count = int(waiting[1]) if waiting else 0
+            groups = groups[len(groups) - count :] if count < len(groups) else groups
+        elif written := re.match(r"(?:U?P\w+, )?R(\d+)\b", operands):
+            wide = 4 if ".128" in kind else 2 if ".64" in kind or ".WIDE" in kind else 1
+            first = int(written[1])
+            if group.union(*groups).intersection(range(first, first + wide)):
+                found.append(line)
+    return found

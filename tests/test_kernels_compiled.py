@@ -26,7 +26,7 @@ from tpa_convert.kernels.encode_reference import row_codes, row_tables
 from tpa_convert.kernels.launch import COMPILERS_SHARED_BYTES
 from tpa_convert.kernels.start import start_kernel
 
-from .compiled import Launches, matrix_products
+from .compiled import Launches, matrix_products, overwritten_left_sides
 from .encode_cases import random_components, random_tables
 from .kernel_cases import random_layout
 from .latent_cases import random_case
@@ -148,23 +148,40 @@ def test_kinds_of_weights_are_compiled_apart(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "start", "window"),
-    [((32, 8, 128), False, None), ((8, 8, 128), True, 400), ((9, 3, 64), False, None)],
+    ("shape", "start", "window", "block"),
+    [
+        ((32, 8, 128), False, None, 64),
+        ((8, 8, 128), True, 400, 64),
+        ((9, 3, 64), False, None, 64),
+        ((32, 8, 128), False, None, 32),  # behind weights in Triton
+    ],
 )
-def test_sums_by_warps_compile_for_hopper(in_gluon, shape, start, window) -> None:
-    """Their ring is all that is in shared memory: they find it by where that begins."""
+def test_sums_compile_for_hopper(monkeypatch, in_gluon, shape, start, window, block) -> None:
+    """Their ring is all that is in shared memory: they find it by where that begins. Registers that
+    products read are not written before the products have ended."""
     codes = [CODES[0][0]] * (4 if shape[1] == 8 else 1), CODES[1]
     made = random_case(shape=shape, codes=codes, slots=512, dtype=torch.bfloat16)
     first = made.start if start else None
+    if block == 32:
+        monkeypatch.setattr(hopper, "enough_tiles", lambda *_: False)
+        monkeypatch.setattr(launches, "SHAPES", ((block, 4),))
     launches.launch_latent(*made.call(), 0.3, first, made.end, window, None)
     launch = in_gluon["sums_kernel"]
     kernel, named = launch.compile(), launch.calls[-1][1]
-    assert matrix_products(kernel.asm["ptx"])["synchronous"]
-    stage = hopper.stage_bytes(made.tables.layout, named["COLUMNS"], named["BLOCK"])
-    assert kernel.metadata.shared == named["STAGES"] * stage
-    assert named["STAGES"] > 1
-    # Nothing but what allocates the ring is written there by the compiler, even where it has gone.
-    assert len(re.findall(r"\bst\.\S*shared|stmatrix", kernel.asm["ptx"])) == 1
+    ptx, columns, stages = kernel.asm["ptx"], named["COLUMNS"], named["STAGES"]
+    assert named["BLOCK"] == block
+    products = block // 16 * 4
+    assert matrix_products(ptx) == {"registers": products, "shared": 0, "synchronous": 0}
+    shared, layout = kernel.metadata.shared, made.tables.layout
+    assert stages > 2
+    assert hopper.sum_stages(shared, layout, columns, block) == stages
+    assert hopper.sum_stages(shared - 1, layout, columns, block) < stages
+    # The compiler writes nothing there by itself: maxima and sums of weights are, and weights.
+    assert len(re.findall(r"\bst\.shared\.b32", ptx)) == columns // 8 + 1
+    assert len(re.findall("stmatrix", ptx)) == block // 8
+    assert len(re.findall(r"\bst\.\S*shared\.v4", ptx)) == products  # none, but they hold registers
+    assert overwritten_left_sides(kernel.asm["sass"]) == []
+    assert kernel.asm["sass"].count("HGMMA") == products
 
 
 @pytest.mark.parametrize(
@@ -172,9 +189,10 @@ def test_sums_by_warps_compile_for_hopper(in_gluon, shape, start, window) -> Non
     [
         (8, 32768, {}, (True, True)),
         (16, 2048, {}, (True, True)),
-        (16, 512, {}, (False, False)),  # programs of sums would be too few
+        (16, 512, {}, (False, True)),
+        (4, 512, {}, (False, False)),  # programs of sums would be too few
         (1, 2048, {}, (False, False)),  # too few of them
-        (8, 32768, {"window": 1024}, (False, False)),
+        (8, 32768, {"window": 1024}, (False, True)),
         (8, 32768, {"norm": torch.float32}, (False, False)),
         (8, 32768, {"dtype": torch.float32}, (False, False)),
         (8, 32768, {"page": 16}, (False, False)),
@@ -218,17 +236,19 @@ def test_which_kernels_run_on_hopper(monkeypatch, batch, slots, others, in_gluon
 @pytest.mark.parametrize(
     ("sequences", "slots", "reach", "wanted"),
     [
-        (8, 32768, 49, (4, 4, 11)),  # as many as run at once
-        (8, 32768, 120, (4, 3, 11)),  # less room for rows
-        (8, 8192, 300, (4, 2, 5)),  # one program at a time
-        (8, 16384, 49, (4, 4, 11)),
-        (64, 2048, 49, (4, 4, 2)),  # each processor has three, two of them at a time
-        (4, 8192, 49, (4, 4, 11)),  # two at a time would take turns
-        (1, 8192, 49, None),
-        (1, 32768, 49, (4, 4, 32)),
-        (16, 2048, 49, (4, 4, 4)),  # as short as they may be
-        (16, 256, 49, None),
-        (8, 32768, 500, None),  # no room for two blocks
+        (8, 32768, 32, (4, 8)),  # nearly as many as run at once, three on each processor
+        (8, 32768, 49, (3, 8)),  # less room for rows
+        (8, 32768, 120, (4, 5)),  # two programs at a time
+        (8, 8192, 150, (4, 5)),  # one, and then another
+        (8, 16384, 32, (4, 8)),
+        (64, 2048, 32, (4, 1)),
+        (4, 8192, 32, (4, 11)),
+        (1, 8192, 32, (4, 16)),  # as short as they may be
+        (1, 32768, 32, (4, 22)),  # one on each processor
+        (16, 2048, 32, (4, 4)),
+        (1, 2048, 32, None),
+        (16, 256, 32, None),
+        (8, 32768, 300, None),  # no room for three blocks
     ],
 )
 def test_how_sums_are_shared_out_on_hopper(monkeypatch, sequences, slots, reach, wanted) -> None:
@@ -236,14 +256,15 @@ def test_how_sums_are_shared_out_on_hopper(monkeypatch, sequences, slots, reach,
     monkeypatch.setattr(hopper, "shared_bytes", lambda device: left)
     codes = [CODES[0][0]] * 4, CODES[1]
     layout = random_case(shape=(32, 8, 128), codes=codes, slots=8, dtype=torch.bfloat16).tables[0]
-    layout = layout._replace(first_item=0, key_items=128, items=384, reach=reach)  # 4 and 8 pieces
+    layout = layout._replace(first_item=0, key_items=128, items=384, reach=reach)
     device = torch.device("cpu")
     found = hopper.sums_shape(layout, 32, 64, sequences, slots // 64, device, 132)
-    assert (found and (found.warps, found.stages, found.splits)) == wanted
-    assert found is None or found.programs == 3
-    layout = layout._replace(key_items=64, items=128)  # two pieces each
+    assert (found and (found.stages, found.splits)) == wanted
+    assert found is None or found.programs == 2 + 4
+    layout = layout._replace(key_items=64, items=192, reach=32)
     found = hopper.sums_shape(layout, 16, 64, 64, 128, device, 132)
-    assert found is None or found.warps == found.programs == 2
+    assert found is not None
+    assert (found.programs, found.splits) == (1 + 2, 2)
 
 
 def test_a_left_side_from_registers_would_be_seen() -> None:
@@ -253,6 +274,26 @@ def test_a_left_side_from_registers_would_be_seen() -> None:
     registers = f"wgmma.mma_async.sync.aligned.m64n8k16 {accumulators}, {{%r1, %r2}}, %rd2, 1, 1;"
     assert matrix_products(shared)["registers"] == 0
     assert matrix_products(shared + registers) == {"registers": 1, "shared": 1, "synchronous": 0}
+
+
+def test_registers_that_are_written_too_early_would_be_seen() -> None:
+    """Control: products of two groups; the first has ended where all but one have."""
+    lines = [
+        "HGMMA.64x32x16.F32 R24, R100, gdesc[UR4], R24",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+        "HGMMA.64x32x16.F32 R24, R104, gdesc[UR8], R24",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+        "@P0 IMAD.WIDE R102, R2, 0x4, R4",  # of the first
+        "STS.128 [R107], R104",
+        "SHFL.BFLY PT, R108, R107, 0x1, 0x1f",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "LDS.128 R104, [R2]",
+    ]
+    assert overwritten_left_sides("\n".join(lines)) == []
+    early = lines[:2] + lines[4:5] + lines[2:]
+    assert overwritten_left_sides("\n".join(early)) == [lines[4]]
+    for line in ("IMAD.WIDE R106, R2, 0x4, R4", "SHFL.BFLY PT, R104, R2, 0x1, 0x1f"):
+        assert overwritten_left_sides("\n".join([*lines[:6], line, *lines[6:]])) == [line]
 
 
 @pytest.mark.parametrize("rotated", [False, True])

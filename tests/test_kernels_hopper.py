@@ -49,13 +49,13 @@ def used(monkeypatch):
 
     shapes.latent_shape.cache_clear()
     monkeypatch.setattr(starting.Calls, "start", noted)
-    ours = {hopper.weights_kernel(), hopper.sums_kernel()}
-    others = {latent_weights_kernel, latent_sums_kernel}
+    both = hopper.weights_kernel(), hopper.sums_kernel()
+    kinds = {*both, latent_weights_kernel, latent_sums_kernel}
 
-    def ours_alone() -> bool:
-        seen = set(found)
+    def ours_alone(weights=both[0]) -> bool:
+        seen = kinds & set(found)
         found.clear()
-        return ours <= seen and not others & seen
+        return seen == {weights, both[1]}
 
     yield ours_alone
     shapes.latent_shape.cache_clear()
@@ -104,6 +104,18 @@ def test_whole_numbers_give_what_they_stand_for(used, layer, dtype) -> None:
     assert used()
     assert error(found, same) < TOLERANCE[dtype]
     assert error(found, case.truth(scale=0.3)) < 2e-2
+
+
+@pytest.mark.parametrize("layer", ["8 of 128", "3 of 64"])
+@pytest.mark.parametrize("processors", [4, 100])
+def test_sums_behind_weights_in_triton(used, monkeypatch, layer, processors) -> None:
+    """In blocks of 64 slots, and of 32."""
+    monkeypatch.setattr(shapes, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(hopper, "enough_tiles", lambda *_: False)
+    case = made(layer, slots=1100)
+    found = launches.launch_latent(*call_of(case))
+    assert error(found, case.truth(scale=0.3)) < TOLERANCE[torch.bfloat16]
+    assert used(latent_weights_kernel)
 
 
 @pytest.mark.parametrize(("softcap", "slots"), [(None, 700), (3.0, 513), (None, 1100)])

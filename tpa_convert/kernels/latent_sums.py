@@ -53,7 +53,7 @@ def latent_sums_kernel(
     positions,
     total,
     key_items,
-    first_piece,
+    first_item,
     padded_columns,
     window,
     COLUMNS: tl.constexpr,
@@ -73,7 +73,8 @@ def latent_sums_kernel(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    piece, split = first_piece + tl.program_id(0), tl.program_id(1)
+    ITEMS: tl.constexpr = PIECE // 4
+    piece, split = first_item // ITEMS + tl.program_id(0), tl.program_id(1)
     batch, tile = tl.program_id(2) // TILES, tl.program_id(2) % TILES
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
     # Every `splits`-th block, so that a short text in a long cache is shared evenly.
@@ -114,7 +115,6 @@ def latent_sums_kernel(
                 summed += tl.sum(of_blocks * tl.exp2(factor - shift[None, :]), 0)
             tl.store(out + term * columns, summed, mask=inside)
 
-    ITEMS: tl.constexpr = PIECE // 4
     of_values = piece * ITEMS >= key_items
     item = tl.load(items + piece * ITEMS + tl.arange(0, ITEMS))
     rows = keys

@@ -1,18 +1,23 @@
-"""Sums as `latent_sums.py` makes them, by warps that only wait for what they read.
+"""Sums as `latent_sums.py` makes them, on Hopper's matrix unit.
 
-Every warp has a piece of the components for itself, of keys or of values. What a program needs of
-rows comes block by block into a ring in shared memory, as it lies in the cache, and so do weights.
-A thread reads the words that it needs of the slots that it needs, so that what it takes apart is
-what the matrix unit wants of it on the right:
+A program is one group of four warps with a piece of the components for each, of keys or of
+values. What it needs of rows comes block by block into a ring in shared memory, as it lies in the
+cache, and so do weights. A thread reads the words that it needs of the slots that it needs, so
+that what it takes apart is what the matrix unit takes from its registers:
 
-    sums [C, n] += weights [C, T] · codes [T, n]
+    sums [n, C] += codes [n, T] · weights [T, C]
 
 The order of slots and of places within a product is free; it is chosen so that eight neighbouring
-slots, and in the end sixteen neighbouring places, are one thread's.
+slots, and in the end eight neighbouring places, are one thread's.
 
 A word is taken apart once for the two items of a pair. Codes stay where they lie in their bytes, as
 numbers of fp16 that are multiples of 2⁻²⁴; what they stand for, and what their centres give, comes
-to the sums in the end. Factors between blocks are powers of two, which change nothing in fp16.
+to the sums in the end. Weights are taken times a factor of their block, a power of two, which
+changes nothing in fp16, on their way to where the matrix unit reads them.
+
+Assemblers before CUDA 13.3 may reuse registers while the unit still reads them
+(triton-lang/triton#11781). So that they cannot, all codes are used once more when it has
+(`hold`).
 
 This is written in Gluon, Triton's language of explicit layouts.
 """
@@ -23,9 +28,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from .gluon_names import synchronize
+from .gluon_names import reinterpret, synchronize
 from .latent import AT_RUN_TIME
 from .latent_sums import BLOCKS_AT_ONCE, TERMS
 from .latent_sums_layouts import (
@@ -33,10 +43,9 @@ from .latent_sums_layouts import (
     fours_layout,
     sums_layout,
     terms_layout,
-    weights_layout,
     words_layout,
 )
-from .shared_hopper import load_four_words, load_word, shared_begin, start_copy
+from .shared_hopper import load_word, shared_begin, start_copy
 from .split_kv import slot_bounds
 
 SLOTS = gl.constexpr(32)  # at a time
@@ -61,10 +70,31 @@ def in_place(item):
 
 
 @gluon.jit
+def hold(codes, never):
+    """Keeps the registers of codes up to here: they would be stored, were `never` not 0."""
+    never, codes = gl.broadcast(never, codes)
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred ever;
+        setp.ne.s32 ever, $2, 0;
+        @ever st.shared.v4.b32 [global_smem], {$10, $11, $12, $13};
+        mov.b32 $0, 0;
+        mov.b32 $1, 0;
+        }""",
+        "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [never, codes],
+        dtype=gl.int8,
+        is_pure=False,
+        pack=8,
+    )
+
+
+@gluon.jit
 def codes_of(words, first, second, SUMS: gl.constexpr):
-    """Codes [warps, slots, places] of words [warps, slots, pairs], for a product."""
+    """Codes [places, 16 slots] of words [warps, 32 slots, pairs], twice, for products."""
     W: gl.constexpr = words.shape[0]
     P: gl.constexpr = words.shape[2]
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     first = gl.expand_dims(first & 0x00FF00FF, 1)
     second = gl.expand_dims(second & 0x00FF00FF, 1)
     a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
@@ -93,34 +123,75 @@ def codes_of(words, first, second, SUMS: gl.constexpr):
     other = gl.join(gl.join(e, f), gl.join(g, h))
     codes = gl.join(one, other)  # [W, slots, pairs, 2 · 2 places, 2]
     codes = gl.reshape(codes, [W, 4, 2, 2, 2, P // 8, 8, 2, 2, 2])
-    codes = gl.permute(codes, [0, 2, 3, 1, 4, 5, 9, 8, 7, 6])
-    codes = gl.reshape(codes, [W, SLOTS, 8 * P])
-    return gl.convert_layout(codes, gl.DotOperandLayout(1, SUMS, 2), assert_trivial=True)
+    codes = gl.permute(codes, [5, 9, 8, 0, 7, 6, 3, 1, 4, 2])
+    codes, more = gl.split(gl.reshape(codes, [8 * P * W, SLOTS // 2, 2]))
+    return gl.convert_layout(codes, LEFT), gl.convert_layout(more, LEFT)
 
 
 @gluon.jit
-def scaled(weights, factor, SUMS: gl.constexpr):
-    """Weights [warps, columns, pairs of slots] times a factor of each column, for a product."""
-    W: gl.constexpr = weights.shape[0]
-    C: gl.constexpr = weights.shape[1]
-    factor = gl.expand_dims(gl.expand_dims(factor, 0), 2)
-    even, odd = gl.inline_asm_elementwise(
+def scale_weights(W, first, of_sums, of_terms, of_fours, begins):
+    """Weights of the block that begins so many bytes behind where the ring does, times a factor of
+    each column, to where products read them; returns their sums [columns].
+
+    Args:
+        of_sums: what all sums are relative to, [columns].
+        of_terms, of_fours: addresses of what weights are relative to, [columns], and of four words
+            of them, [columns, fours].
+    """
+    C: gl.constexpr = of_fours.shape[0]
+    of_block = load_word(of_terms + begins).to(gl.float32, bitcast=True)
+    factor = gl.exp2(of_block - of_sums).to(gl.float16)
+    factor, address = gl.broadcast(gl.expand_dims(factor, 1), of_fours + begins)
+    a, b, c, d, added = gl.inline_asm_elementwise(
         """{
         .reg .b32 twice;
-        mov.b32 twice, {$3, $3};
-        mul.rn.f16x2 twice, $2, twice;
-        mov.b32 {$0, $1}, twice;
+        .reg .b16 even, odd;
+        .reg .f32 x, y;
+        mov.b32 twice, {$6, $6};
+        ld.shared.v4.b32 {$0, $1, $2, $3}, [$5];
+        mul.rn.f16x2 $0, $0, twice;
+        mul.rn.f16x2 $1, $1, twice;
+        mul.rn.f16x2 $2, $2, twice;
+        mul.rn.f16x2 $3, $3, twice;
+        mov.b32 {even, odd}, $0;
+        cvt.f32.f16 x, even;
+        cvt.f32.f16 y, odd;
+        add.f32 $4, x, y;
+        mov.b32 {even, odd}, $1;
+        cvt.f32.f16 x, even;
+        cvt.f32.f16 y, odd;
+        add.f32 x, x, y;
+        add.f32 $4, $4, x;
+        mov.b32 {even, odd}, $2;
+        cvt.f32.f16 x, even;
+        cvt.f32.f16 y, odd;
+        add.f32 x, x, y;
+        add.f32 $4, $4, x;
+        mov.b32 {even, odd}, $3;
+        cvt.f32.f16 x, even;
+        cvt.f32.f16 y, odd;
+        add.f32 x, x, y;
+        add.f32 $4, $4, x;
         }""",
-        "=h,=h,r,h",
-        [weights, factor],
-        dtype=(gl.int16, gl.int16),
-        is_pure=True,
+        "=&r,=&r,=&r,=&r,=&f,r,h",
+        [address, factor],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.float32),
+        is_pure=False,
         pack=1,
     )
-    found = gl.join(even, odd).to(gl.float16, bitcast=True)
-    found = gl.permute(gl.reshape(found, [W, C, 4, 2, 2, 2]), [0, 1, 3, 4, 2, 5])
-    found = gl.reshape(found, [W, C, SLOTS])
-    return gl.convert_layout(found, gl.DotOperandLayout(0, SUMS, 2), assert_trivial=True)
+    SHARES: gl.constexpr = of_fours.shape[1] // 4  # of 32 slots
+    AS_WORDS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, 8], gl.int32)
+    for half in gl.static_range(2):  # of eight slots that are one thread's
+        pairs = gl.join(a, b) if half == 0 else gl.join(c, d)
+        pairs = gl.permute(gl.reshape(pairs, [C, SHARES, 4, 2]), [0, 3, 2, 1])
+        if SHARES == 1:
+            to = reinterpret(W.index(first + half), gl.int32, [C, 8], AS_WORDS)
+            to.store(gl.reshape(pairs, [C, 8]))
+        else:
+            one, other = gl.split(gl.reshape(pairs, [C, 8, 2]))
+            reinterpret(W.index(first + half), gl.int32, [C, 8], AS_WORDS).store(one)
+            reinterpret(W.index(first + 2 + half), gl.int32, [C, 8], AS_WORDS).store(other)
+    return gl.sum(added, 1)
 
 
 @gluon.jit
@@ -199,7 +270,7 @@ def latent_sums_on_hopper(
     positions,
     total,
     key_items,
-    first_piece,
+    first_item,
     padded_columns,
     window,
     COLUMNS: gl.constexpr,
@@ -212,17 +283,16 @@ def latent_sums_on_hopper(
 ):
     """`latent_sums_kernel` for weights in fp16 and a cache in one piece, with a piece for every
     warp. The grid is [programs of keys and then of values, splits, b · tiles]."""
-    gl.static_assert(pages is None)
+    gl.static_assert(pages is None and (BLOCK == 32 or BLOCK == 64))
     ITEMS: gl.constexpr = PLACES // 4
     PAIRS: gl.constexpr = PLACES // 8
     WORDS: gl.constexpr = words_layout(WARPS, PAIRS)
-    WEIGHTS: gl.constexpr = weights_layout(WARPS, COLUMNS)
     BY_THREAD: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    FOURS: gl.constexpr = fours_layout(WARPS, COLUMNS)
+    FOURS: gl.constexpr = fours_layout(COLUMNS, BLOCK // 8)
     OUT: gl.constexpr = sums_layout(WARPS, COLUMNS, PLACES)
     BY_BLOCK: gl.constexpr = terms_layout(WARPS, COLUMNS, BLOCKS_AT_ONCE)
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    OF_COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, WEIGHTS))
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
+    OF_COLUMN: gl.constexpr = gl.SliceLayout(1, FOURS)
     split = gl.program_id(1)
     batch, tile = gl.program_id(2) // TILES, gl.program_id(2) % TILES
     begin, stop = slot_bounds(start, end, length, positions, window, batch)
@@ -251,7 +321,6 @@ def latent_sums_on_hopper(
 
     # A program is of keys or of values.
     program = gl.program_id(0)
-    first_item = first_piece * ITEMS
     of_keys = gl.cdiv(key_items - first_item, WARPS * ITEMS)
     first_item += program * (WARPS * ITEMS)
     stride_t, rows = key_stride_t, keys + batch.to(gl.int64) * key_stride_b
@@ -279,10 +348,8 @@ def latent_sums_on_hopper(
     weights += (batch * blocks + first_block).to(gl.int64) * (2 * padded_columns * BLOCK)
     weights += tile * (COLUMNS * BLOCK)
     weights = weights.to(gl.pointer_type(gl.int32)) + of_part
-    of_sums = gl.convert_layout(shift, OF_COLUMN, assert_trivial=True)
-    sums = gl.full([WARPS, COLUMNS, PLACES], 0.0, gl.float32, SUMS)
-    weighed = gl.full([WARPS, COLUMNS, 8], 0.0, gl.float32, SUMS)
-    ones = gl.full([WARPS, SLOTS, 8], 1.0, gl.float16, gl.DotOperandLayout(1, SUMS, 2))
+    sums = gl.full([WARPS * PLACES, COLUMNS], 0.0, gl.float32, SUMS)
+    weighed = gl.full([COLUMNS], 0.0, gl.float32, OF_COLUMN)
 
     # Only words between the program's first and last are brought to shared memory.
     every = first_item + gl.arange(0, WARPS * ITEMS, all_items_layout(WARPS, WARPS * ITEMS))
@@ -293,23 +360,31 @@ def latent_sums_on_hopper(
     PITCH: gl.constexpr = 16 * CHUNKS
     ROWS: gl.constexpr = BLOCK * PITCH + BLOCK // GROUP * GAP
     BYTES: gl.constexpr = ROWS + COLUMNS * (2 * BLOCK + 4)  # of a stage
-    ring = gl.allocate_shared_memory(
-        gl.int32, [STAGES * BYTES // 64, 16], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    STEPS: gl.constexpr = BLOCK // 16  # of products in a block
+    STEP: gl.constexpr = 32 * COLUMNS  # bytes of scaled weights of one
+    BEGIN: gl.constexpr = 2 * STEPS * STEP
+    W = gl.allocate_shared_memory(
+        gl.float16,
+        [2 * STEPS + (STAGES * BYTES + STEP - 1) // STEP, COLUMNS, 16],
+        gl.NVMMASharedLayout.get_default_for([COLUMNS, 16], gl.float16),
     )
-    ring.index(0).store(gl.full([16], 0, gl.int32, BY_THREAD))  # or it would not be there
+    IN_LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    passed = reinterpret(W.index(0), gl.float32, [8 * COLUMNS], IN_LINE).slice(0, COLUMNS)
+    passed.store(shift)
     synchronize()
-    target = shared_begin(gl.full([32 * WARPS], 0, gl.int32, BY_THREAD))
-    of_words = shared_begin(gl.full([WARPS, SLOTS, PAIRS], 0, gl.int32, WORDS))
+    of_sums = passed.load(OF_COLUMN)
+    target = shared_begin(gl.full([32 * WARPS], 0, gl.int32, BY_THREAD)) + BEGIN
+    of_words = shared_begin(gl.full([WARPS, SLOTS, PAIRS], 0, gl.int32, WORDS)) + BEGIN
     word = gl.minimum(word - first_word, 4 * CHUNKS - 4)  # within the ring, whatever is in tables
     of_words += in_step // GROUP * (GROUP * PITCH + GAP) + word * 4
     in_group = in_step % GROUP
     of_row = in_group * PITCH + (before + (in_group * stride_t + first_word) * 4 & 15)
-    row = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, FOURS)))
-    four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FOURS)))
-    of_fours = shared_begin(gl.full([WARPS, COLUMNS, 4], 0, gl.int32, FOURS))
-    of_fours += ROWS + row[None, :, None] * (2 * BLOCK) + four[None, None, :] * 16
+    row = gl.arange(0, COLUMNS, gl.SliceLayout(1, FOURS))
+    four = gl.arange(0, BLOCK // 8, gl.SliceLayout(0, FOURS))
+    of_fours = shared_begin(gl.full([COLUMNS, BLOCK // 8], 0, gl.int32, FOURS)) + (BEGIN + ROWS)
+    of_fours += row[:, None] * (2 * BLOCK) + four[None, :] * 16
     of_terms = shared_begin(gl.full([COLUMNS], 0, gl.int32, OF_COLUMN))
-    of_terms += ROWS + COLUMNS * (2 * BLOCK) + gl.arange(0, COLUMNS, OF_COLUMN) * 4
+    of_terms += BEGIN + ROWS + COLUMNS * (2 * BLOCK) + row * 4
     maxima = terms + tile * COLUMNS
     of_program = (
         rows,
@@ -343,44 +418,61 @@ def latent_sums_on_hopper(
             summed += gl.sum(of_blocks * gl.exp2(factor - shift[None, :]), 0)
         gl.store(out + term * columns, summed, mask=inside)
 
+    # Weights are scaled a block ahead.
+    factor = of_sums, of_terms, of_fours
+    async_copy.wait_group(STAGES - 2)
+    synchronize()
+    if first < last:
+        weighed += scale_weights(W, 0, *factor, 0)
+    fence_async_shared()
     stage, free = first * 0, first * 0 + (STAGES - 1)
+    never = gl.minimum(length, 0)
     for index in range(first, last):
-        async_copy.wait_group(STAGES - 2)
+        async_copy.wait_group(STAGES - 3)
         synchronize()  # all have read what the next copy takes the place of
         copy_block(
             index + STAGES - 1, last, target + free * BYTES, *of_program, COLUMNS, BLOCK, CHUNKS
         )
-        begins = stage * BYTES
-        of_block = load_word(of_terms + begins).to(gl.float32, bitcast=True)
-        factor = gl.exp2(of_block - of_sums).to(gl.float16)
+        free, begins = stage, stage * BYTES
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+        step = (index - first) % 2 * STEPS
+        held = None
         for share in gl.static_range(BLOCK // SLOTS):
             words = load_word(
                 of_words + (begins + share * (SLOTS // GROUP * (GROUP * PITCH + GAP))) + of_row
             )
-            weight = load_four_words(of_fours + begins + share * (2 * SLOTS))
-            weight = gl.reshape(weight, [WARPS, COLUMNS, SLOTS // 2])
-            weight = gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
-            left = scaled(weight, factor, SUMS)
-            right = codes_of(words, one, other, SUMS)
-            sums = mma_v2(left, right, sums)
-            weighed = mma_v2(left, ones, weighed)
-        free = stage
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+            codes, more = codes_of(words, one, other, SUMS)
+            right = W.index(step + 2 * share).permute((1, 0))
+            sums = warpgroup_mma(codes, right, sums, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=(sums,))
+            if held is not None:
+                hold(held, never)
+            right = W.index(step + 2 * share + 1).permute((1, 0))
+            sums = warpgroup_mma(more, right, sums, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=(sums,))
+            hold(codes, never)
+            held = more
+        if index + 1 < last:
+            weighed += scale_weights(W, STEPS - step, *factor, stage * BYTES)
+        fence_async_shared()
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        hold(held, never)
 
-    sums = gl.reshape(sums, [WARPS, COLUMNS, PAIRS // 8, 2, 4, 8])
-    sums = gl.reshape(gl.permute(sums, [0, 1, 2, 5, 3, 4]), [WARPS, COLUMNS, PLACES])
+    sums = gl.reshape(sums, [PAIRS // 8, 2, 2, WARPS, 2, 8, COLUMNS])
+    sums = gl.reshape(gl.permute(sums, [3, 0, 5, 1, 2, 4, 6]), [WARPS * PLACES, COLUMNS])
     sums = gl.convert_layout(sums, OUT)  # registers of a thread in the order of places
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(1, OUT)))[:, None]
-    place = first_item * 4 + warp * PLACES
-    place = place + gl.arange(0, PLACES, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, :]
+    synchronize()
+    passed.store(weighed)
+    synchronize()
+    weighed = passed.load(gl.SliceLayout(0, OUT))
+    place = first_item * 4 + gl.arange(0, WARPS * PLACES, gl.SliceLayout(1, OUT))
     item = gl.load(items + place // 4, mask=place < 4 * end_item, other=0)
     mask, keep = in_place(item) & 0xFF, item >> 24
     one_is = (keep & -keep).to(gl.float32) / gl.maximum(mask & -mask, 1).to(gl.float32)
-    one_is = gl.expand_dims(one_is * (ONE / 8), 1)
-    centre = gl.expand_dims(keep.to(gl.float32) / 16, 1)
-    weighed = gl.convert_layout(gl.max(weighed, 2), gl.SliceLayout(2, OUT), assert_trivial=True)
-    sums = sums * one_is - centre * gl.expand_dims(weighed, 2)
-    column = tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, OUT)))
+    one_is *= ONE / 8
+    centre = keep.to(gl.float32) / 16
+    sums = sums * one_is[:, None] - centre[:, None] * weighed[None, :]
+    column = tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, OUT))
     row = (of_split * columns + column).to(gl.int64) * (4 * total)
-    inside = (column < columns)[None, :, None] & gl.expand_dims(place < 4 * end_item, 1)
-    gl.store(partial + (row[None, :, None] + gl.expand_dims(place, 1)), sums, mask=inside)
+    inside = (column < columns)[None, :] & (place < 4 * end_item)[:, None]
+    gl.store(partial + (row[None, :] + place[:, None]), sums, mask=inside)

@@ -32,26 +32,14 @@ def words_layout(warps, pairs):
 
 
 @gluon.constexpr_function
-def weights_layout(warps, columns):
-    """Of weights [warps, columns, pairs of slots]: the same."""
+def fours_layout(columns, fours):
+    """Of four words each of weights [columns, fours]: a thread has those of one column."""
     return gl.DistributedLinearLayout(
-        reg_bases=highest_bits((2, 3, 1, 4), (1, 3, 8, columns)),
-        lane_bases=highest_bits((2, 3, 4, 16), (1, 3, 1, 8)),
-        warp_bases=highest_bits((0, 3, 1, warps)),
+        reg_bases=highest_bits((1, 2, 4, fours)),
+        lane_bases=highest_bits((1, 2, 1, 4), (0, 2, 1, 8)),
+        warp_bases=highest_bits((0, 2, 8, columns)) + [[0, 0]] * (32 // columns - 1),
         block_bases=[],
-        shape=[warps, columns, 16],
-    )
-
-
-@gluon.constexpr_function
-def fours_layout(warps, columns):
-    """Of four words each of weights [warps, columns, fours]."""
-    return gl.DistributedLinearLayout(
-        reg_bases=highest_bits((1, 3, 8, columns)),
-        lane_bases=highest_bits((2, 3, 1, 4), (1, 3, 1, 8)),
-        warp_bases=highest_bits((0, 3, 1, warps)),
-        block_bases=[],
-        shape=[warps, columns, 4],
+        shape=[columns, fours],
     )
 
 
@@ -69,20 +57,20 @@ def all_items_layout(warps, items):
 
 @gluon.constexpr_function
 def sums_layout(warps, columns, places):
-    """Of sums [warps, columns, places]: sixteen places side by side are one thread's, in the order
-    in which they are stored."""
+    """Of sums [places, columns]: eight places side by side are one thread's, as it multiplies
+    them."""
     return gl.DistributedLinearLayout(
-        reg_bases=highest_bits((2, 3, 1, 16), (1, 3, 8, columns), (2, 3, 64, places)),
-        lane_bases=highest_bits((2, 3, 16, 64), (1, 3, 1, 8)),
-        warp_bases=highest_bits((0, 3, 1, warps)),
+        reg_bases=highest_bits((0, 2, 1, 8), (1, 2, 1, 2), (1, 2, 8, columns), (0, 2, 64, places)),
+        lane_bases=highest_bits((1, 2, 2, 8), (0, 2, 8, 64)),
+        warp_bases=highest_bits((0, 2, places, places * warps)),
         block_bases=[],
-        shape=[warps, columns, places],
+        shape=[warps * places, columns],
     )
 
 
 @gluon.constexpr_function
 def terms_layout(warps, columns, blocks):
-    """Of terms [blocks, columns]: every warp has all, columns as in `weights_layout`."""
+    """Of terms [blocks, columns]: every warp has all."""
     return gl.DistributedLinearLayout(
         reg_bases=highest_bits((0, 2, 4, blocks), (1, 2, 8, columns)),
         lane_bases=highest_bits((0, 2, 1, 4), (1, 2, 1, 8)),

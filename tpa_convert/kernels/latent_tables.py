@@ -24,8 +24,8 @@ from .latent_whole import in_eight_bits, lowest_bits, of_places
 from .rows import Tier
 
 CHUNK = 64  # places of keys that a product adds up
-PIECE = 128  # places that a program sums over slots
-PIECES = 4  # that a program's warps may share
+PIECE = 128  # places that a program of `latent_sums.py` sums over slots
+PLACES = 256  # that one of `latent_sums_hopper.py` does
 MAX_PAIRS = 64  # of a span
 MAX_NORMED = 128  # the same, where a norm is that of all heads
 
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
         key_items: of the keys.
         first_item: that is summed up: not those of the keys, if values do not follow from them.
         together: see `KeyMap`.
-        reach: words from the first to the last of any `PIECES` pieces that follow each other.
+        reach: words from the first to the last of any `PLACES` places, from a multiple of it on.
         items, chunks, parts, features: how many; see `LatentTables`.
     """
 
@@ -248,7 +248,7 @@ def latent_tables(
         key_items,
         0 if predicted else key_items,
         int(key_map.together),
-        max(x.reach(PIECES * PIECE // WORD) for x in (of_keys, of_values)),
+        max(x.reach(PLACES // WORD) for x in (of_keys, of_values)),
         key_items + len(of_values.items),
         len(chunks),
         *place_of.shape,

@@ -79,7 +79,7 @@ def choose_splits(
         turns, rest = divmod(math.ceil(sequences * splits / slots), beside)
         rounds = [beside] * turns + [rest] * (rest > 0)
         length = math.ceil(blocks / splits)
-        time = sum(start + length * (1 + slowed * (programs - 1)) for programs in rounds)
+        time = sum((start + length) * (1 + slowed * (programs - 1)) for programs in rounds)
         if time < fastest:
             best, fastest = splits, time
     return best

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .latent_places import WORD
-from .latent_tables import CHUNK, MAX_PAIRS, PIECE, PIECES, Layout
+from .latent_tables import CHUNK, MAX_PAIRS, PLACES, Layout
 from .launch import (
     INTERPRETED,
     all_shared_bytes,
@@ -27,13 +27,12 @@ FEWEST_STAGES = 4  # where weights are kept beside it
 MOST_COLUMNS = 16  # queries of half of the heads of a span
 MOST_PAIRS = 128  # of a head
 GROUP = 4  # warps that act as one
-SUM_WARPS = PIECES  # of a program of sums
-SUM_REGISTERS = {16: 192, 32: 256}  # of each of its threads at most, by padded queries
+SUM_REGISTERS = {16: 128, 32: 168}  # of a thread of sums at most, by padded queries
 REGISTERS = 1 << 16  # of a multiprocessor
 SUM_STAGES = 4  # of its ring at most
-SUM_START = 8  # blocks that could be summed up while a program starts, stores and is joined
+SUM_START = 6  # blocks that could be summed up while a program starts, stores and is joined
 SUM_BLOCKS = 8  # of a program at least
-SUM_SLOWED = 1 / 6  # part of its time that a program takes longer for each warp that runs beside it
+SUM_SLOWED = 0.6  # part of its time that a program takes longer for each that runs beside it
 MOST_SPLITS = 32
 SCRATCH = 2560  # bytes of shared memory that the compiler takes in the kernel of weights, at most
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
@@ -150,13 +149,11 @@ class SumsShape(NamedTuple):
     """How the kernel of sums shares out a call.
 
     Attributes:
-        warps: of a program.
-        stages: of its ring.
+        stages: of a program's ring.
         programs: that share the pieces of a sequence.
         splits: of the slots.
     """
 
-    warps: int
     stages: int
     programs: int
     splits: int
@@ -179,17 +176,12 @@ def sums_shape(
         sequences: times programs that share the queries of one.
         processors: of the device.
     """
-    pieces = [
-        shares(items, PIECE // WORD)
-        for items in (layout.key_items - layout.first_item, layout.items - layout.key_items)
-    ]
-    warps = SUM_WARPS if max(pieces) > SUM_WARPS // 2 else SUM_WARPS // 2
-    programs = sum(shares(x, warps) for x in pieces)
-    stage = stage_bytes(layout, columns, block)
-    for at_once in range(REGISTERS // (32 * warps * SUM_REGISTERS[columns]), 0, -1):
+    parts = layout.key_items - layout.first_item, layout.items - layout.key_items
+    programs = sum(shares(items, PLACES // WORD) for items in parts)
+    for at_once in range(REGISTERS // (32 * GROUP * SUM_REGISTERS[columns]), 0, -1):
         room = shared_bytes(device) // at_once - RESERVED
-        stages = min(room // stage, SUM_STAGES)
-        if stages > 1:
+        stages = min(sum_stages(room, layout, columns, block), SUM_STAGES)
+        if stages > 2:
             break
     else:
         return None
@@ -197,11 +189,10 @@ def sums_shape(
     if most == 0:
         return None
     of_sequences = sequences * programs
-    slowed = SUM_SLOWED * warps
-    splits = choose_splits(blocks, of_sequences, processors, SUM_START, at_once, slowed, most)
+    splits = choose_splits(blocks, of_sequences, processors, SUM_START, at_once, SUM_SLOWED, most)
     if 2 * of_sequences * splits < processors:  # Triton's programs are shorter, and more
         return None
-    return SumsShape(warps, stages, programs, splits)
+    return SumsShape(stages, programs, splits)
 
 
 def _chunks(layout: Layout) -> int:
@@ -209,22 +200,26 @@ def _chunks(layout: Layout) -> int:
     return shares(layout.reach + 3, 4)
 
 
-def stage_bytes(layout: Layout, columns: int, block: int) -> int:
-    """Of the ring of sums: what is needed of rows, and gaps; weights and maxima of a block."""
-    return 16 * block * _chunks(layout) + 4 * block + columns * (2 * block + 4)
+def sum_stages(room: int, layout: Layout, columns: int, block: int) -> int:
+    """Stages of the ring of sums that so many bytes of shared memory have room for. Each holds
+    what is needed of rows, and gaps, weights and maxima of a block; beside them stand weights of
+    two blocks that are scaled, and all is in tiles of 16 slots of those."""
+    stage = 16 * block * _chunks(layout) + 4 * block + columns * (2 * block + 4)
+    tile = 32 * columns
+    return (room // tile * tile - 4 * block * columns) // stage
 
 
 def constants_of_sums(
-    layout: Layout, warps: int, stages: int, columns: int, tiles: int, block: int
+    layout: Layout, stages: int, columns: int, tiles: int, block: int
 ) -> dict[str, Any]:
     """Constant arguments of the kernel of sums for `columns` queries of a program, `tiles` programs
     that share them, and blocks of so many slots."""
     return {
         "COLUMNS": columns,
         "TILES": tiles,
-        "PLACES": PIECE,
+        "PLACES": PLACES // GROUP,
         "BLOCK": block,
-        "WARPS": warps,
+        "WARPS": GROUP,
         "STAGES": stages,
         "CHUNKS": _chunks(layout),
     }

@@ -131,7 +131,7 @@ def latent_shape(
         power_of_two(splits, 1, splits * 2),
         by_group,
         overlapped(device),
-        (ring, sums and sums[:2]),
+        (ring, sums and sums.stages),
     )
     grid = (blocks, batch, layout.spans * tiles)
     if ring.stages:  # they stay, and share the tiles of a sequence
@@ -188,7 +188,7 @@ def latent_constants(
     splits: int,
     by_group: bool,
     overlap: bool,
-    in_gluon: tuple[hopper.Ring, tuple[int, int] | None],
+    in_gluon: tuple[hopper.Ring, int | None],
 ) -> tuple[Constants, Constants, Constants]:
     """Of the kernels of weights, of sums, and of what joins them.
 
@@ -197,8 +197,8 @@ def latent_constants(
         program: slots of a block, warps and stages.
         weights, sums: queries of a program and programs that share them, of either kernel.
         splits: at most.
-        in_gluon: the ring of the kernel of weights, without stages if it is in Triton; warps and
-            stages of that of sums, or None.
+        in_gluon: the ring of the kernel of weights, without stages if it is in Triton; stages of
+            that of sums, or None.
     """
     (heads, positions), (block, warps, stages) = queries, program
     exact, columns, padded_columns = types[0] == torch.float32, heads * positions, sums[0] * sums[1]
@@ -249,13 +249,13 @@ def latent_constants(
         positions,
         layout.items,
         layout.key_items,
-        layout.first_item // (PIECE // WORD),
+        layout.first_item,
         padded_columns,
         softmax[-1],
     )
     if in_gluon[1] is not None:
-        named = hopper.constants_of_sums(layout, *in_gluon[1], *sums, block)
-        options = {"num_warps": in_gluon[1][0]}
+        named = hopper.constants_of_sums(layout, in_gluon[1], *sums, block)
+        options = {"num_warps": hopper.GROUP, "maxnreg": hopper.SUM_REGISTERS[sums[0]]}
     else:
         named = {
             "COLUMNS": sums[0],

@@ -33,20 +33,6 @@ def load_word(address):
 
 
 @gluon.jit
-def load_four_words(address):
-    """What lies at addresses that are multiples of 16, [..., 2, 2]."""
-    a, b, c, d = gl.inline_asm_elementwise(
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,r",
-        [address],
-        dtype=(gl.int32,) * 4,
-        is_pure=False,
-        pack=1,
-    )
-    return gl.join(gl.join(a, c), gl.join(b, d))
-
-
-@gluon.jit
 def start_copy(target, source, known):
     """Starts copies of 16 bytes, where known, to addresses from addresses in global memory, which
     are multiples of 16. The thread's next group of copies has them."""
