@@ -25,6 +25,9 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--context", nargs="+", type=int, default=[2048])
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="how often each is measured; medians count"
+    )
     parser.add_argument("--static", action="store_true")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +38,7 @@ def main() -> None:
         tuple(given.batch),
         tuple(given.context),
         new_tokens=given.new_tokens,
+        repeats=given.repeats,
         static=given.static,
     )
     Console(width=110).print(report)

@@ -21,6 +21,7 @@ from .tpa_kernels import (
     part_of,
     plain_inference,
     plain_product,
+    product_of_rows,
     wants_gradients,
 )
 from .tpa_keys import KeyLayout
@@ -185,12 +186,10 @@ class CodedLayer:
         """
         assert self.kernels is not None
         batch, length, _ = hidden_states.shape
-        component = part_of(keys, "feature_factor")(hidden_states)
-        component = component.view(-1, component.shape[-1])
+        component = product_of_rows(part_of(keys, "feature_factor"), hidden_states)
         rotation = query.contiguous(), *table
         key, key_features, rotated = self.kernels.encode(component, tables.keys, rotation)
-        component = part_of(values, "feature_factor")(hidden_states)
-        component = component.view(-1, component.shape[-1])
+        component = product_of_rows(part_of(values, "feature_factor"), hidden_states)
         if tables.prediction is not None:
             # Under autocast normalised queries, whose type tables have, are in another one. What is
             # not in place would copy first.
