@@ -21,7 +21,6 @@ from .tpa_kernels import (
     part_of,
     plain_inference,
     plain_product,
-    product_of_rows,
     wants_gradients,
 )
 from .tpa_keys import KeyLayout
@@ -186,10 +185,12 @@ class CodedLayer:
         """
         assert self.kernels is not None
         batch, length, _ = hidden_states.shape
-        component = product_of_rows(part_of(keys, "feature_factor"), hidden_states)
+        component = part_of(keys, "feature_factor")(hidden_states)
+        component = component.view(-1, component.shape[-1])
         rotation = query.contiguous(), *table
         key, key_features, rotated = self.kernels.encode(component, tables.keys, rotation)
-        component = product_of_rows(part_of(values, "feature_factor"), hidden_states)
+        component = part_of(values, "feature_factor")(hidden_states)
+        component = component.view(-1, component.shape[-1])
         if tables.prediction is not None:
             # Under autocast normalised queries, whose type tables have, are in another one. What is
             # not in place would copy first.

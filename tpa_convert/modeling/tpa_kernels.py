@@ -145,23 +145,6 @@ def plain_product(
     return weight, bias
 
 
-def product_of_rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a module makes of the last axis of a tensor [..., D], [n, width].
-
-    Where nothing but numbers is asked for, rows begin at multiples of 16 bytes: kernels that
-    multiply matrices on a GPU take three times as long where they do not."""
-    plain = plain_product(module, x) if plain_inference(x) else None
-    if plain is None or len(plain[0]) * x.itemsize % 16 == 0:
-        product = module(x)
-        return product.view(-1, product.shape[-1])
-    weight, bias = plain
-    x, numbers = x.reshape(-1, x.shape[-1]), 16 // x.itemsize
-    rows = x.new_empty(len(x), -(-len(weight) // numbers) * numbers)[:, : len(weight)]
-    if bias is None:
-        return torch.mm(x, weight.mT, out=rows)
-    return torch.addmm(bias, x, weight.mT, out=rows)
-
-
 class Sources:
     """The tensors that something was made of, to see whether they are still the same.
 
