@@ -61,6 +61,24 @@ def test_what_does_not_fit_is_left_out(models, monkeypatch) -> None:
     assert "did not fit" in console.export_text()
 
 
+def test_all_is_there_in_80_columns() -> None:
+    """Names of models take more lines, and nothing is cut."""
+    name = "a-model-of-135-million-parameters"
+    points = [
+        SpeedPoint(model, 64, 131072, 191357.0, 15519.3, 0.0116, 1.1e9, 0.005)
+        for model in (name, "b")
+    ]
+    report = SpeedReport("GPU", "bfloat16", False, 3e12, {name: 2e9, "b": 2e9}, tuple(points))
+    console = Console(width=80, record=True)
+    console.print(report)
+    text = console.export_text()
+    assert "…" not in text
+    assert "64 × 131,072" in text
+    assert text.count("15,519.3") == text.count("1,100.0") == 2
+    first = "".join(line[:20].strip() for line in text.splitlines()[3:7])
+    assert name in first
+
+
 def test_ratios_are_against_the_first_model() -> None:
     points = [SpeedPoint(m, 1, 8, v, 2 * v, 1.0, 1.0, 0.5) for m, v in (("a", 4.0), ("b", 6.0))]
     report = SpeedReport("CPU", "float32", False, 1e9, {"a": 1.0, "b": 1.0}, tuple(points))

@@ -11,7 +11,7 @@ from tests.kernel_device import DEVICE, GPU
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels import launch_latent_shape
 from tpa_convert.kernels.latent_places import WORD
-from tpa_convert.kernels.latent_tables import PIECE, PIECES
+from tpa_convert.kernels.latent_tables import PLACES
 from tpa_convert.kernels.launch_latent import launch_latent
 
 from .kernel_cases import error
@@ -82,7 +82,7 @@ def test_two_items_are_of_one_word(codes, align) -> None:
     reach = [
         int(x.max() - x.min()) + 1
         for part in (tables.items[:of_keys], tables.items[of_keys:])
-        for x in (part & 0xFFFF).split(PIECES * PIECE // WORD)
+        for x in (part & 0xFFFF).split(PLACES // WORD)
     ]
     assert tables.layout.reach == max(reach)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -90,20 +91,19 @@ class SpeedReport:
         )
 
     def _table(self) -> Table:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("batch", "context"):
-            table.add_column(column, justify="right")
-        table.add_column("model")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("batch × context", min_width=17, overflow="fold")
         for column in ("prefill/s", "×", "decode/s", "×", "ms/step", "floor", "cache MB"):
             table.add_column(column, justify="right", no_wrap=True)
         previous = None
         for point in self.points:
             place = (point.batch, point.context)
-            if previous not in (None, place):
-                table.add_section()
+            if place != previous:
+                if previous is not None:
+                    table.add_section()
+                table.add_row(f"{point.batch:,} × {point.context:,}", style="bold")
             table.add_row(
-                *([f"{n:,}" for n in place] if place != previous else ["", ""]),
-                point.model,
+                Padding(point.model, (0, 0, 0, 2)),
                 f"{point.prefill:,.0f}",
                 _times(self.ratio(point, "prefill")),
                 f"{point.decode:,.1f}",
