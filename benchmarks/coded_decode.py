@@ -103,16 +103,18 @@ class Operators(TorchDispatchMode):
 
 
 class Decoder:
-    """A model with a cache of `context` tokens."""
+    """A model with a cache of `context` tokens of each of `batch` sequences."""
 
-    def __init__(self, name: str, context: int, dtype: torch.dtype, device: str, shape: str):
+    def __init__(
+        self, name: str, batch: int, context: int, dtype: torch.dtype, device: str, shape: str
+    ):
         if Path(name).is_dir():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
         else:
             model = build(shape, name, device).to(dtype)
         self.model = model
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, model.config.vocab_size, (1, context), generator=generator)
+        tokens = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator)
         self.tokens = tokens.to(device)
         self.layers = model.config.num_hidden_layers
 
@@ -155,7 +157,8 @@ def operators(run: Any) -> Operators:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("models", nargs="+", help="the source, and what is made of it")
-    parser.add_argument("--context", type=int, default=512, help="tokens of the cache")
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument("--context", type=int, default=512, help="tokens of each in the cache")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="of random weights")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--dtype", default="bfloat16")
@@ -166,9 +169,11 @@ def main() -> None:
     if not GPU:
         launch_into_the_void()
     device, dtype = ("cuda" if GPU else "cpu"), getattr(torch, arguments.dtype)
-    given = arguments.context, dtype, device, arguments.shape
+    given = arguments.batch, arguments.context, dtype, device, arguments.shape
     decoders = [Decoder(name, *given) for name in arguments.models]
-    print(f"{device_name()}, {versions()}, {arguments.dtype}, {arguments.context} tokens")
+    print(
+        f"{device_name()}, {versions()}, {arguments.dtype}, {arguments.batch} × {arguments.context}"
+    )
     for part in ("prefill", "step"):
         runs = [getattr(decoder, part) for decoder in decoders]
         for run in runs:
