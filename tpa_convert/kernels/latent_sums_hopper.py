@@ -45,153 +45,13 @@ from .latent_sums_layouts import (
     terms_layout,
     words_layout,
 )
+from .latent_sums_operands import SLOTS, codes_of, hold, in_place, scale_weights
 from .shared_hopper import load_word, shared_begin, start_copy
 from .split_kv import slot_bounds
 
-SLOTS = gl.constexpr(32)  # at a time
 GROUP = gl.constexpr(8)  # slots of a thread, side by side
 GAP = gl.constexpr(32)  # bytes behind their rows, so that four threads read from other banks
 ONE = gl.constexpr(2.0**24)  # the last bit of fp16 numbers is this part of one
-
-
-@gluon.jit
-def in_place(item):
-    """Masks of an item's codes where they lie in a word's bytes."""
-    keep = (item >> 24) * 0x01010101
-    turn = (item >> 16) & 31
-    return gl.inline_asm_elementwise(
-        "shf.l.wrap.b32 $0, $1, $1, $2;",
-        "=r,r,r",
-        [keep, turn],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def hold(codes, never):
-    """Keeps the registers of codes up to here: they would be stored, were `never` not 0."""
-    never, codes = gl.broadcast(never, codes)
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred ever;
-        setp.ne.s32 ever, $2, 0;
-        @ever st.shared.v4.b32 [global_smem], {$10, $11, $12, $13};
-        mov.b32 $0, 0;
-        mov.b32 $1, 0;
-        }""",
-        "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r",
-        [never, codes],
-        dtype=gl.int8,
-        is_pure=False,
-        pack=8,
-    )
-
-
-@gluon.jit
-def codes_of(words, first, second, SUMS: gl.constexpr):
-    """Codes [places, 16 slots] of words [warps, 32 slots, pairs], twice, for products."""
-    W: gl.constexpr = words.shape[0]
-    P: gl.constexpr = words.shape[2]
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    first = gl.expand_dims(first & 0x00FF00FF, 1)
-    second = gl.expand_dims(second & 0x00FF00FF, 1)
-    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d;
-        prmt.b32 a, $8, $9, 0x5410;
-        prmt.b32 b, $8, $9, 0x7632;
-        prmt.b32 c, $8, $9, 0x6521;
-        prmt.b32 d, $8, $9, 0x0703;
-        and.b32 $0, a, $10;
-        and.b32 $1, b, $10;
-        and.b32 $2, c, $10;
-        and.b32 $3, d, $10;
-        and.b32 $4, a, $12;
-        and.b32 $5, b, $12;
-        and.b32 $6, c, $12;
-        and.b32 $7, d, $12;
-        }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r",
-        [words, first, second],
-        dtype=(gl.float16,) * 8,
-        is_pure=True,
-        pack=2,
-    )
-    one = gl.join(gl.join(a, b), gl.join(c, d))
-    other = gl.join(gl.join(e, f), gl.join(g, h))
-    codes = gl.join(one, other)  # [W, slots, pairs, 2 · 2 places, 2]
-    codes = gl.reshape(codes, [W, 4, 2, 2, 2, P // 8, 8, 2, 2, 2])
-    codes = gl.permute(codes, [5, 9, 8, 0, 7, 6, 3, 1, 4, 2])
-    codes, more = gl.split(gl.reshape(codes, [8 * P * W, SLOTS // 2, 2]))
-    return gl.convert_layout(codes, LEFT), gl.convert_layout(more, LEFT)
-
-
-@gluon.jit
-def scale_weights(W, first, of_sums, of_terms, of_fours, begins):
-    """Weights of the block that begins so many bytes behind where the ring does, times a factor of
-    each column, to where products read them; returns their sums [columns].
-
-    Args:
-        of_sums: what all sums are relative to, [columns].
-        of_terms, of_fours: addresses of what weights are relative to, [columns], and of four words
-            of them, [columns, fours].
-    """
-    C: gl.constexpr = of_fours.shape[0]
-    of_block = load_word(of_terms + begins).to(gl.float32, bitcast=True)
-    factor = gl.exp2(of_block - of_sums).to(gl.float16)
-    factor, address = gl.broadcast(gl.expand_dims(factor, 1), of_fours + begins)
-    a, b, c, d, added = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 twice;
-        .reg .b16 even, odd;
-        .reg .f32 x, y;
-        mov.b32 twice, {$6, $6};
-        ld.shared.v4.b32 {$0, $1, $2, $3}, [$5];
-        mul.rn.f16x2 $0, $0, twice;
-        mul.rn.f16x2 $1, $1, twice;
-        mul.rn.f16x2 $2, $2, twice;
-        mul.rn.f16x2 $3, $3, twice;
-        mov.b32 {even, odd}, $0;
-        cvt.f32.f16 x, even;
-        cvt.f32.f16 y, odd;
-        add.f32 $4, x, y;
-        mov.b32 {even, odd}, $1;
-        cvt.f32.f16 x, even;
-        cvt.f32.f16 y, odd;
-        add.f32 x, x, y;
-        add.f32 $4, $4, x;
-        mov.b32 {even, odd}, $2;
-        cvt.f32.f16 x, even;
-        cvt.f32.f16 y, odd;
-        add.f32 x, x, y;
-        add.f32 $4, $4, x;
-        mov.b32 {even, odd}, $3;
-        cvt.f32.f16 x, even;
-        cvt.f32.f16 y, odd;
-        add.f32 x, x, y;
-        add.f32 $4, $4, x;
-        }""",
-        "=&r,=&r,=&r,=&r,=&f,r,h",
-        [address, factor],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.float32),
-        is_pure=False,
-        pack=1,
-    )
-    SHARES: gl.constexpr = of_fours.shape[1] // 4  # of 32 slots
-    AS_WORDS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, 8], gl.int32)
-    for half in gl.static_range(2):  # of eight slots that are one thread's
-        pairs = gl.join(a, b) if half == 0 else gl.join(c, d)
-        pairs = gl.permute(gl.reshape(pairs, [C, SHARES, 4, 2]), [0, 3, 2, 1])
-        if SHARES == 1:
-            to = reinterpret(W.index(first + half), gl.int32, [C, 8], AS_WORDS)
-            to.store(gl.reshape(pairs, [C, 8]))
-        else:
-            one, other = gl.split(gl.reshape(pairs, [C, 8, 2]))
-            reinterpret(W.index(first + half), gl.int32, [C, 8], AS_WORDS).store(one)
-            reinterpret(W.index(first + 2 + half), gl.int32, [C, 8], AS_WORDS).store(other)
-    return gl.sum(added, 1)
 
 
 @gluon.jit
@@ -275,17 +135,17 @@ def latent_sums_on_hopper(
     window,
     COLUMNS: gl.constexpr,
     TILES: gl.constexpr,
-    PLACES: gl.constexpr,  # of a piece
+    PLACES: gl.constexpr,  # of a program
     BLOCK: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     CHUNKS: gl.constexpr,  # of 16 bytes, that hold what a program needs of a row
 ):
-    """`latent_sums_kernel` for weights in fp16 and a cache in one piece, with a piece for every
-    warp. The grid is [programs of keys and then of values, splits, b · tiles]."""
+    """`latent_sums_kernel` for weights in fp16 and a cache in one piece. The grid is [programs of
+    keys and then of values, splits, b · tiles]."""
     gl.static_assert(pages is None and (BLOCK == 32 or BLOCK == 64))
     ITEMS: gl.constexpr = PLACES // 4
-    PAIRS: gl.constexpr = PLACES // 8
+    PAIRS: gl.constexpr = PLACES // (8 * WARPS)  # of a warp
     WORDS: gl.constexpr = words_layout(WARPS, PAIRS)
     BY_THREAD: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     FOURS: gl.constexpr = fours_layout(COLUMNS, BLOCK // 8)
@@ -321,13 +181,13 @@ def latent_sums_on_hopper(
 
     # A program is of keys or of values.
     program = gl.program_id(0)
-    of_keys = gl.cdiv(key_items - first_item, WARPS * ITEMS)
-    first_item += program * (WARPS * ITEMS)
+    of_keys = gl.cdiv(key_items - first_item, ITEMS)
+    first_item += program * ITEMS
     stride_t, rows = key_stride_t, keys + batch.to(gl.int64) * key_stride_b
     end_item = key_items
     of_part = 0
     if program >= of_keys:
-        first_item = key_items + (program - of_keys) * (WARPS * ITEMS)
+        first_item = key_items + (program - of_keys) * ITEMS
         stride_t = value_stride_t
         rows = values + batch.to(gl.int64) * value_stride_b
         end_item = total
@@ -336,10 +196,10 @@ def latent_sums_on_hopper(
     rows = rows.to(gl.int64)
     before = (rows & 15).to(gl.int32)
     rows -= before
-    in_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(1, WORDS)))[:, None] * ITEMS
-    at = first_item + in_warp
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(1, WORDS)))[:, None]
+    at = first_item + warp * (2 * PAIRS)
     at = at + gl.arange(0, PAIRS, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, :] * 2
-    at = gl.minimum(at, end_item - 2)  # what warps behind the last piece find is not stored
+    at = gl.minimum(at, end_item - 2)  # what warps behind the last item find is not stored
     one, other = gl.load(items + at), gl.load(items + at + 1)
     word = gl.expand_dims(one & 0xFFFF, 1)
     one, other = in_place(one), in_place(other)
@@ -348,11 +208,11 @@ def latent_sums_on_hopper(
     weights += (batch * blocks + first_block).to(gl.int64) * (2 * padded_columns * BLOCK)
     weights += tile * (COLUMNS * BLOCK)
     weights = weights.to(gl.pointer_type(gl.int32)) + of_part
-    sums = gl.full([WARPS * PLACES, COLUMNS], 0.0, gl.float32, SUMS)
+    sums = gl.full([PLACES, COLUMNS], 0.0, gl.float32, SUMS)
     weighed = gl.full([COLUMNS], 0.0, gl.float32, OF_COLUMN)
 
     # Only words between the program's first and last are brought to shared memory.
-    every = first_item + gl.arange(0, WARPS * ITEMS, all_items_layout(WARPS, WARPS * ITEMS))
+    every = first_item + gl.arange(0, ITEMS, all_items_layout(WARPS, ITEMS))
     every = gl.minimum(every, end_item - 1)
     every_word = gl.load(items + every) & 0xFFFF
     first_word = gl.min(every_word, 0)
@@ -459,13 +319,13 @@ def latent_sums_on_hopper(
         hold(held, never)
 
     sums = gl.reshape(sums, [PAIRS // 8, 2, 2, WARPS, 2, 8, COLUMNS])
-    sums = gl.reshape(gl.permute(sums, [3, 0, 5, 1, 2, 4, 6]), [WARPS * PLACES, COLUMNS])
+    sums = gl.reshape(gl.permute(sums, [3, 0, 5, 1, 2, 4, 6]), [PLACES, COLUMNS])
     sums = gl.convert_layout(sums, OUT)  # registers of a thread in the order of places
     synchronize()
     passed.store(weighed)
     synchronize()
     weighed = passed.load(gl.SliceLayout(0, OUT))
-    place = first_item * 4 + gl.arange(0, WARPS * PLACES, gl.SliceLayout(1, OUT))
+    place = first_item * 4 + gl.arange(0, PLACES, gl.SliceLayout(1, OUT))
     item = gl.load(items + place // 4, mask=place < 4 * end_item, other=0)
     mask, keep = in_place(item) & 0xFF, item >> 24
     one_is = (keep & -keep).to(gl.float32) / gl.maximum(mask & -mask, 1).to(gl.float32)

@@ -60,11 +60,13 @@ def sums_layout(warps, columns, places):
     """Of sums [places, columns]: eight places side by side are one thread's, as it multiplies
     them."""
     return gl.DistributedLinearLayout(
-        reg_bases=highest_bits((0, 2, 1, 8), (1, 2, 1, 2), (1, 2, 8, columns), (0, 2, 64, places)),
+        reg_bases=highest_bits(
+            (0, 2, 1, 8), (1, 2, 1, 2), (1, 2, 8, columns), (0, 2, 64, places // warps)
+        ),
         lane_bases=highest_bits((1, 2, 2, 8), (0, 2, 8, 64)),
-        warp_bases=highest_bits((0, 2, places, places * warps)),
+        warp_bases=highest_bits((0, 2, places // warps, places)),
         block_bases=[],
-        shape=[warps * places, columns],
+        shape=[places, columns],
     )
 
 

@@ -217,7 +217,7 @@ def constants_of_sums(
     return {
         "COLUMNS": columns,
         "TILES": tiles,
-        "PLACES": PLACES // GROUP,
+        "PLACES": PLACES,
         "BLOCK": block,
         "WARPS": GROUP,
         "STAGES": stages,
