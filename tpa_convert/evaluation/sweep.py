@@ -99,8 +99,7 @@ class SpeedReport:
         for point in self.points:
             place = (point.batch, point.context)
             if place != previous:
-                if previous is not None:
-                    table.add_section()
+                table.add_section()
                 table.add_row(f"{point.batch:,} × {point.context:,}", style="bold")
             table.add_row(
                 Padding(point.model, (0, 0, 0, 2)),
