@@ -27,9 +27,15 @@ LAYERS = {
     "Llama-3.2-1B": (2048, 32, 8, 64, 352, 440),
     "Llama-3-8B": (4096, 32, 8, 128, 704, 888),
 }
-ROWS = 1, 4, 16
-SINGLE = (4, 2048, 4), (4, 1024, 4), (8, 512, 4), (2, 2048, 4), (8, 1024, 8)
-SEVERAL = (16, 256, 4), (16, 512, 4), (16, 128, 4), (32, 128, 4), (16, 256, 2)
+ROWS = 1, 4, 16, 64
+OTHERS = [  # programs: rows, columns, numbers at a time, warps, stages
+    launches.Program(*shape)
+    for shape in (
+        *((1, 4, 1024, 4, 3), (1, 8, 512, 4, 3), (1, 2, 2048, 4, 3), (1, 8, 1024, 8, 3)),
+        *((16, 16, 512, 4, 3), (16, 16, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 256, 4, 4)),
+        *((32, 32, 128, 4, 4), (64, 16, 128, 4, 4), (64, 32, 64, 4, 5), (64, 32, 128, 8, 4)),
+    )
+]
 
 
 def random(*shape: int) -> Tensor:
@@ -128,15 +134,16 @@ def main() -> None:
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth() / 2
     print(f"{device_name()}, {versions()}, reads {bandwidth / 1e9:.0f} GB/s of a copy", flush=True)
-    chosen = launches.SINGLE, launches.SEVERAL
+    programs = launches.PROGRAMS
     for rows in ROWS:
-        name = "SINGLE" if rows == 1 else "SEVERAL"
-        own = chosen[rows > 1]
-        others = (SINGLE if rows == 1 else SEVERAL) if arguments.programs else ()
+        own = launches.program_of(rows)
+        smallest = 1 if rows == 1 else 16
+        others = [x for x in OTHERS if smallest <= x.rows <= max(rows, smallest) and x != own]
         for layer in LAYERS:
             for case, make in CASES.items():
-                for program in (own, *(x for x in others if x != own)):
-                    setattr(launches, name, program)
+                for program in (own, *(others if arguments.programs else ())):
+                    # Of a gauge, whose rows are those of several heads, too.
+                    launches.PROGRAMS = programs if program == own else (program,)
                     launches.product_launch.cache_clear()
                     launches.projections_launch.cache_clear()
                     try:
@@ -147,16 +154,17 @@ def main() -> None:
                             other = seconds(theirs, buffers)
                     except Exception as failure:  # the others are still wanted
                         print(
-                            f"{rows:3} {layer:13} {case:12} {program} {failure!r:.200}", flush=True
+                            f"{rows:3} {layer:13} {case:12} {tuple(program)} {failure!r:.200}",
+                            flush=True,
                         )
                         continue
                     beside = f"  PyTorch {other * 1e6:6.1f} µs" if other else ""
                     print(
-                        f"{rows:3} {layer:13} {case:12} {program!s:14} {time * 1e6:6.1f} µs "
+                        f"{rows:3} {layer:13} {case:12} {tuple(program)!s:22} {time * 1e6:6.1f} µs "
                         f"{size / bandwidth / time:5.0%} of copy, error {error:.4f}{beside}",
                         flush=True,
                     )
-                setattr(launches, name, own)
+                launches.PROGRAMS = programs
 
 
 if __name__ == "__main__":

@@ -13,12 +13,20 @@ from .products import product_kernel, projections_kernel
 from .rows import FEATURES
 from .start import Constants
 
-SEVERAL_ROWS = 16  # of a program, if there is more than one
-# Columns and numbers of these at a time, and warps: for a single row, whose program holds all that
-# it reads in registers, and for more.
-SINGLE = 4, 2048, 4
-SEVERAL = 16, 256, 4
-STAGES = 3
+
+class Program(NamedTuple):
+    """Rows and columns of a program, numbers of these that it multiplies at a time, and how it is
+    compiled."""
+
+    rows: int
+    columns: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+# The last one is of any number of rows; that of a single row holds all that it reads in registers.
+PROGRAMS = Program(1, 4, 2048, 4, 3), Program(16, 16, 256, 4, 3), Program(64, 32, 128, 4, 4)
 
 Launch = tuple[Any, tuple[int, int, int], Constants]
 """A kernel, its grid and constants."""
@@ -45,11 +53,11 @@ def product_launch(
         groups, heads: that have a matrix each, and rows of a group that belong to one token.
         taken: whether the product is taken off what is there.
     """
-    program = shape_of(rows, width)
-    grid = shares(size, program["BLOCK"]), shares(rows, program["ROWS"]), groups
+    program = program_of(rows)
+    grid = shares(size, program.columns), shares(rows, program.rows), groups
     numbers = width // FEATURES, size, groups * heads * size, heads
-    named = {"TAKEN": taken, **program, "PRECISION": precision(dtype)}
-    return product_kernel, grid, Constants(device, options(rows), numbers, **named)
+    named = {"TAKEN": taken, **shape_of(program, width, dtype)}
+    return product_kernel, grid, Constants(device, options(program), numbers, **named)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -62,11 +70,11 @@ def projections_launch(
     biased: tuple[bool, bool, bool],
 ) -> Launch:
     """Of `projections_kernel`; see `product_launch`."""
-    program = shape_of(rows, width)
-    programs = sum(shares(size, program["BLOCK"]) for size in sizes)
-    named = {**program, "PRECISION": precision(dtype)}
-    constants = Constants(device, options(rows), (width // FEATURES, *sizes), **named)
-    return projections_kernel, (programs, shares(rows, program["ROWS"]), 1), constants
+    program = program_of(rows)
+    programs = sum(shares(size, program.columns) for size in sizes)
+    named = shape_of(program, width, dtype)
+    constants = Constants(device, options(program), (width // FEATURES, *sizes), **named)
+    return projections_kernel, (programs, shares(rows, program.rows), 1), constants
 
 
 class MapLaunches(NamedTuple):
@@ -109,16 +117,20 @@ def map_launches(
     )
 
 
-def shape_of(rows: int, width: int) -> dict[str, int]:
-    """Of a program."""
-    block, chunk, _ = SINGLE if rows == 1 else SEVERAL
-    at_once = 1 if rows == 1 else SEVERAL_ROWS
-    return {"ROWS": at_once, "BLOCK": block, "CHUNK": power_of_two(width, 16, chunk)}
+def program_of(rows: int) -> Program:
+    """The smallest for so many rows."""
+    return next((program for program in PROGRAMS if rows <= program.rows), PROGRAMS[-1])
 
 
-def options(rows: int) -> dict[str, int]:
-    return {"num_warps": (SINGLE if rows == 1 else SEVERAL)[2], "num_stages": STAGES}
+def shape_of(program: Program, width: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """What kernels are compiled for."""
+    return {
+        "ROWS": program.rows,
+        "BLOCK": program.columns,
+        "CHUNK": power_of_two(width, 16, program.chunk),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
 
 
-def precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"
+def options(program: Program) -> dict[str, int]:
+    return {"num_warps": program.warps, "num_stages": program.stages}

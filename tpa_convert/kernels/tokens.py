@@ -11,7 +11,7 @@ from .encode_reference import RowCodes
 from .ops import launches
 from .rows import FEATURES
 
-MOST_TOKENS = 16  # more of them keep a GPU busy for longer than the host
+MOST_TOKENS = 64  # more of them keep a GPU busy for longer than the host
 
 
 class TokenTables(NamedTuple):
