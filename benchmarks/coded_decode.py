@@ -44,6 +44,7 @@ from tpa_convert.kernels import (  # noqa: E402
     launch_encode,
     launch_latent_shape,
     launch_products,
+    launch_prompt,
     launch_rotation,
     launch_token,
 )
@@ -51,6 +52,7 @@ from tpa_convert.kernels import (  # noqa: E402
 KERNELS = {
     launch: ("split_kernel", "join_kernel"),
     launch_encode: ("encode_kernel",),
+    launch_prompt: ("encode_kernel",),
     launch_rotation: ("rotate_kernel",),
     launch_token: ("encode_kernel",),
     launch_products: ("product_kernel", "projections_kernel"),

@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tpa_convert.kernels import launch_encode, launch_products
+from tpa_convert.kernels import launch_products, launch_prompt, token_tables
 from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels import launch_latent_shape as shapes
@@ -299,16 +299,18 @@ def test_registers_that_are_written_too_early_would_be_seen() -> None:
 @pytest.mark.parametrize("rotated", [False, True])
 def test_coding_compiles_for_hopper(monkeypatch, rotated) -> None:
     """Codes wait in the memory of numbers of 16 bits; queries are rotated by programs behind."""
-    launch = Launches(launch_encode.encode_kernel)
-    monkeypatch.setattr(launch_encode, "encode_kernel", launch)
+    launch = Launches(launch_prompt.encode_kernel)
+    monkeypatch.setattr(launch_prompt, "encode_kernel", launch)
     generator = torch.Generator().manual_seed(0)
     layout, row_bytes = random_layout([(4, 200), (3, 100), (1, 90)], 2, generator)
     tables = random_tables(390, 2, generator)
     where = row_tables(layout.tiers, layout.header, row_bytes)
     x = random_components(3, tables, generator).bfloat16()
     query, table = torch.zeros(1, 3, 8, 64).bfloat16(), torch.zeros(1, 1, 3, 64).bfloat16()
-    rotation = (query, table, table) if rotated else None
-    launch_encode.launch_rows(x, row_codes(tables, where), rotation)
+    codes = row_codes(tables, where)
+    launch_prompt.launch_prompt(x, x, query, token_tables(codes, codes, None), table, table)
+    of_keys, of_values = launch.calls
+    launch.calls = [of_keys if rotated else of_values]
     ptx = launch.compile().asm["ptx"]
     assert "bar.sync" in ptx or "bar.warp.sync" in ptx  # between codes that are written and read
 

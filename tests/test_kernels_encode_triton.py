@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from tests.kernel_device import DEVICE
 from tpa_convert.kernels import (
     RowTables,
+    code_prompt,
     encode,
     encode_rows,
     rotate,
     row_codes,
     row_tables,
-    rows_on_kernel,
     straight_through,
+    token_tables,
 )
 from tpa_convert.kernels.encode_reference import CodeTables, encode_components, pack
 
@@ -133,21 +134,48 @@ def test_rows_of_bytes_hold_the_codes(rows, groups, classes, align, seed):
     assert behind.shape[1] < 8
 
 
+@pytest.mark.parametrize("predicted", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_queries_are_rotated_in_the_launch_that_codes(batch) -> None:
-    """As by themselves, and rows are the same with and without them."""
+def test_a_prompt_is_coded_as_its_parts_are(batch, predicted) -> None:
+    """Queries as they are rotated by themselves, rows and what they say as without queries."""
     generator = torch.Generator().manual_seed(0)
-    layout, row_bytes = random_layout([(4, 30), (1, 9)], 2, generator)
-    where = row_tables(layout.tiers, layout.header, row_bytes)
-    where = RowTables(*(t.to(DEVICE) for t in where[:3]), where.header)
-    x, tables = case(7 * batch, layout.width, 2, 0, torch.float32)
+    parts = []
+    for groups in ([(4, 30), (1, 9)], [(4, 20), (2, 11)]):
+        layout, row_bytes = random_layout(groups, 2, generator)
+        where = row_tables(layout.tiers, layout.header, row_bytes)
+        where = RowTables(*(t.to(DEVICE) for t in where[:3]), where.header)
+        parts.append((*case(7 * batch, layout.width, 2, len(parts), torch.float32), where))
     query = torch.randn(batch, 7, 3, 20, generator=generator).to(DEVICE)
     angle = torch.randn(batch, 1, 7, 20, generator=generator).to(DEVICE)
     table = angle.cos(), angle.sin()
-    *rows, rotated = rows_on_kernel(x, row_codes(tables, where), (query, *table))
-    for a, b in zip(rows, encode_rows(x, tables, where), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(rotated.transpose(1, 2), rotate(query.transpose(1, 2), *table))
+    (key, *of_keys), (value, *of_values) = parts
+    key_rows, key_features = encode_rows(key, *of_keys)
+    prediction = torch.randn(31, key_features.shape[1], generator=generator).to(DEVICE)
+    prediction = prediction if predicted else None
+    taken_off = key_features @ prediction.T if predicted else 0
+    value_rows, value_features = encode_rows(value - taken_off, *of_values)
+    codes = row_codes(*of_keys), row_codes(*of_values)
+    tables = token_tables(*codes, prediction)
+    found = code_prompt(key, value.clone(), query, tables, *table)
+    assert torch.equal(found.query.transpose(1, 2), rotate(query.transpose(1, 2), *table))
+    assert torch.equal(found.keys.view(-1, found.keys.shape[-1]), key_rows)
+    differing = (found.values.view(-1, found.values.shape[-1]) != value_rows).float().mean()
+    assert differing <= (0.02 if predicted else 0)  # sums in another order: codes on edges
+    of_values, of_keys = found.features.split((value_features.shape[1], key_features.shape[1]), 1)
+    assert torch.equal(of_keys, key_features)
+    assert (of_values != value_features).float().mean() <= (0.02 if predicted else 0)
+    sizes = ((batch, 1, 12, rows.shape[-1]) for rows in (found.keys, found.values))
+    room = [torch.full(size, 7, dtype=torch.uint8, device=DEVICE) for size in sizes]
+    again = code_prompt(key, value.clone(), query, tables, *table, (*room, 3))
+    assert torch.equal(again.features, found.features)
+    for whole, rows in zip(room, (found.keys, found.values), strict=True):
+        assert torch.equal(whole[:, :, 3:10], rows)
+        assert (whole[:, :, :3] == 7).all()
+        assert (whole[:, :, 10:] == 7).all()
+    other = token_tables(*codes, None if predicted else torch.ones(31, key_features.shape[1]))
+    other = other._replace(prediction=None if predicted else other.prediction.to(DEVICE))
+    control = code_prompt(key, value.clone(), query, other, *table)
+    assert (control.values != found.values).float().mean() > 0.1
 
 
 def test_rows_inside_a_wider_tensor() -> None:

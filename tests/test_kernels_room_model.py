@@ -17,7 +17,7 @@ from tests.conversions import convert_coded
 from tests.kernel_device import DEVICE, GPU
 from tests.test_kernels_model import PROMPT, prompts
 from tpa_convert.modeling import tpa_coded
-from tpa_convert.modeling.tpa_cache import Room, room_in
+from tpa_convert.modeling.tpa_cache import Room, room_for, room_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 DTYPE, TOLERANCE = (torch.float16, 5e-2) if GPU else (torch.float32, 2e-5)
@@ -74,6 +74,40 @@ def close(found, truth):
 
 def layer_of(cache):
     return cache.layers[0]
+
+
+def begun(model):
+    """The cache of a prompt that went by kernels."""
+    with torch.no_grad():
+        return model(**prompts(), use_cache=True).past_key_values
+
+
+def test_a_prompt_goes_where_there_is_room_behind_it(monkeypatch, model) -> None:
+    """The first tokens after it need no other."""
+    cache = begun(model)
+    room, (keys, values) = layer_of(cache).room, layer_of(cache).room.whole
+    assert room.slots == PROMPT
+    assert keys.shape[2] > PROMPT
+    with monkeypatch.context() as without:
+        without.setattr(tpa_coded, "room_for", lambda *given: None)
+        other = begun(model)
+    assert not hasattr(layer_of(other), "room")
+    for name in ("keys", "values"):
+        assert torch.equal(getattr(layer_of(cache), name), getattr(layer_of(other), name))
+    logits = steps(model, cache, (5, 6))
+    assert layer_of(cache).room is room
+    assert layer_of(cache).keys.data_ptr() == keys.data_ptr()
+    assert layer_of(cache).values.data_ptr() == values.data_ptr()
+    assert close(logits, steps(model, other, (5, 6)))
+
+
+def test_two_caches_of_one_prompt(model) -> None:
+    one, other = begun(model), begun(model)
+    assert layer_of(one).keys.data_ptr() != layer_of(other).keys.data_ptr()
+    first = steps(model, one, (5, 6))
+    second = steps(model, other, (7, 6))
+    assert close(first, steps(model, begun(model), (5, 6)))
+    assert not close(first, second)  # control
 
 
 def test_one_room_is_filled_and_then_a_larger_one(monkeypatch, model, cache, right) -> None:
@@ -171,3 +205,6 @@ def test_other_caches_are_updated_as_ever(converted, prompt, kind) -> None:
     else:
         cache = DynamicCache()
     assert room_in(cache, 0) is None
+    given = 0, torch.zeros(2, 5, device=DEVICE), 5, (3, 4)
+    assert room_for(DynamicCache(config=converted.config), *given) is not None  # control
+    assert room_for(cache, *given) is None

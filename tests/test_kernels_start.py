@@ -34,6 +34,7 @@ from tpa_convert.kernels import (
     launch_latent,
     launch_latent_shape,
     launch_products,
+    launch_prompt,
     launch_token,
     token_tables,
 )
@@ -260,7 +261,7 @@ def test_kernels_of_one_call_are_those_that_triton_looks_up(monkeypatch, offset)
 @pytest.mark.parametrize("coded", [False, True])
 def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, coded) -> None:
     started = []
-    for module in (launch, launch_encode, starting):
+    for module in (launch, launch_encode, launch_prompt, starting):
         monkeypatch.setattr(module, "start_kernel", lambda *given: started.append(given))
     for module in (launch, launch_latent_shape):
         monkeypatch.setattr(module, "overlapped", lambda device: True, raising=False)
@@ -273,11 +274,14 @@ def test_launches_name_constants_in_the_order_of_their_kernels(monkeypatch, code
     layout, row_bytes = random_layout([(4, 16)], 2, generator)
     tables = random_tables(16, 2, generator)
     where = row_tables(layout.tiers, layout.header, row_bytes)
-    launch_encode.launch_rows(random_components(3, tables, generator), row_codes(tables, where))
+    x, coder = random_components(3, tables, generator), row_codes(tables, where)
+    launch_encode.launch_rows(x, coder)
+    query, table = torch.zeros(1, 3, 2, 16), torch.zeros(1, 1, 3, 16)
+    launch_prompt.launch_prompt(x, x, query, token_tables(coder, coder, None), table, table)
     call, output_map, token = layer()
     launch_latent.launch_latent(*call, output_map=output_map)
     launch_token.launch_token(*token)
-    assert len(started) == 6 + 5 + 4
+    assert len(started) == 6 + 2 + 5 + 4
     for kernel, _, constants, tensors, numbers, *_ in started:
         count = len(tensors) + len(numbers) + len(constants.numbers)
         constant = kernel.arg_names[count:]

@@ -12,10 +12,10 @@ from tests.kernel_device import DEVICE, GPU
 from tpa_convert.kernels import (
     OutputMap,
     attend_on_kernel,
-    rows_on_kernel,
     take_in,
     token_tables,
 )
+from tpa_convert.kernels.encode import rows_on_kernel
 from tpa_convert.kernels.encode_reference import CodeTables, row_codes, row_tables
 from tpa_convert.kernels.launch_latent import launch_latent
 from tpa_convert.kernels.rows import whole_words
@@ -91,10 +91,10 @@ class Token:
         cos, sin = (part.double() for part in self.table)
         query = query * cos + query.roll(self.head_dim // 2, -1) * sin
         codes_k, codes_v = self.codes()
-        key_rows, features, _ = rows_on_kernel(key.to(self.dtype), codes_k)
+        key_rows, features = rows_on_kernel(key.to(self.dtype), codes_k)
         if self.prediction is not None:
             value = value.to(self.dtype).double() - features.double() @ self.prediction.double().T
-        value_rows, *_ = rows_on_kernel(value.to(self.dtype), codes_v)
+        value_rows, _ = rows_on_kernel(value.to(self.dtype), codes_v)
         return query, key_rows[:, None, None], value_rows[:, None, None]
 
 

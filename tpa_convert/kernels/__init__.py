@@ -4,14 +4,16 @@ they agree with."""
 from .backends import BACKENDS, Backend, BackendError, Case, choose_backend, wanted
 from .decode import decode_attention, decode_on_kernel
 from .decode_latent import attend_on_kernel, decode_latent, latent_on_kernel, runs_latent
-from .encode import encode, encode_rows, rows_on_kernel, runs_components, straight_through
+from .encode import encode, encode_rows, runs_components, straight_through
 from .encode_reference import CodeTables, RowTables, row_codes, row_tables
 from .latent_tables import KeyMap, LatentTables, OutputMap, Rows, latent_tables
+from .prompts import code_prompt
 from .rotation import rotate, rotate_on_kernel
 from .rows import CodedRows, Tier
-from .tokens import take_in, takes_in, token_tables
+from .token_tables import token_tables
+from .tokens import take_in, takes_in
 
-INTERFACE = 2
+INTERFACE = 3
 """To be raised whenever a function that exported models take from here (`modeling/tpa_kernels.py`)
 takes or gives anything else: exports of another version then do without kernels."""
 
@@ -31,6 +33,7 @@ __all__ = [
     "Tier",
     "attend_on_kernel",
     "choose_backend",
+    "code_prompt",
     "decode_attention",
     "decode_latent",
     "decode_on_kernel",
@@ -42,7 +45,6 @@ __all__ = [
     "rotate_on_kernel",
     "row_codes",
     "row_tables",
-    "rows_on_kernel",
     "runs_components",
     "runs_latent",
     "straight_through",

@@ -36,7 +36,7 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     zeros; without gradients."""
     flat = x.detach().reshape(-1, x.shape[-1])
     if _on_kernel(x):
-        packed, said, _ = rows_on_kernel(flat, row_codes(tables, rows))
+        packed, said = rows_on_kernel(flat, row_codes(tables, rows))
     else:
         header, codes, scaled, _, label = encode_components(flat, tables)
         packed = pack(codes, header, rows)
@@ -45,17 +45,10 @@ def encode_rows(x: Tensor, tables: CodeTables, rows: RowTables) -> tuple[Tensor,
     return packed.view(*leading, packed.shape[-1]), said.view(*leading, said.shape[-1])
 
 
-def rows_on_kernel(
-    x: Tensor,
-    codes: RowCodes,
-    rotation: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`encode_rows` of [n, c], for those who know that a kernel runs it. In the same launch what
-    `rotation.rotate` makes of queries, though [b, s, h, d]; these and tables are contiguous."""
-    if torch.compiler.is_compiling():
-        packed, said, *rotated = ops.encode_rows(x, *codes, rotation or ())
-        return packed, said, rotated[0] if rotated else None
-    return ops.run_rows(x, codes, rotation)
+def rows_on_kernel(x: Tensor, codes: RowCodes) -> tuple[Tensor, Tensor]:
+    """`encode_rows` of [n, c], for those who know that a kernel runs it."""
+    compiling = torch.compiler.is_compiling()
+    return ops.encode_rows(x, *codes) if compiling else ops.run_rows(x, codes)
 
 
 def straight_through(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:

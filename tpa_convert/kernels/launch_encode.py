@@ -15,8 +15,6 @@ from .quantise import encode_kernel
 from .rows import FEATURES, whole_words
 from .start import Constants, start_kernel
 
-Rotation = tuple[Tensor, Tensor, Tensor]
-"""Queries [b, s, h, d] and the tables that rotate them, see `rotation.rotate`; contiguous."""
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
 
 
@@ -39,17 +37,16 @@ def launch_straight(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor, Tens
     return scaled, inside, label
 
 
-def launch_rows(
-    x: Tensor, codes: RowCodes, rotation: Rotation | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows of bytes, uint8 [n, bytes], scaled codes with the class behind them, in whole words:
-    [n, `whole_words(c + 1)`], and rotated queries."""
+def launch_rows(x: Tensor, codes: RowCodes) -> tuple[Tensor, Tensor]:
+    """Rows of bytes, uint8 [n, bytes], and scaled codes with the class behind them, in whole words:
+    [n, `whole_words(c + 1)`]."""
     numbers, places, *header = codes
     count, width = x.shape
     features = x.new_empty((count, whole_words(width + 1)))
     packed = x.new_empty((count, places.shape[1]), dtype=torch.uint8)
     outputs = None, None, features, None, None, packed
-    return packed, features, _launch("rows", x, numbers, outputs, places, header, rotation)
+    _launch("rows", x, numbers, outputs, places, header)
+    return packed, features
 
 
 def _launch(
@@ -59,44 +56,50 @@ def _launch(
     outputs: tuple[Tensor | None, ...],
     places: Tensor | None,
     header: Sequence[int],
-    rotation: Rotation | None = None,
-) -> Tensor | None:
-    """Fills the outputs of `encode_kernel`; gives rotated queries.
+) -> None:
+    """Fills the outputs of `encode_kernel`.
 
     Args:
         kind: tells which outputs there are.
         header: where it is, and the lowest octave.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    count = len(x)
-    query = cosine = sine = rotated = types = None
-    heads = head_dim = query_rows = table_rows = 0
-    if rotation is not None:
-        query, cosine, sine = rotation
-        rotated = torch.empty_like(query)
-        batch, positions, heads, head_dim = query.shape
-        query_rows, table_rows = batch * positions * heads, len(cosine) * positions
-        types = query.dtype, cosine.dtype
+    count, width = x.shape
     if count:
+        scaled_stride = whole_words(width + 1) if kind == "rows" else width
         constants = encode_constants(
             x.device,
             kind,
             x.dtype,
             x.stride(0),
+            scaled_stride,
             numbers.shape,
             None if places is None else places.shape,
             *header,
-            types,
-            heads,
-            head_dim,
+            None,
+            0,
+            0,
         )
-        tensors = x, numbers, *outputs, places, query, cosine, sine, rotated
-        coders, rotators = constants.named["ROWS"], constants.named["QUERIES"]
-        grid = (shares(count, coders) + shares(query_rows, rotators), 1, 1)
-        row_bytes = 0 if places is None else places.shape[1]
-        rows = count, query_rows, table_rows, 0, row_bytes
-        start_kernel(encode_kernel, grid, constants, tensors, rows)
-    return rotated
+        tensors = x, numbers, *outputs, places, None, None, None, None
+        grid = (shares(count, constants.named["ROWS"]), 1, 1)
+        start_kernel(encode_kernel, grid, constants, tensors, (count, 0, 0, 0, 0, count))
+
+
+def row_constants(
+    device: torch.device,
+    dtype: torch.dtype,
+    codes: RowCodes,
+    scaled_stride: int,
+    types: tuple[torch.dtype, torch.dtype] | None = None,
+    heads: int = 0,
+    head_dim: int = 0,
+) -> Constants:
+    """`encode_constants` for rows of contiguous components."""
+    numbers, places, *header = codes
+    shapes = tuple(numbers.shape), tuple(places.shape)
+    strides = numbers.shape[1], scaled_stride
+    given = device, "rows", dtype, *strides, *shapes, *header, types, heads, head_dim
+    return encode_constants(*given)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -105,6 +108,7 @@ def encode_constants(
     kind: str,
     dtype: torch.dtype,
     stride: int,
+    scaled_stride: int,
     numbers: tuple[int, int],
     places: tuple[int, int] | None,
     header_at: int,
@@ -113,7 +117,8 @@ def encode_constants(
     heads: int,
     head_dim: int,
 ) -> Constants:
-    """Of `encode_kernel`, for components in `dtype` that are `stride` apart from token to token.
+    """Of `encode_kernel`, for components in `dtype` that are `stride` apart from token to token, as
+    scaled codes are `scaled_stride`.
 
     Args:
         kind: of outputs: `codes`, `straight` or `rows`.
@@ -123,7 +128,6 @@ def encode_constants(
     """
     (rows_of_numbers, width), row_bytes = numbers, 0 if places is None else places[1]
     classes, padded = rows_of_numbers - 4, power_of_two(width, 1, 1 << 30)
-    scaled_stride = whole_words(width + 1) if kind == "rows" else width
     pairs, padded_pairs, at_once = rotated_rows(head_dim).values()
     return Constants(
         device,

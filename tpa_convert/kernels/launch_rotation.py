@@ -25,18 +25,21 @@ def rotate_rows(
     rows,
     table_rows,
     heads,
+    stride,
     PAIRS: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`rotation.rotate` of ROWS of the `rows` of `x` [b, s, heads, 2 · PAIRS]; the `table_rows` of
-    the tables are those of all positions of one sequence, or of each."""
+    """`rotation.rotate` of ROWS of the `rows` of `x` [b, s, heads, 2 · PAIRS], whose positions are
+    `stride` numbers apart; the `table_rows` of the tables are those of all positions of one
+    sequence, or of each."""
     row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     pair = tl.arange(0, PADDED)[None, :]
     mask = (row < rows) & (pair < PAIRS)
     here, table = row * (2 * PAIRS) + pair, (row // heads) % table_rows * (2 * PAIRS) + pair
-    real = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
-    imaginary = tl.load(x + here + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    x += row // heads * stride + row % heads * (2 * PAIRS) + pair
+    real = tl.load(x, mask=mask, other=0.0).to(tl.float32)
+    imaginary = tl.load(x + PAIRS, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(cosine + table, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sine + table, mask=mask, other=0.0).to(tl.float32)
     number = output.dtype.element_ty
@@ -55,21 +58,26 @@ def rotate_kernel(
     rows,
     table_rows,
     heads,
+    stride,
     PAIRS: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """`rotate_rows` of every program."""
     first = tl.program_id(0) * ROWS
-    rotate_rows(first, x, cosine, sine, output, rows, table_rows, heads, PAIRS, PADDED, ROWS)
+    rotate_rows(
+        first, x, cosine, sine, output, rows, table_rows, heads, stride, PAIRS, PADDED, ROWS
+    )
 
 
 def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """`rotation.rotate`, of contiguous [b, s, j, 2 f] and tables."""
-    output = torch.empty_like(x)
-    if x.numel():
-        batch, positions, heads, width = x.shape
-        constants = rotation_constants(x.device, (x.dtype, cosine.dtype), heads, width)
+    """`rotation.rotate` of [b, s, j, 2 f] whose positions are equally far apart, their heads side
+    by side; tables are contiguous."""
+    batch, positions, heads, width = shape = x.shape
+    output = x.new_empty(shape)
+    if output.numel():
+        types, stride = (x.dtype, cosine.dtype), x.stride(1)
+        constants = rotation_constants(x.device, types, heads, width, stride)
         rows = batch * positions * heads
         grid = (shares(rows, constants.named["ROWS"]), 1, 1)
         tensors, numbers = (x, cosine, sine, output), (rows, len(cosine) * positions)
@@ -79,14 +87,18 @@ def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def rotation_constants(
-    device: torch.device, types: tuple[torch.dtype, torch.dtype], heads: int, width: int
+    device: torch.device,
+    types: tuple[torch.dtype, torch.dtype],
+    heads: int,
+    width: int,
+    stride: int,
 ) -> Constants:
-    """Of `rotate_kernel`, for so many heads of such a width.
+    """Of `rotate_kernel`, for so many heads of such a width, at positions `stride` numbers apart.
 
     Args:
         types: of these and of cosines.
     """
-    return Constants(device, {"num_warps": 4}, (heads,), **rotated_rows(width))
+    return Constants(device, {"num_warps": 4}, (heads, stride), **rotated_rows(width))
 
 
 def rotated_rows(width: int) -> dict[str, int]:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .encode_reference import RowCodes
 from .launch import shares
-from .launch_encode import encode_constants
+from .launch_encode import row_constants
 from .launch_products import Launch, product_launch, projections_launch
 from .quantise import encode_kernel
 from .rows import whole_words
 from .start import Calls, laid_out
-from .tokens import TokenTables
+from .token_tables import TokenTables
 
 MOST_LAUNCHES = 64  # that are kept of a layer: numbers of sequences
 # What the kernels' arguments are called here: tensors of the tables, tensors and numbers of a call.
@@ -35,6 +35,8 @@ NUMBERS = (
 NOTHING = dict.fromkeys(("header", "codes", "inside", "label"), "nothing")
 UNROTATED = dict.fromkeys(("query", "cosine", "sine", "rotated"), "nothing")
 NO_QUERIES = dict.fromkeys(("query_rows", "table_rows"), "no_rows")
+SAME = {"nothing": None, "no_rows": 0, "one": 1}
+ALONE = {"together": "one"}  # rows, each of a sequence of its own
 
 
 class TokenLaunch(NamedTuple):
@@ -137,19 +139,17 @@ def token_launch(
     parts, scratch = laid_out(sizes_of)
 
     def coding(of: str, codes: RowCodes, rotated: Tensor | None) -> tuple[Any, ...]:
-        numbers, places, *header = codes
-        types = None if rotated is None else (dtype, rotated.dtype)
         rows = 0 if rotated is None else batch * heads
-        size = numbers.shape[1]
-        shapes = tuple(numbers.shape), tuple(places.shape)
-        of_queries = (heads, head_dim) if rows else (0, 0)
-        constants = encode_constants(
-            device, "rows", dtype, size, *shapes, *header, types, *of_queries
-        )
+        of_queries: tuple[Any, ...] = ()
+        if rotated is not None:
+            of_queries = (dtype, rotated.dtype), heads, head_dim
+        features = whole_words(codes.numbers.shape[1] + 1)
+        constants = row_constants(device, dtype, codes, features, *of_queries)
         coders, rotators = constants.named["ROWS"], constants.named["QUERIES"]
         grid = shares(batch, coders) + shares(rows, rotators), 1, 1
         named = {
             **NOTHING,
+            **ALONE,
             **({} if rows else UNROTATED | NO_QUERIES),
             "x": of,
             "scaled": f"{of}_features",
@@ -172,7 +172,7 @@ def token_launch(
         named = {"weight": "prediction", "bias": "nothing", "output": "value"}
         kernels.append(of_token(predict, x="key_features", **named))
     kernels.append(coding("value", tables.values, None))
-    fixed = dict(zip(TABLES, tensors_of(tables), strict=True)) | {"nothing": None, "no_rows": 0}
+    fixed = dict(zip(TABLES, tensors_of(tables), strict=True)) | SAME
     of_calls = TENSORS if together else (*TENSORS, "query"), parts, fixed, NUMBERS
     alone = None if together else Calls(kernels[:1], *of_calls)
     calls = Calls(kernels if together else kernels[1:], *of_calls)

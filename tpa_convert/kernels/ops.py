@@ -17,6 +17,7 @@ from torch import Tensor
 from .encode_reference import CodeTables, RowCodes
 from .latent_tables import LatentTables, Layout
 from .rows import whole_words
+from .token_tables import TokenTables
 
 
 @functools.cache  # an import statement looks for its module every time
@@ -151,28 +152,61 @@ def encode_rows(
     places: Tensor,
     header: int,
     lowest_octave: int,
-    rotation: Sequence[Tensor],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Rows of bytes [n, bytes] of components [n, c], and what they say, [n,
-    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowCodes`.
-    Behind them rotated queries, if there are any; see `launch_encode.Rotation`."""
-    codes = RowCodes(numbers, places, header, lowest_octave)
-    made = run_rows(x, codes, rotation or None)
-    return [part for part in made if part is not None]
+    `whole_words(c + 1)`]: scaled codes, the class and zeros; see `encode_reference.RowCodes`."""
+    return run_rows(x, RowCodes(numbers, places, header, lowest_octave))
 
 
-def run_rows(
-    x: Tensor, codes: RowCodes, rotation: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def run_rows(x: Tensor, codes: RowCodes) -> tuple[Tensor, Tensor]:
     """The same, not as an operator."""
-    return launches(".launch_encode").launch_rows(x, codes, rotation)
+    return launches(".launch_encode").launch_rows(x, codes)
 
 
 @encode_rows.register_fake
-def _(x, numbers, places, header, lowest_octave, rotation):
+def _(x, numbers, places, header, lowest_octave):
     rows = x.new_empty((len(x), places.shape[1]), dtype=torch.uint8)
-    features = x.new_empty((len(x), whole_words(x.shape[1] + 1)))
-    return [rows, features, *map(torch.empty_like, rotation[:1])]
+    return rows, x.new_empty((len(x), whole_words(x.shape[1] + 1)))
+
+
+@torch.library.custom_op("tpa_convert::code_prompt", mutates_args=("value",))
+def code_prompt(
+    key: Tensor,
+    value: Tensor,
+    query: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    key_numbers: Tensor,
+    key_places: Tensor,
+    key_header: int,
+    key_octave: int,
+    value_numbers: Tensor,
+    value_places: Tensor,
+    value_header: int,
+    value_octave: int,
+    prediction: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All but the features of `prompts.CodedPrompt`, by the parts of `tokens.TokenTables`."""
+    keys = RowCodes(key_numbers, key_places, key_header, key_octave)
+    values = RowCodes(value_numbers, value_places, value_header, value_octave)
+    tables = TokenTables(keys, values, prediction, {})
+    return run_prompt(key, value, query, tables, cosine, sine)[:3]
+
+
+def run_prompt(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same and the features, not as an operator."""
+    return launches(".launch_prompt").launch_prompt(*arguments)
+
+
+@code_prompt.register_fake
+def _(key, value, query, cosine, sine, *tables):
+    batch, positions, *_ = query.shape
+    key_places, value_places = tables[1], tables[5]
+    rows = (
+        key.new_empty((batch, 1, positions, places.shape[1]), dtype=torch.uint8)
+        for places in (key_places, value_places)
+    )
+    return query.new_empty(query.shape), *rows
 
 
 @torch.library.custom_op("tpa_convert::encode_straight", mutates_args=())

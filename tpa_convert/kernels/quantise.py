@@ -29,7 +29,16 @@ def code_of(u, reach):
     return round_to_even(tl.minimum(tl.maximum(u + reach, 0.0), 2 * reach))
 
 
-@triton.jit(do_not_specialize=["rows", "query_rows", "table_rows", "packed_first", "packed_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "query_rows",
+        "table_rows",
+        "packed_first",
+        "packed_stride",
+        "together",
+    ]
+)
 def encode_kernel(
     x,
     numbers_of,
@@ -49,6 +58,7 @@ def encode_kernel(
     table_rows,
     packed_first,
     packed_stride,
+    together,
     stride,
     scaled_stride,
     width,
@@ -71,9 +81,10 @@ def encode_kernel(
 
     Of the outputs those are written that are not None: `header`, `codes`, `scaled` (in rows
     `scaled_stride` apart, numbers of two bytes or more), `label`, `inside`, and `packed`, which is
-    `encode_reference.pack` of codes that wait where `scaled` will be; its rows are `packed_stride`
-    bytes apart and begin at `packed_first`. Without `label`, the class is written behind each row
-    of `scaled`, and zeros behind it up to the next row: fewer than FEATURES. `rotated` is what
+    `encode_reference.pack` of codes that wait where `scaled` will be; its rows begin at
+    `packed_first`, so many as are `together` side by side, and the next so many `packed_stride`
+    bytes from there. Without `label`, the class is written behind each row of `scaled`, and zeros
+    behind it up to a multiple of FEATURES. `rotated` is what
     `rotate_rows` makes of `query`, QUERIES rows a program.
     """
     program = tl.program_id(0)
@@ -90,6 +101,7 @@ def encode_kernel(
                 query_rows,
                 table_rows,
                 heads,
+                heads * 2 * PAIRS,
                 PAIRS,
                 PADDED,
                 QUERIES,
@@ -166,7 +178,8 @@ def encode_kernel(
             field = (read.to(tl.int32) >> shift) & ((1 << taken) - 1)
             result |= field << tl.minimum(plane * taken, 8)
         result = tl.where((byte == header_at)[None, :], head[:, None], result)
-        packed += tl.cast(packed_first, tl.int64) + of_row * packed_stride
+        sequence = (row // together).to(tl.int64)[:, None] * packed_stride
+        packed += tl.cast(packed_first, tl.int64) + sequence + of_row % together * bytes
         tl.store(packed + byte[None, :], result.to(tl.uint8), mask=of_bytes)
         tl.debug_barrier()  # all have read them
     if scaled is not None:
@@ -178,7 +191,7 @@ def encode_kernel(
         else:
             at = width + tl.arange(0, FEATURES)[None, :]
             behind = tl.where(at == width, kind[:, None], 0).to(number)
-            there = (row < rows)[:, None] & (at < scaled_stride)
+            there = (row < rows)[:, None] & (at < width // FEATURES * FEATURES + FEATURES)
             tl.store(scaled + of_row * scaled_stride + at, behind, mask=there)
     if inside is not None:
         tl.store(inside + place, tl.abs(u) <= limit + 0.5, mask=mask)

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .encode_reference import RowCodes
 from .ops import launches
 from .rows import FEATURES
+from .token_tables import TokenTables
 
 MOST_TOKENS = 64  # more of them keep a GPU busy for longer than the host
-
-
-class TokenTables(NamedTuple):
-    """What new tokens of one layer are taken in by.
-
-    Attributes:
-        keys, values: what codes components.
-        prediction: what values take off for features of keys, [width, features in whole words];
-            None where they are not predicted.
-        launches: what `launch_token` has worked out for these tables.
-    """
-
-    keys: RowCodes
-    values: RowCodes
-    prediction: Tensor | None
-    launches: dict[Any, Any]
-
-
-def token_tables(keys: RowCodes, values: RowCodes, prediction: Tensor | None) -> TokenTables:
-    """Of one layer; the prediction is in the type of its weights."""
-    prediction = None if prediction is None else prediction.contiguous()
-    return TokenTables(keys, values, prediction, {})
 
 
 def takes_in(tokens: int, width: int) -> bool:

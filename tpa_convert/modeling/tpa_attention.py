@@ -162,7 +162,8 @@ class TPAAttention(nn.Module):
             )
         (table, query_table, key_table), implementation = of_pass
         held = None if cache is None else tokens_in(cache, self.layer_idx)
-        on_kernels, coded, features = self.coded, None, None  # tables of kernels
+        on_kernels, coded = self.coded, None  # tables of kernels
+        features = together = None  # of new tokens: keys' and values', and those of both
         taken = room = None
         if on_kernels is not None and cache is not None and length == 1:
             projections = (
@@ -187,7 +188,9 @@ class TPAAttention(nn.Module):
                 key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
             else:
                 given = hidden_states, query, query_table, keys, values
-                query, key, value, features = on_kernels.pack(coded, *given)
+                of_cache = cache, held, self.layer_idx
+                packed = on_kernels.pack(coded, *given, *of_cache)
+                query, key, value, room, together = packed
         of_slots = None
         if cache is not None:
             prompt = stock and length > 1 and held == 0
@@ -195,7 +198,7 @@ class TPAAttention(nn.Module):
                 known = hidden_states, position_embeddings, attention_mask
                 of_slots = self.table_of_slots(cache, *known, kwargs)
             if room is not None:
-                key, value = room.take(cache.layers[self.layer_idx])
+                key, value = room.take(cache.layers[self.layer_idx], length)
             else:
                 key, value = self.update(cache, key, value, hidden_states.dtype, kwargs, not held)
             if prompt and key.shape[2] > length:  # free slots lie behind it
@@ -205,7 +208,7 @@ class TPAAttention(nn.Module):
             if latent and not stock:
                 of_slots = self.table_of_pages(key.shape[2], hidden_states, kwargs)
             if length == 1 or key.shape[2] != length:  # something was cached before
-                features = None
+                features = together = None
         one = length == 1 and (cache is None or stock)
         output = weights = projected = None
         if one and features is None and on_kernels is not None and coded is not None:
@@ -221,7 +224,8 @@ class TPAAttention(nn.Module):
             self.rotary_emb.done()
         if projected is not None:
             return projected, None
-        key, value = features or self.unpack(key, value, query.dtype)
+        if together is None:
+            key, value = features or self.unpack(key, value, query.dtype)
         if one and implementation == "sdpa" and not self.softcap:
             output = self.decode(query, key, value, attention_mask, table)
         if output is None:
@@ -232,15 +236,16 @@ class TPAAttention(nn.Module):
                 kwargs["sliding_window"] = self.sliding_window
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
-            parts = self.mixed_parts(key, value)
-            value = torch.cat(parts, -1) if len(parts) > 1 else value
+            if together is None:
+                parts = self.mixed_parts(key, value)
+                value = torch.cat(parts, -1) if len(parts) > 1 else value
 
             def expand(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
-                made = None
-                if heads is None and features is not None and coded is not None:
+                if together is not None:
                     assert on_kernels is not None
-                    made = on_kernels.expand(coded, key, value, table)
-                return made or (keys.expand(key, table, heads), values.expand(value, heads))
+                    assert coded is not None
+                    return on_kernels.expand(coded, together, table, keys, values, heads)
+                return keys.expand(key, table, heads), values.expand(value, heads)
 
             output, weights = rebuilt_attention(
                 self,

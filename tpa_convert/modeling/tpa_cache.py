@@ -49,25 +49,33 @@ class Room:
 
     least, share = 64, 32  # slots behind the others, or a share of those in use
 
-    def __init__(self, layer: DynamicLayer):
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        self.slots = keys.shape[2]
-        self.size = self.slots + max(self.least, self.slots // self.share)
-        self.whole = [x.new_empty((len(x), 1, self.size, x.shape[3])) for x in (keys, values)]
-        for room, x in zip(self.whole, (keys, values), strict=True):
-            room[:, :, : self.slots] = x
-        self.held = keys, values
+    def __init__(self, like: torch.Tensor, batch: int, rows: int, widths: tuple[int, int]):
+        """For so many rows of `batch` sequences, and more behind them, where `like` is."""
+        self.slots, self.size = 0, rows + max(self.least, rows // self.share)
+        sizes = [(batch, 1, self.size, width) for width in widths]
+        self.whole = [like.new_empty(size, dtype=torch.uint8) for size in sizes]
+        self.held: tuple[Any, Any] = (None, None)
+
+    @classmethod
+    def behind(cls, keys: torch.Tensor, values: torch.Tensor) -> "Room":
+        """With rows that a layer holds at its beginning."""
+        batch, _, slots, width = keys.shape
+        room = cls(keys, batch, slots, (width, values.shape[3]))
+        for whole, x in zip(room.whole, (keys, values), strict=True):
+            whole[:, :, :slots] = x
+        room.slots, room.held = slots, (keys, values)
+        return room
 
     def __reduce__(self) -> Any:
         """A copy of the cache makes its own."""
         return type(None), ()
 
-    def take(self, layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer holds with the row that has been written behind the others."""
-        self.slots += 1
+    def take(self, layer: DynamicLayer, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer holds with the rows that have been written behind the others."""
+        self.slots += rows
         keys, values = self.whole
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
         self.held = layer.keys, layer.values = keys[:, :, : self.slots], values[:, :, : self.slots]
         return self.held
 
@@ -75,10 +83,8 @@ class Room:
 def room_in(cache: Any, layer_idx: int) -> Room | None:
     """Room behind the rows of a layer of a plain dynamic cache; None in others, and where there are
     no rows."""
-    if type(cache) is not DynamicCache or cache.offloading or layer_idx >= len(cache.layers):
-        return None
-    layer = cache.layers[layer_idx]
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
+    layer = plain_layer(cache, layer_idx)
+    if layer is None or not layer.is_initialized:
         return None
     keys, values = layer.keys, layer.values
     if keys is None or values is None or keys.dtype != torch.uint8 or not keys.numel():
@@ -86,8 +92,34 @@ def room_in(cache: Any, layer_idx: int) -> Room | None:
     room: Room | None = layer.__dict__.get("room")
     ours = room is not None and room.held[0] is keys and room.held[1] is values
     if room is None or not ours or room.slots == room.size:
-        room = layer.room = Room(layer)
+        room = layer.room = Room.behind(keys, values)
     return room
+
+
+def room_for(
+    cache: Any, layer_idx: int, like: torch.Tensor, rows: int, widths: tuple[int, int]
+) -> Room | None:
+    """Room for the first rows of a layer of a plain dynamic cache; None in others, and where
+    something has been in it.
+
+    Args:
+        like: has as many sequences, and is where they go.
+        rows: of each sequence.
+        widths: bytes of a row of keys and of values.
+    """
+    layer = plain_layer(cache, layer_idx)
+    if layer is None or layer.is_initialized:
+        return None
+    room = layer.room = Room(like, len(like), rows, widths)
+    return room
+
+
+def plain_layer(cache: Any, layer_idx: int) -> Any:
+    """A layer of a cache that keeps all rows where it was given them; None of others."""
+    if type(cache) is not DynamicCache or cache.offloading or layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    return layer if type(layer) is DynamicLayer else None
 
 
 def cache_grid(

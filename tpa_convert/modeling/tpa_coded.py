@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .tpa_cache import Room, room_in
+from .tpa_cache import Room, room_for, room_in
 from .tpa_coder import CODED_BY, RowCoder
 from .tpa_codes import LOWEST_OCTAVE
-from .tpa_gauges import BlockGauge
+from .tpa_gauges import BlockGauge, Heads
 from .tpa_kernels import (
     CodedKernels,
     Sources,
@@ -23,7 +23,7 @@ from .tpa_kernels import (
     plain_product,
     wants_gradients,
 )
-from .tpa_keys import KeyLayout
+from .tpa_keys import KeyLayout, LatentKeys, RotatedKeys
 from .tpa_rotary import Table
 from .tpa_values import StaticValues
 
@@ -32,28 +32,24 @@ class CodedTables(NamedTuple):
     """What kernels need of a layer beside its projections.
 
     Attributes:
-        keys, values: of the kernel that codes components.
-        prediction: what values take off for features of keys in whole words, [key features,
-            width]; None where they are not predicted.
-        tokens: of the kernels that take in single tokens.
+        tokens: of the kernels that code new tokens.
         decoding: of the kernels that decode; None where they do not run.
-        key_gauge, key_offset: of all heads together, [j · d, features] and [j · d]; None where keys
-            are normalised, or made block by block of rotary pairs.
+        heads, offsets: keys and behind them values of all heads, of features of values and behind
+            them of keys: [2 · j · d, features] and [2 · j · d]; None where keys are normalised, or
+            made block by block of rotary pairs, and where U is absorbed.
         gauge, offset: of the values, [j, d, features] and [j, 1, d]; None where U is absorbed.
     """
 
-    keys: Any
-    values: Any
-    prediction: Tensor | None
     tokens: Any
     decoding: Any
-    key_gauge: Tensor | None
-    key_offset: Tensor | None
+    heads: Tensor | None
+    offsets: Tensor | None
     gauge: Tensor | None
     offset: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        parts: list[Any] = [self.keys, self.values, self.decoding or (), self]
+        tokens = self.tokens
+        parts: list[Any] = [tokens, tokens.keys, tokens.values, self.decoding or (), self]
         return [x for part in parts for x in part if isinstance(x, Tensor)]
 
 
@@ -174,34 +170,33 @@ class CodedLayer:
         table: Table,
         keys: KeyLayout,
         values: StaticValues,
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        cache: Any,
+        held: Any,
+        layer_idx: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Room | None, Tensor | None]:
         """Rotated queries, [b, h, s, d], rows of keys and of values of new tokens, [b, 1, s,
-        bytes], and the features of several, [b, 1, s, width].
+        bytes], the room where they are in the cache, and what `expand` takes of several, [b, 1, s,
+        features].
 
         Args:
             hidden_states: [b, s, D].
             query: [b, s, h, d].
             table: that queries are rotated by, see `rotate`.
+            cache, held, layer_idx: see `take_in`.
         """
         assert self.kernels is not None
         batch, length, _ = hidden_states.shape
-        component = part_of(keys, "feature_factor")(hidden_states)
-        component = component.view(-1, component.shape[-1])
-        rotation = query.contiguous(), *table
-        key, key_features, rotated = self.kernels.encode(component, tables.keys, rotation)
-        component = part_of(values, "feature_factor")(hidden_states)
-        component = component.view(-1, component.shape[-1])
-        if tables.prediction is not None:
-            # Under autocast normalised queries, whose type tables have, are in another one. What is
-            # not in place would copy first.
-            prediction = tables.prediction.to(component.dtype)
-            component.addmm_(key_features, prediction, alpha=-1)
-        value, value_features, _ = self.kernels.encode(component, tables.values)
-        shape = batch, 1, length, -1
-        features = None
-        if length > 1:
-            features = key_features.view(shape), value_features.view(shape)
-        return rotated.transpose(1, 2), key.view(shape), value.view(shape), features
+        key, value = (part_of(part, "feature_factor")(hidden_states) for part in (keys, values))
+        key, value = key.view(-1, key.shape[-1]), value.view(-1, value.shape[-1])
+        tokens, room, place = tables.tokens, None, None
+        if length > 1 and held == 0:
+            widths = tokens.keys.places.shape[1], tokens.values.places.shape[1]
+            room = room_for(cache, layer_idx, hidden_states, length, widths)
+        if room is not None:
+            place = (*room.whole, room.slots)
+        coded = self.kernels.code_prompt(key, value, query, tokens, *table, place)
+        features = coded.features.view(batch, 1, length, -1) if length > 1 else None
+        return coded.query.transpose(1, 2), coded.keys, coded.values, room, features
 
     def decode(
         self,
@@ -248,27 +243,32 @@ class CodedLayer:
         return projection(found.reshape(batch, 1, -1))
 
     def expand(
-        self, tables: CodedTables, key: Tensor, value: Tensor, table: Table
-    ) -> tuple[Tensor, Tensor] | None:
-        """Rotated keys and values of a prompt, [b, j, s, d] each, in few steps; None where only the
-        layouts of keys and values know how.
+        self,
+        tables: CodedTables,
+        features: Tensor,
+        table: Table,
+        keys: RotatedKeys | LatentKeys,
+        values: StaticValues,
+        heads: Heads,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of a prompt, [b, j, s, d] each.
 
         Args:
-            key, value: features, [b, 1, s, width] each; of values with all that they follow from.
+            features: of values and behind them of keys, [b, 1, s, features].
             table: that keys are rotated by.
+            heads: which of them.
         """
-        if tables.key_gauge is None or tables.gauge is None or torch.compiler.is_compiling():
-            return None
-        assert self.kernels is not None
-        groups, head_dim, width = tables.gauge.shape
-        batch, _, length, _ = key.shape
-        shape = batch, length, groups, head_dim
-        key = nn.functional.linear(key, tables.key_gauge, tables.key_offset).view(shape)
-        key = self.kernels.rotate(key, *table)
-        offset = None if tables.offset is None else tables.offset.view(-1)
-        gauge = tables.gauge.view(-1, width)
-        value = nn.functional.linear(value, gauge, offset).view(shape)
-        return key.transpose(1, 2), value.transpose(1, 2)
+        if heads is None and tables.heads is not None:
+            assert self.kernels is not None
+            batch, _, length, _ = features.shape
+            made = nn.functional.linear(features, tables.heads, tables.offsets)
+            key, value = made.view(batch, length, 2, keys.heads, keys.head_dim).unbind(2)
+            return self.kernels.rotate(key, *table).transpose(1, 2), value.transpose(1, 2)
+        assert keys.coder is not None
+        of_keys = keys.coder.width
+        value, key = features.split((features.shape[-1] - of_keys, of_keys), -1)
+        value = features if keys.shape.predict_values else value
+        return keys.expand(key, table, heads), values.expand(value, heads)
 
 
 def parameters_of(keys: KeyLayout, values: StaticValues) -> list[Tensor]:
@@ -302,18 +302,28 @@ def tables_of(
     prediction = None
     if values.key_prediction is not None:
         prediction = values.key_prediction.matrix().to(dtype)
-    key_codes, value_codes = codes_of(kernels, key_coder), codes_of(kernels, value_coder)
-    whole = None if keys.norm is not None else keys.gauge.whole()
+    codes = codes_of(kernels, key_coder), codes_of(kernels, value_coder)
+    of_values = None if gauge is None else gauge.matrix().to(dtype).contiguous()
+    offset = None if gauge is None or gauge.offset is None else gauge.offset.to(dtype)
+    of_keys = None if keys.norm is not None else keys.gauge.whole()
+    heads = offsets = None
+    if of_keys is not None and of_values is not None:
+        features = key_coder.width + value_coder.width
+        before = nn.functional.pad(of_keys[0].to(dtype), (value_coder.width, 0))
+        behind = nn.functional.pad(of_values, (0, features - of_values.shape[-1]))
+        heads = torch.cat((before, behind)).flatten(0, 1)
+        if keys.shape.predict_values:  # in the same place
+            of_values = heads.view(2, *of_values.shape)[1]
+        parts = of_keys[1], offset
+        made = [behind.new_zeros(behind.shape[:2]) if x is None else x.to(dtype) for x in parts]
+        offsets = torch.cat(made).flatten()
     return CodedTables(
-        key_codes,
-        value_codes,
-        None if prediction is None else prediction.mT,
-        kernels.token_tables(key_codes, value_codes, prediction),
+        kernels.token_tables(*codes, prediction),
         decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
-        None if whole is None else whole[0].to(dtype).flatten(0, 1),
-        None if whole is None else whole[1].to(dtype).flatten(),
-        None if gauge is None else gauge.matrix().to(dtype).contiguous(),
-        None if gauge is None or gauge.offset is None else gauge.offset.to(dtype)[:, None],
+        heads,
+        offsets,
+        of_values,
+        None if offset is None else offset[:, None],
     )
 
 

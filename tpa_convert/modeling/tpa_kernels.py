@@ -11,7 +11,7 @@ from torch import nn
 
 from .tpa_codes import round_up
 
-INTERFACE = 2  # of the kernels: those of another package may take and give other things
+INTERFACE = 3  # of the kernels: those of another package may take and give other things
 WIDEST_FLASH = 256  # head dim of PyTorch's flash attention
 address_of = torch.Tensor.data_ptr
 changes_of = attrgetter("_version")  # how often a tensor has been changed in place
@@ -73,7 +73,7 @@ class CodedKernels(NamedTuple):
 
     wanted: Callable[..., bool]
     encodes: Callable[..., bool]
-    encode: Callable[..., tuple[torch.Tensor, torch.Tensor, Any]]
+    code_prompt: Callable[..., Any]
     code_tables: Callable[..., Any]
     row_tables: Callable[..., Any]
     row_codes: Callable[..., Any]
@@ -93,7 +93,7 @@ class CodedKernels(NamedTuple):
 def find_coded() -> CodedKernels | None:
     """What codes rows and decodes over them on a GPU, None where no package has it; see
     `find_kernel`."""
-    encoding = "runs_components", "rows_on_kernel", "CodeTables", "row_tables", "row_codes"
+    encoding = "runs_components", "code_prompt", "CodeTables", "row_tables", "row_codes"
     of_tokens = "token_tables", "takes_in", "take_in"
     decoding = "runs_latent", "latent_on_kernel", "attend_on_kernel", "OutputMap"
     tables = "latent_tables", "KeyMap", "Rows"
