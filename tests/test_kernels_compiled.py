@@ -18,10 +18,10 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tpa_convert.kernels import launch_products, launch_prompt, token_tables
 from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels import launch_latent_shape as shapes
+from tpa_convert.kernels import launch_products, launch_prompt, token_tables
 from tpa_convert.kernels.encode_reference import row_codes, row_tables
 from tpa_convert.kernels.launch import COMPILERS_SHARED_BYTES
 from tpa_convert.kernels.start import start_kernel
