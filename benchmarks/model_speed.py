@@ -29,19 +29,27 @@ def main() -> None:
         "--repeats", type=int, default=3, help="how often each is measured; medians count"
     )
     parser.add_argument("--static", action="store_true")
+    parser.add_argument(
+        "--points", nargs="+", default=[], help="as 16x32768, in the place of --batch and --context"
+    )
+    parser.add_argument("--fill", action="store_true", help="also the largest batch that decodes")
     given = parser.parse_args()
+    points = [tuple(map(int, point.split("x"))) for point in given.points]
+    sweeps = [((b,), (c,)) for b, c in points] or [(tuple(given.batch), tuple(given.context))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{device_name()}, {versions()}, {given.shape}\n", flush=True)
     models = {kind: build(given.shape, kind, device) for kind in ("source", *given.kinds)}
-    report = sweep_speed(
-        models,
-        tuple(given.batch),
-        tuple(given.context),
-        new_tokens=given.new_tokens,
-        repeats=given.repeats,
-        static=given.static,
-    )
-    Console(width=110).print(report)
+    for batches, contexts in sweeps:
+        report = sweep_speed(
+            models,
+            batches,
+            contexts,
+            new_tokens=given.new_tokens,
+            repeats=given.repeats,
+            static=given.static,
+            fill=given.fill,
+        )
+        Console(width=110).print(report)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.conftest import make_tiny_llama
 from tests.conversions import convert_tiny
+from tpa_convert.errors import UserError
 from tpa_convert.evaluation import sweep
 from tpa_convert.evaluation.metrics.cache import cache_bytes
+from tpa_convert.evaluation.metrics.capacity import EXACT, decodes, largest_that_fits
 from tpa_convert.evaluation.metrics.speed import Speed
 from tpa_convert.evaluation.sweep import SpeedPoint, SpeedReport, sweep_speed, weight_bytes
+from tpa_convert.options.bench import BenchOptions
+from tpa_convert.pipeline import bench
 from tpa_convert.reporting.speed import speed_chart
 
 
@@ -77,6 +84,57 @@ def test_all_is_there_in_80_columns() -> None:
     assert text.count("15,519.3") == text.count("1,100.0") == 2
     first = "".join(line[:20].strip() for line in text.splitlines()[3:7])
     assert name in first
+
+
+def test_the_largest_batches_have_a_table_of_their_own(models, monkeypatch) -> None:
+    """And are asked for only where the user says so."""
+    monkeypatch.setattr(sweep, "largest_batch", lambda model, context: 8000 // context)
+    settings = {"new_tokens": 1, "repeats": 1}
+    assert sweep_speed(models, (1,), (8,), **settings).largest == ()
+    report = sweep_speed(models, (1,), (8, 40), **settings, fill=True)
+    assert [(x.model, x.context, x.batch) for x in report.largest] == [
+        (model, context, 8000 // context) for context in (8, 40) for model in models
+    ]
+    again = SpeedReport.from_json(json.loads(json.dumps(report.to_json())))
+    assert again == report
+    before = report.to_json()
+    del before["largest"]  # as earlier versions wrote it
+    assert SpeedReport.from_json(before).largest == ()
+    console = Console(width=80, record=True)
+    console.print(dataclasses.replace(again, largest=(*again.largest[:1], *again.largest[3:])))
+    text = console.export_text()
+    assert "largest batch" in text
+    assert "1,000" in text
+    assert "200" in text
+
+
+@given(largest=st.integers(0, 5000), guess=st.integers(0, 5000))
+def test_the_largest_that_fits(largest, guess) -> None:
+    asked = []
+    found = largest_that_fits(lambda n: asked.append(n) or n <= largest, guess)
+    assert found <= largest
+    assert largest - found <= max(0, found // EXACT)
+    assert found == 0 or found in asked
+    assert len(asked) <= 120
+    assert all(n >= 1 for n in asked)
+
+
+def test_copies_of_a_prompt_decode_side_by_side(models, monkeypatch) -> None:
+    for model in models.values():
+        seen = []
+        note = lambda module, given, output, to=seen: to.append(len(output.logits))  # noqa: E731
+        hook = model.register_forward_hook(note)
+        assert decodes(model, 3, 8)
+        assert seen == [1, 3, 3]
+        hook.remove()
+    full = lambda *given, **named: (_ for _ in ()).throw(torch.OutOfMemoryError)  # noqa: E731
+    monkeypatch.setattr(models["source"], "forward", full)
+    assert not decodes(models["source"], 3, 8)
+
+
+def test_only_the_memory_of_a_gpu_is_filled(tmp_path) -> None:
+    with pytest.raises(UserError, match="needs a GPU"):
+        bench(tmp_path, BenchOptions(fill=True), device="cpu")
 
 
 def test_ratios_are_against_the_first_model() -> None:

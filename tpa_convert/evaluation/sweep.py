@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from tpa_convert.evaluation.metrics.capacity import largest_batch
 from tpa_convert.evaluation.metrics.speed import (
     Speed,
     SpeedSettings,
@@ -45,6 +46,15 @@ class SpeedPoint:
 
 
 @dataclass(frozen=True)
+class LargestBatch:
+    """How many sequences of so many tokens decode side by side in the device's memory."""
+
+    model: str
+    context: int
+    batch: int
+
+
+@dataclass(frozen=True)
 class SpeedReport:
     """What a sweep measured.
 
@@ -54,6 +64,7 @@ class SpeedReport:
         bandwidth: bytes read and written a second by a large copy.
         weight_bytes: that a decoding step reads, of each model; the first is the reference.
         points: model by model within each batch and context; what did not fit is not there.
+        largest: model by model within each context; nothing if that was not asked for.
     """
 
     device: str
@@ -62,6 +73,7 @@ class SpeedReport:
     bandwidth: float
     weight_bytes: dict[str, float]
     points: tuple[SpeedPoint, ...]
+    largest: tuple[LargestBatch, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -71,7 +83,8 @@ class SpeedReport:
     def from_json(cls, values: Mapping[str, Any]) -> SpeedReport:
         """Undoes `to_json`. Raises KeyError or TypeError for anything else."""
         points = tuple(SpeedPoint(**point) for point in values["points"])
-        return cls(**{**values, "points": points})
+        largest = tuple(LargestBatch(**each) for each in values.get("largest", ()))
+        return cls(**{**values, "points": points, "largest": largest})
 
     def ratio(self, point: SpeedPoint, what: str) -> float | None:
         """`prefill` or `decode` of a point over that of the first model, if that fitted too."""
@@ -89,6 +102,26 @@ class SpeedReport:
             "× is against the first model; floor: time to read weights and cache at that rate, "
             "as a share of the time a step takes. What is missing did not fit."
         )
+        if self.largest:
+            yield self._largest_table()
+
+    def _largest_table(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("context", min_width=17, overflow="fold")
+        table.add_column("largest batch", justify="right")
+        table.add_column("×", justify="right")
+        first = {each.context: each.batch for each in reversed(self.largest)}
+        previous = None
+        for each in self.largest:
+            if each.context != previous:
+                table.add_section()
+                table.add_row(f"{each.context:,} tokens", style="bold")
+            of_first = first[each.context]
+            ratio = each.batch / of_first if of_first else None
+            cells = f"{each.batch:,}", _times(ratio)
+            table.add_row(Padding(each.model, (0, 0, 0, 2)), *cells)
+            previous = each.context
+        return table
 
     def _table(self) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -123,9 +156,15 @@ def sweep_speed(
     new_tokens: int = 32,
     repeats: int = 3,
     static: bool = False,
+    fill: bool = False,
     track: Track = no_tracking,
 ) -> SpeedReport:
-    """Speed of each model at each batch and context; what does not fit is left out."""
+    """Speed of each model at each batch and context; what does not fit is left out.
+
+    Args:
+        static: whether to decode on static caches.
+        fill: whether to fill the memory of the GPU, to find the largest batch of each context.
+    """
     first = next(iter(models.values()))
     bandwidth = copy_bandwidth(first.device)
     weights = {name: weight_bytes(model) for name, model in models.items()}
@@ -146,8 +185,14 @@ def sweep_speed(
                     floor,
                 )
             )
+    largest = []
+    for context in track(contexts if fill else (), "Largest batch"):
+        tokens = fitting_prompt(models, SpeedSettings(prompt=context))
+        largest += [LargestBatch(n, tokens, largest_batch(m, tokens)) for n, m in models.items()]
     dtype = str(first.dtype).removeprefix("torch.")
-    return SpeedReport(device_name(first.device), dtype, static, bandwidth, weights, tuple(points))
+    name = device_name(first.device)
+    measured = tuple(points), tuple(largest)
+    return SpeedReport(name, dtype, static, bandwidth, weights, *measured)
 
 
 def _those_that_fit(

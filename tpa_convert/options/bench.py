@@ -21,6 +21,13 @@ class BenchOptions(Section):
     repeats: int = option(3, "Repeats, of which the median counts.", MEASURE, ge=1)
     static: bool = option(False, "Decode on static caches, as CUDA graphs on a GPU.", MEASURE)
 
+    fill: bool = option(
+        False,
+        "Also find the largest batch of each context that decodes, by filling the memory of the "
+        "GPU.",
+        MEASURE,
+    )
+
     @property
     def batches(self) -> tuple[int, ...]:
         """As asked for, or the default."""

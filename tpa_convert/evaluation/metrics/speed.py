@@ -87,12 +87,13 @@ def fitting_prompt(models: Mapping[str, PreTrainedModel], settings: SpeedSetting
     return max(1, min(settings.prompt, room - settings.new_tokens))
 
 
-def _prompts(model: PreTrainedModel, batch: int, prompt: int) -> Tensor:
+def prompts(model: PreTrainedModel, batch: int, prompt: int) -> Tensor:
+    """Token ids [batch, prompt] that differ."""
     vocabulary = model.config.get_text_config().vocab_size
     return torch.arange(batch * prompt, device=model.device).view(batch, prompt) % vocabulary
 
 
-def _held(cache: Any) -> float:
+def held_bytes(cache: Any) -> float:
     """Bytes of the keys and values in a cache."""
     tensors = (x for layer in cache.layers for x in (layer.keys, layer.values))
     return float(sum(x.nbytes for x in tensors if isinstance(x, Tensor)))
@@ -103,11 +104,11 @@ def _time_once(
     model: PreTrainedModel, batch: int, prompt: int, new_tokens: int
 ) -> tuple[float, float, float]:
     """Seconds for the prompt and for the new tokens (greedy), and bytes cached of the prompt."""
-    ids = _prompts(model, batch, prompt)
+    ids = prompts(model, batch, prompt)
     start = _now(model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     after_prompt = _now(model.device)
-    held = _held(cache_of(output)) if cache_of(output) is not None else 0.0
+    held = held_bytes(cache_of(output)) if cache_of(output) is not None else 0.0
     begin = _now(model.device)
     for _ in range(new_tokens):
         token: Tensor = output.logits[:, -1:].argmax(-1)
@@ -121,7 +122,7 @@ def _time_static(
     model: PreTrainedModel, batch: int, prompt: int, new_tokens: int
 ) -> tuple[float, float, float]:
     """As `_time_once`, on a static cache; the new tokens are replays of a graph on a GPU."""
-    ids = _prompts(model, batch, prompt)
+    ids = prompts(model, batch, prompt)
     graphed = model.device.type == "cuda"
     # Two steps more: one that warms up, and one while the graph is captured.
     room = prompt + new_tokens + 2
@@ -129,7 +130,7 @@ def _time_static(
     start = _now(model.device)
     output = model(input_ids=ids, use_cache=True, past_key_values=cache, logits_to_keep=1)
     after_prompt = _now(model.device)
-    held = _held(cache) * prompt / room
+    held = held_bytes(cache) * prompt / room
     token = output.logits[:, -1:].argmax(-1)
     position = torch.full((batch, 1), prompt, device=model.device)
 

@@ -1,0 +1,77 @@
+"""How many sequences a GPU's memory holds, by filling it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tpa_convert.evaluation.metrics.speed import held_bytes, prompts
+from tpa_convert.forward.cached import cache_argument, cache_of
+
+EXACT = 50  # the largest batch is found to one part in so many
+
+
+def largest_batch(model: PreTrainedModel, context: int) -> int:
+    """Sequences of `context` tokens that decode side by side with dynamic caches, on the model's
+    GPU as full as it is otherwise: to 2 %; 0 if there is no room for one."""
+    try:
+        with torch.inference_mode():
+            output = model(input_ids=prompts(model, 1, context), use_cache=True, logits_to_keep=1)
+        bytes_each = held_bytes(cache_of(output))
+    except torch.OutOfMemoryError:
+        return 0
+    finally:
+        output = None
+        torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return largest_that_fits(lambda n: decodes(model, n, context), int(0.9 * free / bytes_each))
+
+
+def largest_that_fits(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest n for which `fits(n)`, or one that is smaller by at most one part in `EXACT`; 0
+    if not even 1 does.
+
+    Args:
+        fits: whether n does; then all that are smaller do too.
+        guess: where to look first.
+    """
+    low, high, n = 0, 0, max(1, guess)  # what fits, and what does not, 0 if that is not known
+    while True:
+        if fits(n):
+            low = n
+        else:
+            high = n
+        if high and high - low <= max(1, low // EXACT):
+            return low
+        if not high:
+            n = low + max(1, low // 10)
+        elif not low:
+            n = max(1, high * 9 // 10)
+        else:
+            n = (low + high) // 2
+
+
+@torch.inference_mode()
+def decodes(model: PreTrainedModel, batch: int, context: int) -> bool:
+    """Whether memory is enough for two new tokens of each of `batch` sequences of `context`
+    tokens. They are copies of one, as servers read prompts one by one too."""
+    output = cache = None
+    try:
+        output = model(input_ids=prompts(model, 1, context), use_cache=True, logits_to_keep=1)
+        cache = cache_argument(output)
+        for each in cache.values():
+            each.batch_repeat_interleave(batch)
+        token: Tensor = output.logits[:, -1:].argmax(-1).expand(batch, 1)
+        for _ in range(2):
+            output = model(input_ids=token, use_cache=True, **cache)
+            token = output.logits[:, -1:].argmax(-1)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        output = cache = None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
