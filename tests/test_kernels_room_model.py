@@ -16,8 +16,9 @@ from tests.conftest import make_tiny_llama
 from tests.conversions import convert_coded
 from tests.kernel_device import DEVICE, GPU
 from tests.test_kernels_model import PROMPT, prompts
+from tpa_convert.kernels import tokens as kernel_tokens
 from tpa_convert.modeling import tpa_coded
-from tpa_convert.modeling.tpa_cache import Room, room_for, room_in
+from tpa_convert.modeling.tpa_cache import Room, room_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 DTYPE, TOLERANCE = (torch.float16, 5e-2) if GPU else (torch.float32, 2e-5)
@@ -89,7 +90,7 @@ def test_a_prompt_goes_where_there_is_room_behind_it(monkeypatch, model) -> None
     assert room.slots == PROMPT
     assert keys.shape[2] > PROMPT
     with monkeypatch.context() as without:
-        without.setattr(tpa_coded, "room_for", lambda *given: None)
+        without.setattr(tpa_coded, "room_in", lambda *given: None)
         other = begun(model)
     assert not hasattr(layer_of(other), "room")
     for name in ("keys", "values"):
@@ -111,7 +112,7 @@ def test_two_caches_of_one_prompt(model) -> None:
 
 
 def test_one_room_is_filled_and_then_a_larger_one(monkeypatch, model, cache, right) -> None:
-    monkeypatch.setattr(Room, "least", 2)
+    monkeypatch.setattr(Room, "least", 1)
     rooms = []
     for token, truth in zip((5, 6, 7, 8), right(5, 6, 7, 8), strict=True):
         assert close(step(model, cache, token), truth)
@@ -190,7 +191,12 @@ class Own(DynamicCache):
 
 @pytest.mark.parametrize("kind", ["own", "offloaded", "static", "sliding", "numbers", "empty"])
 def test_other_caches_are_updated_as_ever(converted, prompt, kind) -> None:
-    assert room_in(copy.deepcopy(prompt), 0) is not None  # control
+    attention = converted.model.layers[0].self_attn
+    coders = attention.keys.coder, attention.values.coder
+    widths = tuple(coder.layout.row_bytes for coder in coders)
+    given = 0, torch.zeros(2, 5, device=DEVICE), 5, widths
+    assert room_in(copy.deepcopy(prompt), *given) is not None  # controls
+    assert room_in(DynamicCache(config=converted.config), *given) is not None
     cache = copy.deepcopy(prompt)
     if kind == "own":
         cache.__class__ = Own
@@ -204,7 +210,30 @@ def test_other_caches_are_updated_as_ever(converted, prompt, kind) -> None:
         layer_of(cache).keys = layer_of(cache).keys.float()
     else:
         cache = DynamicCache()
-    assert room_in(cache, 0) is None
-    given = 0, torch.zeros(2, 5, device=DEVICE), 5, (3, 4)
-    assert room_for(DynamicCache(config=converted.config), *given) is not None  # control
-    assert room_for(cache, *given) is None
+    assert room_in(cache, *given) is None
+
+
+def test_a_cache_of_other_sequences_is_refused(model, cache) -> None:
+    """By the cache itself: no row is written where none is."""
+    token = torch.full((3, 1), 5, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match"), torch.no_grad():
+        model(token, past_key_values=cache)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_many_sequences_and_several_tokens_need_no_copies(monkeypatch, model, tokens) -> None:
+    """Where modules project, rows still go where there is room."""
+    monkeypatch.setattr(kernel_tokens, "MOST_TOKENS", 1)
+    cache = begun(model)
+    room, ids = layer_of(cache).room, torch.tensor([[5, 6]] * 2, device=DEVICE)[:, :tokens]
+    with torch.no_grad():
+        found = model(ids, past_key_values=cache).logits
+    assert layer_of(cache).room is room
+    assert room.slots == PROMPT + tokens
+    assert layer_of(cache).keys.data_ptr() == room.whole[0].data_ptr()
+    with monkeypatch.context() as without:
+        without.setattr(tpa_coded, "room_in", lambda *given: None)
+        other = begun(model)
+        with torch.no_grad():
+            assert close(found, model(ids, past_key_values=other).logits)
+    assert torch.equal(layer_of(cache).keys, layer_of(other).keys)

@@ -188,8 +188,7 @@ class TPAAttention(nn.Module):
                 key, value, features = self.pack(hidden_states, key_table, cached=cache is not None)
             else:
                 given = hidden_states, query, query_table, keys, values
-                of_cache = cache, held, self.layer_idx
-                packed = on_kernels.pack(coded, *given, *of_cache)
+                packed = on_kernels.pack(coded, *given, cache, self.layer_idx)
                 query, key, value, room, together = packed
         of_slots = None
         if cache is not None:

@@ -49,22 +49,19 @@ class Room:
 
     least, share = 64, 32  # slots behind the others, or a share of those in use
 
-    def __init__(self, like: torch.Tensor, batch: int, rows: int, widths: tuple[int, int]):
-        """For so many rows of `batch` sequences, and more behind them, where `like` is."""
+    def __init__(self, like: torch.Tensor, rows: int, widths: tuple[int, int]):
+        """For so many rows of as many sequences as `like` has, and more behind them, where it
+        is."""
         self.slots, self.size = 0, rows + max(self.least, rows // self.share)
-        sizes = [(batch, 1, self.size, width) for width in widths]
+        sizes = [(len(like), 1, self.size, width) for width in widths]
         self.whole = [like.new_empty(size, dtype=torch.uint8) for size in sizes]
         self.held: tuple[Any, Any] = (None, None)
 
-    @classmethod
-    def behind(cls, keys: torch.Tensor, values: torch.Tensor) -> "Room":
-        """With rows that a layer holds at its beginning."""
-        batch, _, slots, width = keys.shape
-        room = cls(keys, batch, slots, (width, values.shape[3]))
-        for whole, x in zip(room.whole, (keys, values), strict=True):
-            whole[:, :, :slots] = x
-        room.slots, room.held = slots, (keys, values)
-        return room
+    def begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """With rows that a layer holds."""
+        self.slots, self.held = keys.shape[2], (keys, values)
+        for whole, x in zip(self.whole, self.held, strict=True):
+            whole[:, :, : self.slots] = x
 
     def __reduce__(self) -> Any:
         """A copy of the cache makes its own."""
@@ -80,46 +77,36 @@ class Room:
         return self.held
 
 
-def room_in(cache: Any, layer_idx: int) -> Room | None:
-    """Room behind the rows of a layer of a plain dynamic cache; None in others, and where there are
-    no rows."""
-    layer = plain_layer(cache, layer_idx)
-    if layer is None or not layer.is_initialized:
-        return None
-    keys, values = layer.keys, layer.values
-    if keys is None or values is None or keys.dtype != torch.uint8 or not keys.numel():
-        return None
-    room: Room | None = layer.__dict__.get("room")
-    ours = room is not None and room.held[0] is keys and room.held[1] is values
-    if room is None or not ours or room.slots == room.size:
-        room = layer.room = Room.behind(keys, values)
-    return room
-
-
-def room_for(
+def room_in(
     cache: Any, layer_idx: int, like: torch.Tensor, rows: int, widths: tuple[int, int]
 ) -> Room | None:
-    """Room for the first rows of a layer of a plain dynamic cache; None in others, and where
-    something has been in it.
+    """Room for new rows in a layer of a plain dynamic cache, behind those that it holds; None in
+    others.
 
     Args:
-        like: has as many sequences, and is where they go.
+        like: has as many sequences, and is where rows go.
         rows: of each sequence.
         widths: bytes of a row of keys and of values.
     """
-    layer = plain_layer(cache, layer_idx)
-    if layer is None or layer.is_initialized:
-        return None
-    room = layer.room = Room(like, len(like), rows, widths)
-    return room
-
-
-def plain_layer(cache: Any, layer_idx: int) -> Any:
-    """A layer of a cache that keeps all rows where it was given them; None of others."""
     if type(cache) is not DynamicCache or cache.offloading or layer_idx >= len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
-    return layer if type(layer) is DynamicLayer else None
+    if type(layer) is not DynamicLayer:
+        return None
+    if not layer.is_initialized:
+        layer.room = Room(like, rows, widths)
+        return layer.room
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or keys.dtype != torch.uint8 or not keys.numel():
+        return None
+    if (len(keys), keys.shape[3], values.shape[3]) != (len(like), *widths):
+        return None  # the cache says what is wrong
+    room: Room | None = layer.__dict__.get("room")
+    ours = room is not None and room.held[0] is keys and room.held[1] is values
+    if room is None or not ours or room.slots + rows > room.size:
+        room = layer.room = Room(like, keys.shape[2] + rows, widths)
+        room.begin(keys, values)
+    return room
 
 
 def cache_grid(

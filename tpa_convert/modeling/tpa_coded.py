@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .tpa_cache import Room, room_for, room_in
+from .tpa_cache import Room, room_in
 from .tpa_coder import CODED_BY, RowCoder
 from .tpa_codes import LOWEST_OCTAVE
 from .tpa_gauges import BlockGauge, Heads
@@ -33,6 +33,7 @@ class CodedTables(NamedTuple):
 
     Attributes:
         tokens: of the kernels that code new tokens.
+        row_bytes: of a row of keys and of one of values.
         decoding: of the kernels that decode; None where they do not run.
         heads, offsets: keys and behind them values of all heads, of features of values and behind
             them of keys: [2 · j · d, features] and [2 · j · d]; None where keys are normalised, or
@@ -41,6 +42,7 @@ class CodedTables(NamedTuple):
     """
 
     tokens: Any
+    row_bytes: tuple[int, int]
     decoding: Any
     heads: Tensor | None
     offsets: Tensor | None
@@ -157,7 +159,7 @@ class CodedLayer:
         tables = self.prepare(hidden_states, keys, values, cache, held)
         if tables is None or not kernels.takes_in(len(hidden_states), hidden_states.shape[-1]):
             return None
-        room = room_in(cache, layer_idx)
+        room = room_in(cache, layer_idx, hidden_states, 1, tables.row_bytes)
         place = None if room is None else (*room.whole, room.slots)
         given = hidden_states, weights, biases, tables.tokens, *table, keys.head_dim, normalise
         return tables, *kernels.take_in(*given, place), room
@@ -171,7 +173,6 @@ class CodedLayer:
         keys: KeyLayout,
         values: StaticValues,
         cache: Any,
-        held: Any,
         layer_idx: int,
     ) -> tuple[Tensor, Tensor, Tensor, Room | None, Tensor | None]:
         """Rotated queries, [b, h, s, d], rows of keys and of values of new tokens, [b, 1, s,
@@ -182,19 +183,17 @@ class CodedLayer:
             hidden_states: [b, s, D].
             query: [b, s, h, d].
             table: that queries are rotated by, see `rotate`.
-            cache, held, layer_idx: see `take_in`.
+            cache, layer_idx: see `take_in`.
         """
         assert self.kernels is not None
         batch, length, _ = hidden_states.shape
         key, value = (part_of(part, "feature_factor")(hidden_states) for part in (keys, values))
         key, value = key.view(-1, key.shape[-1]), value.view(-1, value.shape[-1])
-        tokens, room, place = tables.tokens, None, None
-        if length > 1 and held == 0:
-            widths = tokens.keys.places.shape[1], tokens.values.places.shape[1]
-            room = room_for(cache, layer_idx, hidden_states, length, widths)
-        if room is not None:
-            place = (*room.whole, room.slots)
-        coded = self.kernels.code_prompt(key, value, query, tokens, *table, place)
+        room = None  # for compilers there is none
+        if not torch.compiler.is_compiling():
+            room = room_in(cache, layer_idx, hidden_states, length, tables.row_bytes)
+        place = None if room is None else (*room.whole, room.slots)
+        coded = self.kernels.code_prompt(key, value, query, tables.tokens, *table, place)
         features = coded.features.view(batch, 1, length, -1) if length > 1 else None
         return coded.query.transpose(1, 2), coded.keys, coded.values, room, features
 
@@ -319,6 +318,7 @@ def tables_of(
         offsets = torch.cat(made).flatten()
     return CodedTables(
         kernels.token_tables(*codes, prediction),
+        (key_coder.layout.row_bytes, value_coder.layout.row_bytes),
         decoding if kernels.decodes(decoding, dtype, key_coder.mean.device) else None,
         heads,
         offsets,
