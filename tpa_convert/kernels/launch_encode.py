@@ -16,6 +16,7 @@ from .rows import FEATURES, whole_words
 from .start import Constants, start_kernel
 
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
+FEW = 128  # of a token of its own, which nothing but itself keeps a multiprocessor busy with
 
 
 def launch_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
@@ -93,13 +94,14 @@ def row_constants(
     types: tuple[torch.dtype, torch.dtype] | None = None,
     heads: int = 0,
     head_dim: int = 0,
+    per_warp: int = NUMBERS,
 ) -> Constants:
     """`encode_constants` for rows of contiguous components."""
     numbers, places, *header = codes
     shapes = tuple(numbers.shape), tuple(places.shape)
     strides = numbers.shape[1], scaled_stride
     given = device, "rows", dtype, *strides, *shapes, *header, types, heads, head_dim
-    return encode_constants(*given)
+    return encode_constants(*given, per_warp)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -116,6 +118,7 @@ def encode_constants(
     types: tuple[torch.dtype, torch.dtype] | None,
     heads: int,
     head_dim: int,
+    per_warp: int = NUMBERS,
 ) -> Constants:
     """Of `encode_kernel`, for components in `dtype` that are `stride` apart from token to token, as
     scaled codes are `scaled_stride`.
@@ -125,17 +128,18 @@ def encode_constants(
         numbers, places: sizes; see `RowCodes`.
         types: of queries that are rotated and of cosines, None where there are none.
         heads, head_dim: of the queries.
+        per_warp: numbers that a warp holds.
     """
     (rows_of_numbers, width), row_bytes = numbers, 0 if places is None else places[1]
     classes, padded = rows_of_numbers - 4, power_of_two(width, 1, 1 << 30)
     pairs, padded_pairs, at_once = rotated_rows(head_dim).values()
     return Constants(
         device,
-        {"num_warps": min(16, max(1, padded // NUMBERS))},
+        {"num_warps": min(16, max(1, padded // per_warp))},
         (stride, scaled_stride, width, row_bytes, header_at, float(lowest_octave), heads),
         CLASSES=classes,
         SCALE_BITS=scale_bits(classes),
-        ROWS=max(1, NUMBERS // padded),
+        ROWS=max(1, per_warp // padded),
         WIDTH=padded,
         BYTES=power_of_two(row_bytes, 1, 1 << 30),
         FEATURES=FEATURES,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .encode_reference import RowCodes
 from .launch import shares
-from .launch_encode import row_constants
+from .launch_encode import FEW, row_constants
 from .launch_products import Launch, product_launch, projections_launch
 from .quantise import encode_kernel
 from .rows import whole_words
@@ -140,11 +140,11 @@ def token_launch(
 
     def coding(of: str, codes: RowCodes, rotated: Tensor | None) -> tuple[Any, ...]:
         rows = 0 if rotated is None else batch * heads
-        of_queries: tuple[Any, ...] = ()
+        of_queries: tuple[Any, int, int] = (None, 0, 0)
         if rotated is not None:
             of_queries = (dtype, rotated.dtype), heads, head_dim
         features = whole_words(codes.numbers.shape[1] + 1)
-        constants = row_constants(device, dtype, codes, features, *of_queries)
+        constants = row_constants(device, dtype, codes, features, *of_queries, FEW)
         coders, rotators = constants.named["ROWS"], constants.named["QUERIES"]
         grid = shares(batch, coders) + shares(rows, rotators), 1, 1
         named = {
