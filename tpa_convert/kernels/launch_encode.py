@@ -16,7 +16,7 @@ from .rows import FEATURES, whole_words
 from .start import Constants, start_kernel
 
 NUMBERS = 512  # in the registers of a warp; rows within one need no barriers
-FEW = 128  # of a token of its own, which nothing but itself keeps a multiprocessor busy with
+FEW = 64  # of a token of its own, which nothing but itself keeps a multiprocessor busy with
 
 
 def launch_encode(x: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,15 @@ class PromptLaunch(NamedTuple):
     Attributes:
         keys, values: constants of the kernel that codes them; that of the keys rotates queries too.
         features: numbers of what rows of values say, and of both.
+        made_of: the prediction in the tables that it was made for.
+        prediction: the same, [key features, width], in the type of components.
     """
 
     keys: Constants
     values: Constants
     features: tuple[int, int]
+    made_of: Tensor | None
+    prediction: Tensor | None
 
 
 def launch_prompt(
@@ -43,7 +47,7 @@ def launch_prompt(
     batch, positions, heads, head_dim = query.shape
     kind = key.dtype, query.dtype, cosine.dtype, heads, head_dim
     launch = tables.launches.get(kind)
-    if launch is None:
+    if launch is None or launch.made_of is not tables.prediction:
         launch = tables.launches[kind] = prompt_launch(tables, key.device, *kind)
     of_values, of_both = launch.features
     count, rotated = batch * positions, query.new_empty(query.shape)
@@ -64,10 +68,8 @@ def launch_prompt(
         outputs = None, None, key_features, None, None, keys
         given = key, tables.keys.numbers, *outputs, places[0], query, cosine, sine, rotated
         start_kernel(encode_kernel, (programs + rotating, 1, 1), launch.keys, given, numbers)
-        if tables.prediction is not None:
-            # Under autocast normalised queries, whose type tables have, are in another one. What is
-            # not in place would copy first.
-            value.addmm_(key_features, tables.prediction.mT.to(value.dtype), alpha=-1)
+        if launch.prediction is not None:  # what is not in place would copy first
+            value.addmm_(key_features, launch.prediction, alpha=-1)
         programs = shares(count, launch.values.named["ROWS"])
         at = slot * values.shape[3], values.stride(0), positions
         outputs = None, None, features, None, None, values
@@ -91,8 +93,14 @@ def prompt_launch(
     )
     of_both = key_features + value_features
     of_queries = (query_dtype, table_dtype), heads, head_dim
+    prediction = None
+    if tables.prediction is not None:
+        # Under autocast normalised queries, whose type tables have, are in another one.
+        prediction = tables.prediction.mT.to(dtype)
     return PromptLaunch(
         row_constants(device, dtype, tables.keys, of_both, *of_queries),
         row_constants(device, dtype, tables.values, of_both),
         (value_features, of_both),
+        tables.prediction,
+        prediction,
     )
