@@ -104,6 +104,10 @@ class SpeedReport:
         )
         if self.largest:
             yield self._largest_table()
+            yield (
+                "The largest batch is that of sequences which decode beside each other with "
+                "dynamic caches, in the memory that all these models leave: to 2 %."
+            )
 
     def _largest_table(self) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
