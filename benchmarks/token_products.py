@@ -136,7 +136,7 @@ def main() -> None:
     print(f"{device_name()}, {versions()}, reads {bandwidth / 1e9:.0f} GB/s of a copy", flush=True)
     programs = launches.PROGRAMS
     for rows in ROWS:
-        own = launches.program_of(rows)
+        own = launches.program_of(rows, DTYPE, torch.device("cuda"))
         smallest = 1 if rows == 1 else 16
         others = [x for x in OTHERS if smallest <= x.rows <= max(rows, smallest) and x != own]
         for layer in LAYERS:

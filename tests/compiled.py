@@ -35,8 +35,8 @@ class Launches:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **named: self.calls.append((arguments, named))
 
-    def compile(self) -> Any:
-        """The kernel of the last launch, for Hopper."""
+    def compile(self, target: GPUTarget = HOPPER) -> Any:
+        """The kernel of the last launch."""
         arguments, named = self.calls[-1]
         options = {name: named[name] for name in OPTIONS if name in named}
         names = self.kernel.arg_names
@@ -65,7 +65,7 @@ class Launches:
                 signature[parameter.name] = "fp32"
         kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
         source = kind(fn=self.kernel, signature=signature, constexprs=constants, attrs=hints)
-        return triton.compile(source, target=HOPPER, options=options)
+        return triton.compile(source, target=target, options=options)
 
 
 def matrix_products(ptx: str) -> dict[str, int]:

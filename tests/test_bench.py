@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from tests.conversions import convert_tiny
 from tpa_convert.errors import UserError
 from tpa_convert.evaluation import sweep
 from tpa_convert.evaluation.metrics.cache import cache_bytes
-from tpa_convert.evaluation.metrics.capacity import EXACT, decodes, largest_that_fits
+from tpa_convert.evaluation.metrics.capacity import (
+    EXACT,
+    decode_copies,
+    largest_that_fits,
+    within_memory,
+)
 from tpa_convert.evaluation.metrics.speed import Speed
 from tpa_convert.evaluation.sweep import SpeedPoint, SpeedReport, sweep_speed, weight_bytes
 from tpa_convert.options.bench import BenchOptions
@@ -113,23 +119,37 @@ def test_the_largest_that_fits(largest, guess) -> None:
     asked = []
     found = largest_that_fits(lambda n: asked.append(n) or n <= largest, guess)
     assert found <= largest
-    assert largest - found <= max(0, found // EXACT)
+    assert largest - found <= found // EXACT
     assert found == 0 or found in asked
     assert len(asked) <= 120
     assert all(n >= 1 for n in asked)
 
 
-def test_copies_of_a_prompt_decode_side_by_side(models, monkeypatch) -> None:
+def test_copies_of_a_prompt_decode_side_by_side(models) -> None:
     for model in models.values():
         seen = []
         note = lambda module, given, output, to=seen: to.append(len(output.logits))  # noqa: E731
         hook = model.register_forward_hook(note)
-        assert decodes(model, 3, 8)
+        assert within_memory(lambda one=model: decode_copies(one, 3, 8))
         assert seen == [1, 3, 3]
         hook.remove()
-    full = lambda *given, **named: (_ for _ in ()).throw(torch.OutOfMemoryError)  # noqa: E731
-    monkeypatch.setattr(models["source"], "forward", full)
-    assert not decodes(models["source"], 3, 8)
+
+
+def test_memory_that_is_full_is_told_from_other_errors(monkeypatch) -> None:
+    """And what was in it is gone when memory is given back."""
+    held, alive = [], []
+
+    def run(kind, text):
+        there = torch.zeros(8)
+        held.append(weakref.ref(there))
+        raise kind(text)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[-1]() is not None))
+    assert not within_memory(lambda: run(torch.OutOfMemoryError, "x"))
+    assert not within_memory(lambda: run(RuntimeError, "Triton Error [CUDA]: out of memory"))
+    with pytest.raises(RuntimeError, match="another"):
+        within_memory(lambda: run(RuntimeError, "another"))
+    assert alive == [False, False, True]
 
 
 def test_only_the_memory_of_a_gpu_is_filled(tmp_path) -> None:

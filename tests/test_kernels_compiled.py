@@ -18,6 +18,8 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from triton.backends.compiler import GPUTarget
+
 from tpa_convert.kernels import launch_hopper as hopper
 from tpa_convert.kernels import launch_latent as launches
 from tpa_convert.kernels import launch_latent_shape as shapes
@@ -315,30 +317,51 @@ def test_coding_compiles_for_hopper(monkeypatch, rotated) -> None:
     assert "bar.sync" in ptx or "bar.warp.sync" in ptx  # between codes that are written and read
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("kernel", ["projections_kernel", "product_kernel"])
-def test_products_compile_for_hopper(monkeypatch, kernel, rows) -> None:
-    """Matrices are read in words of 16 bytes; several rows are multiplied by the matrix unit."""
+def launched_product(monkeypatch, kernel, rows, dtype=torch.bfloat16) -> Launches:
     launch = Launches(getattr(launch_products, kernel))
     monkeypatch.setattr(launch_products, kernel, launch)
     launch_products.product_launch.cache_clear()
     launch_products.projections_launch.cache_clear()
-    place, width = (torch.device("cpu"), torch.bfloat16, rows), 2048
+    place, width = (torch.device("cpu"), dtype, rows), 2048
     if kernel == "product_kernel":
         width = 808  # of features: whole words, but not of 32 bytes
         made = launch_products.product_launch(*place, width, 64, True, 8, 4)
-        outputs = [torch.zeros(rows, 64).bfloat16()]
+        outputs = [torch.zeros(rows, 64, dtype=dtype)]
     else:
         sizes, biased = (2048, 352, 440), (False, True, True)
         made = launch_products.projections_launch(*place, width, sizes, biased)
-        outputs = [torch.zeros(rows, size).bfloat16() for size in sizes]
-    weights = [torch.zeros(8, width).bfloat16() for _ in outputs]
-    biases = [torch.zeros(8).bfloat16() for _ in outputs]
-    tensors = torch.zeros(rows, width).bfloat16(), *weights, *biases, *outputs
+        outputs = [torch.zeros(rows, size, dtype=dtype) for size in sizes]
+    weights = [torch.zeros(8, width, dtype=dtype) for _ in outputs]
+    biases = [torch.zeros(8, dtype=dtype) for _ in outputs]
+    tensors = torch.zeros(rows, width, dtype=dtype), *weights, *biases, *outputs
     start_kernel(*made, tensors, (rows,))
     launch_products.product_launch.cache_clear()
     launch_products.projections_launch.cache_clear()
+    return launch
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("kernel", ["projections_kernel", "product_kernel"])
+def test_products_compile_for_hopper(monkeypatch, kernel, rows) -> None:
+    """Matrices are read in words of 16 bytes; several rows are multiplied by the matrix unit: many
+    by the asynchronous one."""
+    launch = launched_product(monkeypatch, kernel, rows)
     ptx = launch.compile().asm["ptx"]
     wide = "cp.async.cg.shared.global" if rows > 1 else "ld.global.v4"
     assert wide in ptx
-    assert bool(matrix_products(ptx)["synchronous"]) == (rows > 1)
+    found = matrix_products(ptx)
+    assert bool(found["synchronous"]) == (1 < rows <= 16)
+    assert bool(found["shared"]) == (rows > 16)
+
+
+@pytest.mark.parametrize("rows", [5, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", ["projections_kernel", "product_kernel"])
+@pytest.mark.parametrize(("capability", "kilobytes"), [(80, 163), (86, 99), (90, 227)])
+def test_products_fit_into_shared_memory(
+    monkeypatch, capability, kilobytes, kernel, dtype, rows
+) -> None:
+    monkeypatch.setattr(launch_products, "all_shared_bytes", lambda device: kilobytes * 1024)
+    launch = launched_product(monkeypatch, kernel, rows, dtype)
+    taken = launch.compile(GPUTarget("cuda", capability, 32)).metadata.shared
+    assert 0 < taken <= kilobytes * 1024

@@ -185,6 +185,24 @@ def test_a_cache_on_disk_has_no_room(model, cache, right) -> None:
     assert close(step(model, again, 6), right(5, 6)[1])
 
 
+def test_two_threads_write_rows_of_their_own(model) -> None:
+    """When both have looked for room before either has taken it."""
+    cache, attention = begun(model), model.model.layers[0].self_attn
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    coders = attention.keys.coder, attention.values.coder
+    widths = tuple(coder.layout.row_bytes for coder in coders)
+    given = 0, torch.zeros(2, 1, device=DEVICE), 1, widths
+    one, two = room_in(cache, *given), room_in(other, *given)
+    assert one is not two
+    assert one.slots == two.slots == PROMPT
+    assert torch.equal(two.whole[0][:, :, :PROMPT], one.whole[0][:, :, :PROMPT])
+    one.take(layer_of(cache), 1)
+    two.take(layer_of(other), 1)
+    assert room_in(cache, *given) is one
+    assert room_in(other, *given) is two
+
+
 class Own(DynamicCache):
     """Whoever updates in another way is to be asked."""
 

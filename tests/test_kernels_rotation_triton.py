@@ -63,6 +63,14 @@ def test_pairs_are_rotated(
         assert ((shifted.cpu().double() - truth).abs() > 20 * TOLERANCE[dtype] * size).any()
 
 
+def test_one_position_of_several_sequences() -> None:
+    """Whose stride says nothing, in whatever order heads lie."""
+    generator = torch.Generator().manual_seed(0)
+    table, x = random_table(2, 1, 4, generator), torch.randn(2, 3, 1, 8, generator=generator)
+    found = rotate(x.to(DEVICE), *(part.float().to(DEVICE) for part in table)).cpu()
+    torch.testing.assert_close(found, tpa_rotary.rotate(x.double(), table).float())
+
+
 def test_a_layer_takes_the_kernel_but_for_gradients(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     table = tuple(x.float().to(DEVICE) for x in random_table(1, 5, 8, generator))

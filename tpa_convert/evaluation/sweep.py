@@ -190,9 +190,9 @@ def sweep_speed(
                 )
             )
     largest = []
-    for context in track(contexts if fill else (), "Largest batch"):
-        tokens = fitting_prompt(models, SpeedSettings(prompt=context))
-        largest += [LargestBatch(n, tokens, largest_batch(m, tokens)) for n, m in models.items()]
+    fitting = {fitting_prompt(models, SpeedSettings(1, n, new_tokens)): None for n in contexts}
+    for context in track(list(fitting) if fill else (), "Largest batch"):
+        largest += [LargestBatch(n, context, largest_batch(m, context)) for n, m in models.items()]
     dtype = str(first.dtype).removeprefix("torch.")
     name = device_name(first.device)
     measured = tuple(points), tuple(largest)

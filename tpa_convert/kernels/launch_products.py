@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import power_of_two, shares
+from .launch import all_shared_bytes, power_of_two, shares
 from .products import product_kernel, projections_kernel
 from .rows import FEATURES
 from .start import Constants
@@ -26,7 +26,10 @@ class Program(NamedTuple):
 
 
 # The last one is of any number of rows; that of a single row holds all that it reads in registers.
+# Where shared memory is not enough for the others, they multiply fewer numbers at a time.
 PROGRAMS = Program(1, 4, 2048, 4, 3), Program(16, 16, 256, 4, 3), Program(64, 32, 128, 4, 4)
+
+TOGETHER = 2  # products of a kernel that have shared memory of their own: of `projections_kernel`
 
 Launch = tuple[Any, tuple[int, int, int], Constants]
 """A kernel, its grid and constants."""
@@ -53,7 +56,7 @@ def product_launch(
         groups, heads: that have a matrix each, and rows of a group that belong to one token.
         taken: whether the product is taken off what is there.
     """
-    program = program_of(rows)
+    program = program_of(rows, dtype, device)
     grid = shares(size, program.columns), shares(rows, program.rows), groups
     numbers = width // FEATURES, size, groups * heads * size, heads
     named = {"TAKEN": taken, **shape_of(program, width, dtype)}
@@ -70,7 +73,7 @@ def projections_launch(
     biased: tuple[bool, bool, bool],
 ) -> Launch:
     """Of `projections_kernel`; see `product_launch`."""
-    program = program_of(rows)
+    program = program_of(rows, dtype, device)
     programs = sum(shares(size, program.columns) for size in sizes)
     named = shape_of(program, width, dtype)
     constants = Constants(device, options(program), (width // FEATURES, *sizes), **named)
@@ -117,9 +120,13 @@ def map_launches(
     )
 
 
-def program_of(rows: int) -> Program:
-    """The smallest for so many rows."""
-    return next((program for program in PROGRAMS if rows <= program.rows), PROGRAMS[-1])
+def program_of(rows: int, dtype: torch.dtype, device: torch.device) -> Program:
+    """The smallest for so many rows, within the shared memory of the device."""
+    program = next((program for program in PROGRAMS if rows <= program.rows), PROGRAMS[-1])
+    numbers = all_shared_bytes(device) // (TOGETHER * program.stages * dtype.itemsize)
+    while program.rows > 1 and (program.rows + program.columns) * program.chunk > numbers:
+        program = program._replace(chunk=program.chunk // 2)
+    return program
 
 
 def shape_of(program: Program, width: int, dtype: torch.dtype) -> dict[str, int | str]:

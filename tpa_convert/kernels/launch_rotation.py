@@ -76,7 +76,9 @@ def launch_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     batch, positions, heads, width = shape = x.shape
     output = x.new_empty(shape)
     if output.numel():
-        types, stride = (x.dtype, cosine.dtype), x.stride(1)
+        types = x.dtype, cosine.dtype
+        # Of a single position of each sequence, whose own stride says nothing, rows are sequences.
+        stride = x.stride(1 if positions > 1 else 0)
         constants = rotation_constants(x.device, types, heads, width, stride)
         rows = batch * positions * heads
         grid = (shares(rows, constants.named["ROWS"]), 1, 1)

@@ -186,7 +186,8 @@ def code_prompt(
     value_octave: int,
     prediction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All but the features of `prompts.CodedPrompt`, by the parts of `tokens.TokenTables`."""
+    """All but the features of `prompts.CodedPrompt`, by the parts of
+    `token_tables.TokenTables`."""
     keys = RowCodes(key_numbers, key_places, key_header, key_octave)
     values = RowCodes(value_numbers, value_places, value_header, value_octave)
     tables = TokenTables(keys, values, prediction, {})

@@ -41,7 +41,7 @@ def code_prompt(
     Args:
         key, value: components, [b · s, c] each. What keys predict is taken off the values in place.
         query: [b, s, h, d].
-        cosine, sine: that queries are rotated by, see `rotation.rotate`.
+        cosine, sine: that queries are rotated by, see `rotation.rotate`; contiguous.
         room: where rows are to go, see `tokens.take_in`.
     """
     given = key.contiguous(), value.contiguous(), query.contiguous()

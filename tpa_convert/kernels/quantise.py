@@ -84,8 +84,8 @@ def encode_kernel(
     `encode_reference.pack` of codes that wait where `scaled` will be; its rows begin at
     `packed_first`, so many as are `together` side by side, and the next so many `packed_stride`
     bytes from there. Without `label`, the class is written behind each row of `scaled`, and zeros
-    behind it up to a multiple of FEATURES. `rotated` is what
-    `rotate_rows` makes of `query`, QUERIES rows a program.
+    behind it up to a multiple of FEATURES. `rotated` is what `rotate_rows` makes of `query`,
+    QUERIES rows a program.
     """
     program = tl.program_id(0)
     if rotated is not None:

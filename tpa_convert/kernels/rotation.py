@@ -29,6 +29,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor | None:
 
 
 def rotate_on_kernel(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The same of [b, s, j, 2 f], for those who know that a kernel runs it; all are contiguous. No
-    operator for compilers, which do without."""
+    """The same of [b, s, j, 2 f], for those who know that a kernel runs it: positions are equally
+    far apart, their heads side by side, and tables contiguous. No operator for compilers, which do
+    without."""
     return launches(".launch_rotation").launch_rotation(x, cosine, sine)

@@ -55,13 +55,25 @@ class Room:
         self.slots, self.size = 0, rows + max(self.least, rows // self.share)
         sizes = [(len(like), 1, self.size, width) for width in widths]
         self.whole = [like.new_empty(size, dtype=torch.uint8) for size in sizes]
-        self.held: tuple[Any, Any] = (None, None)
+        # By the layer that it belongs to; missing while rows are on their way.
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """With rows that a layer holds."""
-        self.slots, self.held = keys.shape[2], (keys, values)
-        for whole, x in zip(self.whole, self.held, strict=True):
+        self.slots = keys.shape[2]
+        for whole, x in zip(self.whole, (keys, values), strict=True):
             whole[:, :, : self.slots] = x
+
+    def claim(self, keys: torch.Tensor, values: torch.Tensor, rows: int) -> bool:
+        """Whether new rows of the layer that holds these are to go behind them; then nobody else's
+        are, in another thread neither, until they have been taken."""
+        held = self.__dict__.pop("held", None)  # in one step
+        if held is None:
+            return False
+        if held[0] is keys and held[1] is values and self.slots + rows <= self.size:
+            return True
+        self.held = held  # of another copy of the cache
+        return False
 
     def __reduce__(self) -> Any:
         """A copy of the cache makes its own."""
@@ -73,8 +85,9 @@ class Room:
         keys, values = self.whole
         if not layer.is_initialized:
             layer.lazy_initialization(keys, values)
-        self.held = layer.keys, layer.values = keys[:, :, : self.slots], values[:, :, : self.slots]
-        return self.held
+        held = layer.keys, layer.values = keys[:, :, : self.slots], values[:, :, : self.slots]
+        self.held = held
+        return held
 
 
 def room_in(
@@ -101,11 +114,14 @@ def room_in(
         return None
     if (len(keys), keys.shape[3], values.shape[3]) != (len(like), *widths):
         return None  # the cache says what is wrong
+    if keys.device != like.device:
+        return None
     room: Room | None = layer.__dict__.get("room")
-    ours = room is not None and room.held[0] is keys and room.held[1] is values
-    if room is None or not ours or room.slots + rows > room.size:
-        room = layer.room = Room(like, keys.shape[2] + rows, widths)
+    if room is None or not room.claim(keys, values, rows):
+        layer.room = None  # its memory may be what there is
+        room = Room(like, keys.shape[2] + rows, widths)
         room.begin(keys, values)
+        layer.room = room
     return room
 
 
