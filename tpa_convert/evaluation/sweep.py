@@ -191,7 +191,7 @@ def sweep_speed(
             )
     largest = []
     fitting = {fitting_prompt(models, SpeedSettings(1, n, new_tokens)): None for n in contexts}
-    for context in track(list(fitting) if fill else (), "Largest batch"):
+    for context in track(list(fitting), "Largest batch") if fill else ():
         largest += [LargestBatch(n, context, largest_batch(m, context)) for n, m in models.items()]
     dtype = str(first.dtype).removeprefix("torch.")
     name = device_name(first.device)
