@@ -77,6 +77,14 @@ def layer_of(cache):
     return cache.layers[0]
 
 
+def new_rows(model, count):
+    """What `room_in` is asked for, behind a cache of two sequences."""
+    attention = model.model.layers[0].self_attn
+    coders = attention.keys.coder, attention.values.coder
+    widths = tuple(coder.layout.row_bytes for coder in coders)
+    return 0, torch.zeros(2, count, device=DEVICE), count, widths
+
+
 def begun(model):
     """The cache of a prompt that went by kernels."""
     with torch.no_grad():
@@ -187,12 +195,9 @@ def test_a_cache_on_disk_has_no_room(model, cache, right) -> None:
 
 def test_two_threads_write_rows_of_their_own(model) -> None:
     """When both have looked for room before either has taken it."""
-    cache, attention = begun(model), model.model.layers[0].self_attn
+    cache, given = begun(model), new_rows(model, 1)
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
-    coders = attention.keys.coder, attention.values.coder
-    widths = tuple(coder.layout.row_bytes for coder in coders)
-    given = 0, torch.zeros(2, 1, device=DEVICE), 1, widths
     one, two = room_in(cache, *given), room_in(other, *given)
     assert one is not two
     assert one.slots == two.slots == PROMPT
@@ -209,10 +214,7 @@ class Own(DynamicCache):
 
 @pytest.mark.parametrize("kind", ["own", "offloaded", "static", "sliding", "numbers", "empty"])
 def test_other_caches_are_updated_as_ever(converted, prompt, kind) -> None:
-    attention = converted.model.layers[0].self_attn
-    coders = attention.keys.coder, attention.values.coder
-    widths = tuple(coder.layout.row_bytes for coder in coders)
-    given = 0, torch.zeros(2, 5, device=DEVICE), 5, widths
+    given = new_rows(converted, 5)
     assert room_in(copy.deepcopy(prompt), *given) is not None  # controls
     assert room_in(DynamicCache(config=converted.config), *given) is not None
     cache = copy.deepcopy(prompt)
